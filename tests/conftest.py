@@ -1,0 +1,81 @@
+"""Every test: seeded, offline, network blocked except loopback. `@pytest.mark.gpu` implies the skip without CUDA."""
+
+import ipaddress
+import os
+import random
+import socket
+import sys
+from pathlib import Path
+
+# oracles, tolerances, strategies and processes are imported by name, also by spawned ranks, which inherit sys.path.
+sys.path.insert(0, str(Path(__file__).parent))
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import numpy as np  # noqa: E402  (the hub reads its offline flag on import)
+import processes  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# Derandomised: a red run is red again. No deadline: the machine may be busy.
+settings.register_profile("rlhf_recipes", deadline=None, derandomize=True, max_examples=40, database=None)
+settings.load_profile("rlhf_recipes")
+
+LOCAL_NAMES = {"", "localhost", "0.0.0.0", "::", socket.gethostname()}
+
+
+class NetworkBlockedError(RuntimeError):
+    """A test tried to leave the machine."""
+
+
+def _is_local(host):
+    host = host.decode() if isinstance(host, bytes) else host
+    if host is None or host in LOCAL_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _block_network(event, args):
+    """Audit hook: sees every Python socket, whoever opens it, and cannot be patched away by a test."""
+    if event in ("socket.connect", "socket.sendto"):
+        address = args[1]
+        # Unix sockets have a path for an address, not a (host, port) tuple.
+        if isinstance(address, tuple) and not _is_local(address[0]):
+            raise NetworkBlockedError(f"{event} to {address}: tests are offline")
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname") and not _is_local(args[0]):
+        raise NetworkBlockedError(f"{event} of {args[0]!r}: tests are offline")
+
+
+sys.addaudithook(_block_network)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_in_processes():
+    """`run_in_processes(fn, world_size, *args)`: one result per rank, see tests/processes.py."""
+    return processes.run_in_processes
