@@ -1,0 +1,247 @@
+"""Options of the trainers and recipes: TRL's, and those that TRL lacks.
+
+Layer L1. Everything that can be checked without a model or a dataset is checked here, before anything is loaded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trl import GRPOConfig, RewardConfig, ScriptArguments
+
+
+class _SingleGeneration(int):
+    """The number 1, for which `num_generations < 2` is False: the one check of GRPO that does not hold for PPO."""
+
+    def __lt__(self, other: Any) -> bool:
+        return False
+
+
+def _check_choice(config: Any, name: str, allowed: tuple[str, ...], reason: str = "") -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.{reason}")
+
+
+def _check_range(config: Any, name: str, holds: Callable[[Any], bool], claim: str) -> None:
+    value = getattr(config, name)
+    if value is not None and not holds(value):
+        raise ValueError(f"`{name}` must {claim}, got {value}.")
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """Options of `PPOTrainer`. Every option of `trl.GRPOConfig` applies; those below are new or have another default.
+
+    A rollout is `per_device_train_batch_size * processes * steps_per_generation` completions. It is used for
+    `num_iterations` epochs of `steps_per_generation / gradient_accumulation_steps` mini-batches each.
+    """
+
+    # TRL's fields, with PPO's defaults.
+    num_generations: int = field(default=1, metadata={"help": "Completions per prompt. PPO needs no group: 1."})
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = field(
+        default="grpo",
+        metadata={
+            "help": "How token losses are averaged. `grpo` is PPO's per-sequence mean; all three are independent of "
+            "how a batch is cut into micro-batches."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "With dropout the ratio of an untouched policy would not be 1."}
+    )
+    adam_epsilon: float = field(
+        default=1e-5,
+        metadata={"help": "1e-8 lets the policy drift six times as fast in the first updates (arXiv:2403.17031)."},
+    )
+    # Value function.
+    value_head_size: int | None = field(
+        default=None, metadata={"help": "Width of the value head's hidden layer. Default: the model's hidden size."}
+    )
+    value_head_activation: Literal["silu", "gelu"] = field(
+        default="silu", metadata={"help": "Activation of the value head: `silu` or `gelu`; ReLU is refused."}
+    )
+    value_gradient_to_backbone: bool = field(
+        default=False,
+        metadata={"help": "Let the value loss train the backbone too. Known to pull the policy below SFT."},
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(
+        default=0.2, metadata={"help": "Trust region of the value function, in units of the normalised score."}
+    )
+    critic_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimiser steps at the start in which only the value head learns."}
+    )
+    # Advantages.
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    lam: float = field(default=0.95, metadata={"help": "GAE's lambda for the policy."})
+    value_lam: float | None = field(
+        default=None, metadata={"help": "GAE's lambda for the value targets. Default: `lam`."}
+    )
+    whiten_advantages: bool = field(
+        default=True, metadata={"help": "Scale advantages to mean 0 and variance 1 over the tokens of all ranks."}
+    )
+    # Reward.
+    response_separator: str = field(
+        default="\n\n",
+        metadata={
+            "help": "Boundary between a plain-text prompt and its response; must be the reward model's. Chat prompts "
+            "use the chat template's assistant header instead."
+        },
+    )
+    reward_norm: bool = field(default=True, metadata={"help": "Normalise scores by their moving mean and deviation."})
+    reward_norm_decay: float = field(default=0.99, metadata={"help": "Weight of the past, per rollout."})
+    reward_norm_clip: float = field(default=5.0, metadata={"help": "Bound on a normalised score, in deviations."})
+    truncated_completions: Literal["terminal", "bootstrap", "mask"] = field(
+        default="terminal",
+        metadata={
+            "help": "Completions cut by the length limit: `terminal` treats them as finished, `bootstrap` adds the "
+            "value of the state they stopped in, `mask` leaves them out of the loss."
+        },
+    )
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Subtracted from the normalised score of a truncated completion, in deviations."},
+    )
+    # KL to the reference policy.
+    kl_coef: float = field(default=0.05, metadata={"help": "(Initial) price of one nat, in normalised score."})
+    kl_estimator: Literal["k1", "k2", "k3"] = field(
+        default="k1", metadata={"help": "Estimator in the reward. Only k1 gives the gradient of the KL."}
+    )
+    kl_controller: Literal["fixed", "adaptive"] = field(
+        default="fixed", metadata={"help": "`adaptive` steers the KL per sequence towards `target_kl`."}
+    )
+    target_kl: float = field(default=6.0, metadata={"help": "KL per sequence that the controller holds, nats."})
+    kl_horizon: int = field(
+        default=10_000, metadata={"help": "Sequences over which the controller may change `kl_coef` by a fifth."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_owned_by_ppo()
+        # TRL masks truncated completions itself.
+        self.mask_truncated_completions = self.truncated_completions == "mask"
+        if self.num_generations == 1:
+            self.num_generations = _SingleGeneration(1)
+        super().__post_init__()
+        self.num_generations = int(self.num_generations)
+        self._check_ranges()
+        self._check_batches()
+
+    def _check_owned_by_ppo(self) -> None:
+        """Refuse TRL options whose place PPO takes."""
+        if self.mask_truncated_completions and self.truncated_completions != "mask":
+            raise ValueError("Use `truncated_completions: mask` instead of `mask_truncated_completions`.")
+        if self.sync_ref_model:
+            raise ValueError("`sync_ref_model` is not available: PPO's reference is the policy it started from.")
+        if self.loss_type not in ("grpo", "dapo", "dr_grpo"):
+            raise ValueError(f"`loss_type` must be one of 'grpo', 'dapo', 'dr_grpo', got {self.loss_type!r}.")
+        if self.importance_sampling_level != "token":
+            raise ValueError("`importance_sampling_level` must be 'token': PPO's advantages are per token.")
+
+    def _check_ranges(self) -> None:
+        _check_choice(self, "truncated_completions", ("terminal", "bootstrap", "mask"))
+        _check_choice(self, "kl_estimator", ("k1", "k2", "k3"))
+        _check_choice(self, "kl_controller", ("fixed", "adaptive"))
+        _check_choice(
+            self, "value_head_activation", ("silu", "gelu"), " ReLU units die, and a dead head cannot follow."
+        )
+        for name in ("gamma", "lam", "value_lam"):
+            _check_range(self, name, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]")
+        _check_range(self, "reward_norm_decay", lambda x: 0.0 <= x < 1.0, "lie in [0, 1)")
+        for name in ("cliprange_value", "reward_norm_clip", "target_kl", "kl_horizon"):
+            _check_range(self, name, lambda x: x > 0, "be positive")
+        for name in ("num_iterations", "value_head_size", "max_completion_length"):
+            _check_range(self, name, lambda x: x > 0, "be positive")
+        for name in ("vf_coef", "kl_coef", "critic_warmup_steps"):
+            _check_range(self, name, lambda x: x >= 0, "not be negative")
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            raise ValueError("`kl_coef` must be positive with `kl_controller: adaptive`, which scales it.")
+        if self.missing_eos_penalty is not None and self.truncated_completions != "terminal":
+            raise ValueError(
+                f"`missing_eos_penalty` needs `truncated_completions: terminal`, got {self.truncated_completions!r}: "
+                "a completion that is bootstrapped or masked is not penalised as well."
+            )
+
+    def _check_batches(self) -> None:
+        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                f"`steps_per_generation` ({self.steps_per_generation}) must be a multiple of "
+                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}), so that every optimiser step "
+                "stays inside one rollout."
+            )
+
+
+@dataclass
+class RewardModelConfig(RewardConfig):
+    """Options of `RewardModelTrainer`. Every option of `trl.RewardConfig` applies."""
+
+    weight_decay: float = field(
+        default=0.01, metadata={"help": "Keeps the scores, which are not normalised in training, bounded."}
+    )
+    l2_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of the mean squared score, added to the Bradley-Terry loss."}
+    )
+    response_separator: str = field(
+        default="\n\n",
+        metadata={
+            "help": "Boundary between a plain-text prompt and its response. Written to the reward model card; PPO "
+            "must use the same. Chat prompts use the chat template's assistant header instead."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range(self, "l2_coefficient", lambda x: x >= 0, "not be negative")
+
+
+@dataclass
+class BoundaryArguments:
+    """The boundary between prompt and response, for recipes whose TRL configuration has none."""
+
+    response_separator: str = field(
+        default="\n\n", metadata={"help": "As in reward modelling and PPO; plain text only."}
+    )
+
+
+@dataclass
+class PPOArguments(ScriptArguments):
+    """Inputs of `recipes/ppo.py` beside the policy and the data."""
+
+    reward_model_path: str | None = field(
+        default=None, metadata={"help": "Reward model to score completions with: a directory or a Hub name."}
+    )
+    reward_functions: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Python reward functions, each as `package.module:function`, added to the reward model."},
+    )
+
+
+@dataclass
+class EvaluationArguments(ScriptArguments):
+    """Inputs of `recipes/evaluate.py`: two policies, held-out prompts and judges."""
+
+    baseline_path: str | None = field(default=None, metadata={"help": "Policy to compare with, usually the SFT one."})
+    reward_model_path: str | None = field(default=None, metadata={"help": "Reward model that judges."})
+    judge_functions: list[str] = field(
+        default_factory=list, metadata={"help": "Python judges, each as `package.module:function`."}
+    )
+    num_prompts: int | None = field(default=None, metadata={"help": "Held-out prompts to use. Default: all."})
+    max_completion_length: int = field(default=256, metadata={"help": "Tokens per completion."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; the one of training compares."})
+    batch_size: int = field(default=32, metadata={"help": "Prompts per generation batch."})
+    response_separator: str = field(default="\n\n", metadata={"help": "As in training; plain text only."})
+    num_shown: int = field(default=4, metadata={"help": "Completions to print side by side."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where results and samples are written."})
+    seed: int = field(default=42, metadata={"help": "Seed of sampling and of the bootstrap."})
+
+
+@dataclass
+class TrackingArguments:
+    """Where runs are recorded."""
+
+    tracking: bool = field(default=True, metadata={"help": "Record the run in MLflow."})
+    tracking_uri: str | None = field(
+        default=None,
+        metadata={"help": "MLflow store. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` here."},
+    )
+    experiment_name: str = field(default="rlhf_recipes", metadata={"help": "MLflow experiment."})

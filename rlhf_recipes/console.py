@@ -1,0 +1,47 @@
+"""What a user sees in the terminal: results, and no noise that is ours to remove.
+
+Layer L2.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# Raised inside transformers and TRL about their own code; nothing that a user can act on.
+_UPSTREAM_WARNINGS = (
+    (FutureWarning, r"`gradient_checkpointing` is deprecated"),
+    (FutureWarning, r"`is_gradient_checkpointing` is deprecated"),
+    (UserWarning, r".*'pin_memory' argument is set as true but no accelerator is found"),
+)
+
+
+def quiet_start() -> None:
+    """Silence warnings of the libraries about themselves. Called once by each recipe, before anything is built."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for category, message in _UPSTREAM_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+
+
+def print_table(title: str, rows: dict[str, Any], columns: Sequence[str] = ("metric", "value")) -> None:
+    """Print a mapping as a table; a value may be a number, a text, or a sequence of these for several columns."""
+    table = Table(*columns, title=title)
+    for name, value in rows.items():
+        cells = value if isinstance(value, list | tuple) else [value]
+        table.add_row(name, *(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    Console().print(table)
+
+
+def completions_table(columns: dict[str, list[Any]], num_shown: int) -> None:
+    """Print the first completions of baseline and policy side by side."""
+    table = Table("prompt", "baseline", "policy", title="Completions before and after", show_lines=True)
+    rows = zip(columns["prompt"], columns["baseline_completion"], columns["policy_completion"], strict=True)
+    for _, (prompt, baseline, policy) in zip(range(num_shown), rows, strict=False):
+        last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        table.add_row(last.strip(), baseline, policy)
+    Console().print(table)

@@ -1,0 +1,236 @@
+"""Evaluation: how well a reward model ranks, and which of two policies is better.
+
+Layer L2. Arrays in, plain floats out; generation and scoring of held-out prompts.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from scipy import stats
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_recipes.kl import estimate_kl
+
+
+def preference_metrics(
+    chosen_scores: ArrayLike, rejected_scores: ArrayLike, chosen_lengths: ArrayLike, rejected_lengths: ArrayLike
+) -> dict[str, float]:
+    """Return what accuracy alone hides about a reward model.
+
+    accuracy: share of pairs ranked as labelled.  accuracy_margin_q1..q4: in the quartiles of the predicted
+    margin |r+ - r-|; it should rise.  calibration_error: expected calibration error of sigmoid(|r+ - r-|) as the
+    probability of being right, ten equal bins over [0.5, 1].  length_correlation: Pearson correlation over pairs of
+    the difference in score with the difference in length, in which the shared prompt cancels; near 1, the model has
+    learned to count.  Mean and population standard deviation of the scores, by side and pooled.
+
+    Args:
+        chosen_scores: `(N,)`.
+        rejected_scores: `(N,)`.
+        chosen_lengths: `(N,)`, tokens, with or without the prompt.
+        rejected_lengths: `(N,)`, likewise.
+
+    Source: Guo et al. 2017, arXiv:1706.04599, eq. 3 (calibration error).
+    """
+    chosen, rejected = np.asarray(chosen_scores, dtype=float), np.asarray(rejected_scores, dtype=float)
+    margin, correct = np.abs(chosen - rejected), (chosen > rejected).astype(float)
+    scores = np.concatenate([chosen, rejected])
+    length_gap = np.asarray(chosen_lengths, dtype=float) - np.asarray(rejected_lengths, dtype=float)
+    varies = (chosen - rejected).std() > 0 and length_gap.std() > 0
+    metrics = {
+        "accuracy": correct.mean(),
+        "calibration_error": _calibration_error(1 / (1 + np.exp(-margin)), correct),
+        "length_correlation": stats.pearsonr(chosen - rejected, length_gap).statistic if varies else 0.0,
+        "chosen_score_mean": chosen.mean(),
+        "chosen_score_std": chosen.std(),
+        "rejected_score_mean": rejected.mean(),
+        "rejected_score_std": rejected.std(),
+        "score_mean": scores.mean(),
+        "score_std": scores.std(),
+    }
+    for number, quartile in enumerate(np.array_split(np.argsort(margin, kind="stable"), 4), start=1):
+        if quartile.size:
+            metrics[f"accuracy_margin_q{number}"] = correct[quartile].mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
+    gaps = [abs((correct - confidence)[bins == b].sum()) for b in range(10)]
+    return float(sum(gaps) / confidence.size)
+
+
+def win_rate(
+    scores: ArrayLike, baseline_scores: ArrayLike, *, confidence_level: float = 0.95, seed: int = 0
+) -> dict[str, float]:
+    """Return the share of prompts on which a policy beats the baseline, with a bootstrap interval over prompts.
+
+    A tie counts as half a win. The interval is the percentile bootstrap's: with equal outcomes it has width 0, where
+    the accelerated one is undefined.
+
+    Args:
+        scores: One per prompt, `(N,)`.
+        baseline_scores: The baseline's on the same prompts, `(N,)`.
+        confidence_level: In (0, 1).
+        seed: Of the resampling.
+    """
+    difference = np.asarray(scores, dtype=float) - np.asarray(baseline_scores, dtype=float)
+    outcomes = (np.sign(difference) + 1) / 2
+    low = high = float(outcomes.mean())
+    if outcomes.size > 1 and outcomes.std() > 0:
+        interval = stats.bootstrap(
+            (outcomes,),
+            np.mean,
+            confidence_level=confidence_level,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    return {"win_rate": float(outcomes.mean()), "win_rate_low": low, "win_rate_high": high}
+
+
+@torch.no_grad()
+def generate_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Any],
+    *,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+) -> list[list[int]]:
+    """Sample one completion per prompt, as token ids that end with the EOS unless the completion was cut off.
+
+    Only temperature shapes the distribution, as in training: no top-k, top-p or penalty of the model's own
+    generation config. A temperature of 0 is greedy.
+
+    Args:
+        model: Causal LM.
+        tokenizer: Its tokenizer.
+        prompts: Plain text, ending with the separator, or messages.
+        max_completion_length: Tokens per completion.
+        temperature: Of the softmax.
+        batch_size: Prompts per call of `generate`.
+    """
+    end_ids = eos_token_ids(model, tokenizer)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    config = GenerationConfig(
+        max_new_tokens=max_completion_length,
+        eos_token_id=end_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **sampling,
+    )
+    original, model.generation_config = model.generation_config, config
+    completions: list[list[int]] = []
+    try:
+        for start in range(0, len(prompts), batch_size):
+            batch = _tokenize_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
+            output = model.generate(**batch)[:, batch["input_ids"].size(1) :]
+            completions += [_cut_after_eos(row, end_ids) for row in output.tolist()]
+    finally:
+        model.generation_config = original
+    return completions
+
+
+def compare_policies(
+    policy: PreTrainedModel,
+    baseline: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Any],
+    judges: dict[str, Callable[..., list[float]]],
+    *,
+    seed: int = 0,
+    **generation: Any,
+) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """Sample from two policies on the same prompts and let every judge score both.
+
+    Args:
+        policy: The trained one.
+        baseline: Usually the SFT policy it started from; the KL is measured against it.
+        tokenizer: Of both.
+        prompts: Held-out prompts, plain text ending with the separator, or messages.
+        judges: Functions of TRL's reward signature, by name.
+        seed: Of sampling, the same for both, and of the bootstrap.
+        generation: As for `generate_completions`.
+
+    Returns:
+        Metrics, and the completions and scores as columns.
+    """
+    end_ids = eos_token_ids(baseline, tokenizer)
+    results: dict[str, float] = {"prompts": float(len(prompts))}
+    columns: dict[str, list[Any]] = {"prompt": prompts}
+    scores: dict[tuple[str, str], list[float]] = {}
+    for name, model in (("policy", policy.eval()), ("baseline", baseline.eval())):
+        torch.manual_seed(seed)
+        ids = generate_completions(model, tokenizer, prompts, **generation)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        is_chat = not isinstance(prompts[0], str)
+        messages = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
+        columns[f"{name}_completion"] = texts
+        results[f"{name}/length"] = float(np.mean([len(row) for row in ids]))
+        results[f"{name}/eos_rate"] = float(np.mean([row[-1] in end_ids for row in ids]))
+        if name == "policy":
+            results["policy/kl"] = sequence_kl(policy, baseline, tokenizer, prompts, ids)
+        for judge_name, judge in judges.items():
+            scores[judge_name, name] = judge(prompts=prompts, completions=messages, completion_ids=ids)
+            columns[f"{name}_{judge_name}"] = scores[judge_name, name]
+            results[f"{judge_name}/{name}"] = float(np.mean(scores[judge_name, name]))
+    for judge_name in judges:
+        outcome = win_rate(scores[judge_name, "policy"], scores[judge_name, "baseline"], seed=seed)
+        results |= {f"{judge_name}/{key}": value for key, value in outcome.items()}
+    return results, columns
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every id that ends a completion: the model's and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return ids if tokenizer.eos_token_id in ids else [tokenizer.eos_token_id, *ids]
+
+
+def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> Any:
+    if isinstance(prompts[0], str):
+        token_ids = tokenizer(prompts)["input_ids"]
+    else:
+        token_ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return tokenizer.pad({"input_ids": token_ids}, padding_side="left", return_tensors="pt")
+
+
+def _cut_after_eos(token_ids: list[int], end_ids: list[int]) -> list[int]:
+    end = next((i for i, token in enumerate(token_ids) if token in end_ids), len(token_ids))
+    return token_ids[: end + 1]
+
+
+@torch.no_grad()
+def sequence_kl(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Any],
+    completions: list[list[int]],
+) -> float:
+    """Return the mean over completions of the summed k1 estimate of KL(policy || reference), nats.
+
+    Args:
+        policy: The one that sampled the completions.
+        reference: Usually the SFT policy.
+        tokenizer: Of both.
+        prompts: As given to `generate_completions`.
+        completions: As returned by it.
+    """
+    total = 0.0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        prompt_ids = _tokenize_prompts(tokenizer, [prompt])["input_ids"].to(policy.device)
+        ids = torch.cat([prompt_ids, torch.tensor([completion], device=policy.device)], dim=1)
+        logps, ref_logps = (_completion_logps(model, ids, len(completion)) for model in (policy, reference))
+        total += estimate_kl(logps, ref_logps, "k1").sum().item()
+    return total / len(completions) if completions else math.nan
+
+
+def _completion_logps(model: PreTrainedModel, ids: torch.Tensor, length: int) -> torch.Tensor:
+    logits = model(input_ids=ids, logits_to_keep=length + 1).logits[:, :-1].float()
+    return logits.log_softmax(-1).gather(-1, ids[:, -length:, None]).squeeze(-1)

@@ -1,0 +1,102 @@
+"""The reward model: a causal LM's backbone with a scalar head, and how to load one.
+
+Layer L1. Trains and scores nothing.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class ScoreHead(nn.Linear):
+    """The reward model's scalar head: a linear layer that computes in float32 under any autocast.
+
+    bfloat16 has eight bits of mantissa: two responses whose scores differ by a hundredth would often tie.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return scores `(..., 1)` in float32."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return super().forward(hidden_states.to(self.weight.dtype))
+
+
+def load_reward_model(path: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a trained reward model: a plain one, or an adapter with its score head on the base that it names.
+
+    Raises:
+        ValueError: If it is not a sequence classifier with one output.
+    """
+    if is_adapter(path):
+        base_path = PeftConfig.from_pretrained(path).base_model_name_or_path
+        with suppress_seqcls_warning():
+            base = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1, **kwargs)
+        return PeftModel.from_pretrained(with_score_head(base), path).merge_and_unload()
+    check_reward_config(AutoConfig.from_pretrained(path), path, trained=True)
+    return with_score_head(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
+
+
+def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
+    """Load the model that reward modelling starts from.
+
+    A causal LM gets a new score head, drawn from N(0, 1/sqrt(H+1)); a reward model keeps its own.
+
+    Raises:
+        ValueError: If `path` is a classifier with more than one output.
+
+    Source: head initialisation, Stiennon et al. 2020, arXiv:2009.01325; Huang et al. 2024, arXiv:2403.17031.
+    """
+    config = AutoConfig.from_pretrained(path)
+    trained = check_reward_config(config, path)
+    kwargs.setdefault("dtype", "float32")
+    with suppress_seqcls_warning():
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **kwargs)
+    with_score_head(model)
+    if not trained:
+        nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
+    return model
+
+
+def check_reward_config(config: Any, path: str, *, trained: bool = False) -> bool:
+    """Return whether the configuration is a reward model's; refuse one with several outputs.
+
+    Args:
+        config: Model configuration.
+        path: Name for the message.
+        trained: Whether anything but a reward model is refused.
+    """
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        raise ValueError(f"{path} has {config.num_labels} labels; a reward model has one (`num_labels=1`).")
+    if trained and not is_classifier:
+        raise ValueError(
+            f"{path} is not a reward model ({', '.join(config.architectures or ['no architecture'])}). Train one with "
+            "`recipes/reward_modeling.py`."
+        )
+    return is_classifier
+
+
+def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace a classifier's `score` layer by a `ScoreHead` with the same weights, in place.
+
+    Raises:
+        ValueError: If the architecture has no `score` layer without bias, as every decoder of transformers does.
+    """
+    if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.bias is not None:
+        raise ValueError(f"{type(model).__name__} has no `score` layer; use a decoder architecture for reward models.")
+    head = ScoreHead(model.score.in_features, 1, bias=False, dtype=torch.float32, device=model.score.weight.device)
+    head.weight.data.copy_(model.score.weight.data)
+    model.score = head
+    return model
+
+
+def is_adapter(path: str) -> bool:
+    """Return whether a local directory holds a PEFT adapter."""
+    return Path(path, ADAPTER_CONFIG).is_file()

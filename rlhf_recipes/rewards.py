@@ -1,0 +1,156 @@
+"""Reward functions: a learned reward model in the form that TRL calls.
+
+Layer L2. The reward model reads text, never the policy's token ids, so it may have another tokenizer.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import apply_chat_template, is_conversational
+
+from rlhf_recipes.configs import PPOConfig
+from rlhf_recipes.reward_card import RewardModelCard
+from rlhf_recipes.reward_model import load_reward_model
+
+Prompt = str | list[dict[str, Any]]
+
+
+class RewardModelScorer:
+    """Score completions with a reward model, on exactly the text that it was trained on.
+
+    Plain text is `prompt + completion + EOS` (the prompt ends with the separator), as in reward modelling; the EOS is
+    left out of a completion that was cut off. Chat goes through the reward model's own chat template.
+
+    Args:
+        model: Sequence classifier with one output.
+        tokenizer: The reward model's.
+        card: What the reward model was trained with, if known.
+        batch_size: Completions per forward.
+        policy_eos_token_ids: Ids that end a completion of the policy; `None` takes every completion as finished.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        card: RewardModelCard | None = None,
+        batch_size: int = 8,
+        policy_eos_token_ids: list[int] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.card = model.eval().requires_grad_(False), tokenizer, card
+        self.batch_size, self.policy_eos_token_ids = batch_size, policy_eos_token_ids
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        self.__name__ = Path(model.config._name_or_path or "reward_model").name
+
+    @classmethod
+    def from_pretrained(cls, path: str, **kwargs: Any) -> "RewardModelScorer":
+        """Load a reward model, its tokenizer and its card from a directory or the Hub."""
+        return cls(load_reward_model(path, **kwargs), AutoTokenizer.from_pretrained(path), RewardModelCard.load(path))
+
+    def __call__(
+        self,
+        prompts: list[Prompt],
+        completions: list[Prompt],
+        completion_ids: list[list[int]] | None = None,
+        **kwargs: Any,
+    ) -> list[float]:
+        """Return one score per completion. Signature of TRL's reward functions."""
+        finished = [
+            self.policy_eos_token_ids is None or completion_ids is None or ids[-1] in self.policy_eos_token_ids
+            for ids in completion_ids or [[]] * len(prompts)
+        ]
+        texts = [self._text(*row) for row in zip(prompts, completions, finished, strict=True)]
+        token_ids = [self._tokenize(text) for text in texts]
+        # Sorted by length: a batch is then padded little.
+        order = sorted(range(len(texts)), key=lambda row: len(token_ids[row]))
+        scores = torch.empty(len(texts))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            scores[rows] = self._forward([token_ids[row] for row in rows])
+        return scores.tolist()
+
+    def _text(self, prompt: Prompt, completion: Prompt, finished: bool) -> str:
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return prompt + completion + (self.tokenizer.eos_token if finished else "")
+        return apply_chat_template({"messages": [*prompt, *completion]}, self.tokenizer)["text"]
+
+    def _tokenize(self, text: str) -> list[int]:
+        # A chat template writes the special tokens itself; plain text gets them as in training.
+        return self.tokenizer(text, add_special_tokens=self.card is None or not self.card.conversational)["input_ids"]
+
+    @torch.no_grad()
+    def _forward(self, token_ids: list[list[int]]) -> Tensor:
+        batch = self.tokenizer.pad({"input_ids": token_ids}, padding_side="right", return_tensors="pt")
+        return self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu()
+
+
+def weighted_scores(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum of each completion's rewards, `(B,)`.
+
+    A function that had nothing to say (NaN) is left out; if none had, the completion is unscorable: NaN.
+
+    Args:
+        rewards_per_func: `(B, F)`.
+        weights: `(F,)`.
+    """
+    scores = (rewards_per_func * weights).nansum(dim=1)
+    return scores.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
+
+
+def as_scorer(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> RewardModelScorer:
+    """Return a scorer for a reward model given as a path or as an instance.
+
+    Raises:
+        ValueError: If the instance has several outputs.
+    """
+    if isinstance(model, str):
+        scorer = RewardModelScorer.from_pretrained(model)
+    else:
+        path = model.config._name_or_path
+        if model.config.num_labels != 1:
+            raise ValueError(f"The reward model has {model.config.num_labels} labels; it must have `num_labels=1`.")
+        scorer = RewardModelScorer(model, tokenizer or AutoTokenizer.from_pretrained(path), RewardModelCard.load(path))
+    if tokenizer is not None:
+        scorer.tokenizer = tokenizer
+    return scorer
+
+
+def as_reward_functions(reward_funcs: Any, tokenizers: Any, args: PPOConfig, dataset: Any) -> list[Any]:
+    """Turn paths and classifiers into scorers, and check every reward model's card against the run."""
+    reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(reward_funcs)
+    functions = [
+        as_scorer(function, tokenizer) if isinstance(function, str | PreTrainedModel) else function
+        for function, tokenizer in zip(reward_funcs, tokenizers, strict=True)
+    ]
+    for function in functions:
+        if isinstance(function, RewardModelScorer) and function.card is not None:
+            function.card.check(
+                function.tokenizer,
+                conversational=is_conversational(next(iter(dataset))),
+                response_separator=args.response_separator,
+            )
+    return functions
+
+
+def import_function(reference: str) -> Callable[..., list[float]]:
+    """Import a reward function or judge given as `package.module:function`.
+
+    Raises:
+        ValueError: If the reference has another form or does not name a callable.
+    """
+    import importlib
+
+    module_name, _, name = reference.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"A function is named as `package.module:function`, got {reference!r}.")
+    function = getattr(importlib.import_module(module_name), name, None)
+    if not callable(function):
+        raise ValueError(f"{module_name} has no function {name!r}.")
+    return function
