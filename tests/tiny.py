@@ -1,0 +1,148 @@
+"""Tiny models in memory: real classes of transformers, a real BPE tokenizer, a few thousand parameters."""
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from rlhf_recipes import PPOConfig, PPOTrainer, RewardModelConfig
+
+TEXTS = ["hello world, the fox is red", "the bear eats berries at night", "is the hare in the cave?"] * 4
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PROMPTS = ["hello", "the fox", "is the hare", "at night the bear", "world", "red", "in the cave", "berries"]
+
+
+def tokenizer(*, pad_is_eos=False, vocab_size=320):
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    )
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<eos>" if pad_is_eos else "<pad>", eos_token="<eos>"
+    )
+    result.chat_template = CHAT_TEMPLATE
+    return result
+
+
+def _config(tok, **kwargs):
+    return LlamaConfig(
+        vocab_size=len(tok),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,  # large enough for the policy to prefer some tokens
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+        bos_token_id=None,
+        **kwargs,
+    )
+
+
+END_IDS = [1, *range(20, 60)]
+"""Many ends, as of a model with several stop tokens: an untrained policy then stops at every length."""
+
+
+def policy(tok, seed=0):
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(_config(tok))
+    model.generation_config.eos_token_id = END_IDS
+    return model
+
+
+def reward_model(tok, seed=1, num_labels=1):
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(_config(tok, num_labels=num_labels))
+
+
+def prompts(*, chat=False, count=8):
+    texts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": t}] for t in texts] if chat else texts})
+
+
+def preferences(*, chat=False, count=8, margin=False):
+    rows = {
+        "prompt": [PROMPTS[i % len(PROMPTS)] for i in range(count)],
+        "chosen": [f"the fox is red {'and the hare ' * (i % 3)}" for i in range(count)],
+        "rejected": [f"berries {i}" for i in range(count)],
+    }
+    if chat:
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        rows = {name: [[{"role": roles[name], "content": t}] for t in column] for name, column in rows.items()}
+    if margin:
+        rows["margin"] = [float(i % 2) for i in range(count)]
+    return Dataset.from_dict(rows)
+
+
+def lora(**kwargs):
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1, **kwargs)
+
+
+def ppo_config(output_dir, **kwargs):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "max_completion_length": 10,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return PPOConfig(str(output_dir), **{**defaults, **kwargs})
+
+
+def reward_config(output_dir, **kwargs):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return RewardModelConfig(str(output_dir), **{**defaults, **kwargs})
+
+
+def length_reward(completions, **kwargs):
+    """A reward function of TRL's signature."""
+    return [float(len(c if isinstance(c, str) else c[0]["content"])) for c in completions]
+
+
+def ppo_trainer(
+    output_dir, *, model=None, rewards=length_reward, chat=False, tok=None, peft=None, data=None, **kwargs
+):
+    tok = tok or tokenizer()
+    return PPOTrainer(
+        model or policy(tok),
+        rewards,
+        ppo_config(output_dir, **kwargs),
+        train_dataset=prompts(chat=chat) if data is None else data,
+        processing_class=tok,
+        peft_config=peft,
+    )
+
+
+def rollout(trainer, rows=None):
+    """One rollout as the trainer makes it: the batch with advantages, before it is shuffled and cut."""
+    trainer.model.train()
+    inputs = [trainer.train_dataset[i] for i in range(rows or trainer.args.generation_batch_size)]
+    return trainer._generate_and_score_completions(inputs)

@@ -1,0 +1,105 @@
+"""Before the first step nothing has moved: ratio 1, approximate KL 0, KL to the reference 0."""
+
+import itertools
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from tolerances import FIRST_UPDATE, assert_close
+
+CASES = list(itertools.product(("full", "lora"), ("plain", "chat"), (False, True)))
+
+
+def _first_rollout(tmp_path, peft, chat, pad_is_eos, repetition_penalty=None, **kwargs):
+    tok = tiny.tokenizer(pad_is_eos=pad_is_eos)
+    model = tiny.policy(tok)
+    if repetition_penalty:
+        model.generation_config.update(
+            repetition_penalty=repetition_penalty, no_repeat_ngram_size=2, top_k=5, suppress_tokens=[20, 21]
+        )
+    trainer = tiny.ppo_trainer(
+        tmp_path, model=model, tok=tok, chat=chat, peft=tiny.lora() if peft == "lora" else None, **kwargs
+    )
+    return trainer, tiny.rollout(trainer)
+
+
+def _log_ratio(trainer, batch):
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, batch)
+    trainer._recorded.clear()
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model,
+        torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+        torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+        batch["completion_ids"].size(1),
+    )
+    return (logps - batch["old_per_token_logps"]) * batch["completion_mask"]
+
+
+@pytest.mark.parametrize(("peft", "chat", "pad_is_eos"), CASES)
+def test_ratio_is_one_and_kl_is_zero(tmp_path, peft, chat, pad_is_eos):
+    trainer, batch = _first_rollout(tmp_path, peft, chat == "chat", pad_is_eos)
+    assert_close(_log_ratio(trainer, batch), torch.zeros_like(batch["old_per_token_logps"]), FIRST_UPDATE)
+    kl = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
+    assert_close(kl, torch.zeros_like(kl), FIRST_UPDATE)
+    metrics = trainer._metrics["train"]
+    assert abs(metrics["objective/kl"][0]) < FIRST_UPDATE["atol"]
+    assert abs(metrics["policy/approx_kl"][0]) < FIRST_UPDATE["atol"]
+
+
+@pytest.mark.parametrize("peft", ["full", "lora"])
+def test_processors_of_the_generation_config_do_not_reach_the_log_probabilities(tmp_path, peft):
+    trainer, batch = _first_rollout(tmp_path, peft, chat=False, pad_is_eos=False, repetition_penalty=5.0)
+    assert_close(_log_ratio(trainer, batch), torch.zeros_like(batch["old_per_token_logps"]), FIRST_UPDATE)
+    kl = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
+    assert_close(kl, torch.zeros_like(kl), FIRST_UPDATE)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_log_probabilities_are_those_of_the_sampling_temperature(tmp_path, temperature):
+    trainer, batch = _first_rollout(tmp_path, "full", chat=False, pad_is_eos=False, temperature=temperature)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    length = batch["completion_ids"].size(1)
+    with torch.no_grad():
+        logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, -length - 1 : -1] / temperature
+    expected = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
+    keep = batch["completion_mask"]
+    assert_close(batch["old_per_token_logps"] * keep, expected * keep, FIRST_UPDATE)
+
+
+def test_an_sft_adapter_is_its_own_reference(tmp_path):
+    """The reference of a policy that starts from an adapter is that adapter, not the bare base."""
+    tok = tiny.tokenizer()
+    model = get_peft_model(tiny.policy(tok), tiny.lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trainer = tiny.ppo_trainer(tmp_path, model=model, tok=tok)
+    batch = tiny.rollout(trainer)
+    kl = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
+    assert_close(kl, torch.zeros_like(kl), FIRST_UPDATE)
+    with model.disable_adapter():
+        base, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+            batch["completion_ids"].size(1),
+        )
+    assert ((base - batch["ref_per_token_logps"]) * batch["completion_mask"]).abs().max() > 1e-3
+    trainer.train()
+    heads = {n: p for n, p in trainer.model.named_parameters() if "value_head" in n and p.requires_grad}
+    assert any(p.abs().sum() > 0 for n, p in heads.items() if "output.weight" in n), "the head did not learn"
+
+
+def test_the_reference_stays_where_it_was(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path, max_steps=8, learning_rate=1e-2)
+    before = [p.clone() for p in trainer.ref_model.parameters()]
+    start = [p.clone() for p in trainer.model.model.parameters()]
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.ref_model.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(start, trainer.model.model.parameters(), strict=True))
+    kls = [entry["objective/kl"] for entry in trainer.state.log_history if "objective/kl" in entry]
+    assert kls[0] == 0
+    assert kls[1] != 0

@@ -1,0 +1,201 @@
+"""What a rollout contains, against the float64 definitions of `oracles.py`."""
+
+import math
+
+import oracles
+import pytest
+import tiny
+import torch
+from tolerances import FP32, assert_close
+
+
+def _expected(trainer, batch, scores, *, lam=None, bootstrap=None):
+    args = trainer.args
+    mask = batch["completion_mask"].tolist()
+    kl = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]).double().tolist()
+    rewards = oracles.shaped_rewards(scores, kl, mask, trainer.kl_controller.kl_coef)
+    assert len({sum(row) for row in mask}) > 1, "the completions must differ in length"
+    estimate = {"gamma": args.gamma, "lam": args.lam if lam is None else lam, "bootstrap_values": bootstrap}
+    values = batch["old_values"].double().tolist()
+    return oracles.gae(rewards, values, mask, **estimate), oracles.lambda_returns(rewards, values, mask, **estimate)
+
+
+def _drifted_trainer(tmp_path, **kwargs):
+    """A trainer whose policy has left the reference and whose critic has an opinion."""
+    trainer = tiny.ppo_trainer(tmp_path, **kwargs)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "value_head.output" in name or "lm_head" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return trainer
+
+
+def _normalized(trainer):
+    scores = trainer._scores.double()
+    normalizer = trainer.reward_normalizer
+    return ((scores - normalizer.mean) / normalizer.std).clamp(-normalizer.clip, normalizer.clip)
+
+
+def test_advantages_and_returns_are_the_definition(tmp_path):
+    trainer = _drifted_trainer(tmp_path, gamma=0.9, lam=0.8, whiten_advantages=False)
+    batch = tiny.rollout(trainer)
+    advantages, returns = _expected(trainer, batch, _normalized(trainer).tolist())
+    assert_close(batch["advantages"], advantages, FP32)
+    assert_close(batch["returns"], returns, FP32)
+    assert batch["old_values"].abs().max() > 0
+
+
+def test_values_have_a_lambda_of_their_own(tmp_path):
+    trainer = _drifted_trainer(tmp_path, lam=0.5, value_lam=1.0, whiten_advantages=False)
+    batch = tiny.rollout(trainer)
+    scores = _normalized(trainer).tolist()
+    assert_close(batch["advantages"], _expected(trainer, batch, scores)[0], FP32)
+    assert_close(batch["returns"], _expected(trainer, batch, scores, lam=1.0)[1], FP32)
+
+
+def test_advantages_are_whitened_over_the_rollout(tmp_path):
+    plain = _drifted_trainer(tmp_path, whiten_advantages=False)
+    torch.manual_seed(7)
+    expected = tiny.rollout(plain)
+    white = _drifted_trainer(tmp_path)
+    torch.manual_seed(7)
+    batch = tiny.rollout(white)
+    mask = batch["completion_mask"].tolist()
+    assert_close(batch["advantages"], oracles.whiten(expected["advantages"].double().tolist(), mask), FP32)
+
+
+def test_scores_are_not_normalised_when_switched_off(tmp_path):
+    trainer = _drifted_trainer(tmp_path, reward_norm=False, whiten_advantages=False)
+    batch = tiny.rollout(trainer)
+    advantages, _ = _expected(trainer, batch, trainer._scores.double().tolist())
+    assert_close(batch["advantages"], advantages, FP32)
+
+
+def _ends(trainer, batch):
+    """Per completion, whether its last token is an EOS."""
+    lengths = batch["completion_mask"].sum(1)
+    last = batch["completion_ids"][torch.arange(len(lengths)), (lengths - 1).clamp(min=0)]
+    return torch.isin(last, torch.tensor(trainer.eos_token_ids))
+
+
+def _force_stops(trainer, monkeypatch, completions):
+    """Make generation return given completions."""
+    monkeypatch.setattr(trainer, "_generate_single_turn", lambda *args, **kwargs: (completions, None))
+
+
+COMPLETIONS = [[80, 81, 82, 1], [83, 84, 85, 86], [87, 1], [88, 89, 90, 91]] * 2
+"""EOS on the last step of the width; cut at the same width; short; cut. The id of EOS is 1."""
+
+
+def test_penalty_hits_the_cut_ones_only_and_width_is_no_evidence(tmp_path, monkeypatch):
+    trainer = _drifted_trainer(tmp_path, missing_eos_penalty=2.0, whiten_advantages=False, max_completion_length=4)
+    _force_stops(trainer, monkeypatch, COMPLETIONS)
+    batch = tiny.rollout(trainer)
+    ends = _ends(trainer, batch)
+    assert ends.tolist() == [True, False, True, False] * 2
+    scores = _normalized(trainer) - 2.0 * (~ends)
+    assert_close(batch["advantages"], _expected(trainer, batch, scores.tolist())[0], FP32)
+
+
+def test_bootstrap_adds_the_value_of_the_state_it_stopped_in(tmp_path, monkeypatch):
+    trainer = _drifted_trainer(tmp_path, truncated_completions="bootstrap", whiten_advantages=False, lam=0.7)
+    _force_stops(trainer, monkeypatch, COMPLETIONS)
+    batch = tiny.rollout(trainer)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad():
+        hidden = trainer.model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        values = trainer.model.value_head(hidden)
+    start = batch["prompt_ids"].size(1)
+    after = [values[i, start + int(batch["completion_mask"][i].sum()) - 1].item() for i in range(len(ids))]
+    bootstrap = [0.0 if end else value for end, value in zip(_ends(trainer, batch), after, strict=True)]
+    assert any(bootstrap)
+    expected = _expected(trainer, batch, _normalized(trainer).tolist(), bootstrap=bootstrap)
+    assert_close(batch["advantages"], expected[0], FP32)
+    assert_close(batch["returns"], expected[1], FP32)
+
+
+def test_mask_leaves_cut_completions_out(tmp_path, monkeypatch):
+    trainer = _drifted_trainer(tmp_path, truncated_completions="mask")
+    _force_stops(trainer, monkeypatch, COMPLETIONS)
+    batch = tiny.rollout(trainer)
+    assert batch["completion_mask"].sum(1).tolist() == [4, 0, 2, 0] * 2
+    assert batch["advantages"][1::2].abs().sum() == 0
+    assert batch["num_items_in_batch"] == 12
+
+
+def test_values_precede_their_token(tmp_path, monkeypatch):
+    """The value of the first token depends on the prompt alone."""
+    trainer = _drifted_trainer(tmp_path)
+    _force_stops(trainer, monkeypatch, COMPLETIONS)
+    first = tiny.rollout(trainer)["old_values"]
+    _force_stops(trainer, monkeypatch, [[c[0] + 7, *c[1:]] for c in COMPLETIONS])
+    second = tiny.rollout(trainer)["old_values"]
+    assert_close(first[:, 0], second[:, 0], FP32)
+    assert not torch.allclose(first[:, 1], second[:, 1])
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
+def test_an_unscorable_completion_is_left_out(tmp_path, bad):
+    def reward(completions, **kwargs):
+        return [bad if i == 2 else float(i) for i in range(len(completions))]
+
+    trainer = _drifted_trainer(tmp_path, rewards=reward)
+    batch = tiny.rollout(trainer)
+    assert batch["completion_mask"][2].sum() == 0
+    assert batch["completion_mask"][3].sum() > 0
+    assert batch["advantages"][2].abs().sum() == 0
+    assert trainer.reward_normalizer.mean == pytest.approx((0 + 1 + 3 + 4 + 5 + 6 + 7) / 7)
+    assert trainer._metrics["train"]["objective/excluded"] == [1 / 8]
+    assert batch["advantages"].isfinite().all()
+
+
+def test_evaluation_does_not_move_the_normaliser_or_the_controller(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path, kl_controller="adaptive")
+    tiny.rollout(trainer)
+    before = trainer.reward_normalizer.state_dict(), trainer.kl_controller.state_dict()
+    trainer.model.eval()
+    trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(8)])
+    assert (trainer.reward_normalizer.state_dict(), trainer.kl_controller.state_dict()) == before
+
+
+async def _slow_reward(completions, **kwargs):
+    return [2.0] * len(completions)
+
+
+def test_reward_models_and_functions_are_weighted_and_summed(tmp_path):
+    tok = tiny.tokenizer()
+    trainer = tiny.PPOTrainer(
+        tiny.policy(tok),
+        [tiny.reward_model(tok), tiny.length_reward, _slow_reward],
+        tiny.ppo_config(tmp_path, reward_weights=[0.5, 2.0, -1.0]),
+        train_dataset=tiny.prompts(),
+        processing_class=tok,
+        reward_processing_classes=[tok, None, None],
+    )
+    seen = {}
+    original = trainer._calculate_rewards
+
+    def spy(*args):
+        seen["per_func"] = original(*args)
+        return seen["per_func"]
+
+    trainer._calculate_rewards = spy
+    tiny.rollout(trainer)
+    columns = seen["per_func"].double()
+    assert columns[:, 0].std() > 0
+    assert_close(trainer._scores, 0.5 * columns[:, 0] + 2.0 * columns[:, 1] - columns[:, 2], FP32)
+
+
+def test_several_generations_per_prompt(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path, num_generations=4)
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_completion_log_holds_the_advantages_of_ppo(tmp_path):
+    trainer = _drifted_trainer(tmp_path)
+    batch = tiny.rollout(trainer)
+    mask = batch["completion_mask"]
+    assert_close(list(trainer._logs["advantages"]), (batch["advantages"] * mask).sum(1) / mask.sum(1), FP32)

@@ -1,0 +1,93 @@
+"""What is relied on inside TRL 1.16. A TRL upgrade that moves it fails here, in one readable place."""
+
+import inspect
+
+import pytest
+import tiny
+import torch
+import trl
+from trl import GRPOTrainer, RewardTrainer
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+
+SIGNATURES = {
+    (GRPOTrainer, "_compute_loss"): ["self", "model", "inputs"],
+    (GRPOTrainer, "_calculate_rewards"): ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    (GRPOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
+    (GRPOTrainer, "_generate_single_turn"): [
+        "self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images",
+    ],
+    (GRPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
+    (RewardTrainer, "compute_loss"): ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    (RewardTrainer, "_prepare_dataset"): ["self", "dataset", "processing_class", "args", "dataset_name"],
+    (RewardTrainer, "_save"): ["self", "output_dir", "state_dict"],
+}  # fmt: skip
+
+
+def test_version():
+    assert trl.__version__.startswith("1.16.")
+
+
+@pytest.mark.parametrize(("cls", "name"), SIGNATURES, ids=lambda x: getattr(x, "__name__", x))
+def test_signature(cls, name):
+    assert list(inspect.signature(getattr(cls, name)).parameters) == SIGNATURES[cls, name]
+
+
+def test_log_prob_method_takes_what_we_pass_and_returns_three_things():
+    signature = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert list(signature.parameters)[:6] == [
+        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
+    ]  # fmt: skip
+    from rlhf_recipes.ppo_trainer import MULTIMODAL_KEYS
+
+    assert set(MULTIMODAL_KEYS) == set(list(signature.parameters)[6:]) - {"compute_entropy", "compute_aux_loss"}
+
+
+def test_fused_output_has_the_fields_we_extend():
+    fields = FusedCausalLMOutput.__dataclass_fields__
+    assert {"loss", "log_probs", "entropy"} <= fields.keys()
+    assert "state_values" not in fields
+    assert list(inspect.signature(add_fused_lm_head).parameters)[:3] == [
+        "model",
+        "temperature",
+        "cast_lm_head_to_fp32",
+    ]
+
+
+def test_rollout_has_the_keys_we_read(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path)
+    batch = tiny.rollout(trainer)
+    assert {
+        "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch",
+        "old_per_token_logps", "ref_per_token_logps",
+    } <= batch.keys()  # fmt: skip
+    for name in ("eos_token_ids", "temperature", "loss_type", "reward_weights", "reward_funcs", "_metrics", "_logs"):
+        assert hasattr(trainer, name)
+
+
+def test_extra_tensors_travel_with_their_rows(tmp_path):
+    """TRL shuffles and cuts what it finds in the batch: our columns must stay aligned with the tokens."""
+    trainer = tiny.ppo_trainer(tmp_path, num_iterations=1)
+    trainer.model.train()
+    original = trainer._generate_and_score_completions
+
+    def marked(inputs):
+        batch = original(inputs)
+        batch["returns"] = batch["completion_ids"].float()
+        return batch
+
+    trainer._generate_and_score_completions = marked
+    inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in range(8)])
+    assert inputs["returns"].shape == inputs["completion_ids"].shape
+    assert inputs["returns"].size(0) == 4
+    assert torch.equal(inputs["returns"], inputs["completion_ids"].float())
+
+
+def test_trl_still_refuses_one_generation_and_we_do_not(tmp_path):
+    with pytest.raises(ValueError, match="at least 2 generations"):
+        trl.GRPOConfig(
+            str(tmp_path), num_generations=1, per_device_train_batch_size=1, report_to=[], use_cpu=True, bf16=False
+        )
+    config = tiny.ppo_config(tmp_path, per_device_train_batch_size=1, steps_per_generation=3)
+    assert config.num_generations == 1
+    assert type(config.num_generations) is int
