@@ -1,0 +1,72 @@
+"""Evaluation: is the policy better than the one it started from, on prompts that it has not seen?
+
+    python recipes/evaluate.py --config recipes/configs/quickstart/evaluate.yaml
+    python recipes/evaluate.py --config my_evaluation.yaml --model_name_or_path runs/my_model/ppo
+
+Writes `results.json` (mean scores, win rates with 95 % bootstrap intervals, KL, length) and `completions.jsonl`
+(every prompt with both answers and their scores).
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+from transformers import set_seed
+from trl import ModelConfig, TrlParser
+
+from rlhf_recipes.configs import EvaluationArguments, TrackingArguments
+from rlhf_recipes.console import completions_table, print_table, quiet_start
+from rlhf_recipes.data import add_separator, load_split, require_path
+from rlhf_recipes.evaluation import compare_policies
+from rlhf_recipes.models import load_policy, load_tokenizer
+from rlhf_recipes.rewards import RewardModelScorer, import_function
+from rlhf_recipes.tracking import log_results, track_run
+
+
+def main(
+    script_args: EvaluationArguments, model_args: ModelConfig, tracking_args: TrackingArguments
+) -> dict[str, float]:
+    """Compare two policies; return the results."""
+    set_seed(script_args.seed)
+    with track_run(tracking_args, script_args.output_dir, "evaluation", script_args, model_args):
+        path = require_path("model_name_or_path", model_args.model_name_or_path)
+        tokenizer = load_tokenizer(path, padding_side="left")
+        dataset = load_split(script_args, script_args.dataset_test_split).select_columns("prompt")
+        dataset = add_separator(dataset, script_args.response_separator)
+        prompts = list(dataset["prompt"])[: script_args.num_prompts]
+
+        policies = {
+            "baseline": load_policy(require_path("baseline_path", script_args.baseline_path), model_args.dtype),
+            "policy": load_policy(path, model_args.dtype),
+        }
+        judges = {reference.split(":")[-1]: import_function(reference) for reference in script_args.judge_functions}
+        if script_args.reward_model_path is not None:
+            reward_model_path = require_path("reward_model_path", script_args.reward_model_path)
+            judges["reward_model"] = RewardModelScorer.from_pretrained(reward_model_path)
+
+        results, completions = compare_policies(
+            policies["policy"],
+            policies["baseline"],
+            tokenizer,
+            prompts,
+            judges,
+            max_completion_length=script_args.max_completion_length,
+            temperature=script_args.temperature,
+            batch_size=script_args.batch_size,
+            seed=script_args.seed,
+        )
+
+        output_dir = Path(script_args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        pd.DataFrame(completions).to_json(output_dir / "completions.jsonl", orient="records", lines=True)
+        print_table("Evaluation", results)
+        completions_table(completions, script_args.num_shown)
+        log_results(results, output_dir / "results.json", output_dir / "completions.jsonl")
+    return results
+
+
+if __name__ == "__main__":
+    quiet_start()
+    parser = TrlParser((EvaluationArguments, ModelConfig, TrackingArguments))
+    main(*parser.parse_args_and_config())

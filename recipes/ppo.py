@@ -1,0 +1,66 @@
+"""PPO: train a policy against a learned reward model. Without arguments, the quickstart's stage.
+
+    accelerate launch recipes/ppo.py
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/ppo.py --config my_ppo.yaml
+
+Differs from Schulman et al. 2017: the critic is a head on the policy's own hidden states, trained alone by default;
+the score is normalised by its moving mean and deviation; the reward holds a per-token KL penalty to the SFT policy.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes.configs import PPOArguments, TrackingArguments
+from rlhf_recipes.console import quiet_start
+from rlhf_recipes.data import load_split, require_path
+from rlhf_recipes.models import load_tokenizer, model_init_kwargs
+from rlhf_recipes.rewards import import_function
+from rlhf_recipes.tracking import log_results, track_run
+
+QUICKSTART = str(Path(__file__).parent / "configs" / "quickstart" / "ppo.yaml")
+
+
+def main(
+    script_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig, tracking_args: TrackingArguments
+) -> dict[str, float]:
+    """Train and save; return the final metrics."""
+    set_seed(training_args.seed)
+    run_name = training_args.run_name or training_args.output_dir
+    with track_run(tracking_args, run_name, "ppo", script_args, training_args, model_args):
+        tokenizer = load_tokenizer(
+            require_path("model_name_or_path", model_args.model_name_or_path), padding_side="left"
+        )
+        prompts = load_split(script_args, script_args.dataset_train_split).select_columns("prompt")
+
+        rewards: list[Any] = [import_function(reference) for reference in script_args.reward_functions]
+        if script_args.reward_model_path is not None:
+            rewards.insert(0, require_path("reward_model_path", script_args.reward_model_path))
+        training_args.model_init_kwargs = model_init_kwargs(model_args)
+
+        trainer = PPOTrainer(
+            model_args.model_name_or_path,
+            rewards,
+            training_args,
+            train_dataset=prompts,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+        )
+
+        metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
+
+        trainer.save_model(training_args.output_dir)
+        trainer.save_state()
+        log_results(metrics)
+    trainer.end()
+    return metrics
+
+
+if __name__ == "__main__":
+    quiet_start()
+    parser = TrlParser((PPOArguments, PPOConfig, ModelConfig, TrackingArguments))
+    main(*parser.parse_args_and_config(sys.argv[1:] or ["--config", QUICKSTART]))

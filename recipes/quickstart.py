@@ -1,0 +1,121 @@
+"""The quickstart: RLHF from nothing, without network or GPU, in a world whose true score is known.
+
+    python recipes/quickstart.py
+    python recipes/quickstart.py --until reward_modeling --seed 1 --directory runs/seed-1
+
+Stages: `world` (text, tokenizer, untrained model), `sft`, `preferences` (pairs sampled from the SFT policy, labelled
+by the gold score with Bradley-Terry noise), `reward_modeling` (sees only pairs), `ppo` (sees only the reward model),
+`evaluate` (gold and proxy score on held-out prompts). Every stage but the two that make data is the ordinary recipe.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+
+from rlhf_recipes.console import print_table, quiet_start
+from rlhf_recipes.data import add_separator
+from rlhf_recipes.evaluation import generate_completions
+from rlhf_recipes.models import load_policy, load_tokenizer
+from rlhf_recipes.plots import plot_training
+from rlhf_recipes.text_world import (
+    TextWorld,
+    build_base_model,
+    build_dataset,
+    gold_score,
+    sample_preferences,
+    split_prompts,
+    train_tokenizer,
+)
+
+RECIPES = Path(__file__).resolve().parent
+STAGES = ("world", "sft", "preferences", "reward_modeling", "ppo", "evaluate")
+RUN = Path("runs", "quickstart")
+SEPARATOR = "\n"  # as in recipes/configs/quickstart/*.yaml
+NUM_DEMONSTRATIONS, NUM_PAIRS, LABEL_NOISE = 6_400, 2_400, 1.0
+
+
+def make_world(seed: int) -> None:
+    """Write demonstrations, prompts, a tokenizer and an untrained model."""
+    world = TextWorld()
+    train, held_out = split_prompts(world, seed=0)  # one split for all seeds: they share the held-out prompts
+    write_split(build_dataset(world, train, NUM_DEMONSTRATIONS, seed), RUN / "data" / "train.jsonl")
+    write_split(build_dataset(world, held_out, 400, seed + 1), RUN / "data" / "test.jsonl")
+    write_split(Dataset.from_dict({"prompt": train}), RUN / "prompts" / "train.jsonl")
+    write_split(Dataset.from_dict({"prompt": held_out}), RUN / "prompts" / "test.jsonl")
+    demonstrations = Dataset.from_json(str(RUN / "data" / "train.jsonl"))
+    tokenizer = train_tokenizer(row["prompt"] + SEPARATOR + row["completion"] for row in demonstrations)
+    tokenizer.save_pretrained(RUN / "base")
+    build_base_model(tokenizer, seed).save_pretrained(RUN / "base")
+
+
+def make_preferences(seed: int) -> None:
+    """Sample pairs from the SFT policy on the training prompts, and label them with noise."""
+    tokenizer = load_tokenizer(str(RUN / "sft"), padding_side="left")
+    policy = load_policy(str(RUN / "sft")).eval()
+    for split, count in (("train", NUM_PAIRS), ("test", NUM_PAIRS // 6)):
+        prompts = Dataset.from_json(str(RUN / "prompts" / f"{split}.jsonl"))["prompt"]
+        prompts = [prompts[i % len(prompts)] for i in range(count)]
+        policy_prompts = add_separator(Dataset.from_dict({"prompt": prompts}), SEPARATOR)["prompt"]
+        ids = generate_completions(policy, tokenizer, policy_prompts * 2, max_completion_length=48, batch_size=128)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        pairs = sample_preferences(prompts, texts[:count], texts[count:], gold_score, LABEL_NOISE, seed)
+        write_split(pairs, RUN / "preferences" / f"{split}.jsonl")
+
+
+def write_split(dataset: Dataset, path: Path) -> None:
+    """Write JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.to_json(str(path))
+
+
+def run_recipe(stage: str, seed: int) -> None:
+    """Launch a recipe as a user would."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--num_cpu_threads_per_process", str(os.cpu_count() or 1)]
+    launch += ["--config_file", str(RECIPES.parent / "accelerate_configs" / "cpu.yaml")]
+    config = RECIPES / "configs" / "quickstart" / f"{stage}.yaml"
+    command = [*launch, str(RECIPES / f"{stage}.py"), "--config", str(config), "--seed", str(seed)]
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(f"The stage `{stage}` failed; its message is above.")
+
+
+def report() -> None:
+    """Print the outcome and write the plot."""
+    results = json.loads((RUN / "evaluate" / "results.json").read_text(encoding="utf-8"))
+    rows = {
+        judge: [results[f"{judge}/baseline"], results[f"{judge}/policy"]] for judge in ("gold_score", "reward_model")
+    }
+    rows["length (tokens)"] = [results["baseline/length"], results["policy/length"]]
+    rows["KL to SFT (nats)"] = [0.0, results["policy/kl"]]
+    low, high = results["gold_score/win_rate_low"], results["gold_score/win_rate_high"]
+    rows["win rate over SFT (gold)"] = ["", f"{results['gold_score/win_rate']:.3f} [{low:.3f}, {high:.3f}]"]
+    plot = plot_training(RUN / "ppo" / "trainer_state.json", RUN / "ppo" / "training.png")
+    print_table(f"Quickstart, {results['prompts']:.0f} held-out prompts", rows, ("", "SFT", "PPO"))
+    store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    print_table("Look closer", {"curves": str(plot), "runs": f"mlflow ui --backend-store-uri {store}"}, ("", ""))
+
+
+def main() -> None:
+    """Run the stages in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every stage; the world is always the same")
+    parser.add_argument("--directory", default=".", help="where `runs/` is written")
+    args = parser.parse_args()
+    quiet_start()
+    Path(args.directory).mkdir(parents=True, exist_ok=True)
+    os.chdir(args.directory)
+    for stage in STAGES[: STAGES.index(args.until) + 1]:
+        makers = {"world": make_world, "preferences": make_preferences}
+        makers[stage](args.seed) if stage in makers else run_recipe(stage, args.seed)
+    if args.until == STAGES[-1]:
+        report()
+
+
+if __name__ == "__main__":
+    main()

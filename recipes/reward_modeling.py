@@ -1,0 +1,59 @@
+"""Reward modelling: learn a score from preferences, and write down how to use it.
+
+accelerate launch recipes/reward_modeling.py --config recipes/configs/quickstart/reward_modeling.yaml
+accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/reward_modeling.py --config my_rm.yaml
+"""
+
+from pathlib import Path
+
+from transformers import set_seed
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+
+from rlhf_recipes import RewardModelConfig, RewardModelTrainer
+from rlhf_recipes.configs import TrackingArguments
+from rlhf_recipes.console import quiet_start
+from rlhf_recipes.data import load_split, require_path
+from rlhf_recipes.models import load_tokenizer, model_init_kwargs
+from rlhf_recipes.reward_card import CARD_FILE
+from rlhf_recipes.tracking import log_results, track_run
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: RewardModelConfig,
+    model_args: ModelConfig,
+    tracking_args: TrackingArguments,
+) -> dict[str, float]:
+    """Train, evaluate and save; return the final metrics."""
+    set_seed(training_args.seed)
+    run_name = training_args.run_name or training_args.output_dir
+    with track_run(tracking_args, run_name, "reward_modeling", script_args, training_args, model_args):
+        tokenizer = load_tokenizer(require_path("model_name_or_path", model_args.model_name_or_path))
+        train = load_split(script_args, script_args.dataset_train_split)
+        evaluation = load_split(script_args, script_args.dataset_test_split)
+
+        training_args.model_init_kwargs = model_init_kwargs(model_args)
+        trainer = RewardModelTrainer(
+            model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+        )
+
+        metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
+
+        # The card holds the mean and deviation of the scores on the evaluation set: evaluate first, then save.
+        metrics |= trainer.evaluate()
+        trainer.save_model(training_args.output_dir)
+        if trainer.is_world_process_zero():
+            log_results(metrics, Path(training_args.output_dir, CARD_FILE))
+    trainer.end()
+    return metrics
+
+
+if __name__ == "__main__":
+    quiet_start()
+    parser = TrlParser((ScriptArguments, RewardModelConfig, ModelConfig, TrackingArguments))
+    main(*parser.parse_args_and_config())

@@ -1,0 +1,60 @@
+"""Supervised fine-tuning: the policy that PPO starts from, and its reference.
+
+accelerate launch recipes/sft.py --config recipes/configs/quickstart/sft.yaml
+accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/sft.py --config my_sft.yaml
+"""
+
+from transformers import set_seed
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+
+from rlhf_recipes.configs import BoundaryArguments, TrackingArguments
+from rlhf_recipes.console import quiet_start
+from rlhf_recipes.data import add_separator, load_split, require_path
+from rlhf_recipes.models import load_tokenizer, model_init_kwargs
+from rlhf_recipes.tracking import log_results, track_run
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    boundary_args: BoundaryArguments,
+    tracking_args: TrackingArguments,
+) -> dict[str, float]:
+    """Train, save and evaluate; return the final metrics."""
+    set_seed(training_args.seed)
+    run_name = training_args.run_name or training_args.output_dir
+    with track_run(tracking_args, run_name, "sft", script_args, training_args, model_args, boundary_args):
+        tokenizer = load_tokenizer(require_path("model_name_or_path", model_args.model_name_or_path))
+        train = add_separator(
+            load_split(script_args, script_args.dataset_train_split), boundary_args.response_separator
+        )
+        evaluation = None
+        if training_args.eval_strategy != "no":
+            held_out = load_split(script_args, script_args.dataset_test_split)
+            evaluation = add_separator(held_out, boundary_args.response_separator)
+
+        training_args.model_init_kwargs = model_init_kwargs(model_args)
+        trainer = SFTTrainer(
+            model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+        )
+
+        metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
+
+        trainer.save_model(training_args.output_dir)
+        if evaluation is not None:
+            metrics |= trainer.evaluate()
+        log_results(metrics)
+    trainer.end()
+    return metrics
+
+
+if __name__ == "__main__":
+    quiet_start()
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, BoundaryArguments, TrackingArguments))
+    main(*parser.parse_args_and_config())

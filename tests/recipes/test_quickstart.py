@@ -1,0 +1,142 @@
+"""The stages as a user runs them, shortened: exit code, artifacts, messages."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+CONFIGS = RECIPES / "configs" / "quickstart"
+SHORT = {
+    "sft": ["--max_steps", "4"],
+    "reward_modeling": ["--max_steps", "2"],
+    "ppo": ["--max_steps", "4"],
+    "evaluate": ["--num_prompts", "12"],
+}
+
+
+def _run(directory, *command, expect=0):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert (result.returncode == 0) is (expect == 0), result.stdout[-3000:] + result.stderr[-6000:]
+    return result
+
+
+def _recipe(directory, stage, *arguments, **kwargs):
+    return _run(directory, RECIPES / f"{stage}.py", "--config", CONFIGS / f"{stage}.yaml", *arguments, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """Every stage once, a few steps each. The reports of the recipes, by stage."""
+    directory = tmp_path_factory.mktemp("quickstart")
+    reports = {"world": _run(directory, RECIPES / "quickstart.py", "--until", "world")}
+    reports["sft"] = _recipe(directory, "sft", *SHORT["sft"])
+    _write_preferences(directory)
+    for stage in ("reward_modeling", "ppo", "evaluate"):
+        reports[stage] = _recipe(directory, stage, *SHORT[stage])
+    return directory, reports
+
+
+def _write_preferences(directory):
+    """Pairs of demonstrations: the SFT policy of four steps has nothing to say."""
+    rows = [json.loads(line) for line in (directory / "runs/quickstart/data/train.jsonl").read_text().splitlines()]
+    pairs = [
+        {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]}
+        for a, b in zip(rows[:64], rows[64:128], strict=True)
+    ]
+    folder = directory / "runs/quickstart/preferences"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+
+
+def test_artifacts(pipeline):
+    run = pipeline[0] / "runs" / "quickstart"
+    for name in (
+        "sft/model.safetensors",
+        "reward_modeling/model.safetensors",
+        "reward_modeling/reward_model_card.json",
+        "ppo/model.safetensors",
+        "ppo/value_head.safetensors",
+        "ppo/trainer_state.json",
+        "evaluate/results.json",
+        "evaluate/completions.jsonl",
+    ):
+        assert (run / name).is_file(), name
+    results = json.loads((run / "evaluate" / "results.json").read_text())
+    assert results["prompts"] == 12
+    assert {"gold_score/policy", "reward_model/win_rate_low", "policy/kl", "policy/length"} <= results.keys()
+    assert len((run / "evaluate" / "completions.jsonl").read_text().splitlines()) == 12
+
+
+def test_every_stage_is_a_finished_run(pipeline):
+    mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
+    runs = mlflow.search_runs(experiment_names=["rlhf_recipes"])
+    assert sorted(runs["tags.stage"]) == ["evaluation", "ppo", "reward_modeling", "sft"]
+    assert set(runs["status"]) == {"FINISHED"}
+    ppo = runs[runs["tags.stage"] == "ppo"].iloc[0]
+    assert ppo["metrics.objective/scores"] == ppo["metrics.objective/scores"], "the callback's metrics are in the run"
+    assert "params.learning_rate" in runs.columns
+
+
+def test_no_warning_of_ours_in_a_first_run(pipeline):
+    for stage, report in pipeline[1].items():
+        for line in (report.stdout + report.stderr).splitlines():
+            assert "Warning" not in line, f"{stage}: {line}"
+            assert "UNEXPECTED" not in line, f"{stage}: {line}"
+
+
+def test_ppo_without_arguments_is_the_quickstarts_stage(tmp_path):
+    report = _run(tmp_path, RECIPES / "ppo.py", expect=1)
+    assert "`model_name_or_path` is runs/quickstart/sft, which does not exist" in report.stderr
+    assert "`python recipes/quickstart.py --until sft`" in report.stderr
+
+
+def test_a_missing_reward_model_names_its_stage(pipeline):
+    report = _recipe(pipeline[0], "ppo", "--reward_model_path", "runs/mine/reward_modeling", expect=1)
+    assert "`accelerate launch recipes/reward_modeling.py --config recipes/configs/mine/reward_modeling.yaml`" in (
+        report.stderr
+    )
+
+
+def test_a_crash_is_recorded_as_failed(pipeline):
+    _recipe(pipeline[0], "ppo", "--response_separator", "###", "--experiment_name", "crash", expect=1)
+    mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
+    assert list(mlflow.search_runs(experiment_names=["crash"])["status"]) == ["FAILED"]
+
+
+def test_reward_functions_are_named_as_module_and_function(pipeline):
+    _recipe(
+        pipeline[0], "ppo", "--max_steps", "2", "--reward_functions", "rlhf_recipes.text_world:gold_score",
+        "--output_dir", "runs/quickstart/ppo_gold", "--tracking", "false",
+    )  # fmt: skip
+    report = _recipe(pipeline[0], "ppo", "--reward_functions", "json:no_such_function", expect=1)
+    assert "json has no function 'no_such_function'" in report.stderr
+
+
+def test_two_processes(pipeline):
+    """A launch as on several devices; the ranks must agree on what they save."""
+    report = _run(
+        pipeline[0], "-m", "accelerate.commands.launch",
+        "--config_file", ROOT / "accelerate_configs" / "multi_gpu.yaml",
+        "--num_processes", "2", "--use_cpu", "true", "--mixed_precision", "no", RECIPES / "ppo.py",
+        "--config", CONFIGS / "ppo.yaml", "--max_steps", "4", "--per_device_train_batch_size", "16",
+        "--output_dir", "runs/quickstart/ppo_two", "--tracking", "false",
+    )  # fmt: skip
+    state = json.loads((pipeline[0] / "runs/quickstart/ppo_two/trainer_state.json").read_text())
+    assert state["global_step"] == 4, report.stderr[-2000:]

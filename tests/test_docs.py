@@ -1,0 +1,154 @@
+"""What is written is true: YAMLs parse, options are read, commands and paths in the documentation exist."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from rlhf_recipes import configs
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
+YAMLS = sorted((RECIPES / "configs").rglob("*.yaml"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *RECIPES.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+PARSERS = {
+    "sft": (ScriptArguments, SFTConfig, ModelConfig, configs.BoundaryArguments, configs.TrackingArguments),
+    "reward_modeling": (ScriptArguments, configs.RewardModelConfig, ModelConfig, configs.TrackingArguments),
+    "ppo": (configs.PPOArguments, configs.PPOConfig, ModelConfig, configs.TrackingArguments),
+    "evaluate": (configs.EvaluationArguments, ModelConfig, configs.TrackingArguments),
+}
+OURS = {
+    configs.PPOConfig: configs.GRPOConfig,
+    configs.RewardModelConfig: configs.RewardConfig,
+    configs.PPOArguments: ScriptArguments,
+    configs.EvaluationArguments: ScriptArguments,
+    configs.BoundaryArguments: None,
+    configs.TrackingArguments: None,
+}
+
+
+def _stage(path):
+    return re.sub(r"_(q?lora)$", "", path.stem)
+
+
+def _parse(stage, path, *overrides):
+    # GPU configurations ask for bf16, which this machine may not have; parsing them is what is tested.
+    arguments = (
+        ["--config", str(path), "--use_cpu", "true", *overrides] if stage != "evaluate" else ["--config", str(path)]
+    )
+    return TrlParser(PARSERS[stage]).parse_args_and_config(arguments)
+
+
+def test_there_are_yamls():
+    assert len(YAMLS) >= 10
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_yaml_parses_and_opens_with_what_it_is(path):
+    assert _stage(path) in PARSERS, f"{path} belongs to no recipe"
+    _parse(_stage(path), path)
+    head = path.read_text().splitlines()[:4]
+    assert head[0].startswith("# ")
+    assert any("recipes/" in line and line.startswith("#") for line in head), "the header must give the command"
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_yaml_holds_only_what_differs_from_the_defaults(path):
+    defaults = {}
+    for cls in PARSERS[_stage(path)]:
+        for field in dataclasses.fields(cls):
+            defaults[field.name] = field.default
+    redundant = {
+        name
+        for name, value in yaml.safe_load(path.read_text()).items()
+        if defaults[name] == value and value is not None
+    }
+    assert not redundant, f"{path} repeats the default of {redundant}"
+
+
+@pytest.mark.parametrize("stage", PARSERS)
+def test_an_unknown_key_is_an_error(stage, tmp_path):
+    source = next(path for path in YAMLS if _stage(path) == stage)
+    misspelt = tmp_path / "misspelt.yaml"
+    misspelt.write_text(source.read_text() + "\nlearning_rat: 1.0e-3\n")
+    with pytest.raises(ValueError, match="learning_rat"):
+        _parse(stage, misspelt)
+
+
+def _attributes_read():
+    """Every attribute that the library or a recipe reads, and every name in a string (settings looked up by name)."""
+    names = set()
+    for path in [*(ROOT / "rlhf_recipes").glob("*.py"), *RECIPES.glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                is_check = path.name == "configs.py"
+                if not is_check:
+                    names.add(node.attr)
+    return names
+
+
+@pytest.mark.parametrize("cls", OURS, ids=lambda c: c.__name__)
+def test_every_option_is_read(cls):
+    inherited = {field.name for field in dataclasses.fields(OURS[cls])} if OURS[cls] else set()
+    own = {field.name for field in dataclasses.fields(cls)} - inherited
+    assert own
+    unread = own - _attributes_read()
+    assert not unread, f"{cls.__name__} has options that nothing reads: {unread}"
+
+
+@pytest.mark.parametrize("cls", OURS, ids=lambda c: c.__name__)
+def test_every_option_explains_itself(cls):
+    inherited = {field.name for field in dataclasses.fields(OURS[cls])} if OURS[cls] else set()
+    for field in dataclasses.fields(cls):
+        if field.name not in inherited:
+            assert field.metadata.get("help"), f"{cls.__name__}.{field.name} has no help text"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_paths_in_the_documentation_exist(document):
+    text = document.read_text()
+    pattern = r"(?:recipes|rlhf_recipes|accelerate_configs|tests|benchmarks|docs)/[\w./-]*\w\.\w+"
+    for mention in set(re.findall(pattern, text)):
+        assert (ROOT / mention).exists(), f"{document.name} mentions {mention}"
+
+
+def test_make_targets_in_the_documentation_exist():
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    mentioned = {
+        m for d in DOCUMENTS for m in re.findall(r"(?:^|`|\$ )make ([a-z0-9-]+)", d.read_text(), re.MULTILINE)
+    }
+    assert mentioned
+    assert mentioned <= targets
+
+
+def test_options_in_the_documentation_exist():
+    known = {field.name for classes in PARSERS.values() for cls in classes for field in dataclasses.fields(cls)}
+    quickstart = set(re.findall(r"--(\w+)", (RECIPES / "quickstart.py").read_text()))
+    launch = {"config", "config_file", "num_processes", "num_machines", "backend", "help", "output_dir"}
+    for document in DOCUMENTS:
+        for line in document.read_text().splitlines():
+            if "recipes/" in line:
+                unknown = set(re.findall(r"--(\w+)", line)) - known - launch - quickstart
+                assert not unknown, f"{document.name}: {line}"
+
+
+@pytest.mark.parametrize("stage", [*PARSERS, "quickstart", "prepare_smollm2"])
+def test_help_and_docstring(stage):
+    script = RECIPES / f"{stage}.py"
+    docstring = ast.get_docstring(ast.parse(script.read_text()))
+    assert f"recipes/{stage}.py" in docstring
+    if stage in ("quickstart", "prepare_smollm2"):
+        subprocess.run([sys.executable, str(script), "--help"], check=True, capture_output=True)
+
+
+def test_recipes_use_the_parsers_that_are_tested_here():
+    for stage, classes in PARSERS.items():
+        source = (RECIPES / f"{stage}.py").read_text()
+        names = ", ".join(cls.__name__ for cls in classes)
+        assert f"TrlParser(({names}))" in source
