@@ -3,8 +3,8 @@
     python benchmarks/quickstart_seeds.py
     python benchmarks/quickstart_seeds.py --seeds 0 1 --directory runs/seeds
 
-Each seed trains its own SFT policy, reward model and PPO policy; the world and the held-out prompts are the same. Writes
-`results.json` and `results.md` (the table of recipes/README.md).
+Each seed trains its own SFT policy, reward model and PPO policy; the world and the held-out prompts are the same.
+Writes `results.json` and `results.md` (the table of recipes/README.md).
 """
 
 import argparse
@@ -35,7 +35,13 @@ def evaluate_seed(directory: Path, seed: int) -> dict[str, float]:
     run(directory, str(ROOT / "recipes" / "quickstart.py"), "--seed", str(seed))
     control = [str(Path(__file__).resolve()), "--control", "--seeds", str(seed)]
     run(directory, *control)
-    evaluation = [str(ROOT / "recipes" / "evaluate.py"), "--config", str(CONFIGS / "evaluate.yaml"), "--seed", str(seed)]
+    evaluation = [
+        str(ROOT / "recipes" / "evaluate.py"),
+        "--config",
+        str(CONFIGS / "evaluate.yaml"),
+        "--seed",
+        str(seed),
+    ]
     run(directory, *evaluation, "--model_name_or_path", CONTROL, "--output_dir", f"{CONTROL}/evaluate")
     return read_row(directory, seed)
 
@@ -101,7 +107,10 @@ def main() -> None:
     table = pd.DataFrame([evaluate_seed((args.directory / str(seed)).resolve(), seed) for seed in args.seeds])
     table.to_json(args.directory / "results.json", orient="records", indent=2)
     header = "| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns)
-    rows = ["| " + " | ".join(f"{x:.0f}" if i == 0 else f"{x:.2f}" for i, x in enumerate(row)) + " |" for row in table.values]
+    rows = [
+        "| " + " | ".join(f"{x:.0f}" if i == 0 else f"{x:.2f}" for i, x in enumerate(row)) + " |"
+        for row in table.values
+    ]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, {date.today()}"
     text = "\n".join([header, *rows, "", f"{len(table)} seeds; {machine}.", ""])
     (args.directory / "results.md").write_text(text, encoding="utf-8")

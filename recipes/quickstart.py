@@ -75,12 +75,11 @@ def write_split(dataset: Dataset, path: Path) -> None:
 
 def run_recipe(stage: str, seed: int) -> None:
     """Launch a recipe as a user would."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--num_cpu_threads_per_process", str(os.cpu_count() or 1)]
-    launch += ["--config_file", str(RECIPES.parent / "accelerate_configs" / "cpu.yaml")]
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", threads]
+    launch += ["--config_file", str(RECIPES.parent / "accelerate_configs" / "cpu.yaml"), str(RECIPES / f"{stage}.py")]
     config = RECIPES / "configs" / "quickstart" / f"{stage}.yaml"
-    command = [*launch, str(RECIPES / f"{stage}.py"), "--config", str(config), "--seed", str(seed)]
-    if subprocess.run(command, check=False).returncode:
+    if subprocess.run([*launch, "--config", str(config), "--seed", str(seed)], check=False).returncode:
         sys.exit(f"The stage `{stage}` failed; its message is above.")
 
 

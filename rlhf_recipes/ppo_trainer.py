@@ -54,8 +54,8 @@ from rlhf_recipes.value_head import (
 STATE_FILE = "ppo_state.json"
 # What TRL's log-probability method takes beside token ids, for models that also read images.
 MULTIMODAL_KEYS = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes",
-    "token_type_ids", "mm_token_type_ids", "image_position_ids",
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
 
 
@@ -277,21 +277,15 @@ class PPOTrainer(GRPOTrainer):
     def _log_rollout(self, batch: dict[str, Any], mask: Tensor, rewards: Tensor) -> None:
         mode = "train" if self.model.training else "eval"
         k1 = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], "k1").masked_fill(mask == 0, 0)
-        count, (kl, rlhf_reward, unscorable) = global_means(
-            torch.ones_like(rewards[:, 0]),
-            k1.sum(dim=1),
-            rewards.sum(dim=1),
-            (batch["completion_mask"].sum(dim=1) == 0).to(rewards.dtype),
-        )
+        count, (kl, rlhf_reward) = global_means(mask.any(dim=1), k1.sum(dim=1), rewards.sum(dim=1))
+        explained = explained_variance(batch["old_values"], batch["returns"], mask, variance=global_var)
         metrics = {
             "objective/kl": kl,
             "objective/scores": self._scores[self._scores.isfinite()].mean().item(),
             "objective/rlhf_reward": rlhf_reward,
             "objective/non_score_reward": -self.kl_controller.kl_coef * kl,
-            "objective/excluded": unscorable,
-            "val/explained_variance": explained_variance(
-                batch["old_values"], batch["returns"], mask, variance=global_var
-            ).item(),
+            "objective/excluded": 1 - count / self._scores.numel(),
+            "val/explained_variance": explained.item(),
             "kl_coef": self.kl_controller.kl_coef,
         }
         if self.args.reward_norm:
@@ -333,12 +327,9 @@ class PPOTrainer(GRPOTrainer):
         window = num_items / self.accelerator.num_processes
         if self.model.training:
             window = window / self.args.steps_per_generation
+        length = self.max_completion_length
         loss = aggregate_token_loss(
-            token_loss,
-            mask,
-            loss_type=self.loss_type,
-            num_items=window,
-            max_completion_length=self.max_completion_length,
+            token_loss, mask, loss_type=self.loss_type, num_items=window, max_completion_length=length
         )
         return loss / accumulation
 
@@ -352,9 +343,9 @@ class PPOTrainer(GRPOTrainer):
             token_loss.detach(),
             is_value_clipped(values.detach(), old_values, cliprange=self.args.cliprange_value),
         )
-        self._metrics[mode]["policy/approx_kl"].append(approx_kl)
-        self._metrics[mode]["loss/value"].append(value_loss)
-        self._metrics[mode]["val/clip_fraction"].append(clip_fraction)
+        metrics = {"policy/approx_kl": approx_kl, "loss/value": value_loss, "val/clip_fraction": clip_fraction}
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
 
     # Saving
 
@@ -372,10 +363,7 @@ class PPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            state = {
-                "reward_normalizer": self.reward_normalizer.state_dict(),
-                "kl_controller": self.kl_controller.state_dict(),
-            }
+            state = {name: part.state_dict() for name, part in self._stateful_parts().items()}
             (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -384,12 +372,13 @@ class PPOTrainer(GRPOTrainer):
             return
         path = Path(checkpoint, STATE_FILE)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: {checkpoint} was not written by PPOTrainer, or is incomplete."
-            )
+            raise FileNotFoundError(f"{path} is missing: PPOTrainer did not write {checkpoint}, or not to the end.")
         state = json.loads(path.read_text(encoding="utf-8"))
-        self.reward_normalizer.load_state_dict(state["reward_normalizer"])
-        self.kl_controller.load_state_dict(state["kl_controller"])
+        for name, part in self._stateful_parts().items():
+            part.load_state_dict(state[name])
+
+    def _stateful_parts(self) -> dict[str, Any]:
+        return {"reward_normalizer": self.reward_normalizer, "kl_controller": self.kl_controller}
 
 
 @contextmanager
