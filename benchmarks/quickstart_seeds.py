@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "recipes" / "configs" / "quickstart"
 CONTROL = "runs/quickstart/control"
+RESULTS = "runs/quickstart/evaluate/results.json"
 
 
 def run(directory: Path, *command: str) -> None:
@@ -29,27 +30,23 @@ def run(directory: Path, *command: str) -> None:
     subprocess.run([sys.executable, *command], cwd=directory, check=True)
 
 
-def evaluate_seed(directory: Path, seed: int) -> dict[str, float]:
-    """Run the quickstart and the control of one seed; return one row of the table."""
+def run_seed(directory: Path, seed: int, *, with_control: bool) -> None:
+    """Run the quickstart of one seed, and its control; what is there already is kept."""
     directory.mkdir(parents=True, exist_ok=True)
-    run(directory, str(ROOT / "recipes" / "quickstart.py"), "--seed", str(seed))
-    control = [str(Path(__file__).resolve()), "--control", "--seeds", str(seed)]
-    run(directory, *control)
-    evaluation = [
-        str(ROOT / "recipes" / "evaluate.py"),
-        "--config",
-        str(CONFIGS / "evaluate.yaml"),
-        "--seed",
-        str(seed),
-    ]
-    run(directory, *evaluation, "--model_name_or_path", CONTROL, "--output_dir", f"{CONTROL}/evaluate")
-    return read_row(directory, seed)
+    if not (directory / RESULTS).exists():
+        run(directory, str(ROOT / "recipes" / "quickstart.py"), "--seed", str(seed))
+    if with_control and not (directory / CONTROL / "evaluate" / "results.json").exists():
+        run(directory, str(Path(__file__).resolve()), "--control", "--seeds", str(seed))
+        script, config = str(ROOT / "recipes" / "evaluate.py"), str(CONFIGS / "evaluate.yaml")
+        options = ["--model_name_or_path", CONTROL, "--output_dir", f"{CONTROL}/evaluate", "--seed", str(seed)]
+        run(directory, script, "--config", config, *options)
 
 
 def read_row(directory: Path, seed: int) -> dict[str, float]:
     """Return the results of one seed."""
-    ppo = json.loads((directory / "runs/quickstart/evaluate/results.json").read_text(encoding="utf-8"))
-    control = json.loads((directory / CONTROL / "evaluate" / "results.json").read_text(encoding="utf-8"))
+    ppo = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
+    control_file = directory / CONTROL / "evaluate" / "results.json"
+    control = json.loads(control_file.read_text(encoding="utf-8")) if control_file.exists() else {}
     state = json.loads((directory / "runs/quickstart/ppo/trainer_state.json").read_text(encoding="utf-8"))
     kl = [entry["objective/kl"] for entry in state["log_history"] if "objective/kl" in entry]
     return {
@@ -64,7 +61,7 @@ def read_row(directory: Path, seed: int) -> dict[str, float]:
         "KL (last 5 rollouts)": sum(kl[-5:]) / 5,
         "length SFT": ppo["baseline/length"],
         "length PPO": ppo["policy/length"],
-        "gold control": control["gold_score/policy"],
+        "gold control": control.get("gold_score/policy", float("nan")),
     }
 
 
@@ -98,13 +95,17 @@ def main() -> None:
     """Run all seeds and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--control_seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--directory", type=Path, default=Path("runs", "seeds"))
     parser.add_argument("--control", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.control:
         train_control(args.seeds[0])
         return
-    table = pd.DataFrame([evaluate_seed((args.directory / str(seed)).resolve(), seed) for seed in args.seeds])
+    directories = {seed: (args.directory / str(seed)).resolve() for seed in args.seeds}
+    for seed, directory in directories.items():
+        run_seed(directory, seed, with_control=seed in args.control_seeds)
+    table = pd.DataFrame([read_row(directory, seed) for seed, directory in directories.items()])
     table.to_json(args.directory / "results.json", orient="records", indent=2)
     header = "| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns)
     rows = [
