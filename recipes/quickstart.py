@@ -2,6 +2,7 @@
 
     python recipes/quickstart.py
     python recipes/quickstart.py --until reward_modeling --seed 1 --directory runs/seed-1
+    python recipes/quickstart.py --start ppo
 
 Stages: `world` (text, tokenizer, untrained model), `sft`, `preferences` (pairs sampled from the SFT policy, labelled
 by the gold score with Bradley-Terry noise), `reward_modeling` (sees only pairs), `ppo` (sees only the reward model),
@@ -22,55 +23,30 @@ from rlhf_recipes.data import add_separator
 from rlhf_recipes.evaluation import generate_completions
 from rlhf_recipes.models import load_policy, load_tokenizer
 from rlhf_recipes.plots import plot_training
-from rlhf_recipes.text_world import (
-    TextWorld,
-    build_base_model,
-    build_dataset,
-    gold_score,
-    sample_preferences,
-    split_prompts,
-    train_tokenizer,
-)
+from rlhf_recipes.text_world import gold_score, sample_preferences, write_world
 
 RECIPES = Path(__file__).resolve().parent
 STAGES = ("world", "sft", "preferences", "reward_modeling", "ppo", "evaluate")
 RUN = Path("runs", "quickstart")
 SEPARATOR = "\n"  # as in recipes/configs/quickstart/*.yaml
-NUM_DEMONSTRATIONS, NUM_PAIRS, LABEL_NOISE = 6_400, 2_400, 1.0
+LABEL_NOISE = 1.0  # temperature of the Bradley-Terry labels, in gold score
 
 
-def make_world(seed: int) -> None:
-    """Write demonstrations, prompts, a tokenizer and an untrained model."""
-    world = TextWorld()
-    train, held_out = split_prompts(world, seed=0)  # one split for all seeds: they share the held-out prompts
-    write_split(build_dataset(world, train, NUM_DEMONSTRATIONS, seed), RUN / "data" / "train.jsonl")
-    write_split(build_dataset(world, held_out, 400, seed + 1), RUN / "data" / "test.jsonl")
-    write_split(Dataset.from_dict({"prompt": train}), RUN / "prompts" / "train.jsonl")
-    write_split(Dataset.from_dict({"prompt": held_out}), RUN / "prompts" / "test.jsonl")
-    demonstrations = Dataset.from_json(str(RUN / "data" / "train.jsonl"))
-    tokenizer = train_tokenizer(row["prompt"] + SEPARATOR + row["completion"] for row in demonstrations)
-    tokenizer.save_pretrained(RUN / "base")
-    build_base_model(tokenizer, seed).save_pretrained(RUN / "base")
-
-
-def make_preferences(seed: int) -> None:
+def make_preferences(seed: int, num_pairs: int) -> None:
     """Sample pairs from the SFT policy on the training prompts, and label them with noise."""
     tokenizer = load_tokenizer(str(RUN / "sft"), padding_side="left")
     policy = load_policy(str(RUN / "sft")).eval()
-    for split, count in (("train", NUM_PAIRS), ("test", NUM_PAIRS // 6)):
+    (RUN / "preferences").mkdir(exist_ok=True)
+    for split, count in (("train", num_pairs), ("test", num_pairs // 6)):
         prompts = Dataset.from_json(str(RUN / "prompts" / f"{split}.jsonl"))["prompt"]
         prompts = [prompts[i % len(prompts)] for i in range(count)]
-        policy_prompts = add_separator(Dataset.from_dict({"prompt": prompts}), SEPARATOR)["prompt"]
-        ids = generate_completions(policy, tokenizer, policy_prompts * 2, max_completion_length=48, batch_size=128)
+        policy_prompts = add_separator(Dataset.from_dict({"prompt": prompts}), SEPARATOR)
+        ids = generate_completions(
+            policy, tokenizer, [*policy_prompts["prompt"]] * 2, max_completion_length=48, batch_size=128
+        )
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         pairs = sample_preferences(prompts, texts[:count], texts[count:], gold_score, LABEL_NOISE, seed)
-        write_split(pairs, RUN / "preferences" / f"{split}.jsonl")
-
-
-def write_split(dataset: Dataset, path: Path) -> None:
-    """Write JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dataset.to_json(str(path))
+        pairs.to_json(str(RUN / "preferences" / f"{split}.jsonl"))
 
 
 def run_recipe(stage: str, seed: int) -> None:
@@ -102,16 +78,22 @@ def report() -> None:
 def main() -> None:
     """Run the stages in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", choices=STAGES, default=STAGES[0], help="first stage to run")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
     parser.add_argument("--seed", type=int, default=0, help="seed of every stage; the world is always the same")
+    parser.add_argument("--num_pairs", type=int, default=2_400, help="preference pairs to sample for training")
     parser.add_argument("--directory", default=".", help="where `runs/` is written")
     args = parser.parse_args()
     quiet_start()
     Path(args.directory).mkdir(parents=True, exist_ok=True)
     os.chdir(args.directory)
-    for stage in STAGES[: STAGES.index(args.until) + 1]:
-        makers = {"world": make_world, "preferences": make_preferences}
-        makers[stage](args.seed) if stage in makers else run_recipe(stage, args.seed)
+    for stage in STAGES[STAGES.index(args.start) : STAGES.index(args.until) + 1]:
+        if stage == "world":
+            write_world(RUN, args.seed, SEPARATOR)
+        elif stage == "preferences":
+            make_preferences(args.seed, args.num_pairs)
+        else:
+            run_recipe(stage, args.seed)
     if args.until == STAGES[-1]:
         report()
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -348,3 +349,32 @@ def sample_preferences(
         if a != b:
             rows.append({"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a})
     return Dataset.from_list(rows)
+
+
+def write_world(folder: Path, seed: int, separator: str, num_demonstrations: int = 10_000) -> None:
+    """Write the quickstart's start: demonstrations, prompts, a tokenizer and an untrained model.
+
+    The world and the split of its prompts are always the same; the seed varies demonstrations and weights.
+
+    Args:
+        folder: Receives `data/`, `prompts/` (each with `train.jsonl` and `test.jsonl`) and `base/`.
+        seed: Of demonstrations and weights.
+        separator: Between prompt and answer, for the tokenizer to learn from.
+        num_demonstrations: Demonstrations for SFT.
+    """
+    world = TextWorld()
+    train, held_out = split_prompts(world, seed=0)
+    demonstrations = build_dataset(world, train, num_demonstrations, seed)
+    splits = {
+        "data/train": demonstrations,
+        "data/test": build_dataset(world, held_out, 400, seed + 1),
+        "prompts/train": Dataset.from_dict({"prompt": train}),
+        "prompts/test": Dataset.from_dict({"prompt": held_out}),
+    }
+    for name, dataset in splits.items():
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dataset.to_json(str(path))
+    tokenizer = train_tokenizer(row["prompt"] + separator + row["completion"] for row in demonstrations)
+    tokenizer.save_pretrained(folder / "base")
+    build_base_model(tokenizer, seed).save_pretrained(folder / "base")

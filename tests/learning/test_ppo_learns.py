@@ -76,4 +76,4 @@ def test_the_controller_holds_the_kl(tmp_path):
     )
     trainer.train()
     kls = [entry["objective/kl"] for entry in trainer.state.log_history if "objective/kl" in entry]
-    assert sum(kls[-10:]) / 10 == pytest.approx(2.0, abs=0.5)
+    assert 1.5 < sum(kls[-10:]) / 10 < 2.5

@@ -46,23 +46,11 @@ def pipeline(tmp_path_factory):
     directory = tmp_path_factory.mktemp("quickstart")
     reports = {"world": _run(directory, RECIPES / "quickstart.py", "--until", "world")}
     reports["sft"] = _recipe(directory, "sft", *SHORT["sft"])
-    _write_preferences(directory)
+    quickstart = (RECIPES / "quickstart.py", "--start", "preferences", "--until", "preferences", "--num_pairs", "48")
+    reports["preferences"] = _run(directory, *quickstart)
     for stage in ("reward_modeling", "ppo", "evaluate"):
         reports[stage] = _recipe(directory, stage, *SHORT[stage])
     return directory, reports
-
-
-def _write_preferences(directory):
-    """Pairs of demonstrations: the SFT policy of four steps has nothing to say."""
-    rows = [json.loads(line) for line in (directory / "runs/quickstart/data/train.jsonl").read_text().splitlines()]
-    pairs = [
-        {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]}
-        for a, b in zip(rows[:64], rows[64:128], strict=True)
-    ]
-    folder = directory / "runs/quickstart/preferences"
-    folder.mkdir()
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
 
 
 def test_artifacts(pipeline):
