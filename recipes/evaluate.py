@@ -50,6 +50,7 @@ def main(
             tokenizer,
             prompts,
             judges,
+            num_samples=script_args.num_samples,
             max_completion_length=script_args.max_completion_length,
             temperature=script_args.temperature,
             batch_size=script_args.batch_size,

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--start", choices=STAGES, default=STAGES[0], help="first stage to run")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
     parser.add_argument("--seed", type=int, default=0, help="seed of every stage; the world is always the same")
-    parser.add_argument("--num_pairs", type=int, default=2_400, help="preference pairs to sample for training")
+    parser.add_argument("--num_pairs", type=int, default=4_800, help="preference pairs to sample for training")
     parser.add_argument("--directory", default=".", help="where `runs/` is written")
     args = parser.parse_args()
     quiet_start()

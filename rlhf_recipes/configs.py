@@ -226,6 +226,7 @@ class EvaluationArguments(ScriptArguments):
         default_factory=list, metadata={"help": "Python judges, each as `package.module:function`."}
     )
     num_prompts: int | None = field(default=None, metadata={"help": "Held-out prompts to use. Default: all."})
+    num_samples: int = field(default=1, metadata={"help": "Completions per prompt and policy."})
     max_completion_length: int = field(default=256, metadata={"help": "Tokens per completion."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; the one of training compares."})
     batch_size: int = field(default=32, metadata={"help": "Prompts per generation batch."})

@@ -38,10 +38,10 @@ def print_table(title: str, rows: dict[str, Any], columns: Sequence[str] = ("met
 
 
 def completions_table(columns: dict[str, list[Any]], num_shown: int) -> None:
-    """Print the first completions of baseline and policy side by side."""
+    """Print some completions of baseline and policy side by side."""
     table = Table("prompt", "baseline", "policy", title="Completions before and after", show_lines=True)
-    rows = zip(columns["prompt"], columns["baseline_completion"], columns["policy_completion"], strict=True)
-    for _, (prompt, baseline, policy) in zip(range(num_shown), rows, strict=False):
+    rows = list(zip(columns["prompt"], columns["baseline_completion"], columns["policy_completion"], strict=True))
+    for prompt, baseline, policy in rows[:: max(len(rows) // max(num_shown, 1), 1)][:num_shown]:
         last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         table.add_row(last.strip(), baseline, policy)
     Console().print(table)

@@ -68,17 +68,17 @@ def win_rate(
 ) -> dict[str, float]:
     """Return the share of prompts on which a policy beats the baseline, with a bootstrap interval over prompts.
 
-    A tie counts as half a win. The interval is the percentile bootstrap's: with equal outcomes it has width 0, where
+    A tie counts as half a win; several samples of one prompt are averaged first, since they are not independent. The interval is the percentile bootstrap's: with equal outcomes it has width 0, where
     the accelerated one is undefined.
 
     Args:
-        scores: One per prompt, `(N,)`.
-        baseline_scores: The baseline's on the same prompts, `(N,)`.
+        scores: One per prompt, `(N,)`, or several, `(N, S)`.
+        baseline_scores: The baseline's on the same prompts, same shape.
         confidence_level: In (0, 1).
         seed: Of the resampling.
     """
     difference = np.asarray(scores, dtype=float) - np.asarray(baseline_scores, dtype=float)
-    outcomes = (np.sign(difference) + 1) / 2
+    outcomes = ((np.sign(difference) + 1) / 2).reshape(len(difference), -1).mean(axis=1)
     low = high = float(outcomes.mean())
     if outcomes.size > 1 and outcomes.std() > 0:
         interval = stats.bootstrap(
@@ -143,6 +143,7 @@ def compare_policies(
     prompts: list[Any],
     judges: dict[str, Callable[..., list[float]]],
     *,
+    num_samples: int = 1,
     seed: int = 0,
     **generation: Any,
 ) -> tuple[dict[str, float], dict[str, list[Any]]]:
@@ -154,6 +155,7 @@ def compare_policies(
         tokenizer: Of both.
         prompts: Held-out prompts, plain text ending with the separator, or messages.
         judges: Functions of TRL's reward signature, by name.
+        num_samples: Completions per prompt and policy.
         seed: Of sampling, the same for both, and of the bootstrap.
         generation: As for `generate_completions`.
 
@@ -162,6 +164,7 @@ def compare_policies(
     """
     end_ids = eos_token_ids(baseline, tokenizer)
     results: dict[str, float] = {"prompts": float(len(prompts))}
+    prompts = [prompt for prompt in prompts for _ in range(num_samples)]
     columns: dict[str, list[Any]] = {"prompt": prompts}
     scores: dict[tuple[str, str], list[float]] = {}
     for name, model in (("policy", policy.eval()), ("baseline", baseline.eval())):
@@ -180,7 +183,8 @@ def compare_policies(
             columns[f"{name}_{judge_name}"] = scores[judge_name, name]
             results[f"{judge_name}/{name}"] = float(np.mean(scores[judge_name, name]))
     for judge_name in judges:
-        outcome = win_rate(scores[judge_name, "policy"], scores[judge_name, "baseline"], seed=seed)
+        pair = (np.reshape(scores[judge_name, name], (-1, num_samples)) for name in ("policy", "baseline"))
+        outcome = win_rate(*pair, seed=seed)
         results |= {f"{judge_name}/{key}": value for key, value in outcome.items()}
     return results, columns
 

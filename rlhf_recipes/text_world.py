@@ -324,7 +324,7 @@ def sample_preferences(
 
     P(a preferred) = sigmoid((s_a - s_b) / temperature)
 
-    Pairs of identical texts are dropped; that does not shift the draws of the others.
+    Pairs of identical texts and pairs with an empty one are dropped; that does not shift the draws of the others.
 
     Args:
         prompts: One for each pair.
@@ -346,7 +346,7 @@ def sample_preferences(
     for prompt, a, b, score_a, score_b in zip(prompts, completions_a, completions_b, scores_a, scores_b, strict=True):
         # sigmoid(x) = (1 + tanh(x / 2)) / 2, which cannot overflow.
         a_wins = rng.random() < 0.5 + 0.5 * math.tanh((score_a - score_b) / (2 * temperature))
-        if a != b:
+        if a != b and a.strip() and b.strip():
             rows.append({"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a})
     return Dataset.from_list(rows)
 

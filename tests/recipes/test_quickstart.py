@@ -122,7 +122,7 @@ def test_two_processes(pipeline):
     report = _run(
         pipeline[0], "-m", "accelerate.commands.launch",
         "--config_file", ROOT / "accelerate_configs" / "multi_gpu.yaml",
-        "--num_processes", "2", "--use_cpu", "true", "--mixed_precision", "no", RECIPES / "ppo.py",
+        "--num_processes", "2", "--mixed_precision", "no", RECIPES / "ppo.py",
         "--config", CONFIGS / "ppo.yaml", "--max_steps", "4", "--per_device_train_batch_size", "16",
         "--output_dir", "runs/quickstart/ppo_two", "--tracking", "false",
     )  # fmt: skip

@@ -424,3 +424,11 @@ def test_preferences_are_fixed_by_their_seed():
 def test_preferences_with_the_gold_score():
     rows = text_world.sample_preferences([PROMPT], [NONSENSE], [HOME], text_world.gold_score, 1e-3, 0)
     assert rows.to_list() == [{"prompt": PROMPT, "chosen": HOME, "rejected": NONSENSE}]
+
+
+def test_pairs_with_an_empty_answer_are_dropped():
+    """A policy may stop at once; a reward model cannot learn from no text."""
+    world = TextWorld()
+    prompt = world.prompts()[0]
+    answers = ["", " ", world.best_response(prompt)], ["Go away.", "Go away.", "Go away."]
+    assert len(text_world.sample_preferences([prompt] * 3, *answers, text_world.gold_score, 1.0, seed=0)) == 1

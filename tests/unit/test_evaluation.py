@@ -1,0 +1,62 @@
+"""Evaluation: hand numbers and known special cases."""
+
+import numpy as np
+import pytest
+from tolerances import FP64, assert_close
+
+from rlhf_recipes.evaluation import preference_metrics, win_rate
+
+
+def test_preference_metrics_by_hand():
+    chosen, rejected = [2.0, 1.0, 0.0, 4.0], [1.0, 3.0, -3.0, 0.0]
+    metrics = preference_metrics(chosen, rejected, [10, 20, 30, 40], [5, 30, 20, 20])
+    assert metrics["accuracy"] == 0.75
+    # |margins| 1, 2, 3, 4 in this order, of which the second pair is ranked wrongly
+    assert [metrics[f"accuracy_margin_q{q}"] for q in (1, 2, 3, 4)] == [1.0, 0.0, 1.0, 1.0]
+    assert metrics["score_mean"] == 1.0
+    assert_close(metrics["score_std"], np.std([2, 1, 0, 4, 1, 3, -3, 0]), FP64)
+    assert_close(metrics["length_correlation"], np.corrcoef([1, -2, 3, 4], [5, -10, 10, 20])[0, 1], FP64)
+
+
+def test_calibration_error_is_the_gap_in_each_bin():
+    """All margins are log 3: confidence 0.75, one bin; accuracy 0.5 leaves a gap of 0.25."""
+    margin = np.log(3)
+    metrics = preference_metrics([margin, 0.0], [0.0, margin], [1, 1], [1, 1])
+    assert_close(metrics["calibration_error"], 0.25, FP64)
+
+
+def test_a_calibrated_model_has_no_calibration_error():
+    rng = np.random.default_rng(0)
+    margin = rng.exponential(1.0, 200_000)
+    correct = rng.random(margin.size) < 1 / (1 + np.exp(-margin))
+    signed = np.where(correct, margin, -margin)
+    zeros = np.zeros_like(signed)
+    assert preference_metrics(signed, zeros, zeros, zeros)["calibration_error"] < 0.01
+
+
+def test_lengths_that_do_not_differ_correlate_with_nothing():
+    assert preference_metrics([1, 2], [0, 0], [3, 3], [3, 3])["length_correlation"] == 0.0
+
+
+def test_win_rate_counts_ties_as_half():
+    assert win_rate([1, 1, 0, 2], [0, 1, 1, 0])["win_rate"] == 0.625
+
+
+def test_win_rate_interval_is_the_normal_one_for_many_prompts():
+    scores = np.r_[np.ones(600), np.zeros(400)]
+    outcome = win_rate(scores, 1 - scores)
+    half_width = 1.96 * np.sqrt(0.6 * 0.4 / 1000)
+    assert outcome["win_rate_low"] == pytest.approx(0.6 - half_width, abs=half_width / 10)
+    assert outcome["win_rate_high"] == pytest.approx(0.6 + half_width, abs=half_width / 10)
+
+
+def test_samples_of_one_prompt_are_not_independent():
+    """Fifty copies of each outcome say no more than one."""
+    scores = np.r_[np.ones(12), np.zeros(8)]
+    once = win_rate(scores, 1 - scores)
+    assert win_rate(np.repeat(scores[:, None], 50, 1), np.repeat(1 - scores[:, None], 50, 1)) == once
+
+
+def test_win_rate_of_equal_outcomes_has_no_width():
+    assert win_rate([1, 1], [0, 0]) == {"win_rate": 1.0, "win_rate_low": 1.0, "win_rate_high": 1.0}
+    assert win_rate([1], [0])["win_rate_low"] == 1.0
