@@ -68,8 +68,8 @@ def win_rate(
 ) -> dict[str, float]:
     """Return the share of prompts on which a policy beats the baseline, with a bootstrap interval over prompts.
 
-    A tie counts as half a win; several samples of one prompt are averaged first, since they are not independent. The interval is the percentile bootstrap's: with equal outcomes it has width 0, where
-    the accelerated one is undefined.
+    A tie counts as half a win; several samples of one prompt are averaged first, since they are not independent. The
+    interval is the percentile bootstrap's: with equal outcomes it has width 0, where the accelerated one is undefined.
 
     Args:
         scores: One per prompt, `(N,)`, or several, `(N, S)`.
@@ -183,8 +183,8 @@ def compare_policies(
             columns[f"{name}_{judge_name}"] = scores[judge_name, name]
             results[f"{judge_name}/{name}"] = float(np.mean(scores[judge_name, name]))
     for judge_name in judges:
-        pair = (np.reshape(scores[judge_name, name], (-1, num_samples)) for name in ("policy", "baseline"))
-        outcome = win_rate(*pair, seed=seed)
+        ours, theirs = (np.reshape(scores[judge_name, name], (-1, num_samples)) for name in ("policy", "baseline"))
+        outcome = win_rate(ours, theirs, seed=seed)
         results |= {f"{judge_name}/{key}": value for key, value in outcome.items()}
     return results, columns
 

@@ -1,7 +1,6 @@
 """Evaluation: hand numbers and known special cases."""
 
 import numpy as np
-import pytest
 from tolerances import FP64, assert_close
 
 from rlhf_recipes.evaluation import preference_metrics, win_rate
@@ -46,8 +45,8 @@ def test_win_rate_interval_is_the_normal_one_for_many_prompts():
     scores = np.r_[np.ones(600), np.zeros(400)]
     outcome = win_rate(scores, 1 - scores)
     half_width = 1.96 * np.sqrt(0.6 * 0.4 / 1000)
-    assert outcome["win_rate_low"] == pytest.approx(0.6 - half_width, abs=half_width / 10)
-    assert outcome["win_rate_high"] == pytest.approx(0.6 + half_width, abs=half_width / 10)
+    assert 0.9 * half_width < 0.6 - outcome["win_rate_low"] < 1.1 * half_width
+    assert 0.9 * half_width < outcome["win_rate_high"] - 0.6 < 1.1 * half_width
 
 
 def test_samples_of_one_prompt_are_not_independent():
