@@ -94,11 +94,6 @@ def is_value_clipped(values: Tensor, old_values: Tensor, *, cliprange: float) ->
     return ((values - old_values).abs() > cliprange).to(values.dtype)
 
 
-def value_clip_fraction(values: Tensor, old_values: Tensor, mask: Tensor, *, cliprange: float) -> Tensor:
-    """Return the share of valid tokens whose value moved further than `cliprange` since the rollout."""
-    return masked_mean(is_value_clipped(values, old_values, cliprange=cliprange), mask)
-
-
 def l2_penalty(scores: Tensor) -> Tensor:
     """Return the mean squared score: with weight decay, what keeps an unnormalised reward model bounded."""
     return (scores**2).mean()

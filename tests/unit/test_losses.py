@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from strategies import gaussians, masks, poison, seeds
 from tolerances import EXACT, FINITE_DIFFERENCE, FP32, FP64, assert_close
 
-from rlhf_recipes.losses import aggregate_token_loss, clipped_value_loss, per_token_value_loss, value_clip_fraction
+from rlhf_recipes.losses import (
+    aggregate_token_loss,
+    clipped_value_loss,
+    is_value_clipped,
+    l2_penalty,
+    per_token_value_loss,
+)
 
 POISONS = [float("nan"), float("inf"), float("-inf")]
 
@@ -233,26 +239,20 @@ def test_an_unknown_loss_type_is_refused(loss_type):
         aggregate_token_loss(TOKENS, TOKEN_MASK, loss_type=loss_type, num_items=4, max_completion_length=10)
 
 
-# --- value_clip_fraction -------------------------------------------------------------------------------------------
+# --- is_value_clipped ----------------------------------------------------------------------------------------------
 
 
-def test_clip_fraction_by_hand():
-    # |V - V_old| = 1, 1, 0.5 (on the edge: not clipped), 0.25 on valid cells; the masked cell does not count.
-    values = torch.tensor([[1.0, -1.0, 0.5], [0.25, 9.0, float("nan")]])
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    fraction = value_clip_fraction(values, torch.zeros(2, 3), mask, cliprange=0.5)
-    assert_close(float(fraction), 0.5, EXACT)
+def test_clipped_values_by_hand():
+    # |V - V_old| = 0.25, 2, 0.5 (on the edge: not clipped), measured from the old value and not from 0.
+    clipped = is_value_clipped(torch.tensor([[8.0, 8.0, 0.5]]), torch.tensor([[8.25, 6.0, 0.0]]), cliprange=0.5)
+    assert_close(clipped, [[0.0, 1.0, 0.0]], EXACT)
 
 
-def test_clip_fraction_is_measured_from_the_old_value():
-    values = torch.tensor([[8.0, 8.0]])
-    fraction = value_clip_fraction(values, torch.tensor([[8.25, 6.0]]), torch.ones(1, 2), cliprange=0.5)
-    assert_close(float(fraction), 0.5, EXACT)
+# --- l2_penalty ----------------------------------------------------------------------------------------------------
 
 
-def test_clip_fraction_of_nothing_is_zero():
-    nothing = torch.zeros(2, 3)
-    assert_close(float(value_clip_fraction(nothing + 9, nothing, nothing, cliprange=0.5)), 0.0, EXACT)
+def test_l2_penalty_by_hand():
+    assert_close(l2_penalty(torch.tensor([3.0, -4.0, 0.0, 1.0])), 6.5, EXACT)
 
 
 # --- the oracle of TRL's policy loss -------------------------------------------------------------------------------
