@@ -50,6 +50,6 @@ def global_means(mask: Tensor, *values: Tensor) -> tuple[float, list[float]]:
         mask: 1 = counts.
         values: Each of the mask's shape.
     """
-    totals = [torch.where(mask.bool(), value, 0).sum().float() for value in values]
+    totals = [torch.where(mask.bool(), value, 0).float().sum() for value in values]
     count, *sums = global_sum(torch.stack([mask.sum().float(), *totals])).tolist()
     return count, [total / max(count, 1.0) for total in sums]

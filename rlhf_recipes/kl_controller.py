@@ -63,6 +63,6 @@ class AdaptiveKLController(FixedKLController):
         if not math.isfinite(kl):
             return
         error = min(max(kl / self.target_kl - 1, -0.2), 0.2)
-        # A rollout of more than five horizons would otherwise turn the price negative.
+        # Beyond four and a half horizons per rollout the step is bounded: at five it would turn the price negative.
         factor = max(1 + error * n_sequences / self.kl_horizon, 0.1)
         self.kl_coef = max(self.kl_coef * factor, sys.float_info.min)

@@ -69,7 +69,8 @@ def test_artifacts(pipeline):
     results = json.loads((run / "evaluate" / "results.json").read_text())
     assert results["prompts"] == 12
     assert {"gold_score/policy", "reward_model/win_rate_low", "policy/kl", "policy/length"} <= results.keys()
-    assert len((run / "evaluate" / "completions.jsonl").read_text().splitlines()) == 12
+    samples_per_prompt = 4
+    assert len((run / "evaluate" / "completions.jsonl").read_text().splitlines()) == 12 * samples_per_prompt
 
 
 def test_every_stage_is_a_finished_run(pipeline):
