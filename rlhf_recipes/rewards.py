@@ -3,6 +3,7 @@
 Layer L2. The reward model reads text, never the policy's token ids, so it may have another tokenizer.
 """
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,6 @@ def import_function(reference: str) -> Callable[..., list[float]]:
     Raises:
         ValueError: If the reference has another form or does not name a callable.
     """
-    import importlib
-
     module_name, _, name = reference.partition(":")
     if not module_name or not name:
         raise ValueError(f"A function is named as `package.module:function`, got {reference!r}.")

@@ -88,38 +88,33 @@ def lora(**kwargs):
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1, **kwargs)
 
 
+QUIET = {
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+"""Options of every tiny training run."""
+
+
 def ppo_config(output_dir, **kwargs):
     defaults = {
-        "per_device_train_batch_size": 4,
+        **QUIET,
         "steps_per_generation": 2,
         "num_iterations": 2,
         "max_completion_length": 10,
         "max_steps": 4,
         "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
     }
     return PPOConfig(str(output_dir), **{**defaults, **kwargs})
 
 
 def reward_config(output_dir, **kwargs):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-    }
-    return RewardModelConfig(str(output_dir), **{**defaults, **kwargs})
+    return RewardModelConfig(str(output_dir), **{**QUIET, "max_steps": 2, **kwargs})
 
 
 def length_reward(completions, **kwargs):
