@@ -17,9 +17,9 @@ from trl import ModelConfig, TrlParser
 from rlhf_recipes.configs import EvaluationArguments, TrackingArguments
 from rlhf_recipes.console import completions_table, print_table, quiet_start
 from rlhf_recipes.data import add_separator, load_split, require_path
-from rlhf_recipes.evaluation import compare_policies
+from rlhf_recipes.evaluation import compare_policies, eos_token_ids
 from rlhf_recipes.models import load_policy, load_tokenizer
-from rlhf_recipes.rewards import RewardModelScorer, import_function
+from rlhf_recipes.rewards import as_reward_functions, import_function
 from rlhf_recipes.tracking import log_results, track_run
 
 
@@ -42,7 +42,11 @@ def main(
         judges = {reference.split(":")[-1]: import_function(reference) for reference in script_args.judge_functions}
         if script_args.reward_model_path is not None:
             reward_model_path = require_path("reward_model_path", script_args.reward_model_path)
-            judges["reward_model"] = RewardModelScorer.from_pretrained(reward_model_path)
+            (scorer,) = as_reward_functions(
+                reward_model_path, None, dataset=dataset, response_separator=script_args.response_separator
+            )
+            scorer.policy_eos_token_ids = eos_token_ids(policies["policy"], tokenizer)
+            judges["reward_model"] = scorer
 
         results, completions = compare_policies(
             policies["policy"],

@@ -62,5 +62,9 @@ def main(
 
 if __name__ == "__main__":
     quiet_start()
+    arguments = sys.argv[1:]
+    # A run that names neither a configuration nor a policy is the quickstart's; its options override that YAML.
+    if not any(argument.startswith(("--config", "--model_name_or_path")) for argument in arguments):
+        arguments = ["--config", QUICKSTART, *arguments]
     parser = TrlParser((PPOArguments, PPOConfig, ModelConfig, TrackingArguments))
-    main(*parser.parse_args_and_config(sys.argv[1:] or ["--config", QUICKSTART]))
+    main(*parser.parse_args_and_config(arguments))

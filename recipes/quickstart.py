@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import set_seed
 
 from rlhf_recipes.console import print_table, quiet_start
 from rlhf_recipes.data import add_separator
@@ -34,6 +35,7 @@ LABEL_NOISE = 1.0  # temperature of the Bradley-Terry labels, in gold score
 
 def make_preferences(seed: int, num_pairs: int) -> None:
     """Sample pairs from the SFT policy on the training prompts, and label them with noise."""
+    set_seed(seed)
     tokenizer = load_tokenizer(str(RUN / "sft"), padding_side="left")
     policy = load_policy(str(RUN / "sft")).eval()
     (RUN / "preferences").mkdir(exist_ok=True)

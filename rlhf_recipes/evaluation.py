@@ -177,7 +177,8 @@ def compare_policies(
         results[f"{name}/length"] = float(np.mean([len(row) for row in ids]))
         results[f"{name}/eos_rate"] = float(np.mean([row[-1] in end_ids for row in ids]))
         if name == "policy":
-            results["policy/kl"] = sequence_kl(policy, baseline, tokenizer, prompts, ids)
+            temperature = generation.get("temperature", 1.0)
+            results["policy/kl"] = sequence_kl(policy, baseline, tokenizer, prompts, ids, temperature)
         for judge_name, judge in judges.items():
             scores[judge_name, name] = judge(prompts=prompts, completions=messages, completion_ids=ids)
             columns[f"{name}_{judge_name}"] = scores[judge_name, name]
@@ -216,6 +217,7 @@ def sequence_kl(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Any],
     completions: list[list[int]],
+    temperature: float = 1.0,
 ) -> float:
     """Return the mean over completions of the summed k1 estimate of KL(policy || reference), nats.
 
@@ -225,16 +227,19 @@ def sequence_kl(
         tokenizer: Of both.
         prompts: As given to `generate_completions`.
         completions: As returned by it.
+        temperature: At which they were sampled; greedy ones are measured at 1.
     """
     total = 0.0
     for prompt, completion in zip(prompts, completions, strict=True):
         prompt_ids = _tokenize_prompts(tokenizer, [prompt])["input_ids"].to(policy.device)
         ids = torch.cat([prompt_ids, torch.tensor([completion], device=policy.device)], dim=1)
-        logps, ref_logps = (_completion_logps(model, ids, len(completion)) for model in (policy, reference))
+        logps, ref_logps = (
+            _completion_logps(model, ids, len(completion), temperature or 1.0) for model in (policy, reference)
+        )
         total += estimate_kl(logps, ref_logps, "k1").sum().item()
     return total / len(completions) if completions else math.nan
 
 
-def _completion_logps(model: PreTrainedModel, ids: torch.Tensor, length: int) -> torch.Tensor:
-    logits = model(input_ids=ids, logits_to_keep=length + 1).logits[:, :-1].float()
+def _completion_logps(model: PreTrainedModel, ids: torch.Tensor, length: int, temperature: float) -> torch.Tensor:
+    logits = model(input_ids=ids, logits_to_keep=length + 1).logits[:, :-1].float() / temperature
     return logits.log_softmax(-1).gather(-1, ids[:, -length:, None]).squeeze(-1)

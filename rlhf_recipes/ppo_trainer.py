@@ -110,7 +110,9 @@ class PPOTrainer(GRPOTrainer):
         )
         positions = model.config.get_text_config().max_position_embeddings
         check_prompts_fit(train_dataset, processing_class, positions, args.max_completion_length)
-        reward_funcs = as_reward_functions(reward_funcs, reward_processing_classes, args, train_dataset)
+        reward_funcs = as_reward_functions(
+            reward_funcs, reward_processing_classes, dataset=train_dataset, response_separator=args.response_separator
+        )
 
         uses_peft = peft_config is not None or isinstance(model, PeftModel)
         reference = None if uses_peft else load(frozen=True)

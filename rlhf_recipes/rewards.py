@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
-from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.reward_card import RewardModelCard
 from rlhf_recipes.reward_model import load_reward_model
 
@@ -122,7 +121,7 @@ def as_scorer(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     return scorer
 
 
-def as_reward_functions(reward_funcs: Any, tokenizers: Any, args: PPOConfig, dataset: Any) -> list[Any]:
+def as_reward_functions(reward_funcs: Any, tokenizers: Any, *, dataset: Any, response_separator: str) -> list[Any]:
     """Turn paths and classifiers into scorers, and check every reward model's card against the run."""
     reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(reward_funcs)
@@ -135,7 +134,7 @@ def as_reward_functions(reward_funcs: Any, tokenizers: Any, args: PPOConfig, dat
             function.card.check(
                 function.tokenizer,
                 conversational=is_conversational(next(iter(dataset))),
-                response_separator=args.response_separator,
+                response_separator=response_separator,
             )
     return functions
 
