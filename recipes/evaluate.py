@@ -11,14 +11,15 @@ import json
 from pathlib import Path
 
 import pandas as pd
+from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
 from rlhf_recipes.configs import EvaluationArguments, TrackingArguments
 from rlhf_recipes.console import completions_table, print_table, quiet_start
-from rlhf_recipes.data import add_separator, load_split, require_path
+from rlhf_recipes.data import add_separator, check_prompts_fit, load_prompts, require_path
 from rlhf_recipes.evaluation import compare_policies, eos_token_ids
-from rlhf_recipes.models import load_policy, load_tokenizer
+from rlhf_recipes.models import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.rewards import as_reward_functions, import_function
 from rlhf_recipes.tracking import log_results, track_run
 
@@ -31,28 +32,29 @@ def main(
     with track_run(tracking_args, script_args.output_dir, "evaluation", script_args, model_args):
         path = require_path("model_name_or_path", model_args.model_name_or_path)
         tokenizer = load_tokenizer(path, padding_side="left")
-        dataset = load_split(script_args, script_args.dataset_test_split).select_columns("prompt")
+        dataset = load_prompts(script_args, script_args.dataset_test_split)
         dataset = add_separator(dataset, script_args.response_separator)
-        prompts = list(dataset["prompt"])[: script_args.num_prompts]
+        dataset = dataset.select(range(min(len(dataset), script_args.num_prompts or len(dataset))))
 
-        policies = {
-            "baseline": load_policy(require_path("baseline_path", script_args.baseline_path), model_args.dtype),
-            "policy": load_policy(path, model_args.dtype),
-        }
+        init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
+        policy = load_policy(path, **init_kwargs)
+        baseline = load_policy(require_path("baseline_path", script_args.baseline_path), **init_kwargs)
+        check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length)
         judges = {reference.split(":")[-1]: import_function(reference) for reference in script_args.judge_functions}
         if script_args.reward_model_path is not None:
             reward_model_path = require_path("reward_model_path", script_args.reward_model_path)
             (scorer,) = as_reward_functions(
                 reward_model_path, None, dataset=dataset, response_separator=script_args.response_separator
             )
-            scorer.policy_eos_token_ids = eos_token_ids(policies["policy"], tokenizer)
+            scorer.policy_eos_token_ids = eos_token_ids(policy, tokenizer)
+            scorer.model.to(PartialState().device)
             judges["reward_model"] = scorer
 
         results, completions = compare_policies(
-            policies["policy"],
-            policies["baseline"],
+            policy,
+            baseline,
             tokenizer,
-            prompts,
+            dataset,
             judges,
             num_samples=script_args.num_samples,
             max_completion_length=script_args.max_completion_length,
@@ -65,9 +67,9 @@ def main(
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         pd.DataFrame(completions).to_json(output_dir / "completions.jsonl", orient="records", lines=True)
+        log_results(results, output_dir / "results.json", output_dir / "completions.jsonl")
         print_table("Evaluation", results)
         completions_table(completions, script_args.num_shown)
-        log_results(results, output_dir / "results.json", output_dir / "completions.jsonl")
     return results
 
 

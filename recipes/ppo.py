@@ -17,7 +17,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.configs import PPOArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
-from rlhf_recipes.data import load_split, require_path
+from rlhf_recipes.data import load_prompts, require_path
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs
 from rlhf_recipes.rewards import import_function
 from rlhf_recipes.tracking import log_results, track_run
@@ -35,18 +35,21 @@ def main(
         tokenizer = load_tokenizer(
             require_path("model_name_or_path", model_args.model_name_or_path), padding_side="left"
         )
-        prompts = load_split(script_args, script_args.dataset_train_split).select_columns("prompt")
+        train, evaluation = load_prompts(script_args, script_args.dataset_train_split), None
+        if training_args.eval_strategy != "no":
+            evaluation = load_prompts(script_args, script_args.dataset_test_split)
 
         rewards: list[Any] = [import_function(reference) for reference in script_args.reward_functions]
         if script_args.reward_model_path is not None:
             rewards.insert(0, require_path("reward_model_path", script_args.reward_model_path))
-        training_args.model_init_kwargs = model_init_kwargs(model_args)
+        training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
 
         trainer = PPOTrainer(
             model_args.model_name_or_path,
             rewards,
             training_args,
-            train_dataset=prompts,
+            train_dataset=train,
+            eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
         )

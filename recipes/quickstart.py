@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import set_seed
 
 from rlhf_recipes.console import print_table, quiet_start
-from rlhf_recipes.data import add_separator
+from rlhf_recipes.data import add_separator, require_path
 from rlhf_recipes.evaluation import generate_completions
 from rlhf_recipes.models import load_policy, load_tokenizer
 from rlhf_recipes.plots import plot_training
@@ -36,7 +36,7 @@ LABEL_NOISE = 1.0  # temperature of the Bradley-Terry labels, in gold score
 def make_preferences(seed: int, num_pairs: int) -> None:
     """Sample pairs from the SFT policy on the training prompts, and label them with noise."""
     set_seed(seed)
-    tokenizer = load_tokenizer(str(RUN / "sft"), padding_side="left")
+    tokenizer = load_tokenizer(require_path("model", str(RUN / "sft")), padding_side="left")
     policy = load_policy(str(RUN / "sft")).eval()
     (RUN / "preferences").mkdir(exist_ok=True)
     for split, count in (("train", num_pairs), ("test", num_pairs // 6)):
@@ -73,8 +73,13 @@ def report() -> None:
     rows["win rate over SFT (gold)"] = ["", f"{results['gold_score/win_rate']:.3f} [{low:.3f}, {high:.3f}]"]
     plot = plot_training(RUN / "ppo" / "trainer_state.json", RUN / "ppo" / "training.png")
     print_table(f"Quickstart, {results['prompts']:.0f} held-out prompts", rows, ("", "SFT", "PPO"))
-    store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    print_table("Look closer", {"curves": str(plot), "runs": f"mlflow ui --backend-store-uri {store}"}, ("", ""))
+    store = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').resolve()}")
+    runs = (
+        store
+        if store.startswith("http")
+        else f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {store}"
+    )
+    print_table("Look closer", {"curves": str(plot.resolve()), "runs": runs}, ("", ""))
 
 
 def main() -> None:
@@ -86,10 +91,13 @@ def main() -> None:
     parser.add_argument("--num_pairs", type=int, default=4_800, help="preference pairs to sample for training")
     parser.add_argument("--directory", default=".", help="where `runs/` is written")
     args = parser.parse_args()
+    stages = STAGES[STAGES.index(args.start) : STAGES.index(args.until) + 1]
+    if not stages:
+        parser.error(f"--start {args.start} comes after --until {args.until}")
     quiet_start()
     Path(args.directory).mkdir(parents=True, exist_ok=True)
     os.chdir(args.directory)
-    for stage in STAGES[STAGES.index(args.start) : STAGES.index(args.until) + 1]:
+    for stage in stages:
         if stage == "world":
             write_world(RUN, args.seed, SEPARATOR)
         elif stage == "preferences":

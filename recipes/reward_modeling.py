@@ -32,7 +32,7 @@ def main(
         train = load_split(script_args, script_args.dataset_train_split)
         evaluation = load_split(script_args, script_args.dataset_test_split)
 
-        training_args.model_init_kwargs = model_init_kwargs(model_args)
+        training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
         trainer = RewardModelTrainer(
             model_args.model_name_or_path,
             args=training_args,

@@ -9,8 +9,8 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, 
 
 from rlhf_recipes.configs import BoundaryArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
-from rlhf_recipes.data import add_separator, load_split, require_path
-from rlhf_recipes.models import load_tokenizer, model_init_kwargs
+from rlhf_recipes.data import load_demonstrations, require_path
+from rlhf_recipes.models import check_output_dir, load_tokenizer, model_init_kwargs
 from rlhf_recipes.tracking import log_results, track_run
 
 
@@ -26,15 +26,13 @@ def main(
     run_name = training_args.run_name or training_args.output_dir
     with track_run(tracking_args, run_name, "sft", script_args, training_args, model_args, boundary_args):
         tokenizer = load_tokenizer(require_path("model_name_or_path", model_args.model_name_or_path))
-        train = add_separator(
-            load_split(script_args, script_args.dataset_train_split), boundary_args.response_separator
-        )
-        evaluation = None
+        separator = boundary_args.response_separator
+        train, evaluation = load_demonstrations(script_args, script_args.dataset_train_split, separator), None
         if training_args.eval_strategy != "no":
-            held_out = load_split(script_args, script_args.dataset_test_split)
-            evaluation = add_separator(held_out, boundary_args.response_separator)
+            evaluation = load_demonstrations(script_args, script_args.dataset_test_split, separator)
 
-        training_args.model_init_kwargs = model_init_kwargs(model_args)
+        check_output_dir(training_args.output_dir, adapter=model_args.use_peft)
+        training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
         trainer = SFTTrainer(
             model_args.model_name_or_path,
             args=training_args,

@@ -18,6 +18,21 @@ def last_valid_index(mask: Tensor) -> Tensor:
     return (positions * mask.bool()).amax(dim=1)
 
 
+def is_truncated(completion_ids: Tensor, mask: Tensor, eos_token_ids: list[int]) -> Tensor:
+    """Return which completions do not end with an EOS, `(B,)`: the stop reason, never the padded width.
+
+    A row with an empty mask was not truncated.
+
+    Args:
+        completion_ids: `(B, T)`.
+        mask: Completion tokens, `(B, T)`.
+        eos_token_ids: Every token that ends a completion.
+    """
+    last = completion_ids.gather(1, last_valid_index(mask).unsqueeze(1)).squeeze(1)
+    ends = torch.tensor(eos_token_ids, device=last.device)
+    return ~torch.isin(last, ends) & mask.bool().any(dim=1)
+
+
 def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
     """Return the per-token reward: a KL penalty everywhere, and the score on the last token.
 

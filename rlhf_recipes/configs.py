@@ -29,6 +29,12 @@ def _check_range(config: Any, name: str, holds: Callable[[Any], bool], claim: st
         raise ValueError(f"`{name}` must {claim}, got {value}.")
 
 
+def _check_list(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, list):
+        raise ValueError(f"`{name}` must be a list, got {value!r}: write `{name}: [{value}]`.")
+
+
 @dataclass
 class PPOConfig(GRPOConfig):
     """Options of `PPOTrainer`. Every option of `trl.GRPOConfig` applies; those below are new or have another default.
@@ -46,6 +52,9 @@ class PPOConfig(GRPOConfig):
             "help": "How token losses are averaged. `grpo` is PPO's per-sequence mean; all three are independent of "
             "how a batch is cut into micro-batches."
         },
+    )
+    scale_rewards: str = field(
+        default="none", metadata={"help": "`none`: PPO scales scores by their moving statistics, see `reward_norm`."}
     )
     disable_dropout: bool = field(
         default=True, metadata={"help": "With dropout the ratio of an untouched policy would not be 1."}
@@ -133,6 +142,10 @@ class PPOConfig(GRPOConfig):
             raise ValueError("Use `truncated_completions: mask` instead of `mask_truncated_completions`.")
         if self.sync_ref_model:
             raise ValueError("`sync_ref_model` is not available: PPO's reference is the policy it started from.")
+        if self.scale_rewards not in ("none", False):
+            raise ValueError("`scale_rewards` must be 'none': PPO has no groups; see `reward_norm`.")
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError("`multi_objective_aggregation` must be 'sum_then_normalize': the sum is what PPO scales.")
         if self.loss_type not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"`loss_type` must be one of 'grpo', 'dapo', 'dr_grpo', got {self.loss_type!r}.")
         if self.importance_sampling_level != "token":
@@ -168,6 +181,12 @@ class PPOConfig(GRPOConfig):
                 f"`steps_per_generation` ({self.steps_per_generation}) must be a multiple of "
                 f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}), so that every optimiser step "
                 "stays inside one rollout."
+            )
+        rollout_steps = self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
+        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % rollout_steps != 0:
+            raise ValueError(
+                f"`save_steps` ({self.save_steps:g}) must be a multiple of the {rollout_steps} optimiser steps of one "
+                "rollout: a run cannot resume inside a rollout without sampling it again."
             )
 
 
@@ -215,6 +234,9 @@ class PPOArguments(ScriptArguments):
         metadata={"help": "Python reward functions, each as `package.module:function`, added to the reward model."},
     )
 
+    def __post_init__(self) -> None:
+        _check_list(self, "reward_functions")
+
 
 @dataclass
 class EvaluationArguments(ScriptArguments):
@@ -235,6 +257,14 @@ class EvaluationArguments(ScriptArguments):
     output_dir: str = field(default="runs/evaluation", metadata={"help": "Where results and samples are written."})
     seed: int = field(default=42, metadata={"help": "Seed of sampling and of the bootstrap."})
 
+    def __post_init__(self) -> None:
+        _check_list(self, "judge_functions")
+        for name in ("num_prompts", "num_samples", "max_completion_length", "batch_size"):
+            _check_range(self, name, lambda x: x > 0, "be positive")
+        _check_range(self, "temperature", lambda x: x >= 0, "not be negative")
+        if self.reward_model_path is None and not self.judge_functions:
+            raise ValueError("Nothing judges: set `reward_model_path`, `judge_functions`, or both.")
+
 
 @dataclass
 class TrackingArguments:
@@ -245,4 +275,6 @@ class TrackingArguments:
         default=None,
         metadata={"help": "MLflow store. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` here."},
     )
-    experiment_name: str = field(default="rlhf_recipes", metadata={"help": "MLflow experiment."})
+    experiment_name: str | None = field(
+        default=None, metadata={"help": "MLflow experiment. Default: $MLFLOW_EXPERIMENT_NAME, else `rlhf_recipes`."}
+    )

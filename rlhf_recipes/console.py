@@ -5,12 +5,17 @@ Layer L2.
 
 import logging
 import os
+import sys
+import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # Raised inside transformers and TRL about their own code; nothing that a user can act on.
 _UPSTREAM_WARNINGS = (
@@ -21,11 +26,24 @@ _UPSTREAM_WARNINGS = (
 
 
 def quiet_start() -> None:
-    """Silence warnings of the libraries about themselves. Called once by each recipe, before anything is built."""
+    """Silence warnings of the libraries about themselves, and show a refusal of this library as its message alone.
+
+    Called once by each recipe, before anything is built.
+    """
+    sys.excepthook = _show_error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for category, message in _UPSTREAM_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Keep the traceback of everything but the errors that this library raises about its input."""
+    raised_in = Path(traceback.extract_tb(trace)[-1].filename) if trace is not None else Path()
+    if isinstance(error, ValueError | FileNotFoundError) and raised_in.parent == Path(__file__).parent:
+        sys.stderr.write(f"Error: {error}\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def print_table(title: str, rows: dict[str, Any], columns: Sequence[str] = ("metric", "value")) -> None:
@@ -33,7 +51,7 @@ def print_table(title: str, rows: dict[str, Any], columns: Sequence[str] = ("met
     table = Table(*columns, title=title)
     for name, value in rows.items():
         cells = value if isinstance(value, list | tuple) else [value]
-        table.add_row(name, *(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
+        table.add_row(name, *(Text(f"{cell:.3f}" if isinstance(cell, float) else str(cell)) for cell in cells))
     Console().print(table)
 
 
@@ -43,5 +61,5 @@ def completions_table(columns: dict[str, list[Any]], num_shown: int) -> None:
     rows = list(zip(columns["prompt"], columns["baseline_completion"], columns["policy_completion"], strict=True))
     for prompt, baseline, policy in rows[:: max(len(rows) // max(num_shown, 1), 1)][:num_shown]:
         last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        table.add_row(last.strip(), baseline, policy)
+        table.add_row(Text(last.strip()), Text(baseline), Text(policy))  # what a model says is no markup
     Console().print(table)

@@ -4,7 +4,7 @@ Layer L2. Formats are TRL's: `prompt`; `prompt`, `chosen`, `rejected`; `prompt`,
 """
 
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +13,7 @@ from trl import ScriptArguments, is_conversational
 from rlhf_recipes.configs import PPOConfig
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
+MaybeDataset = TypeVar("MaybeDataset", Dataset, IterableDataset, None)
 
 
 def require_path(option: str, path: str | None) -> str:
@@ -31,44 +32,97 @@ def require_path(option: str, path: str | None) -> str:
     """
     if path is None:
         raise ValueError(f"`{option}` is not set.")
-    if Path(path).exists() or not path.startswith((".", "/", "runs/")):
+    if Path(path).exists() or not path.startswith((".", "/", "~", "runs/")):
         return path
-    parts = Path(path).parts
-    command = "the recipe that writes it"
-    if parts[0] == "runs" and len(parts) > 2:
-        stage = f"recipes/configs/{parts[1]}/{parts[-1]}.yaml"
-        command = f"`accelerate launch recipes/{parts[-1]}.py --config {stage}`"
-        if parts[1] == "quickstart":
-            command = f"`python recipes/quickstart.py --until {parts[-1]}`"
+    match Path(path).parts:
+        case ("runs", "quickstart", "base" | "data" | "prompts"):
+            command = "`python recipes/quickstart.py --until world`"
+        case ("runs", "quickstart", "preferences" | "sft" | "reward_modeling" | "ppo" as stage):
+            command = f"`python recipes/quickstart.py --until {stage}`"
+        case ("runs", "smollm2_135m", "base"):
+            command = "`make smollm2`"
+        case ("runs", model, "sft" | "reward_modeling" | "ppo" as stage):
+            shipped = sorted(Path(__file__).parents[1].glob(f"recipes/configs/{model}/{stage}*.yaml"))
+            config = f"recipes/configs/{model}/{shipped[0].name}" if shipped else "YOUR_CONFIG.yaml"
+            command = f"`accelerate launch recipes/{stage}.py --config {config}`"
+        case _:
+            raise FileNotFoundError(f"`{option}` is {path}, which does not exist.")
     raise FileNotFoundError(f"`{option}` is {path}, which does not exist. Run {command} first.")
 
 
 def load_split(script_args: ScriptArguments, split: str) -> Dataset:
-    """Load one split of the dataset that a recipe names: a Hub name, or a directory or file of JSON lines.
+    """Load one split of the dataset that a recipe names: a Hub name, or a directory of JSON lines, CSV or Parquet.
 
     Raises:
-        ValueError: If no dataset is named, or it has no such split.
+        ValueError: If no dataset is named, it cannot be loaded, or it has no such split or no rows in it.
         FileNotFoundError: See `require_path`.
     """
-    name = script_args.dataset_name
-    dataset = load_dataset(require_path("dataset_name", name), script_args.dataset_config)
+    name = require_path("dataset_name", script_args.dataset_name)
+    if Path(name).is_file():
+        raise ValueError(f"`dataset_name` is the file {name}: name the directory that holds it.")
+    if script_args.dataset_streaming:
+        raise ValueError("`dataset_streaming` is not available in the recipes: leave it out.")
+    try:
+        dataset = load_dataset(name, script_args.dataset_config)
+    except (OSError, ValueError) as error:
+        where = "" if Path(name).exists() else " (not a directory here, so it was looked for on the Hub)"
+        raise ValueError(f"`dataset_name` {name!r} cannot be loaded{where}: {error}") from error
     assert isinstance(dataset, DatasetDict)
     if split not in dataset:
-        raise ValueError(f"{name} has no split {split!r}, only {', '.join(map(repr, dataset))}.")
+        splits = ", ".join(map(repr, dataset))
+        raise ValueError(
+            f"{name} has no split {split!r}, only {splits}: set `dataset_train_split` or `dataset_test_split`."
+        )
+    if len(dataset[split]) == 0:
+        raise ValueError(f"The split {split!r} of {name} is empty.")
     return dataset[split]
 
 
-def check_columns(dataset: AnyDataset, columns: tuple[str, ...], name: str) -> None:
+def load_prompts(script_args: ScriptArguments, split: str) -> Dataset:
+    """Load the prompts of a split, without their answers but with what a reward function may want to know.
+
+    Raises:
+        ValueError: See `load_split` and `check_columns`.
+    """
+    dataset = load_split(script_args, split)
+    check_columns(dataset, ("prompt",), "dataset_name")
+    answers = [column for column in ("completion", "chosen", "rejected") if column in dataset.column_names]
+    return dataset.remove_columns(answers)
+
+
+def load_demonstrations(script_args: ScriptArguments, split: str, separator: str) -> Dataset:
+    """Load a split for SFT: `prompt` and `completion`, joined by `separator` if plain, or TRL's `messages` or `text`.
+
+    Raises:
+        ValueError: See `load_split` and `check_columns`.
+    """
+    dataset = load_split(script_args, split)
+    if "prompt" not in dataset.column_names:
+        return dataset
+    check_columns(dataset, ("prompt", "completion"), "dataset_name")
+    return add_separator(dataset, separator)
+
+
+def column_names(dataset: AnyDataset) -> list[str]:
+    """Return the names of the columns, also of a stream that does not declare them."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def check_columns(dataset: AnyDataset | None, columns: tuple[str, ...], name: str) -> None:
     """Check that a dataset has rows, and text in the columns that a trainer needs.
 
     Args:
-        dataset: What the user passed.
+        dataset: What the user passed; `None` passes.
         columns: Names of the required columns.
         name: Name of the argument, for the message.
 
     Raises:
-        ValueError: If it is empty, lacks a column, or has an empty prompt or completion.
+        ValueError: If it is empty, lacks a column, mixes text and messages, or has an empty prompt or completion.
     """
+    if dataset is None:
+        return
+    if isinstance(dataset, dict):
+        raise ValueError(f"`{name}` is a dictionary of {', '.join(map(repr, dataset))}: pass one of them.")
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"`{name}` is empty.")
@@ -77,6 +131,13 @@ def check_columns(dataset: AnyDataset, columns: tuple[str, ...], name: str) -> N
         raise ValueError(
             f"`{name}` has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, first))}. Rename "
             "or convert the columns (`dataset.rename_column`)."
+        )
+    kinds = {column: "text" if isinstance(first[column], str) else "messages" for column in columns}
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{column!r} is {kind}" for column, kind in kinds.items())
+        raise ValueError(
+            f"`{name}` mixes formats: {listed}. Convert all to one; if the messages of `chosen` and `rejected` hold "
+            "the prompt too, drop the column `prompt`."
         )
     if isinstance(dataset, Dataset):
         for column in columns:
@@ -91,9 +152,9 @@ def _is_empty(text: Any) -> bool:
     return not isinstance(text, str) or not text.strip()
 
 
-def add_separator(dataset: AnyDataset, separator: str) -> AnyDataset:
+def add_separator(dataset: MaybeDataset, separator: str) -> MaybeDataset:
     """End every plain-text prompt with `separator`; chat prompts have their template and stay as they are."""
-    if separator == "" or is_conversational(next(iter(dataset))):
+    if dataset is None or separator == "" or is_conversational(next(iter(dataset))):
         return dataset
 
     def end_prompt(example: dict[str, Any]) -> dict[str, Any]:
@@ -104,20 +165,21 @@ def add_separator(dataset: AnyDataset, separator: str) -> AnyDataset:
 
 
 def check_prompts_fit(
-    dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, limit: int, max_new_tokens: int
+    dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, config: Any, max_new_tokens: int
 ) -> None:
     """Check that every prompt leaves room for a completion in the model's context.
 
     Args:
         dataset: Prompts, plain or chat. A stream cannot be checked beforehand.
         tokenizer: The policy's.
-        limit: Positions that the model has.
+        config: The model's; one without a limit on positions takes any prompt.
         max_new_tokens: Tokens per completion.
 
     Raises:
         ValueError: If the longest prompt and a completion do not fit.
     """
-    if not isinstance(dataset, Dataset):
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or not isinstance(dataset, Dataset):
         return
     longest, row = max((prompt_length(prompt, tokenizer), row) for row, prompt in enumerate(dataset["prompt"]))
     if longest + max_new_tokens > limit:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from numpy.typing import ArrayLike
 from scipy import stats
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -68,8 +69,9 @@ def win_rate(
 ) -> dict[str, float]:
     """Return the share of prompts on which a policy beats the baseline, with a bootstrap interval over prompts.
 
-    A tie counts as half a win; several samples of one prompt are averaged first, since they are not independent. The
-    interval is the percentile bootstrap's: with equal outcomes it has width 0, where the accelerated one is undefined.
+    A tie counts as half a win, a pair without two finite scores not at all. Several samples of one prompt are averaged
+    first, since they are not independent. The interval is the percentile bootstrap's: with equal outcomes it has width
+    0, where the accelerated one is undefined.
 
     Args:
         scores: One per prompt, `(N,)`, or several, `(N, S)`.
@@ -77,19 +79,32 @@ def win_rate(
         confidence_level: In (0, 1).
         seed: Of the resampling.
     """
+    outcomes = (np.sign(_differences(scores, baseline_scores)) + 1) / 2
+    return _mean_with_interval("win_rate", outcomes, confidence_level, seed)
+
+
+def mean_gain(
+    scores: ArrayLike, baseline_scores: ArrayLike, *, confidence_level: float = 0.95, seed: int = 0
+) -> dict[str, float]:
+    """Return by how much a policy scores above the baseline, with the same interval; arguments as of `win_rate`."""
+    return _mean_with_interval("gain", _differences(scores, baseline_scores), confidence_level, seed)
+
+
+def _differences(scores: ArrayLike, baseline_scores: ArrayLike) -> np.ma.MaskedArray:
+    """Return `(N, S)`, without what one of the two has no score for."""
     difference = np.asarray(scores, dtype=float) - np.asarray(baseline_scores, dtype=float)
-    outcomes = ((np.sign(difference) + 1) / 2).reshape(len(difference), -1).mean(axis=1)
-    low = high = float(outcomes.mean())
-    if outcomes.size > 1 and outcomes.std() > 0:
+    return np.ma.masked_invalid(difference.reshape(len(difference), -1))
+
+
+def _mean_with_interval(name: str, samples: np.ma.MaskedArray, confidence_level: float, seed: int) -> dict[str, float]:
+    values = np.ma.compressed(samples.mean(axis=1))
+    mean = low = high = float(values.mean()) if values.size else math.nan
+    if values.size > 1 and values.std() > 0:
         interval = stats.bootstrap(
-            (outcomes,),
-            np.mean,
-            confidence_level=confidence_level,
-            method="percentile",
-            rng=np.random.default_rng(seed),
+            (values,), np.mean, confidence_level=confidence_level, method="percentile", rng=np.random.default_rng(seed)
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
-    return {"win_rate": float(outcomes.mean()), "win_rate_low": low, "win_rate_high": high}
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
 @torch.no_grad()
@@ -140,7 +155,7 @@ def compare_policies(
     policy: PreTrainedModel,
     baseline: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Any],
+    dataset: Dataset,
     judges: dict[str, Callable[..., list[float]]],
     *,
     num_samples: int = 1,
@@ -153,7 +168,8 @@ def compare_policies(
         policy: The trained one.
         baseline: Usually the SFT policy it started from; the KL is measured against it.
         tokenizer: Of both.
-        prompts: Held-out prompts, plain text ending with the separator, or messages.
+        dataset: Held-out prompts in the column `prompt`, plain text ending with the separator, or messages; judges
+            see its other columns.
         judges: Functions of TRL's reward signature, by name.
         num_samples: Completions per prompt and policy.
         seed: Of sampling, the same for both, and of the bootstrap.
@@ -163,10 +179,11 @@ def compare_policies(
         Metrics, and the completions and scores as columns.
     """
     end_ids = eos_token_ids(baseline, tokenizer)
-    results: dict[str, float] = {"prompts": float(len(prompts))}
-    prompts = [prompt for prompt in prompts for _ in range(num_samples)]
+    results: dict[str, float] = {"prompts": float(len(dataset))}
+    known = {name: [value for value in dataset[name] for _ in range(num_samples)] for name in dataset.column_names}
+    prompts = known.pop("prompt")
     columns: dict[str, list[Any]] = {"prompt": prompts}
-    scores: dict[tuple[str, str], list[float]] = {}
+    scores: dict[tuple[str, str], np.ndarray] = {}
     for name, model in (("policy", policy.eval()), ("baseline", baseline.eval())):
         torch.manual_seed(seed)
         ids = generate_completions(model, tokenizer, prompts, **generation)
@@ -180,12 +197,13 @@ def compare_policies(
             temperature = generation.get("temperature", 1.0)
             results["policy/kl"] = sequence_kl(policy, baseline, tokenizer, prompts, ids, temperature)
         for judge_name, judge in judges.items():
-            scores[judge_name, name] = judge(prompts=prompts, completions=messages, completion_ids=ids)
-            columns[f"{name}_{judge_name}"] = scores[judge_name, name]
-            results[f"{judge_name}/{name}"] = float(np.mean(scores[judge_name, name]))
+            judged = judge(prompts=prompts, completions=messages, completion_ids=ids, **known)
+            scores[judge_name, name] = np.array(judged, dtype=float)  # a judge's `None` becomes NaN
+            columns[f"{name}_{judge_name}"] = list(judged)
+            results[f"{judge_name}/{name}"] = float(np.nanmean(scores[judge_name, name]))
     for judge_name in judges:
         ours, theirs = (np.reshape(scores[judge_name, name], (-1, num_samples)) for name in ("policy", "baseline"))
-        outcome = win_rate(ours, theirs, seed=seed)
+        outcome = win_rate(ours, theirs, seed=seed) | mean_gain(ours, theirs, seed=seed)
         results |= {f"{judge_name}/{key}": value for key, value in outcome.items()}
     return results, columns
 

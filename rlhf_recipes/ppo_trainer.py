@@ -5,6 +5,8 @@ TRL lacks is in layers 0 and 1. The order of a rollout: sample, score, normalise
 GAE, whitening; then `num_iterations` epochs of policy and value updates.
 """
 
+import copy
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 from rlhf_recipes.advantages import (
     explained_variance,
     generalized_advantage_estimation,
-    last_valid_index,
+    is_truncated,
     shape_rewards,
 )
 from rlhf_recipes.configs import PPOConfig
@@ -34,7 +36,13 @@ from rlhf_recipes.kl import estimate_kl
 from rlhf_recipes.kl_controller import AdaptiveKLController, FixedKLController
 from rlhf_recipes.losses import aggregate_token_loss, is_value_clipped, per_token_value_loss
 from rlhf_recipes.masked import masked_mean, masked_whiten
-from rlhf_recipes.models import add_to_modules_to_save, load_tokenizer, policy_loader
+from rlhf_recipes.models import (
+    add_to_modules_to_save,
+    check_output_dir,
+    check_policy,
+    load_tokenizer,
+    policy_loader,
+)
 from rlhf_recipes.normalization import RewardNormalizer
 from rlhf_recipes.rewards import RewardModelScorer, as_reward_functions, weighted_scores
 from rlhf_recipes.value_head import (
@@ -52,11 +60,8 @@ from rlhf_recipes.value_head import (
 )
 
 STATE_FILE = "ppo_state.json"
-# What TRL's log-probability method takes beside token ids, for models that also read images.
-MULTIMODAL_KEYS = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
-    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
+# What TRL's log-probability method takes from a batch: the inputs of models that also read images.
+LOGPS_ARGUMENTS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
 
 
 class PPOTrainer(GRPOTrainer):
@@ -82,6 +87,7 @@ class PPOTrainer(GRPOTrainer):
 
     _name = "PPO"
     _tag_names = ["trl", "ppo", "rlhf-recipes"]
+    _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
 
     def __init__(
         self,
@@ -97,24 +103,23 @@ class PPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is not None:
-                check_columns(dataset, ("prompt",), name)
+            check_columns(dataset, ("prompt",), name)
         check_rollout_fits(train_dataset, args)
         load = policy_loader(model, args, quantization_config)
-        model = load()
+        start, model = model, load()
+        check_policy(model, peft_config)
+        uses_peft = peft_config is not None or isinstance(model, PeftModel)
+        check_output_dir(args.output_dir, adapter=uses_peft)
         if processing_class is None:
-            processing_class = load_tokenizer(model.config._name_or_path, padding_side="left")
-        train_dataset, eval_dataset = (
-            None if dataset is None else add_separator(dataset, args.response_separator)
-            for dataset in (train_dataset, eval_dataset)
-        )
-        positions = model.config.get_text_config().max_position_embeddings
-        check_prompts_fit(train_dataset, processing_class, positions, args.max_completion_length)
+            path = start if isinstance(start, str) else model.config._name_or_path
+            processing_class = load_tokenizer(path, padding_side="left")
+        train_dataset = add_separator(train_dataset, args.response_separator)
+        eval_dataset = add_separator(eval_dataset, args.response_separator)
+        check_prompts_fit(train_dataset, processing_class, model.config, args.max_completion_length)
         reward_funcs = as_reward_functions(
             reward_funcs, reward_processing_classes, dataset=train_dataset, response_separator=args.response_separator
         )
 
-        uses_peft = peft_config is not None or isinstance(model, PeftModel)
         reference = None if uses_peft else load(frozen=True)
         # With a non-zero beta TRL keeps a copy of a given adapter; with zero it does not load a reference by itself.
         with _setting(args, "beta", 1.0 if uses_peft else 0.0):
@@ -125,11 +130,11 @@ class PPOTrainer(GRPOTrainer):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
-                peft_config=peft_config,
+                peft_config=copy.deepcopy(peft_config),  # the value head is added to it
                 **kwargs,
             )
         self.beta = args.beta
-        self._add_value_head()
+        self._add_value_head(start if isinstance(start, str) else model.config._name_or_path)
         if reference is not None:
             self.ref_model = self._prepare_reference(reference)
         self._prepare_reward_models()
@@ -146,16 +151,14 @@ class PPOTrainer(GRPOTrainer):
         if args.critic_warmup_steps:
             self.add_callback(CriticWarmupCallback(self.model, args.critic_warmup_steps))
 
-    # Set-up
-
-    def _add_value_head(self) -> None:
-        """Attach the critic after PEFT, which would otherwise adapt its layers as it does the policy's."""
+    def _add_value_head(self, path: str) -> None:
+        """Attach the critic, or the one saved in `path`, after PEFT, which would adapt its layers as the policy's."""
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         hidden_size = base.config.get_text_config().hidden_size
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)  # TRL has seeded each rank differently
             head = ValueHead(hidden_size, self.args.value_head_size, self.args.value_head_activation)
-        load_value_head(head, base.config._name_or_path)
+        load_value_head(head, path)
         attach_value_head(base, head)
         if isinstance(self.model, PeftModel):
             add_to_modules_to_save(self.model, VALUE_HEAD_NAME)
@@ -163,24 +166,23 @@ class PPOTrainer(GRPOTrainer):
 
     def _prepare_reference(self, reference: PreTrainedModel) -> Any:
         if self.args.disable_dropout:
-            disable_dropout_in_model(reference)
+            disable_dropout_in_model(reference.eval())
         add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(reference, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(reference, self.accelerator)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+        return self._prepare_frozen(reference)
 
     def _prepare_reward_models(self) -> None:
         for scorer in self.reward_funcs:
             if isinstance(scorer, RewardModelScorer):
                 scorer.batch_size = self.args.per_device_train_batch_size
                 scorer.policy_eos_token_ids = self.eos_token_ids
-                scorer.model = (
-                    prepare_deepspeed(scorer.model, self.accelerator)
-                    if self.is_deepspeed_enabled
-                    else self.accelerator.prepare_model(scorer.model, evaluation_mode=True, device_placement=True)
-                )
+                scorer.model = self._prepare_frozen(scorer.model)
+
+    def _prepare_frozen(self, model: PreTrainedModel) -> Any:
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def _warm_start_normalizer(self) -> None:
         """Begin at the reward model's own mean and deviation, where one reward model is all the reward there is."""
@@ -190,7 +192,9 @@ class PPOTrainer(GRPOTrainer):
         if card is not None and card.score_mean is not None and card.score_std:
             self.reward_normalizer.warm_start(weight * card.score_mean, abs(weight) * card.score_std)
 
-    # Rollout
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with without_value_head(self.model):  # vLLM's weight synchronisation sees a plain policy
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards_per_func = super()._calculate_rewards(*args, **kwargs)
@@ -229,19 +233,20 @@ class PPOTrainer(GRPOTrainer):
                 batch_size=self.args.per_device_train_batch_size
                 if self.model.training
                 else self.args.per_device_eval_batch_size,
-                **{key: batch[key] for key in MULTIMODAL_KEYS if key in batch},
+                **{key: batch[key] for key in LOGPS_ARGUMENTS if key in batch},
             )
         return self._recorded[-1]
 
     def _add_advantages(self, batch: dict[str, Any], state_values: Tensor) -> None:
         """Turn scores, log-probabilities and values of a rollout into `advantages`, `returns` and `old_values`."""
-        scores = self._normalized_scores(batch["completion_ids"].size(0))
-        scorable = scores.isfinite()
-        batch["completion_mask"] = batch["completion_mask"] * scorable.unsqueeze(1)
+        scores = self._normalized_scores(batch)
+        batch["completion_mask"] = batch["completion_mask"] * scores.isfinite().unsqueeze(1)
         mask = _loss_mask(batch)
         batch["num_items_in_batch"] = global_sum(mask.sum())
+        for name in ("old_per_token_logps", "ref_per_token_logps"):  # as the update will find them there
+            batch[name] = batch[name].masked_fill(mask == 0, 0)
 
-        truncated = self._is_truncated(batch)
+        truncated = is_truncated(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * truncated
         kl = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], self.args.kl_estimator)
@@ -259,33 +264,32 @@ class PPOTrainer(GRPOTrainer):
             _, mean, var = global_moments(advantages, mask)
             advantages = masked_whiten(advantages, mask, mean=mean, var=var)
         batch |= {"advantages": advantages, "returns": returns, "old_values": values}
-        self._log_rollout(batch, mask, rewards)
+        count, k1 = self._log_rollout(batch, mask, rewards, kl)
+        if self.model.training and self.state.global_step >= self.args.critic_warmup_steps:
+            self.kl_controller.update(k1, count)
 
-    def _normalized_scores(self, local_size: int) -> Tensor:
+    def _normalized_scores(self, batch: dict[str, Any]) -> Tensor:
         """Update the normaliser with the scores of all ranks, and return this rank's on its scale."""
+        if self.mask_truncated_completions:  # what does not train does not count either
+            trains = self.accelerator.gather(batch["completion_mask"].any(dim=1))
+            self._scores = self._scores.masked_fill(~trains, torch.nan)
         if self.args.reward_norm and self.model.training:
             self.reward_normalizer.update(self._scores)
         scores = self.reward_normalizer.normalize(self._scores) if self.args.reward_norm else self._scores
-        start = self.accelerator.process_index * local_size
-        return scores[start : start + local_size]
+        return scores.view(-1, batch["completion_ids"].size(0))[self.accelerator.process_index]
 
-    def _is_truncated(self, batch: dict[str, Any]) -> Tensor:
-        """Return which completions do not end with an EOS: the stop reason, not the padded width."""
-        mask = batch["completion_mask"]
-        last = batch["completion_ids"].gather(1, last_valid_index(mask).unsqueeze(1)).squeeze(1)
-        ends = torch.tensor(self.eos_token_ids, device=last.device)
-        return ~torch.isin(last, ends) & mask.bool().any(dim=1)
-
-    def _log_rollout(self, batch: dict[str, Any], mask: Tensor, rewards: Tensor) -> None:
+    def _log_rollout(self, batch: dict[str, Any], mask: Tensor, rewards: Tensor, kl: Tensor) -> tuple[int, float]:
+        """Log what was sampled; return the number of completions that train and their mean KL (k1)."""
         mode = "train" if self.model.training else "eval"
-        k1 = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], "k1").masked_fill(mask == 0, 0)
-        count, (kl, rlhf_reward) = global_means(mask.any(dim=1), k1.sum(dim=1), rewards.sum(dim=1))
+        k1 = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], "k1")
+        sums = ((x.masked_fill(mask == 0, 0)).sum(dim=1) for x in (k1, kl, rewards))
+        count, (mean_k1, paid, rlhf_reward) = global_means(mask.any(dim=1), *sums)
         explained = explained_variance(batch["old_values"], batch["returns"], mask, variance=global_var)
         metrics = {
-            "objective/kl": kl,
+            "objective/kl": mean_k1,
             "objective/scores": self._scores[self._scores.isfinite()].mean().item(),
             "objective/rlhf_reward": rlhf_reward,
-            "objective/non_score_reward": -self.kl_controller.kl_coef * kl,
+            "objective/non_score_reward": -self.kl_controller.kl_coef * paid,
             "objective/excluded": 1 - count / self._scores.numel(),
             "val/explained_variance": explained.item(),
             "kl_coef": self.kl_controller.kl_coef,
@@ -297,13 +301,11 @@ class PPOTrainer(GRPOTrainer):
         # GRPO's group statistic says nothing about PPO, and its advantages are not the ones that train.
         self._metrics[mode].pop("frac_reward_zero_std", None)
         mean_advantages = self.accelerator.gather(masked_mean(batch["advantages"], mask, dim=1)).tolist()
-        for _ in mean_advantages:
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(mean_advantages)
-        if mode == "train" and self.state.global_step >= self.args.critic_warmup_steps:
-            self.kl_controller.update(kl, int(count))
-
-    # Update
+        log = self._logs["advantages"]  # holds one rollout: of a larger evaluation batch only the end is left in it
+        for _ in range(min(len(log), len(mean_advantages))):
+            log.pop()
+        log.extend(mean_advantages)
+        return int(count), mean_k1
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._recorded.clear()
@@ -348,8 +350,6 @@ class PPOTrainer(GRPOTrainer):
         metrics = {"policy/approx_kl": approx_kl, "loss/value": value_loss, "val/clip_fraction": clip_fraction}
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
-
-    # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a plain policy with the value head beside it; checkpoints carry the head inside."""

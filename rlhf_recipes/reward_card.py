@@ -22,7 +22,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     content = [
         sorted(tokenizer.get_vocab().items()),
-        sorted(tokenizer.all_special_ids),
+        [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
         tokenizer(_PROBE)["input_ids"],
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

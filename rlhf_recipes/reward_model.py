@@ -53,6 +53,11 @@ def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
 
     Source: head initialisation, Stiennon et al. 2020, arXiv:2009.01325; Huang et al. 2024, arXiv:2403.17031.
     """
+    if is_adapter(path):
+        raise ValueError(
+            f"{path} is an adapter; a reward model starts from a whole model. Merge it into its base first: "
+            f"`rlhf_recipes.models.load_policy({path!r}).save_pretrained(..)`, likewise its tokenizer."
+        )
     config = AutoConfig.from_pretrained(path)
     trained = check_reward_config(config, path)
     kwargs.setdefault("dtype", "float32")

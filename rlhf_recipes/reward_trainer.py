@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from trl import RewardTrainer, is_conversational
 
 from rlhf_recipes.configs import RewardModelConfig
-from rlhf_recipes.data import add_separator, check_columns
+from rlhf_recipes.data import add_separator, check_columns, column_names
 from rlhf_recipes.evaluation import preference_metrics
 from rlhf_recipes.losses import l2_penalty
-from rlhf_recipes.models import load_tokenizer
+from rlhf_recipes.models import check_output_dir, load_tokenizer
 from rlhf_recipes.reward_card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
-from rlhf_recipes.reward_model import load_reward_model_base
+from rlhf_recipes.reward_model import ScoreHead, load_reward_model_base
 
 
 class RewardModelTrainer(RewardTrainer):
@@ -57,9 +57,12 @@ class RewardModelTrainer(RewardTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is not set.")
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
-                check_columns(dataset, self._columns(dataset), name)
+                self._check_preferences(dataset, name)
+        check_output_dir(args.output_dir, adapter=peft_config is not None)
         base_model = model if isinstance(model, str) else model.config._name_or_path
         if isinstance(model, str):
             torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
@@ -79,6 +82,7 @@ class RewardModelTrainer(RewardTrainer):
             "response_separator": None if is_conversational(example) else args.response_separator,
         }
         self._eval_batches: list[torch.Tensor] = []
+        self._is_own_evaluation = True
         super().__init__(
             model,
             args,
@@ -89,13 +93,22 @@ class RewardModelTrainer(RewardTrainer):
             **kwargs,
         )
 
+        for module in self.model.modules():
+            if isinstance(module, ScoreHead):
+                module.float()  # TRL casts what is trained of a quantised model to bfloat16
+
     @staticmethod
-    def _columns(dataset: Any) -> tuple[str, ...]:
-        columns = ("chosen", "rejected")
-        return ("prompt", *columns) if "prompt" in (dataset.column_names or ()) else columns
+    def _check_preferences(dataset: Any, name: str) -> None:
+        has_prompt = not isinstance(dataset, dict) and "prompt" in column_names(dataset)
+        check_columns(dataset, ("prompt", "chosen", "rejected") if has_prompt else ("chosen", "rejected"), name)
+        if not has_prompt and not is_conversational(next(iter(dataset))):
+            raise ValueError(
+                f"`{name}` is plain text without a column 'prompt', so that nothing says where the response begins. "
+                "Split it, for example by `dataset.map(trl.extract_prompt)`."
+            )
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        if "prompt" in (dataset.column_names or ()) and "chosen" in dataset.column_names:
+        if {"prompt", "chosen"} <= set(column_names(dataset)):
             dataset = add_separator(dataset, args.response_separator)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
@@ -114,16 +127,23 @@ class RewardModelTrainer(RewardTrainer):
             self._eval_batches.append(self.accelerator.gather_for_metrics(batch).cpu())
         return (loss, outputs) if return_outputs else loss
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; the card keeps the result on the trainer's own evaluation set."""
+        self._eval_batches.clear()
+        self._is_own_evaluation = eval_dataset is None
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics over all pairs of an evaluation."""
         if self._eval_batches:
             metrics = preference_metrics(*torch.cat(self._eval_batches).unbind(dim=1))
             self._eval_batches.clear()
-            self._card |= {
-                "score_mean": metrics["score_mean"],
-                "score_std": metrics["score_std"],
-                "eval_accuracy": metrics["accuracy"],
-            }
+            if self._is_own_evaluation:
+                self._card |= {
+                    "score_mean": metrics["score_mean"],
+                    "score_std": metrics["score_std"],
+                    "eval_accuracy": metrics["accuracy"],
+                }
             # TRL's own accuracy is a mean over batches; ours is over pairs, and replaces it.
             self._metrics["eval"].pop("accuracy", None)
             logs.update({f"eval_{name}": value for name, value in metrics.items()})

@@ -4,17 +4,24 @@ Layer L2. The reward model reads text, never the policy's token ids, so it may h
 """
 
 import importlib
+import importlib.util
+import logging
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
-from rlhf_recipes.reward_card import RewardModelCard
-from rlhf_recipes.reward_model import load_reward_model
+from rlhf_recipes.reward_card import CARD_FILE, RewardModelCard
+from rlhf_recipes.reward_model import load_reward_model, with_score_head
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, Any]]
 
@@ -50,8 +57,15 @@ class RewardModelScorer:
 
     @classmethod
     def from_pretrained(cls, path: str, **kwargs: Any) -> "RewardModelScorer":
-        """Load a reward model, its tokenizer and its card from a directory or the Hub."""
-        return cls(load_reward_model(path, **kwargs), AutoTokenizer.from_pretrained(path), RewardModelCard.load(path))
+        """Load a reward model and its tokenizer from a directory or the Hub, and its card from a directory."""
+        tokenizer, card = AutoTokenizer.from_pretrained(path), RewardModelCard.load(path)
+        scorer = cls(load_reward_model(path, **kwargs), tokenizer, card)
+        scorer.__name__ = Path(path).name  # an adapter's model bears the name of its base
+        if card is None:
+            logger.warning(
+                f"{path} has no {CARD_FILE}: whether its separator and template are this run's cannot be checked."
+            )
+        return scorer
 
     def __call__(
         self,
@@ -65,24 +79,21 @@ class RewardModelScorer:
             self.policy_eos_token_ids is None or completion_ids is None or ids[-1] in self.policy_eos_token_ids
             for ids in completion_ids or [[]] * len(prompts)
         ]
-        texts = [self._text(*row) for row in zip(prompts, completions, finished, strict=True)]
-        token_ids = [self._tokenize(text) for text in texts]
+        token_ids = [self._token_ids(*row) for row in zip(prompts, completions, finished, strict=True)]
         # Sorted by length: a batch is then padded little.
-        order = sorted(range(len(texts)), key=lambda row: len(token_ids[row]))
-        scores = torch.empty(len(texts))
+        order = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
+        scores = torch.empty(len(token_ids))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             scores[rows] = self._forward([token_ids[row] for row in rows])
         return scores.tolist()
 
-    def _text(self, prompt: Prompt, completion: Prompt, finished: bool) -> str:
+    def _token_ids(self, prompt: Prompt, completion: Prompt, finished: bool) -> list[int]:
         if isinstance(prompt, str) and isinstance(completion, str):
-            return prompt + completion + (self.tokenizer.eos_token if finished else "")
-        return apply_chat_template({"messages": [*prompt, *completion]}, self.tokenizer)["text"]
-
-    def _tokenize(self, text: str) -> list[int]:
-        # A chat template writes the special tokens itself; plain text gets them as in training.
-        return self.tokenizer(text, add_special_tokens=self.card is None or not self.card.conversational)["input_ids"]
+            text = prompt + completion + (self.tokenizer.eos_token if finished else "")
+            return self.tokenizer(text)["input_ids"]
+        text = apply_chat_template({"messages": [*prompt, *completion]}, self.tokenizer)["text"]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
 
     @torch.no_grad()
     def _forward(self, token_ids: list[list[int]]) -> Tensor:
@@ -103,11 +114,13 @@ def weighted_scores(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     return scores.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
 
 
-def as_scorer(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> RewardModelScorer:
+def as_scorer(
+    model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> RewardModelScorer:
     """Return a scorer for a reward model given as a path or as an instance.
 
     Raises:
-        ValueError: If the instance has several outputs.
+        ValueError: If the instance has several outputs, or neither a tokenizer nor a path to load one from.
     """
     if isinstance(model, str):
         scorer = RewardModelScorer.from_pretrained(model)
@@ -115,7 +128,14 @@ def as_scorer(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         path = model.config._name_or_path
         if model.config.num_labels != 1:
             raise ValueError(f"The reward model has {model.config.num_labels} labels; it must have `num_labels=1`.")
-        scorer = RewardModelScorer(model, tokenizer or AutoTokenizer.from_pretrained(path), RewardModelCard.load(path))
+        if tokenizer is None and not path:
+            raise ValueError(
+                "The reward model was not loaded from a path: pass its tokenizer in `reward_processing_classes`."
+            )
+        if isinstance(getattr(model, "score", None), nn.Linear):
+            with_score_head(model)  # scores in float32 under autocast, as of a model that was loaded here
+        card = RewardModelCard.load(path) if path else None
+        scorer = RewardModelScorer(model, tokenizer or AutoTokenizer.from_pretrained(path), card)
     if tokenizer is not None:
         scorer.tokenizer = tokenizer
     return scorer
@@ -126,7 +146,7 @@ def as_reward_functions(reward_funcs: Any, tokenizers: Any, *, dataset: Any, res
     reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(reward_funcs)
     functions = [
-        as_scorer(function, tokenizer) if isinstance(function, str | PreTrainedModel) else function
+        as_scorer(function, tokenizer) if isinstance(function, str | PreTrainedModel | PeftModel) else function
         for function, tokenizer in zip(reward_funcs, tokenizers, strict=True)
     ]
     for function in functions:
@@ -140,7 +160,7 @@ def as_reward_functions(reward_funcs: Any, tokenizers: Any, *, dataset: Any, res
 
 
 def import_function(reference: str) -> Callable[..., list[float]]:
-    """Import a reward function or judge given as `package.module:function`.
+    """Import a reward function or judge given as `package.module:function`, also from the working directory.
 
     Raises:
         ValueError: If the reference has another form or does not name a callable.
@@ -148,6 +168,10 @@ def import_function(reference: str) -> Callable[..., list[float]]:
     module_name, _, name = reference.partition(":")
     if not module_name or not name:
         raise ValueError(f"A function is named as `package.module:function`, got {reference!r}.")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    if importlib.util.find_spec(module_name.partition(".")[0]) is None:
+        raise ValueError(f"There is no module {module_name!r} for the function {reference!r}, here or installed.")
     function = getattr(importlib.import_module(module_name), name, None)
     if not callable(function):
         raise ValueError(f"{module_name} has no function {name!r}.")

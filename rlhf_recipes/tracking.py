@@ -32,11 +32,12 @@ def track_run(tracking: TrackingArguments, run_name: str, stage: str, *configs: 
         tracking: Where to record, or not at all.
         run_name: Name shown in MLflow.
         stage: `sft`, `reward_modeling`, `ppo` or `evaluation`; a tag to filter by.
-        configs: Dataclasses with the run's options. A `report_to` among them is pointed at MLflow.
+        configs: Dataclasses with the run's options. MLflow is added to, or taken from, a `report_to` among them.
     """
     for config in configs:
         if hasattr(config, "report_to"):
-            config.report_to = ["mlflow"] if tracking.tracking else []
+            others = [name for name in config.report_to if name != "mlflow"]
+            config.report_to = [*others, "mlflow"] if tracking.tracking else others
     if not tracking.tracking or not PartialState().is_main_process:
         yield
         return
@@ -44,7 +45,7 @@ def track_run(tracking: TrackingArguments, run_name: str, stage: str, *configs: 
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):  # migrations of a new store
         logging.getLogger(name).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(tracking_uri(tracking))
-    mlflow.set_experiment(tracking.experiment_name)
+    mlflow.set_experiment(tracking.experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "rlhf_recipes")
     with mlflow.start_run(run_name=run_name, tags={"stage": stage}):
         _log_config(configs)
         yield

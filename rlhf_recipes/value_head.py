@@ -169,11 +169,13 @@ def save_value_head(model: nn.Module, directory: str | Path) -> None:
 def load_value_head(head: ValueHead, directory: str | Path) -> bool:
     """Load the head that `save_value_head` wrote, if there is one. Return whether there was.
 
+    A model that was not loaded from anywhere has the directory "", and no head.
+
     Raises:
         ValueError: If it has another size than the run's `value_head_size`.
     """
     path = Path(directory, VALUE_HEAD_FILE)
-    if not path.is_file():
+    if not directory or not path.is_file():
         return False
     state = load_file(path)
     if state["hidden.weight"].shape != head.hidden.weight.shape:

@@ -12,6 +12,7 @@ import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from rlhf_recipes import configs
+from rlhf_recipes.data import require_path
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -81,14 +82,25 @@ def test_an_unknown_key_is_an_error(stage, tmp_path):
         _parse(stage, misspelt)
 
 
-def _attributes_read():
-    """Every attribute that the library or a recipe reads, and every name in a string (settings looked up by name)."""
+# The names under which code holds each class of options.
+HOLDERS = {
+    configs.PPOConfig: {"args", "training_args"},
+    configs.RewardModelConfig: {"args", "training_args"},
+    configs.PPOArguments: {"script_args"},
+    configs.EvaluationArguments: {"script_args"},
+    configs.BoundaryArguments: {"boundary_args"},
+    configs.TrackingArguments: {"tracking"},
+}
+
+
+def _attributes_read(holders):
+    """Every attribute that the library or a recipe reads from something of these names; checks do not count."""
     names = set()
     for path in [*(ROOT / "rlhf_recipes").glob("*.py"), *RECIPES.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                is_check = path.name == "configs.py"
-                if not is_check:
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and path.name != "configs.py":
+                holder = getattr(node.value, "attr", getattr(node.value, "id", None))
+                if holder in holders:
                     names.add(node.attr)
     return names
 
@@ -98,7 +110,7 @@ def test_every_option_is_read(cls):
     inherited = {field.name for field in dataclasses.fields(OURS[cls])} if OURS[cls] else set()
     own = {field.name for field in dataclasses.fields(cls)} - inherited
     assert own
-    unread = own - _attributes_read()
+    unread = own - _attributes_read(HOLDERS[cls])
     assert not unread, f"{cls.__name__} has options that nothing reads: {unread}"
 
 
@@ -152,3 +164,29 @@ def test_recipes_use_the_parsers_that_are_tested_here():
         source = (RECIPES / f"{stage}.py").read_text()
         names = ", ".join(cls.__name__ for cls in classes)
         assert f"TrlParser(({names}))" in source
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_missing_input_of_a_yaml_names_a_command_that_exists(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = yaml.safe_load(path.read_text())
+    for option in ("model_name_or_path", "reward_model_path", "baseline_path", "dataset_name"):
+        if not str(options.get(option)).startswith("runs/"):
+            continue
+        with pytest.raises(FileNotFoundError) as error:
+            require_path(option, options[option])
+        command = re.search(r"Run `(.*)` first", str(error.value)).group(1)
+        for mention in re.findall(r"recipes/[\w./]+", command):
+            assert (ROOT / mention).is_file(), f"{path.name}, {option}: {command}"
+        if "--until" in command:
+            assert command.split()[-1] in quickstart_stages()
+
+
+def quickstart_stages():
+    """The stages that `recipes/quickstart.py` accepts."""
+    assignments = ast.parse((RECIPES / "quickstart.py").read_text()).body
+    return next(
+        ast.literal_eval(node.value)
+        for node in assignments
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "STAGES"
+    )

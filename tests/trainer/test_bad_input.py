@@ -1,9 +1,11 @@
 """Bad input is refused before anything is trained, in a line that names the option and the way out."""
 
+import re
+
 import pytest
 import tiny
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.configs import PPOConfig, RewardModelConfig
@@ -15,6 +17,7 @@ from rlhf_recipes.value_head import ValueHead
     [
         (Dataset.from_dict({"text": ["a"] * 8}), "has no column 'prompt'"),
         (Dataset.from_dict({"prompt": []}), "`train_dataset` is empty"),
+        (DatasetDict(train=Dataset.from_dict({"prompt": ["a"]})), "is a dictionary of 'train': pass one of them"),
         (Dataset.from_dict({"prompt": ["a"] * 7}), "has 7 prompts, fewer than one rollout's 8"),
         (Dataset.from_dict({"prompt": ["a"] * 7 + [" "]}), "empty 'prompt' in row 7"),
         (Dataset.from_dict({"prompt": ["a"] * 7 + ["word " * 200]}), "exceeds the model's 128 positions"),
@@ -37,6 +40,10 @@ def test_preferences_without_a_column(tmp_path, column):
         ({"prompt": ["a"], "chosen": [""], "rejected": ["b"]}, "empty 'chosen' in row 0"),
         ({"prompt": ["a"], "chosen": ["b"], "rejected": [" "]}, "empty 'rejected' in row 0"),
         ({"prompt": [], "chosen": [], "rejected": []}, "`train_dataset` is empty"),
+        (
+            {"prompt": ["a"], "chosen": [[{"role": "user", "content": "a"}]], "rejected": [[]]},
+            "mixes formats: 'prompt' is text, 'chosen' is messages",
+        ),
         (
             {
                 "prompt": [[{"role": "user", "content": "a"}]],
@@ -88,6 +95,9 @@ def _reward_trainer(tmp_path, data):
         ({"num_iterations": 0}, "`num_iterations` must be positive"),
         ({"loss_type": "bnpo"}, "`loss_type` must be one of"),
         ({"importance_sampling_level": "sequence"}, "`importance_sampling_level` must be 'token'"),
+        ({"scale_rewards": "group"}, "`scale_rewards` must be 'none'"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "`multi_objective_aggregation` must be"),
+        ({"num_iterations": 2, "save_steps": 3}, "`save_steps` (3) must be a multiple of the 2 optimiser steps"),
         ({"sync_ref_model": True}, "`sync_ref_model` is not available"),
         ({"value_head_activation": "relu"}, "`value_head_activation` must be one of silu, gelu, got 'relu'. ReLU"),
         ({"value_head_activation": "tanh"}, "`value_head_activation` must be one of silu, gelu, got 'tanh'"),
@@ -95,7 +105,7 @@ def _reward_trainer(tmp_path, data):
     ],
 )
 def test_ppo_options(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         PPOConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False, **options)
 
 

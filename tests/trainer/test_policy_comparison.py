@@ -65,7 +65,7 @@ def test_sequence_kl_is_the_summed_log_ratio(tok, temperature):
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_policy_ties_with_itself(tok, chat):
-    prompts = list(tiny.prompts(chat=chat)["prompt"])
+    prompts = tiny.prompts(chat=chat)
     results, columns = compare_policies(
         tiny.policy(tok), tiny.policy(tok), tok, prompts, {"length": tiny.length_reward},
         num_samples=3, max_completion_length=8,
@@ -81,8 +81,23 @@ def test_the_longer_winded_policy_wins_on_length(tok):
     brief = tiny.policy(tok)
     brief.generation_config.eos_token_id = list(range(len(tok)))
     results, _ = compare_policies(
-        tiny.policy(tok, seed=2), brief, tok, PROMPTS * 4, {"length": tiny.length_reward}, max_completion_length=20
+        tiny.policy(tok, seed=2), brief, tok, tiny.prompts(), {"length": tiny.length_reward}, max_completion_length=20
     )
     assert results["policy/length"] > results["baseline/length"] == 1
     assert results["length/win_rate"] > 0.7
+    assert results["length/gain"] == results["length/policy"] - results["length/baseline"] > 0
     assert results["policy/kl"] > 0
+
+
+def test_a_judge_sees_the_other_columns_and_may_have_nothing_to_say(tok):
+    def judge(prompts, completions, answer, **kwargs):
+        assert answer == ["a", "a", "b", "b"]
+        return [1.0, None, 3.0, 4.0]
+
+    dataset = tiny.prompts(count=2).add_column("answer", ["a", "b"])
+    results, columns = compare_policies(
+        tiny.policy(tok), tiny.policy(tok), tok, dataset, {"judge": judge}, num_samples=2, max_completion_length=4
+    )
+    assert results["judge/policy"] == (1 + 3 + 4) / 3
+    assert results["judge/win_rate"] == 0.5
+    assert columns["policy_judge"][1] is None

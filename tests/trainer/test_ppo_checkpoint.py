@@ -19,7 +19,7 @@ PEFT = [pytest.param(False, id="full"), pytest.param(True, id="lora")]
 def _trained(tmp_path, peft, **kwargs):
     options = {
         "save_strategy": "steps",
-        "save_steps": 2,
+        "save_steps": 4,
         "kl_controller": "adaptive",
         "kl_horizon": 64,
         "max_steps": 8,

@@ -5,8 +5,11 @@ import itertools
 import pytest
 import tiny
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tolerances import FIRST_UPDATE, assert_close
+from transformers import AutoModelForCausalLM
+
+from rlhf_recipes.value_head import trained_value_head
 
 CASES = list(itertools.product(("full", "lora"), ("plain", "chat"), (False, True)))
 
@@ -103,3 +106,58 @@ def test_the_reference_stays_where_it_was(tmp_path):
     kls = [entry["objective/kl"] for entry in trainer.state.log_history if "objective/kl" in entry]
     assert kls[0] == 0
     assert kls[1] != 0
+
+
+def _saved_adapter(tmp_path):
+    """An SFT adapter with its tokenizer on disk, as `recipes/sft.py` leaves it."""
+    tok = tiny.tokenizer()
+    tiny.policy(tok).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, tiny.lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "sft")
+    tok.save_pretrained(tmp_path / "sft")
+    return str(tmp_path / "sft")
+
+
+def test_the_path_of_an_adapter_is_a_policy(tmp_path):
+    trainer = tiny.PPOTrainer(
+        _saved_adapter(tmp_path), tiny.length_reward, tiny.ppo_config(tmp_path / "ppo"), train_dataset=tiny.prompts()
+    )
+    batch = tiny.rollout(trainer)
+    kl = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
+    assert_close(kl, torch.zeros_like(kl), FIRST_UPDATE)
+    before = {n: p.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in before)
+    trainer.train()
+    assert any(
+        not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before and "lora" in n
+    )
+    trainer.save_model()
+
+    again = tiny.PPOTrainer(
+        str(tmp_path / "ppo"), tiny.length_reward, tiny.ppo_config(tmp_path / "two"), train_dataset=tiny.prompts()
+    )
+    head, saved = trained_value_head(again.model), trained_value_head(trainer.model)
+    assert saved.output.weight.abs().sum() > 0
+    assert torch.equal(head.output.weight, saved.output.weight)
+
+
+def test_a_frozen_adapter_is_refused(tmp_path):
+    path = _saved_adapter(tmp_path)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), path)
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        tiny.ppo_trainer(tmp_path, model=model)
+
+
+def test_an_adapter_on_an_adapter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="already has an adapter"):
+        tiny.ppo_trainer(tmp_path, model=_saved_adapter(tmp_path), peft=tiny.lora())
+
+
+def test_the_users_peft_config_stays_the_users(tmp_path):
+    peft = tiny.lora()
+    tiny.ppo_trainer(tmp_path, peft=peft)
+    assert not peft.modules_to_save

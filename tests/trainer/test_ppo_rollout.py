@@ -199,3 +199,69 @@ def test_completion_log_holds_the_advantages_of_ppo(tmp_path):
     batch = tiny.rollout(trainer)
     mask = batch["completion_mask"]
     assert_close(list(trainer._logs["advantages"]), (batch["advantages"] * mask).sum(1) / mask.sum(1), FP32)
+
+
+def test_what_is_masked_does_not_move_the_normaliser(tmp_path, monkeypatch):
+    """Cut completions score 100, the others 1."""
+
+    def reward(completion_ids, **kwargs):
+        return [1.0 if ids[-1] == 1 else 100.0 for ids in completion_ids]
+
+    trainer = _drifted_trainer(tmp_path, truncated_completions="mask", rewards=reward)
+    _force_stops(trainer, monkeypatch, COMPLETIONS)
+    tiny.rollout(trainer)
+    assert trainer.reward_normalizer.mean == 1.0
+    assert trainer._metrics["train"]["objective/scores"] == [1.0]
+    assert trainer._metrics["train"]["objective/excluded"] == [0.5]
+
+
+def test_what_does_not_train_has_no_log_probabilities(tmp_path):
+    """The update finds 0 there: with anything else in the rollout, the ratio could overflow."""
+
+    def reward(completions, **kwargs):
+        return [None if i == 2 else float(i) for i in range(len(completions))]
+
+    batch = tiny.rollout(_drifted_trainer(tmp_path, rewards=reward))
+    for name in ("old_per_token_logps", "ref_per_token_logps"):
+        assert (batch[name][batch["completion_mask"] == 0] == 0).all()
+        assert (batch[name][3, 0] != 0).all()
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_penalty_that_is_logged_is_the_one_that_was_paid(tmp_path, estimator):
+    trainer = _drifted_trainer(tmp_path, kl_estimator=estimator, whiten_advantages=False)
+    batch = tiny.rollout(trainer)
+    metrics = trainer._metrics["train"]
+    mask = batch["completion_mask"]
+    log_ratio = ((batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * mask).double()
+    paid = {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": (-log_ratio).exp() - 1 + log_ratio}[estimator]
+    assert_close(metrics["objective/kl"][0], log_ratio.sum(1).mean(), FP32)
+    assert_close(metrics["objective/non_score_reward"][0], -trainer.args.kl_coef * paid.sum(1).mean(), FP32)
+    expected = _normalized(trainer).mean() + metrics["objective/non_score_reward"][0]
+    assert_close(metrics["objective/rlhf_reward"][0], expected, FP32)
+
+
+@pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["full", "lora"])
+def test_generation_sees_a_plain_policy(tmp_path, monkeypatch, peft):
+    """What vLLM's weight synchronisation walks over has no value head."""
+    seen = []
+    original = tiny.PPOTrainer.__mro__[1]._generate_single_turn
+
+    def spy(self, *args, **kwargs):
+        seen.extend(name for name, _ in self.model.named_parameters())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(tiny.PPOTrainer.__mro__[1], "_generate_single_turn", spy)
+    trainer = tiny.ppo_trainer(tmp_path, peft=peft)
+    tiny.rollout(trainer)
+    assert seen
+    assert not [name for name in seen if "value_head" in name]
+    assert [name for name, _ in trainer.model.named_parameters() if "value_head" in name]
+
+
+def test_an_evaluation_batch_may_be_larger_than_a_rollout(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path, steps_per_generation=1, per_device_eval_batch_size=8)
+    trainer.eval_dataset = trainer.train_dataset
+    metrics = trainer.evaluate()
+    assert metrics["eval_objective/kl"] == 0
+    assert math.isfinite(metrics["eval_loss"])

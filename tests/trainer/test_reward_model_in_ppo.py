@@ -6,9 +6,11 @@ import json
 import pytest
 import tiny
 import torch
+from tokenizers.processors import TemplateProcessing
 from tolerances import FP32, assert_close
 
 from rlhf_recipes import PPOTrainer, RewardModelTrainer
+from rlhf_recipes.reward_card import tokenizer_fingerprint
 from rlhf_recipes.rewards import RewardModelScorer
 
 
@@ -65,6 +67,7 @@ def test_it_scores_the_rollout(tmp_path, trained, chat):
 def test_a_cut_completion_gets_no_eos(trained):
     scorer = RewardModelScorer.from_pretrained(trained())
     scorer.policy_eos_token_ids = [1]
+    assert scorer.__name__ == "rm"
     finished, cut = scorer(["the fox\n\n"] * 2, ["is red"] * 2, [[20, 1], [20, 21]])
     by_hand = [
         scorer._forward([scorer.tokenizer("the fox\n\nis red" + end)["input_ids"]]).item() for end in ("<eos>", "")
@@ -167,3 +170,57 @@ def test_a_causal_lm_is_not_a_reward_model(tmp_path):
     tok.save_pretrained(tmp_path / "lm")
     with pytest.raises(ValueError, match="is not a reward model"):
         _ppo(tmp_path, str(tmp_path / "lm"))
+
+
+def test_chat_gets_the_special_tokens_of_the_template_only():
+    """A tokenizer that opens every text itself would open it twice."""
+    tok = tiny.tokenizer()
+    opener = [("<pad>", tok.pad_token_id)]
+    tok._tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=opener)
+    tok.chat_template = "<pad>" + tok.chat_template
+    scorer = RewardModelScorer(tiny.reward_model(tok), tok)
+    user, assistant = ([{"role": role, "content": "the fox"}] for role in ("user", "assistant"))
+    assert scorer._token_ids(user, assistant, True).count(tok.pad_token_id) == 1
+    assert scorer._token_ids("the fox", " is red", True).count(tok.pad_token_id) == 1
+
+
+def test_an_instance_scores_in_float32_under_autocast(tmp_path):
+    tok = tiny.tokenizer()
+    model = tiny.reward_model(tok)
+    options = {"train_dataset": tiny.prompts(), "processing_class": tok}
+    with pytest.raises(ValueError, match="pass its tokenizer in `reward_processing_classes`"):
+        PPOTrainer(tiny.policy(tok), model, tiny.ppo_config(tmp_path), **options)
+    PPOTrainer(tiny.policy(tok), model, tiny.ppo_config(tmp_path), **options, reward_processing_classes=tok)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.dtype == torch.float32
+
+
+def test_a_reward_model_with_an_adapter_may_be_given_as_it_is(tmp_path):
+    tok = tiny.tokenizer()
+    trainer = RewardModelTrainer(
+        tiny.reward_model(tok),
+        tiny.reward_config(tmp_path / "rm"),
+        train_dataset=tiny.preferences(),
+        processing_class=tok,
+        peft_config=tiny.lora(),
+    )
+    ppo = PPOTrainer(
+        tiny.policy(tok), trainer.model, tiny.ppo_config(tmp_path), train_dataset=tiny.prompts(), processing_class=tok,
+        reward_processing_classes=tok,
+    )  # fmt: skip
+    ppo.train()
+    assert ppo._scores.isfinite().all()
+
+
+def test_roles_of_special_tokens_are_part_of_the_fingerprint():
+    tok = tiny.tokenizer()
+    before = tokenizer_fingerprint(tok)
+    tok.pad_token, tok.eos_token = tok.eos_token, tok.pad_token
+    assert tokenizer_fingerprint(tok) != before
+
+
+def test_a_reward_model_without_a_card_is_reported(tmp_path, trained, caplog):
+    path = trained()
+    (tmp_path / "rm" / "reward_model_card.json").unlink()
+    RewardModelScorer.from_pretrained(path)
+    assert "has no reward_model_card.json" in caplog.text

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from datasets import IterableDataset
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tolerances import FP32, SAMPLED_STD, assert_close
+from transformers import AutoModelForCausalLM
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_recipes import RewardModelTrainer
@@ -150,7 +153,7 @@ def test_ppo_shows_the_reward_model_the_tokens_it_was_trained_on(tmp_path, base,
     card = trainer.card
     scorer = RewardModelScorer(trainer.model, tiny.tokenizer(), card)
     prompt = raw["prompt"] if chat else raw["prompt"] + "\n\n"
-    assert scorer._tokenize(scorer._text(prompt, raw["chosen"], True)) == row["chosen_ids"]
+    assert scorer._token_ids(prompt, raw["chosen"], True) == row["chosen_ids"]
 
 
 def test_a_reward_model_learns_a_clear_preference(tmp_path, base):
@@ -167,3 +170,61 @@ def test_two_labels_are_refused(tmp_path):
         _trainer(str(tmp_path / "two"), tmp_path)
     with pytest.raises(ValueError, match="has 2 labels"):
         load_reward_model(str(tmp_path / "two"))
+
+
+def test_a_trained_head_stays_float32_in_a_quantised_model(tmp_path, base, monkeypatch):
+    """TRL casts what is trained beside quantised weights; the attribute is how it knows of them."""
+    model = load_reward_model_base(base)
+    model.is_loaded_in_4bit = True
+    trainer = _trainer(model, tmp_path, peft=tiny.lora())
+    dtypes = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {dtype for name, dtype in dtypes.items() if "lora" in name} == {torch.bfloat16}, "TRL no longer casts"
+    assert {dtype for name, dtype in dtypes.items() if "score" in name} == {torch.float32}
+
+
+def test_a_stream_gets_its_separator(tmp_path, base):
+    data = IterableDataset.from_generator(lambda: iter(tiny.preferences()))
+    assert data.column_names is None
+    trainer = RewardModelTrainer(
+        base, tiny.reward_config(tmp_path / "rm"), train_dataset=data, processing_class=tiny.tokenizer()
+    )
+    text = tiny.tokenizer().decode(next(iter(trainer.train_dataset))["chosen_ids"])
+    assert "\n\n" in text
+    trainer.train()
+
+
+def test_plain_text_without_a_prompt_is_refused(tmp_path, base):
+    with pytest.raises(ValueError, match="without a column 'prompt'"):
+        RewardModelTrainer(
+            base,
+            tiny.reward_config(tmp_path / "rm"),
+            train_dataset=tiny.preferences().remove_columns("prompt"),
+            processing_class=tiny.tokenizer(),
+        )
+
+
+def test_only_an_evaluation_of_its_own_is_written_to_the_card(tmp_path, base):
+    trainer = _trainer(base, tmp_path)
+    own = trainer.evaluate()
+    other = trainer._prepare_dataset(tiny.preferences(count=3), trainer.processing_class, trainer.args, "other")
+    trainer.predict(other)
+    metrics = trainer.evaluate(other)
+    assert metrics["eval_score_mean"] != own["eval_score_mean"]
+    assert trainer.card.score_mean == own["eval_score_mean"]
+    trainer.predict(other)
+    assert trainer.evaluate()["eval_score_mean"] == own["eval_score_mean"]
+
+
+@pytest.mark.parametrize("first", ["adapter", "whole"])
+def test_weights_of_two_kinds_do_not_share_a_directory(tmp_path, base, first):
+    peft = {"adapter": tiny.lora(), "whole": None}
+    trainer = _trainer(base, tmp_path, peft=peft.pop(first))
+    trainer.save_model()
+    with pytest.raises(ValueError, match="Choose another `output_dir`"):
+        _trainer(base, tmp_path, peft=next(iter(peft.values())))
+
+
+def test_an_adapter_is_no_start_for_a_reward_model(tmp_path, base):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), tiny.lora()).save_pretrained(tmp_path / "sft")
+    with pytest.raises(ValueError, match="Merge it into its base first"):
+        _trainer(str(tmp_path / "sft"), tmp_path)

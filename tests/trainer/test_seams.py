@@ -38,9 +38,11 @@ def test_log_prob_method_takes_what_we_pass_and_returns_three_things():
     assert list(signature.parameters)[:6] == [
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
     ]  # fmt: skip
-    from rlhf_recipes.ppo_trainer import MULTIMODAL_KEYS
-
-    assert set(MULTIMODAL_KEYS) == set(list(signature.parameters)[6:]) - {"compute_entropy", "compute_aux_loss"}
+    images = set(list(signature.parameters)[6:]) - {"compute_entropy", "compute_aux_loss"}
+    assert images == {
+        "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+        "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+    }  # fmt: skip
 
 
 def test_fused_output_has_the_fields_we_extend():

@@ -3,7 +3,7 @@
 import numpy as np
 from tolerances import FP64, assert_close
 
-from rlhf_recipes.evaluation import preference_metrics, win_rate
+from rlhf_recipes.evaluation import mean_gain, preference_metrics, win_rate
 
 
 def test_preference_metrics_by_hand():
@@ -59,3 +59,21 @@ def test_samples_of_one_prompt_are_not_independent():
 def test_win_rate_of_equal_outcomes_has_no_width():
     assert win_rate([1, 1], [0, 0]) == {"win_rate": 1.0, "win_rate_low": 1.0, "win_rate_high": 1.0}
     assert win_rate([1], [0])["win_rate_low"] == 1.0
+
+
+def test_a_missing_score_is_no_loss():
+    """Of three prompts one has no pair and one a single pair."""
+    scores = [[np.nan, np.nan], [2.0, np.nan], [0.0, 0.0]]
+    baseline = [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
+    assert win_rate(scores, baseline)["win_rate"] == 0.5
+    assert mean_gain(scores, baseline)["gain"] == 0.0
+    assert np.isnan(win_rate([np.nan], [0.0])["win_rate"])
+
+
+def test_the_interval_of_the_gain_is_the_normal_one_for_many_prompts():
+    gains = np.random.default_rng(1).normal(0.3, 2.0, 2000)
+    outcome = mean_gain(gains, np.zeros(2000))
+    half_width = 1.96 * gains.std() / np.sqrt(2000)
+    assert_close(outcome["gain"], gains.mean(), FP64)
+    assert 0.9 * half_width < outcome["gain"] - outcome["gain_low"] < 1.1 * half_width
+    assert 0.9 * half_width < outcome["gain_high"] - outcome["gain"] < 1.1 * half_width
