@@ -95,9 +95,6 @@ def internal_edges(tree):
             yield module if is_module else ""
 
 
-# --- the checks can see something ----------------------------------------------------------------------------------
-
-
 def test_there_is_something_to_check():
     assert len(MODULES) >= 10
     assert len(TESTS) >= 10
@@ -116,9 +113,6 @@ def later():
 """
     found = sorted(internal_edges(ast.parse(source)))
     assert found == ["", "data", "kl", "losses", "masked", "models", "tracking"]
-
-
-# --- layers --------------------------------------------------------------------------------------------------------
 
 
 def test_every_module_has_a_layer():
@@ -186,9 +180,6 @@ sys.exit(f"network at import: {{seen}}" if seen else 0)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-# --- size, names, output -------------------------------------------------------------------------------------------
-
-
 @each_library_file
 def test_modules_stay_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_MODULE_LINES
@@ -213,8 +204,6 @@ def test_nothing_prints(path):
     printed = [call.lineno for call in calls if getattr(call.func, "id", "") in ("print", "pprint")]
     assert not printed, f"log instead of printing: lines {printed}"
 
-
-# --- trainers hold no formula --------------------------------------------------------------------------------------
 
 FORMULA_FUNCTIONS = {
     *("exp", "expm1", "log", "log1p", "log2", "log_softmax", "softmax", "logsumexp", "logsigmoid", "sigmoid"),
@@ -275,8 +264,6 @@ def test_the_formula_detector(source, is_formula):
     assert bool(list(formulas(ast.parse(source)))) is is_formula
 
 
-# --- tests ---------------------------------------------------------------------------------------------------------
-
 TOLERANCE_ARGUMENTS = {"rtol", "atol", "rel", "abs", "rel_tol", "abs_tol"}
 # Where the tolerance sits when it has no name: allclose(a, b, rtol, atol), approx(x, rel, abs).
 POSITIONAL_TOLERANCES = {"allclose": 2, "isclose": 2, "assert_allclose": 2, "assert_close": 2, "approx": 1}
@@ -332,9 +319,6 @@ def test_no_tolerance_is_a_blank_cheque(name):
     assert set(tolerance) == {"rtol", "atol"}
     assert 0 <= tolerance["rtol"] <= 0.1
     assert 0 <= tolerance["atol"] <= 0.1
-
-
-# --- the promises of conftest.py -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("address", [("192.0.2.1", 80), ("example.invalid", 443)])
