@@ -19,7 +19,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import set_seed
 
-from rlhf_recipes.console import print_table, quiet_start
+from rlhf_recipes.console import print_lines, print_table, quiet_start
 from rlhf_recipes.data import add_separator, require_path
 from rlhf_recipes.evaluation import generate_completions
 from rlhf_recipes.models import load_policy, load_tokenizer
@@ -79,7 +79,7 @@ def report() -> None:
         if store.startswith("http")
         else f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {store}"
     )
-    print_table("Look closer", {"curves": str(plot.resolve()), "runs": runs}, ("", ""))
+    print_lines(f"Curves: {plot.resolve()}", f"Runs:   {runs}")
 
 
 def main() -> None:

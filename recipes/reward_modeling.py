@@ -11,7 +11,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from rlhf_recipes import RewardModelConfig, RewardModelTrainer
 from rlhf_recipes.configs import TrackingArguments
-from rlhf_recipes.console import quiet_start
+from rlhf_recipes.console import print_table, quiet_start
 from rlhf_recipes.data import load_split, require_path
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs
 from rlhf_recipes.reward_card import CARD_FILE
@@ -49,6 +49,7 @@ def main(
         trainer.save_model(training_args.output_dir)
         if trainer.is_world_process_zero():
             log_results(metrics, Path(training_args.output_dir, CARD_FILE))
+            print_table("Reward model", metrics)
     trainer.end()
     return metrics
 

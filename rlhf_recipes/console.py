@@ -55,6 +55,12 @@ def print_table(title: str, rows: dict[str, Any], columns: Sequence[str] = ("met
     Console().print(table)
 
 
+def print_lines(*lines: str) -> None:
+    """Print lines that are meant to be copied: whole, however narrow the terminal."""
+    for line in lines:
+        Console().print(Text(line), soft_wrap=True)
+
+
 def completions_table(columns: dict[str, list[Any]], num_shown: int) -> None:
     """Print some completions of baseline and policy side by side."""
     table = Table("prompt", "baseline", "policy", title="Completions before and after", show_lines=True)

@@ -73,6 +73,12 @@ def test_artifacts(pipeline):
     assert len((run / "evaluate" / "completions.jsonl").read_text().splitlines()) == 12 * samples_per_prompt
 
 
+def test_a_reward_model_ends_with_its_metrics(pipeline):
+    report = pipeline[1]["reward_modeling"].stdout
+    assert "eval_accuracy_margin_q4" in report
+    assert "eval_length_correlation" in report
+
+
 def test_every_stage_is_a_finished_run(pipeline):
     mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
     runs = mlflow.search_runs(experiment_names=["rlhf_recipes"])
@@ -94,6 +100,28 @@ def test_ppo_without_arguments_is_the_quickstarts_stage(tmp_path):
     report = _run(tmp_path, RECIPES / "ppo.py", expect=1)
     assert "`model_name_or_path` is runs/quickstart/sft, which does not exist" in report.stderr
     assert "`python recipes/quickstart.py --until sft`" in report.stderr
+
+
+def test_options_override_the_quickstarts_ppo_stage(tmp_path):
+    report = _run(tmp_path, RECIPES / "ppo.py", "--kl_coef", "0.2", expect=1)
+    assert report.stderr.strip().splitlines()[-1].startswith("Error: `model_name_or_path` is runs/quickstart/sft")
+    assert "Traceback" not in report.stderr, "a refusal is one line"
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    report = _run(tmp_path, RECIPES / "ppo.py", "--learning_rat", "1", expect=1)
+    assert "Traceback" in report.stderr
+    assert "learning_rat" in report.stderr
+
+
+def test_an_evaluation_checks_the_reward_models_card(pipeline):
+    report = _recipe(pipeline[0], "evaluate", "--response_separator", "###", expect=1)
+    assert "Set `response_separator:" in report.stderr
+
+
+def test_stages_have_an_order(tmp_path):
+    report = _run(tmp_path, RECIPES / "quickstart.py", "--start", "ppo", "--until", "sft", expect=1)
+    assert "--start ppo comes after --until sft" in report.stderr
 
 
 def test_a_missing_reward_model_names_its_stage(pipeline):
