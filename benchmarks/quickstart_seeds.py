@@ -59,6 +59,7 @@ def read_row(directory: Path, seed: int) -> dict[str, float]:
         "proxy SFT": ppo["reward_model/baseline"],
         "proxy PPO": ppo["reward_model/policy"],
         "KL (last 5 rollouts)": sum(kl[-5:]) / 5,
+        "KL (held out)": ppo["policy/kl"],
         "length SFT": ppo["baseline/length"],
         "length PPO": ppo["policy/length"],
         "gold control": control.get("gold_score/policy", float("nan")),
