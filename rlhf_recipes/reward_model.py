@@ -58,7 +58,9 @@ def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
             f"{path} is an adapter; a reward model starts from a whole model. Merge it into its base first: "
             f"`rlhf_recipes.models.load_policy({path!r}).save_pretrained(..)`, likewise its tokenizer."
         )
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(
+        path, **{k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
+    )
     trained = check_reward_config(config, path)
     kwargs.setdefault("dtype", "float32")
     with suppress_seqcls_warning():

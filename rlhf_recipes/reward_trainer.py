@@ -66,9 +66,11 @@ class RewardModelTrainer(RewardTrainer):
         base_model = model if isinstance(model, str) else model.config._name_or_path
         if isinstance(model, str):
             torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
-            init_kwargs = {**(args.model_init_kwargs or {}), "quantization_config": quantization_config}
-            model = load_reward_model_base(model, **{k: v for k, v in init_kwargs.items() if v is not None})
-            args.model_init_kwargs = None
+            init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            if quantization_config is not None:
+                init_kwargs["quantization_config"] = quantization_config
+            model = load_reward_model_base(model, **init_kwargs)
+            args.model_init_kwargs = None  # used up here; TRL warns about it beside an instance
         if processing_class is None:
             processing_class = load_tokenizer(base_model)
         if peft_config is not None:

@@ -228,3 +228,22 @@ def test_an_adapter_is_no_start_for_a_reward_model(tmp_path, base):
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), tiny.lora()).save_pretrained(tmp_path / "sft")
     with pytest.raises(ValueError, match="Merge it into its base first"):
         _trainer(str(tmp_path / "sft"), tmp_path)
+
+
+@pytest.mark.parametrize("how", ["argument", "options"])
+def test_quantisation_reaches_the_model(tmp_path, base, monkeypatch, how):
+    """The recipe passes it among `model_init_kwargs`, as a library user may, or as an argument."""
+    seen = {}
+
+    def load(path, **kwargs):
+        seen.update(kwargs)
+        raise InterruptedError
+
+    monkeypatch.setattr("rlhf_recipes.reward_trainer.load_reward_model_base", load)
+    options = {"model_init_kwargs": {"quantization_config": "four bits"}} if how == "options" else {}
+    arguments = {"quantization_config": "four bits"} if how == "argument" else {}
+    with pytest.raises(InterruptedError):
+        RewardModelTrainer(
+            base, tiny.reward_config(tmp_path / "rm", **options), train_dataset=tiny.preferences(), **arguments
+        )
+    assert seen["quantization_config"] == "four bits"
