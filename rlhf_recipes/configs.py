@@ -262,6 +262,9 @@ class EvaluationArguments(ScriptArguments):
         for name in ("num_prompts", "num_samples", "max_completion_length", "batch_size"):
             _check_range(self, name, lambda x: x > 0, "be positive")
         _check_range(self, "temperature", lambda x: x >= 0, "not be negative")
+        names = [reference.split(":")[-1] for reference in self.judge_functions]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`judge_functions` must have different names, got {', '.join(names)}.")
         if self.reward_model_path is None and not self.judge_functions:
             raise ValueError("Nothing judges: set `reward_model_path`, `judge_functions`, or both.")
 

@@ -38,7 +38,7 @@ def aggregate_token_loss(
     num_items: Tensor | float | None = None,
     max_completion_length: int | None = None,
 ) -> Tensor:
-    """Average a token loss exactly as TRL averages the policy loss of the same `loss_type`.
+    """Average a token loss as TRL averages the policy loss of the same `loss_type`.
 
     grpo: mean over a sequence's tokens, then over sequences.  dapo: sum over tokens / `num_items`.
     dr_grpo: sum over tokens / (B * `max_completion_length`).
