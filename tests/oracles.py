@@ -28,9 +28,6 @@ def _clip(x, low, high):
     return low if x < low else high if x > high else x
 
 
-# --- moments -------------------------------------------------------------------------------------------------------
-
-
 def moments(entries):
     """(count, mean, population variance) of a flat list, exactly rounded; (0, 0, 0) if it is empty."""
     exact = [Fraction(x) for x in entries]
@@ -80,9 +77,6 @@ def debiased_ema_moments(batches, decay):
     return float(mean), float(second / weight - mean * mean)
 
 
-# --- KL ------------------------------------------------------------------------------------------------------------
-
-
 def exact_kl(logps, ref_logps):
     """KL(pi || ref) = sum_v pi(v) (log pi(v) - log ref(v)), by enumeration of the vocabulary."""
     return math.fsum(math.exp(p) * (p - q) for p, q in zip(logps, ref_logps, strict=True))
@@ -101,9 +95,6 @@ def adaptive_kl_coef(kl_coef, kl, *, target_kl, kl_horizon, n_sequences):
     """Ziegler et al. 2019, section 2.2: proportional control of log(coef), error clipped to +-0.2."""
     error = _clip(kl / target_kl - 1.0, -0.2, 0.2)
     return kl_coef * (1.0 + error * n_sequences / kl_horizon)
-
-
-# --- returns -------------------------------------------------------------------------------------------------------
 
 
 def shaped_rewards(scores, kl, mask, kl_coef):
@@ -148,9 +139,6 @@ def lambda_returns(rewards, values, mask, *, gamma, lam, bootstrap_values=None):
             entries.append(partial + lam ** (remaining - 1) * n_step(t, remaining))
         targets.append(_scatter(entries, mask_row))
     return targets
-
-
-# --- losses --------------------------------------------------------------------------------------------------------
 
 
 def mean_of_sequence_means(per_token, mask):

@@ -11,8 +11,6 @@ from rlhf_recipes.advantages import explained_variance
 from rlhf_recipes.distributed import global_means, global_moments, global_sum, global_var
 from rlhf_recipes.masked import masked_whiten
 
-# --- one process ---------------------------------------------------------------------------------------------------
-
 
 def test_one_process_by_hand():
     values, mask = torch.tensor([[1.0, 2.0, 100.0], [6.0, -50.0, 7.0]]), torch.tensor([[1, 1, 0], [1, 0, 1]])
@@ -45,9 +43,6 @@ def test_means_by_hand():
     assert global_means(mask, values)[0] == 3
     assert_close(global_means(mask, poison(values, mask, nan))[1], [3.0], EXACT)
     assert global_means(torch.zeros(2, 3), values, values) == (0, [0.0, 0.0])
-
-
-# --- two processes -------------------------------------------------------------------------------------------------
 
 
 def _shards():
@@ -138,9 +133,6 @@ def test_metrics_of_two_ranks_equal_those_of_one(ranks, name):
         assert rank_count == count
         assert_close(rank_means, [mean, share], FP32)
         assert_close(rank_explained, explained, FP32)
-
-
-# --- the spawner itself --------------------------------------------------------------------------------------------
 
 
 def _fail_on_rank_one(rank, world_size):

@@ -70,6 +70,7 @@ def test_log_probabilities_are_those_of_the_sampling_temperature(tmp_path, tempe
     expected = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
     keep = batch["completion_mask"]
     assert_close(batch["old_per_token_logps"] * keep, expected * keep, FIRST_UPDATE)
+    assert_close(batch["ref_per_token_logps"] * keep, expected * keep, FIRST_UPDATE)
 
 
 def test_an_sft_adapter_is_its_own_reference(tmp_path):

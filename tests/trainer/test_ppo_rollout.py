@@ -63,6 +63,19 @@ def test_advantages_are_whitened_over_the_rollout(tmp_path):
     batch = tiny.rollout(white)
     mask = batch["completion_mask"].tolist()
     assert_close(batch["advantages"], oracles.whiten(expected["advantages"].double().tolist(), mask), FP32)
+    assert_close(batch["returns"], expected["returns"], FP32)
+
+
+def test_the_controller_prices_the_kl_and_follows_it(tmp_path):
+    """8 completions of a horizon of 80, and a KL far above its target: the price rises by 0.2 * 8 / 80."""
+    options = {"kl_controller": "adaptive", "target_kl": 0.01, "kl_horizon": 80}
+    trainer = _drifted_trainer(tmp_path, whiten_advantages=False, **options)
+    trainer.kl_controller.load_state_dict({"kl_coef": 0.7})
+    batch = tiny.rollout(trainer)
+    assert trainer._metrics["train"]["objective/kl"][0] > 0.012
+    assert trainer.kl_controller.kl_coef == pytest.approx(0.7 * 1.02)
+    trainer.kl_controller.load_state_dict({"kl_coef": 0.7})
+    assert_close(batch["advantages"], _expected(trainer, batch, _normalized(trainer).tolist())[0], FP32)
 
 
 def test_scores_are_not_normalised_when_switched_off(tmp_path):

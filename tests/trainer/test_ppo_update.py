@@ -198,6 +198,12 @@ def test_policy_moves_after_the_warmup_as_if_it_were_new(tmp_path):
     assert 0 < step <= trainer.args.learning_rate * 1.01
 
 
+def test_adam_divides_by_no_less_than_the_default_of_ppo(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path)
+    trainer.create_optimizer()
+    assert trainer.optimizer.defaults["eps"] == 1e-5
+
+
 def test_gradient_checkpointing_changes_no_number(tmp_path):
     losses = []
     for checkpointing in (False, True):

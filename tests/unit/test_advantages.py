@@ -16,9 +16,6 @@ POISONS = [float("nan"), float("inf"), float("-inf")]
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 1], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
 
 
-# --- shape_rewards -------------------------------------------------------------------------------------------------
-
-
 def test_shaped_rewards_by_hand():
     scores = torch.tensor([10.0, 20.0, 30.0, 40.0, 50.0])
     kl = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).expand(5, 5)
@@ -81,9 +78,6 @@ def test_shaped_rewards_leave_their_inputs_alone():
     assert_close(kl, torch.ones(5, 5), EXACT)
     assert_close(scores, torch.ones(5), EXACT)
     assert_close(mask, MASK, EXACT)
-
-
-# --- generalized_advantage_estimation ------------------------------------------------------------------------------
 
 
 def test_the_notes_table():
@@ -299,9 +293,6 @@ def test_gae_refuses_discounts_outside_the_unit_interval(name, value):
     zeros = torch.zeros(1, 1)
     with pytest.raises(ValueError, match=name):
         generalized_advantage_estimation(zeros, zeros, zeros + 1, **{"gamma": 1.0, "lam": 1.0, name: value})
-
-
-# --- explained_variance --------------------------------------------------------------------------------------------
 
 
 RETURNS = torch.tensor([[1.0, 3.0, 99.0], [5.0, 99.0, 7.0]])

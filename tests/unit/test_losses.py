@@ -36,9 +36,6 @@ def cells():
     return values, torch.zeros_like(values), returns, losses, gradients
 
 
-# --- per_token_value_loss ------------------------------------------------------------------------------------------
-
-
 def test_per_token_value_loss_by_hand():
     values, old_values, returns, losses, _ = cells()
     loss = per_token_value_loss(values, old_values, returns, cliprange=0.5)
@@ -73,9 +70,6 @@ def test_per_token_value_loss_matches_the_definition(seed, cliprange):
     assert (loss >= 0.5 * (values - returns) ** 2).all()
     wide = per_token_value_loss(values, old_values, returns, cliprange=1e3)
     assert_close(wide, 0.5 * (values - returns) ** 2, FP64)
-
-
-# --- clipped_value_loss --------------------------------------------------------------------------------------------
 
 
 def test_value_loss_weighs_sequences_equally():
@@ -169,9 +163,6 @@ def test_micro_batches_of_the_value_loss_average_to_the_whole():
     assert_close(sum(parts) / 4, whole, FP64)
 
 
-# --- aggregate_token_loss ------------------------------------------------------------------------------------------
-
-
 TOKENS = torch.tensor([[1.0, 2.0, 3.0], [8.0, 5.0, 7.0], [4.0, 4.0, 4.0]])
 TOKEN_MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
 
@@ -239,23 +230,14 @@ def test_an_unknown_loss_type_is_refused(loss_type):
         aggregate_token_loss(TOKENS, TOKEN_MASK, loss_type=loss_type, num_items=4, max_completion_length=10)
 
 
-# --- is_value_clipped ----------------------------------------------------------------------------------------------
-
-
 def test_clipped_values_by_hand():
     # |V - V_old| = 0.25, 2, 0.5 (on the edge: not clipped), measured from the old value and not from 0.
     clipped = is_value_clipped(torch.tensor([[8.0, 8.0, 0.5]]), torch.tensor([[8.25, 6.0, 0.0]]), cliprange=0.5)
     assert_close(clipped, [[0.0, 1.0, 0.0]], EXACT)
 
 
-# --- l2_penalty ----------------------------------------------------------------------------------------------------
-
-
 def test_l2_penalty_by_hand():
     assert_close(l2_penalty(torch.tensor([3.0, -4.0, 0.0, 1.0])), 6.5, EXACT)
-
-
-# --- the oracle of TRL's policy loss -------------------------------------------------------------------------------
 
 
 def surrogates(ratios, advantages):

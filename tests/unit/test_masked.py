@@ -97,9 +97,6 @@ def test_inputs_are_left_alone():
     assert_close(mask, MASK, EXACT)
 
 
-# --- whitening -----------------------------------------------------------------------------------------------------
-
-
 @given(seed=seeds, scale=st.sampled_from([0.1, 1.0, 30.0]), shift=st.sampled_from([-7.0, 0.0, 7.0]))
 def test_whitened_cells_have_mean_zero_and_variance_one(seed, scale, shift):
     noise, coin = gaussians(seed, (4, 9), 2)

@@ -29,9 +29,6 @@ def statistics(normalizer):
     return float(normalizer.mean), float(normalizer.std) ** 2
 
 
-# --- the recursion -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999])
 def test_one_update_is_that_batch(decay):
     """Exact bias correction: no trace of the initial zeros, however slow the average. Population variance."""
@@ -109,9 +106,6 @@ def test_the_batches_are_weighted_by_age_not_by_size():
     assert_close(statistics(few), statistics(many), FP64)
 
 
-# --- normalize and denormalize -------------------------------------------------------------------------------------
-
-
 def test_normalize_by_hand_and_clipped_on_both_sides():
     normalizer = fed([1.0, 3.0], clip=2.0)  # mean 2, sd 1
     normalized = normalizer.normalize(torch.tensor([2.0, 3.0, 0.5, 100.0, -100.0]))
@@ -184,9 +178,6 @@ def test_the_scores_are_left_alone():
     assert scores[2].isinf()
 
 
-# --- scores that cannot be used ------------------------------------------------------------------------------------
-
-
 def test_unscorable_scores_become_nan_and_the_others_do_not_notice():
     normalizer = fed([1.0, 3.0])
     normalized = normalizer.normalize(torch.tensor([3.0, NAN, INF, -INF, 1.0]))
@@ -224,9 +215,6 @@ def test_impossible_settings_are_refused(options):
         RewardNormalizer(**options)
 
 
-# --- state ---------------------------------------------------------------------------------------------------------
-
-
 def through_json(state):
     return json.loads(json.dumps(state, allow_nan=False))
 
@@ -259,9 +247,6 @@ def test_the_saved_state_is_a_snapshot():
 def test_it_is_outside_the_module_tree():
     """A module's buffers would be cast to bf16 and sharded with the model."""
     assert not isinstance(RewardNormalizer(), torch.nn.Module)
-
-
-# --- warm start ----------------------------------------------------------------------------------------------------
 
 
 def test_warm_start_sets_fully_trusted_statistics():

@@ -72,9 +72,6 @@ def fact_about(prompt, *, true, same_subject, unlike):
     raise AssertionError("every fact is stated")
 
 
-# --- the world -----------------------------------------------------------------------------------------------------
-
-
 def test_world_is_fixed_by_its_seed():
     assert TextWorld(3).truth == TextWorld(3).truth
     assert TextWorld(3).truth != TextWorld(4).truth
@@ -105,9 +102,6 @@ def test_sentences_survive_splitting():
     assert text_world.split_sentences(" ".join(WORLD.grammar)) == list(WORLD.grammar)
 
 
-# --- demonstrations ------------------------------------------------------------------------------------------------
-
-
 def test_every_demonstration_is_grammatical():
     for _, response in DEMONSTRATIONS:
         assert all(sentence in WORLD.grammar for sentence in text_world.split_sentences(response))
@@ -136,9 +130,6 @@ def test_demonstrations_fit_the_completion_length(tokenizer):
     lengths = [len(tokenizer(response)["input_ids"]) + 1 for _, response in DEMONSTRATIONS]
     assert max(lengths) <= 48
     assert 20 <= statistics.mean(lengths) <= 30
-
-
-# --- gold score ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,9 +256,6 @@ def test_gold_score_refuses_uneven_lists():
         text_world.gold_score([PROMPT], [HOME, HOME])
 
 
-# --- data sets -----------------------------------------------------------------------------------------------------
-
-
 def test_split_holds_out_wordings_but_no_topic():
     train, held_out = text_world.split_prompts(WORLD, seed=0)
     assert (len(train), len(held_out)) == (320, 80)
@@ -299,9 +287,6 @@ def test_dataset_writes_what_it_returns(tmp_path):
     path = tmp_path / "sft.jsonl"
     dataset = text_world.build_dataset(WORLD, PROMPTS, 5, 0, path)
     assert [json.loads(line) for line in path.read_text().splitlines()] == dataset.to_list()
-
-
-# --- tokenizer and model -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["", "\n", " a  b \n\n c ", "Ünïcode → 狐狸 🦊\t!", "don 't , really ."])
@@ -366,9 +351,6 @@ def test_base_model_is_fixed_by_its_seed(base_model, tokenizer):
     name = "model.layers.0.self_attn.q_proj.weight"
     assert all(torch.equal(same[key], value) for key, value in base_model.state_dict().items())
     assert not torch.equal(other[name], same[name])
-
-
-# --- preferences ---------------------------------------------------------------------------------------------------
 
 
 def number_scorer(prompts, completions):

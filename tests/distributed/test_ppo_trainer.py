@@ -1,0 +1,94 @@
+"""PPO on two ranks is PPO on one rank with the same global batch: same weights, same state, same figures."""
+
+import random
+
+import pytest
+import tiny
+import torch
+from tolerances import SPLIT, assert_close
+
+pytestmark = pytest.mark.distributed
+METRICS = ("objective/kl", "objective/scores", "objective/rlhf_reward", "objective/excluded", "kl_coef", "loss/value")
+
+
+def _completion(prompt_ids):
+    """What every rank would sample from this prompt: of any length, ended or cut."""
+    draw = random.Random(sum(prompt_ids))
+    tokens = [draw.randrange(60, 200) for _ in range(draw.randrange(1, 9))]
+    return tokens + [1] * draw.randrange(2)
+
+
+def _reward(completion_ids, **kwargs):
+    """Every fifth or so is unscorable."""
+    return [None if sum(ids) % 5 == 0 else float(sum(ids) % 7) for ids in completion_ids]
+
+
+def _train(rank, world_size, directory):
+    results = {}
+    for loss_type in ("grpo", "dapo"):
+        trainer = tiny.ppo_trainer(
+            f"{directory}/{world_size}-{loss_type}",
+            rewards=_reward,
+            data=tiny.prompts(count=24).map(lambda row, i: {"prompt": f"{row['prompt']} {i}"}, with_indices=True),
+            per_device_train_batch_size=8 // world_size,
+            steps_per_generation=1,
+            max_steps=6,
+            loss_type=loss_type,
+            kl_controller="adaptive",
+            kl_horizon=16,
+            missing_eos_penalty=0.5,
+            vf_coef=0.5,
+        )
+        trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: (
+            [_completion(p) for p in prompt_ids],
+            None,
+        )
+        trainer.train()
+        results[loss_type] = {
+            "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
+            "normalizer": trainer.reward_normalizer.state_dict(),
+            "controller": trainer.kl_controller.state_dict(),
+            "log": [{k: entry[k] for k in METRICS} for entry in trainer.state.log_history if METRICS[0] in entry],
+        }
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What one rank found, and what each of two found."""
+    from processes import run_in_processes
+
+    directory = str(tmp_path_factory.mktemp("ranks"))
+    torch.manual_seed(0)
+    return _train(0, 1, directory), run_in_processes(_train, 2, directory)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_two_ranks_train_the_weights_of_one(results, loss_type):
+    one, two = results[0][loss_type], [rank[loss_type] for rank in results[1]]
+    start = dict(tiny.policy(tiny.tokenizer()).named_parameters())
+    moved = max((one["weights"][name] - parameter).abs().max().item() for name, parameter in start.items())
+    assert moved > 100 * SPLIT["atol"]
+    for rank in two:
+        for name, weights in one["weights"].items():
+            assert_close(rank["weights"][name], weights, SPLIT)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_two_ranks_agree_on_the_state_of_one(results, loss_type):
+    one, two = results[0][loss_type], [rank[loss_type] for rank in results[1]]
+    assert two[0]["normalizer"] == two[1]["normalizer"]
+    assert two[0]["controller"] == two[1]["controller"]
+    for part in ("normalizer", "controller"):
+        for name, value in one[part].items():
+            assert_close(two[0][part][name], value, SPLIT)
+    assert one["controller"]["kl_coef"] != 0.05
+
+
+def test_two_ranks_log_the_figures_of_one(results):
+    one, two = results[0]["grpo"]["log"], results[1][0]["grpo"]["log"]
+    assert len(one) == len(two) == 3
+    assert any(entry["objective/excluded"] > 0 for entry in one), "some completion must be unscorable"
+    for expected, actual in zip(one, two, strict=True):
+        for name in METRICS:
+            assert_close(actual[name], expected[name], SPLIT)
