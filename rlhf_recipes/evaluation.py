@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import ArrayLike
 from scipy import stats
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.kl import estimate_kl
@@ -142,7 +143,7 @@ def generate_completions(
     original, model.generation_config = model.generation_config, config
     completions: list[list[int]] = []
     try:
-        for start in range(0, len(prompts), batch_size):
+        for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):
             batch = _tokenize_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
             output = model.generate(**batch)[:, batch["input_ids"].size(1) :]
             completions += [_cut_after_eos(row, end_ids) for row in output.tolist()]
@@ -248,7 +249,7 @@ def sequence_kl(
         temperature: At which they were sampled; greedy ones are measured at 1.
     """
     total = 0.0
-    for prompt, completion in zip(prompts, completions, strict=True):
+    for prompt, completion in tqdm(zip(prompts, completions, strict=True), desc="KL", total=len(prompts)):
         prompt_ids = _tokenize_prompts(tokenizer, [prompt])["input_ids"].to(policy.device)
         ids = torch.cat([prompt_ids, torch.tensor([completion], device=policy.device)], dim=1)
         logps, ref_logps = (
