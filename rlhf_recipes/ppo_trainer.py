@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_recipes.advantages import (
     explained_variance,
@@ -165,8 +165,7 @@ class PPOTrainer(GRPOTrainer):
         add_state_values(base, value_gradient_to_backbone=self.args.value_gradient_to_backbone)
 
     def _prepare_reference(self, reference: PreTrainedModel) -> Any:
-        if self.args.disable_dropout:
-            disable_dropout_in_model(reference.eval())
+        reference.eval()  # no dropout: an instance may come in training mode
         add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
         return self._prepare_frozen(reference)
 

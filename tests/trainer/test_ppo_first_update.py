@@ -51,6 +51,18 @@ def test_ratio_is_one_and_kl_is_zero(tmp_path, peft, chat, pad_is_eos):
     assert abs(metrics["policy/approx_kl"][0]) < FIRST_UPDATE["atol"]
 
 
+def test_the_reference_of_an_instance_in_training_mode_drops_nothing(tmp_path):
+    tok = tiny.tokenizer()
+    model = tiny.policy(tok).train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trainer = tiny.ppo_trainer(tmp_path, model=model, tok=tok)
+    trainer.model.eval()  # the policy's own dropout is another matter
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(8)])
+    kl = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
+    assert_close(kl, torch.zeros_like(kl), FIRST_UPDATE)
+
+
 @pytest.mark.parametrize("peft", ["full", "lora"])
 def test_processors_of_the_generation_config_do_not_reach_the_log_probabilities(tmp_path, peft):
     trainer, batch = _first_rollout(tmp_path, peft, chat=False, pad_is_eos=False, repetition_penalty=5.0)

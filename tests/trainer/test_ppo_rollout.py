@@ -272,8 +272,12 @@ def test_generation_sees_a_plain_policy(tmp_path, monkeypatch, peft):
     assert [name for name, _ in trainer.model.named_parameters() if "value_head" in name]
 
 
-def test_an_evaluation_batch_may_be_larger_than_a_rollout(tmp_path):
-    trainer = tiny.ppo_trainer(tmp_path, steps_per_generation=1, per_device_eval_batch_size=8)
+@pytest.mark.parametrize("size", [2, 8])
+def test_an_evaluation_batch_may_have_another_size_than_a_rollout(tmp_path, size):
+    trainer = tiny.ppo_trainer(tmp_path, steps_per_generation=1, per_device_eval_batch_size=size)
+    trainer.model.eval()
+    trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(size)])
+    assert len(trainer._logs["advantages"]) == len(trainer._logs["prompt"]) > 0
     trainer.eval_dataset = trainer.train_dataset
     metrics = trainer.evaluate()
     assert metrics["eval_objective/kl"] == 0
