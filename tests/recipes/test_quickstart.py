@@ -109,9 +109,9 @@ def test_options_override_the_quickstarts_ppo_stage(tmp_path):
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):
-    report = _run(tmp_path, RECIPES / "ppo.py", "--learning_rat", "1", expect=1)
+    report = _run(tmp_path, RECIPES / "ppo.py", "--no_such_option", "1", expect=1)
     assert "Traceback" in report.stderr
-    assert "learning_rat" in report.stderr
+    assert "no_such_option" in report.stderr
 
 
 def test_an_evaluation_checks_the_reward_models_card(pipeline):
@@ -126,9 +126,7 @@ def test_stages_have_an_order(tmp_path):
 
 def test_a_missing_reward_model_names_its_stage(pipeline):
     report = _recipe(pipeline[0], "ppo", "--reward_model_path", "runs/mine/reward_modeling", expect=1)
-    assert "`accelerate launch recipes/reward_modeling.py --config recipes/configs/mine/reward_modeling.yaml`" in (
-        report.stderr
-    )
+    assert "`accelerate launch recipes/reward_modeling.py --config YOUR_CONFIG.yaml`" in report.stderr
 
 
 def test_a_crash_is_recorded_as_failed(pipeline):
