@@ -21,6 +21,12 @@ def directory(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Where no `runs/` of an earlier demo lies."""
+    monkeypatch.chdir(tmp_path)
+
+
 def _arguments(path, **kwargs):
     defaults = {"dataset_config": None, "dataset_streaming": False}
     return SimpleNamespace(dataset_name=None if path is None else str(path), **{**defaults, **kwargs})
