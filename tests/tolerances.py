@@ -27,7 +27,7 @@ TABLE_3_DECIMALS = {"rtol": 0.0, "atol": 6e-4}
 """The notes' GAE table: three decimals, each row computed from the *rounded* row below it (so .114 for .11343)."""
 FINITE_DIFFERENCE = {"rtol": 1e-6, "atol": 1e-7}
 """A central difference of step 1e-5 in float64."""
-SAMPLED_STD = {"rtol": 0.06, "atol": 0.0}
+SAMPLED_STD = {"rtol": 0.05, "atol": 0.0}
 """The standard deviation of 1,280 draws: two standard errors are 4 %."""
 SECOND_ORDER = {"rtol": 2e-2, "atol": 0.0}
 """k2 equals KL up to a relative error of the order of the log-ratio."""
