@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from rlhf_recipes.configs import PPOConfig
+from rlhf_recipes.configs import PPOConfig, RewardModelConfig
 from rlhf_recipes.reward_model import is_adapter
 
 
@@ -35,6 +35,17 @@ def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
         "quantization_config": get_quantization_config(model_args),
     }
     return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def take_init_kwargs(args: PPOConfig | RewardModelConfig, quantization_config: Any) -> dict[str, Any]:
+    """Take the `from_pretrained` options out of a trainer's arguments: beside a loaded model TRL warns about them."""
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    args.model_init_kwargs = None
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    return kwargs
 
 
 def load_policy(path: str, **kwargs: Any) -> PreTrainedModel | PeftModel:
@@ -103,13 +114,7 @@ def policy_loader(model: Any, args: PPOConfig, quantization_config: Any) -> Call
     """
     if not isinstance(model, str):
         return lambda frozen=False: copy.deepcopy(model).requires_grad_(False) if frozen else model
-    init_kwargs = dict(args.model_init_kwargs or {})
-    args.model_init_kwargs = None  # used up here; TRL warns about it beside an instance
-    if quantization_config is not None:
-        init_kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        init_kwargs["device_map"] = None
-    init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    init_kwargs = take_init_kwargs(args, quantization_config)
     if is_adapter(model):
         base = PeftConfig.from_pretrained(model).base_model_name_or_path
         return lambda: PeftModel.from_pretrained(create_model_from_path(base, **init_kwargs), model, is_trainable=True)

@@ -17,7 +17,7 @@ from rlhf_recipes.configs import RewardModelConfig
 from rlhf_recipes.data import add_separator, check_columns, column_names
 from rlhf_recipes.evaluation import preference_metrics
 from rlhf_recipes.losses import l2_penalty
-from rlhf_recipes.models import check_output_dir, load_tokenizer
+from rlhf_recipes.models import check_output_dir, load_tokenizer, take_init_kwargs
 from rlhf_recipes.reward_card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.reward_model import ScoreHead, load_reward_model_base
 
@@ -66,11 +66,7 @@ class RewardModelTrainer(RewardTrainer):
         base_model = model if isinstance(model, str) else model.config._name_or_path
         if isinstance(model, str):
             torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
-            init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-            if quantization_config is not None:
-                init_kwargs["quantization_config"] = quantization_config
-            model = load_reward_model_base(model, **init_kwargs)
-            args.model_init_kwargs = None  # used up here; TRL warns about it beside an instance
+            model = load_reward_model_base(model, **take_init_kwargs(args, quantization_config))
         if processing_class is None:
             processing_class = load_tokenizer(base_model)
         if peft_config is not None:
@@ -84,7 +80,6 @@ class RewardModelTrainer(RewardTrainer):
             "response_separator": None if is_conversational(example) else args.response_separator,
         }
         self._eval_batches: list[torch.Tensor] = []
-        self._is_own_evaluation = True
         super().__init__(
             model,
             args,
@@ -132,20 +127,20 @@ class RewardModelTrainer(RewardTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; the card keeps the result on the trainer's own evaluation set."""
         self._eval_batches.clear()
-        self._is_own_evaluation = eval_dataset is None
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if eval_dataset is None:
+            self._card |= {
+                "score_mean": metrics["eval_score_mean"],
+                "score_std": metrics["eval_score_std"],
+                "eval_accuracy": metrics["eval_accuracy"],
+            }
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics over all pairs of an evaluation."""
         if self._eval_batches:
             metrics = preference_metrics(*torch.cat(self._eval_batches).unbind(dim=1))
             self._eval_batches.clear()
-            if self._is_own_evaluation:
-                self._card |= {
-                    "score_mean": metrics["score_mean"],
-                    "score_std": metrics["score_std"],
-                    "eval_accuracy": metrics["accuracy"],
-                }
             # TRL's own accuracy is a mean over batches; ours is over pairs, and replaces it.
             self._metrics["eval"].pop("accuracy", None)
             logs.update({f"eval_{name}": value for name, value in metrics.items()})
