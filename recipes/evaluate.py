@@ -20,7 +20,7 @@ from rlhf_recipes.console import completions_table, print_table, quiet_start
 from rlhf_recipes.data import add_separator, check_prompts_fit, load_prompts, require_path
 from rlhf_recipes.evaluation import compare_policies, eos_token_ids
 from rlhf_recipes.models import load_policy, load_tokenizer, model_init_kwargs
-from rlhf_recipes.rewards import as_reward_functions, import_function
+from rlhf_recipes.rewards import as_reward_functions, check_reward_functions, import_function
 from rlhf_recipes.tracking import log_results, track_run
 
 
@@ -43,9 +43,8 @@ def main(
         judges = {reference.split(":")[-1]: import_function(reference) for reference in script_args.judge_functions}
         if script_args.reward_model_path is not None:
             reward_model_path = require_path("reward_model_path", script_args.reward_model_path)
-            (scorer,) = as_reward_functions(
-                reward_model_path, None, dataset=dataset, response_separator=script_args.response_separator
-            )
+            (scorer,) = as_reward_functions(reward_model_path, dtype=init_kwargs["dtype"])
+            check_reward_functions([scorer], dataset=dataset, response_separator=script_args.response_separator)
             scorer.policy_eos_token_ids = eos_token_ids(policy, tokenizer)
             scorer.model.to(PartialState().device)
             judges["reward_model"] = scorer

@@ -11,6 +11,7 @@ from rlhf_recipes.configs import BoundaryArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data import load_demonstrations, require_path
 from rlhf_recipes.models import check_output_dir, load_tokenizer, model_init_kwargs
+from rlhf_recipes.quantization import save_quantization
 from rlhf_recipes.tracking import log_results, track_run
 
 
@@ -45,6 +46,8 @@ def main(
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
 
         trainer.save_model(training_args.output_dir)
+        if trainer.is_world_process_zero():
+            save_quantization(trainer.model, training_args.output_dir)
         if evaluation is not None:
             metrics |= trainer.evaluate()
         log_results(metrics)

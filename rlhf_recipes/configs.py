@@ -98,6 +98,13 @@ class PPOConfig(GRPOConfig):
             "use the chat template's assistant header instead."
         },
     )
+    reward_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA reward model of the policy's own base, run on the policy's backbone: no second model in "
+            "memory. Added to the other rewards."
+        },
+    )
     reward_norm: bool = field(default=True, metadata={"help": "Normalise scores by their moving mean and deviation."})
     reward_norm_decay: float = field(default=0.99, metadata={"help": "Weight of the past, per rollout."})
     reward_norm_clip: float = field(default=5.0, metadata={"help": "Bound on a normalised score, in deviations."})

@@ -4,17 +4,21 @@ Layer L2. Chooses classes, precision, quantisation and LoRA from TRL's `ModelCon
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftConfig, PeftModel
-from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
+from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
 
 from rlhf_recipes.configs import PPOConfig, RewardModelConfig
+from rlhf_recipes.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.reward_model import is_adapter
 
 
@@ -49,9 +53,10 @@ def take_init_kwargs(args: PPOConfig | RewardModelConfig, quantization_config: A
 
 
 def load_policy(path: str, **kwargs: Any) -> PreTrainedModel | PeftModel:
-    """Load a causal LM for evaluation: a plain model, or an adapter on the base that it names.
+    """Load a causal LM for evaluation or export: a plain model, or an adapter on the base that it names.
 
-    The adapter is merged, but into a quantised base, where rounding would change the policy.
+    The adapter is merged into its base: into a dequantised copy if it was trained on a 4-bit one, because that is what
+    it was trained to correct. Only with a `quantization_config` does the base stay quantised, the adapter beside it.
 
     Args:
         path: Directory or Hub name.
@@ -59,10 +64,27 @@ def load_policy(path: str, **kwargs: Any) -> PreTrainedModel | PeftModel:
     """
     kwargs.setdefault("dtype", "float32")
     if not is_adapter(path):
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(path).base_model_name_or_path, **kwargs)
-    model = PeftModel.from_pretrained(base, path)
-    return model if "quantization_config" in kwargs else model.merge_and_unload()
+        return keep_unpacked(AutoModelForCausalLM.from_pretrained(path, **kwargs))
+    base_path, trained_on = PeftConfig.from_pretrained(path).base_model_name_or_path, saved_quantization(path)
+    stays_quantized = "quantization_config" in kwargs
+    kwargs.setdefault("quantization_config", trained_on)
+    base = keep_unpacked(AutoModelForCausalLM.from_pretrained(base_path, **kwargs))
+    if stays_quantized:
+        return load_adapter(base, path)
+    if trained_on is not None:
+        base = base.dequantize()
+    return PeftModel.from_pretrained(base, path).merge_and_unload()
+
+
+@contextmanager
+def only_active_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Hide every adapter but the active one, the policy's, while a `PeftModel` is saved."""
+    configs = getattr(model, "peft_config", {})
+    hidden = {name: configs.pop(name) for name in list(configs) if name != model.active_adapter}
+    try:
+        yield
+    finally:
+        configs.update(hidden)
 
 
 def check_output_dir(directory: str, *, adapter: bool) -> None:
@@ -84,19 +106,17 @@ def check_output_dir(directory: str, *, adapter: bool) -> None:
         )
 
 
-def add_to_modules_to_save(model: PeftModel, name: str) -> None:
-    """Make the module `name` of a `PeftModel`'s base part of its active adapter: trained, saved, switched with it."""
-    base, adapter = model.get_base_model(), model.active_adapter
-    setattr(base, name, ModulesToSaveWrapper(getattr(base, name), adapter))
-    model.peft_config[adapter].modules_to_save = sorted({*(model.peft_config[adapter].modules_to_save or []), name})
-
-
-def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
+def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: PPOConfig) -> None:
     """Check that the policy can learn as asked: the value head would hide that nothing else does.
 
     Raises:
-        ValueError: If it is an adapter and should get another, or has no parameter to train.
+        ValueError: If it is an adapter and should get another, has no parameter to train, or has no adapter that a
+            reward adapter could take turns with.
     """
+    if args.reward_adapter is not None and peft_config is None and not isinstance(model, PeftModel):
+        raise ValueError("`reward_adapter` needs a policy that is an adapter too: set `use_peft: true`.")
+    if getattr(model, "is_quantized", False) and peft_config is None and not isinstance(model, PeftModel):
+        raise ValueError("Quantised weights cannot be trained: set `use_peft: true` beside `load_in_4bit`.")
     if isinstance(model, PeftModel) and peft_config is not None:
         raise ValueError(
             "The policy already has an adapter, which would be trained: leave out `peft_config` (`use_peft: false`)."
@@ -107,6 +127,27 @@ def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | N
         )
 
 
+def round_reference_adapter(model: PreTrainedModel | PeftModel) -> None:
+    """Let the frozen copy of an SFT adapter begin as the policy does.
+
+    On a quantised base TRL rounds what is trained to bfloat16, after it has taken the copy.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        reference = parameters.get(name.replace(".default.", ".ref."))
+        if reference is not None and reference is not parameter:
+            reference.data = parameter.data.clone()
+
+
+def prepare_frozen(model: PreTrainedModel, accelerator: Accelerator) -> Any:
+    """Prepare a model that is only evaluated, sharded as the policy is."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return prepare_deepspeed(model, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return prepare_fsdp(model, accelerator)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
 def policy_loader(model: Any, args: PPOConfig, quantization_config: Any) -> Callable[..., Any]:
     """Return a function that gives the policy, or with `frozen=True` an independent copy of it to refer to.
 
@@ -115,7 +156,12 @@ def policy_loader(model: Any, args: PPOConfig, quantization_config: Any) -> Call
     if not isinstance(model, str):
         return lambda frozen=False: copy.deepcopy(model).requires_grad_(False) if frozen else model
     init_kwargs = take_init_kwargs(args, quantization_config)
-    if is_adapter(model):
-        base = PeftConfig.from_pretrained(model).base_model_name_or_path
-        return lambda: PeftModel.from_pretrained(create_model_from_path(base, **init_kwargs), model, is_trainable=True)
-    return lambda frozen=False: create_model_from_path(model, **init_kwargs).requires_grad_(not frozen)
+    base = PeftConfig.from_pretrained(model).base_model_name_or_path if is_adapter(model) else model
+
+    def load(frozen: bool = False) -> PreTrainedModel | PeftModel:
+        policy = keep_unpacked(create_model_from_path(base, **init_kwargs))
+        if is_adapter(model):
+            policy = PeftModel.from_pretrained(policy, model, is_trainable=True)
+        return policy.requires_grad_(False) if frozen else policy
+
+    return load

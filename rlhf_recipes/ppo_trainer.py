@@ -19,49 +19,48 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
-from rlhf_recipes.advantages import (
-    explained_variance,
-    generalized_advantage_estimation,
-    is_truncated,
-    shape_rewards,
+from rlhf_recipes.advantages import generalized_advantage_estimation, is_truncated, shape_rewards
+from rlhf_recipes.completion_forward import (
+    CompletionForward,
+    add_completion_forward,
+    values_after_completion,
+    values_of_tokens,
 )
 from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.data import add_separator, check_columns, check_prompts_fit, check_rollout_fits
-from rlhf_recipes.distributed import global_means, global_moments, global_sum, global_var
+from rlhf_recipes.distributed import global_moments, global_sum
 from rlhf_recipes.kl import estimate_kl
 from rlhf_recipes.kl_controller import AdaptiveKLController, FixedKLController
-from rlhf_recipes.losses import aggregate_token_loss, is_value_clipped, per_token_value_loss
+from rlhf_recipes.losses import aggregate_token_loss, per_token_value_loss
 from rlhf_recipes.masked import masked_mean, masked_whiten
+from rlhf_recipes.metrics import rollout_metrics, update_metrics
 from rlhf_recipes.models import (
-    add_to_modules_to_save,
     check_output_dir,
     check_policy,
     load_tokenizer,
+    only_active_adapter,
     policy_loader,
+    prepare_frozen,
+    round_reference_adapter,
 )
 from rlhf_recipes.normalization import RewardNormalizer
-from rlhf_recipes.rewards import RewardModelScorer, as_reward_functions, weighted_scores
-from rlhf_recipes.value_head import (
-    VALUE_HEAD_NAME,
-    CriticWarmupCallback,
-    ValueHead,
-    ValueRecorder,
-    add_state_values,
-    attach_value_head,
-    load_value_head,
-    save_value_head,
-    values_after_completion,
-    values_of_tokens,
-    without_value_head,
+from rlhf_recipes.quantization import save_quantization
+from rlhf_recipes.reward_adapter import RewardAdapterScorer
+from rlhf_recipes.rewards import (
+    RewardModelScorer,
+    as_reward_functions,
+    check_reward_functions,
+    score_statistics,
+    weighted_scores,
 )
+from rlhf_recipes.value_head import CriticWarmupCallback, attach_value_head, save_value_head, without_value_head
 
 STATE_FILE = "ppo_state.json"
 # What TRL's log-probability method takes from a batch: the inputs of models that also read images.
-LOGPS_ARGUMENTS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+IMAGE_ARGUMENTS = set(list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:])
 
 
 class PPOTrainer(GRPOTrainer):
@@ -105,20 +104,22 @@ class PPOTrainer(GRPOTrainer):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_columns(dataset, ("prompt",), name)
         check_rollout_fits(train_dataset, args)
+        shared = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("dtype", "attn_implementation")}
         load = policy_loader(model, args, quantization_config)
         start, model = model, load()
-        check_policy(model, peft_config)
+        directory = start if isinstance(start, str) else model.config._name_or_path
+        check_policy(model, peft_config, args)
         uses_peft = peft_config is not None or isinstance(model, PeftModel)
         check_output_dir(args.output_dir, adapter=uses_peft)
         if processing_class is None:
-            path = start if isinstance(start, str) else model.config._name_or_path
-            processing_class = load_tokenizer(path, padding_side="left")
+            processing_class = load_tokenizer(directory, padding_side="left")
         train_dataset = add_separator(train_dataset, args.response_separator)
         eval_dataset = add_separator(eval_dataset, args.response_separator)
         check_prompts_fit(train_dataset, processing_class, model.config, args.max_completion_length)
-        reward_funcs = as_reward_functions(
-            reward_funcs, reward_processing_classes, dataset=train_dataset, response_separator=args.response_separator
-        )
+        reward_funcs = as_reward_functions(reward_funcs, reward_processing_classes, **shared)
+        if args.reward_adapter is not None:
+            reward_funcs.append(RewardAdapterScorer(args.reward_adapter))
+        check_reward_functions(reward_funcs, dataset=train_dataset, response_separator=args.response_separator)
 
         reference = None if uses_peft else load(frozen=True)
         # With a non-zero beta TRL keeps a copy of a given adapter; with zero it does not load a reference by itself.
@@ -134,13 +135,25 @@ class PPOTrainer(GRPOTrainer):
                 **kwargs,
             )
         self.beta = args.beta
-        self._add_value_head(start if isinstance(start, str) else model.config._name_or_path)
+        round_reference_adapter(self.model)
+        attach_value_head(
+            self.model,
+            directory,
+            head_size=args.value_head_size,
+            activation=args.value_head_activation,
+            seed=args.seed,
+        )
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        add_completion_forward(base, value_gradient_to_backbone=args.value_gradient_to_backbone)
+        # A model that reads images too counts its positions itself.
+        self._takes_positions = not self._is_vlm and "position_ids" in inspect.signature(base.forward).parameters
         if reference is not None:
             self.ref_model = self._prepare_reference(reference)
         self._prepare_reward_models()
 
         self.reward_normalizer = RewardNormalizer(args.reward_norm_decay, args.reward_norm_clip)
-        self._warm_start_normalizer()
+        if (statistics := score_statistics(self.reward_funcs, self.reward_weights)) is not None:
+            self.reward_normalizer.warm_start(*statistics)
         self.kl_controller = (
             AdaptiveKLController(args.kl_coef, args.target_kl, args.kl_horizon)
             if args.kl_controller == "adaptive"
@@ -151,45 +164,21 @@ class PPOTrainer(GRPOTrainer):
         if args.critic_warmup_steps:
             self.add_callback(CriticWarmupCallback(self.model, args.critic_warmup_steps))
 
-    def _add_value_head(self, path: str) -> None:
-        """Attach the critic, or the one saved in `path`, after PEFT, which would adapt its layers as the policy's."""
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        hidden_size = base.config.get_text_config().hidden_size
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)  # TRL has seeded each rank differently
-            head = ValueHead(hidden_size, self.args.value_head_size, self.args.value_head_activation)
-        load_value_head(head, path)
-        attach_value_head(base, head)
-        if isinstance(self.model, PeftModel):
-            add_to_modules_to_save(self.model, VALUE_HEAD_NAME)
-        add_state_values(base, value_gradient_to_backbone=self.args.value_gradient_to_backbone)
-
     def _prepare_reference(self, reference: PreTrainedModel) -> Any:
         reference.eval()  # no dropout: an instance may come in training mode
         add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
-        return self._prepare_frozen(reference)
+        add_completion_forward(reference)
+        return prepare_frozen(reference, self.accelerator)
 
     def _prepare_reward_models(self) -> None:
         for scorer in self.reward_funcs:
             if isinstance(scorer, RewardModelScorer):
                 scorer.batch_size = self.args.per_device_train_batch_size
                 scorer.policy_eos_token_ids = self.eos_token_ids
-                scorer.model = self._prepare_frozen(scorer.model)
-
-    def _prepare_frozen(self, model: PreTrainedModel) -> Any:
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(model, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(model, self.accelerator)
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
-
-    def _warm_start_normalizer(self) -> None:
-        """Begin at the reward model's own mean and deviation, where one reward model is all the reward there is."""
-        if len(self.reward_funcs) != 1 or not isinstance(self.reward_funcs[0], RewardModelScorer):
-            return
-        card, weight = self.reward_funcs[0].card, self.reward_weights[0].item()
-        if card is not None and card.score_mean is not None and card.score_std:
-            self.reward_normalizer.warm_start(weight * card.score_mean, abs(weight) * card.score_std)
+            if isinstance(scorer, RewardAdapterScorer):
+                scorer.attach(self.model, self.model.get_base_model().config._name_or_path)
+            elif isinstance(scorer, RewardModelScorer):
+                scorer.model = prepare_frozen(scorer.model, self.accelerator)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with without_value_head(self.model):  # vLLM's weight synchronisation sees a plain policy
@@ -200,12 +189,32 @@ class PPOTrainer(GRPOTrainer):
         self._scores = weighted_scores(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
         return rewards_per_func
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        recorder = ValueRecorder(model)
-        per_token_logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(recorder, *args, **kwargs)
-        if recorder.state_values:
-            self._recorded.append((per_token_logps, torch.cat(recorder.state_values)))
-        return per_token_logps, entropies, aux_loss
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        forward = CompletionForward(
+            model,
+            logits_to_keep,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            takes_positions=self._takes_positions,
+        )
+        order = torch.arange(input_ids.size(0), device=input_ids.device)
+        if batch_size is not None and not self._is_vlm:  # images have an order of their own
+            order = attention_mask.sum(dim=1).argsort()  # rows of one length together: little padding
+        per_token_logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+            forward, input_ids[order], attention_mask[order], logits_to_keep, batch_size, **kwargs
+        )
+        original = order.argsort()
+        per_token_logps = per_token_logps[original]
+        if forward.state_values:
+            self._recorded.append((per_token_logps, torch.cat(forward.state_values)[original]))
+        return per_token_logps, None if entropies is None else entropies[original], aux_loss
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._recorded.clear()
@@ -232,7 +241,7 @@ class PPOTrainer(GRPOTrainer):
                 batch_size=self.args.per_device_train_batch_size
                 if self.model.training
                 else self.args.per_device_eval_batch_size,
-                **{key: batch[key] for key in LOGPS_ARGUMENTS if key in batch},
+                **{key: batch[key] for key in IMAGE_ARGUMENTS if key in batch},
             )
         return self._recorded[-1]
 
@@ -251,7 +260,7 @@ class PPOTrainer(GRPOTrainer):
         kl = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], self.args.kl_estimator)
         rewards = shape_rewards(scores, kl, mask, kl_coef=self.kl_controller.kl_coef)
 
-        values = values_of_tokens(state_values, mask.size(1))
+        values = values_of_tokens(state_values)
         bootstrap = None
         if self.args.truncated_completions == "bootstrap":
             bootstrap = values_after_completion(state_values, batch["completion_mask"]) * truncated
@@ -263,9 +272,12 @@ class PPOTrainer(GRPOTrainer):
             _, mean, var = global_moments(advantages, mask)
             advantages = masked_whiten(advantages, mask, mean=mean, var=var)
         batch |= {"advantages": advantages, "returns": returns, "old_values": values}
-        count, k1 = self._log_rollout(batch, mask, rewards, kl)
+        count, metrics = rollout_metrics(
+            batch, mask, scores=self._scores, rewards=rewards, kl=kl, kl_coef=self.kl_controller.kl_coef
+        )
+        self._log_rollout(metrics, masked_mean(advantages, mask, dim=1))
         if self.model.training and self.state.global_step >= self.args.critic_warmup_steps:
-            self.kl_controller.update(k1, count)
+            self.kl_controller.update(metrics["objective/kl"], count)
 
     def _normalized_scores(self, batch: dict[str, Any]) -> Tensor:
         """Update the normaliser with the scores of all ranks, and return this rank's on its scale."""
@@ -277,48 +289,45 @@ class PPOTrainer(GRPOTrainer):
         scores = self.reward_normalizer.normalize(self._scores) if self.args.reward_norm else self._scores
         return scores.view(-1, batch["completion_ids"].size(0))[self.accelerator.process_index]
 
-    def _log_rollout(self, batch: dict[str, Any], mask: Tensor, rewards: Tensor, kl: Tensor) -> tuple[int, float]:
-        """Log what was sampled; return the number of completions that train and their mean KL (k1)."""
-        mode = "train" if self.model.training else "eval"
-        k1 = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], "k1")
-        sums = ((x.masked_fill(mask == 0, 0)).sum(dim=1) for x in (k1, kl, rewards))
-        count, (mean_k1, paid, rlhf_reward) = global_means(mask.any(dim=1), *sums)
-        explained = explained_variance(batch["old_values"], batch["returns"], mask, variance=global_var)
-        metrics = {
-            "objective/kl": mean_k1,
-            "objective/scores": self._scores[self._scores.isfinite()].mean().item(),
-            "objective/rlhf_reward": rlhf_reward,
-            "objective/non_score_reward": -self.kl_controller.kl_coef * paid,
-            "objective/excluded": 1 - count / self._scores.numel(),
-            "val/explained_variance": explained.item(),
-            "kl_coef": self.kl_controller.kl_coef,
-        }
+    def _log_rollout(self, metrics: dict[str, float], mean_advantages: Tensor) -> None:
         if self.args.reward_norm:
             metrics |= {"reward_norm/mean": self.reward_normalizer.mean, "reward_norm/std": self.reward_normalizer.std}
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
+        self._log_metrics(metrics)
         # GRPO's group statistic says nothing about PPO, and its advantages are not the ones that train.
-        self._metrics[mode].pop("frac_reward_zero_std", None)
-        mean_advantages = self.accelerator.gather(masked_mean(batch["advantages"], mask, dim=1)).tolist()
+        self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)
+        advantages = self.accelerator.gather(mean_advantages).tolist()
         log = self._logs["advantages"]  # holds one rollout: of a larger evaluation batch only the end is left in it
-        for _ in range(min(len(log), len(mean_advantages))):
+        for _ in range(min(len(log), len(advantages))):
             log.pop()
-        log.extend(mean_advantages)
-        return int(count), mean_k1
+        log.extend(advantages)
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._recorded.clear()
         policy_loss = super()._compute_loss(model, inputs)
         per_token_logps, state_values = self._recorded.pop()
         mask = _loss_mask(inputs)
-        values = values_of_tokens(state_values, mask.size(1))
+        values = values_of_tokens(state_values)
         # The fill precedes the square: what lies in the padding must not reach the gradient.
         values, old_values, returns = (
             x.masked_fill(mask == 0, 0) for x in (values, inputs["old_values"], inputs["returns"])
         )
         token_loss = per_token_value_loss(values, old_values, returns, cliprange=self.args.cliprange_value)
         value_loss = self._average_like_policy_loss(token_loss, mask, inputs["num_items_in_batch"])
-        self._log_update(per_token_logps, inputs["old_per_token_logps"], values, old_values, token_loss, mask)
+        self._log_metrics(
+            update_metrics(
+                per_token_logps,
+                inputs["old_per_token_logps"],
+                values,
+                old_values,
+                token_loss,
+                mask,
+                cliprange=self.args.cliprange_value,
+            )
+        )
         if self.model.training and self.state.global_step < self.args.critic_warmup_steps:
             policy_loss = 0 * policy_loss
         return policy_loss + self.args.vf_coef * value_loss
@@ -336,29 +345,20 @@ class PPOTrainer(GRPOTrainer):
         )
         return loss / accumulation
 
-    def _log_update(
-        self, logps: Tensor, old_logps: Tensor, values: Tensor, old_values: Tensor, token_loss: Tensor, mask: Tensor
-    ) -> None:
-        mode = "train" if self.model.training else "eval"
-        _, (approx_kl, value_loss, clip_fraction) = global_means(
-            mask,
-            estimate_kl(old_logps, logps.detach(), "k3"),
-            token_loss.detach(),
-            is_value_clipped(values.detach(), old_values, cliprange=self.args.cliprange_value),
-        )
-        metrics = {"policy/approx_kl": approx_kl, "loss/value": value_loss, "val/clip_fraction": clip_fraction}
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a plain policy with the value head beside it; checkpoints carry the head inside."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
-        with without_value_head(self.model):
-            super().save_model(output_dir)
-        if self.args.should_save:
-            save_value_head(self.model, output_dir or self.args.output_dir)
+        with only_active_adapter(self.model):
+            if _internal_call:
+                super().save_model(output_dir, _internal_call=True)
+                return
+            with without_value_head(self.model):
+                super().save_model(output_dir)
+        save_value_head(self.model, output_dir or self.args.output_dir, should_save=self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save and isinstance(self.model, PeftModel):
+            save_quantization(self.model, output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

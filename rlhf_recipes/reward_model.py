@@ -7,38 +7,45 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from rlhf_recipes.float32_linear import Float32Linear
+from rlhf_recipes.quantization import keep_unpacked, load_adapter, saved_quantization
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-class ScoreHead(nn.Linear):
-    """The reward model's scalar head: a linear layer that computes in float32 under any autocast.
-
-    bfloat16 has eight bits of mantissa: two responses whose scores differ by a hundredth would often tie.
-    """
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return scores `(..., 1)` in float32."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return super().forward(hidden_states.to(self.weight.dtype))
+class ScoreHead(Float32Linear):
+    """The reward model's scalar head."""
 
 
 def load_reward_model(path: str, **kwargs: Any) -> PreTrainedModel:
     """Load a trained reward model: a plain one, or an adapter with its score head on the base that it names.
 
+    Args:
+        path: Directory or Hub name.
+        kwargs: Passed on to `from_pretrained`; float32, and the quantisation that an adapter was trained on, unless
+            they say otherwise.
+
     Raises:
         ValueError: If it is not a sequence classifier with one output.
     """
+    kwargs.setdefault("dtype", "float32")
     if is_adapter(path):
+        kwargs.setdefault("quantization_config", saved_quantization(path))
         base_path = PeftConfig.from_pretrained(path).base_model_name_or_path
         with suppress_seqcls_warning():
             base = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1, **kwargs)
-        return PeftModel.from_pretrained(with_score_head(base), path).merge_and_unload()
+        with_score_head(keep_unpacked(base))
+        if kwargs["quantization_config"] is not None:
+            return load_adapter(base, path)  # a merge would round it
+        model = PeftModel.from_pretrained(base, path)
+        return model if is_deepspeed_zero3_enabled() else model.merge_and_unload()  # ZeRO-3 holds a shard only
     check_reward_config(AutoConfig.from_pretrained(path), path, trained=True)
     return with_score_head(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
 
@@ -64,10 +71,11 @@ def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
     trained = check_reward_config(config, path)
     kwargs.setdefault("dtype", "float32")
     with suppress_seqcls_warning():
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **kwargs)
+        model = keep_unpacked(AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **kwargs))
     with_score_head(model)
     if not trained:
-        nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
+        with gather_params_ctx(model.score.weight):
+            nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     return model
 
 
@@ -91,16 +99,16 @@ def check_reward_config(config: Any, path: str, *, trained: bool = False) -> boo
 
 
 def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace a classifier's `score` layer by a `ScoreHead` with the same weights, in place.
+    """Make a classifier's `score` layer a `ScoreHead`, in place.
 
     Raises:
         ValueError: If the architecture has no `score` layer without bias, as every decoder of transformers does.
     """
     if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.bias is not None:
         raise ValueError(f"{type(model).__name__} has no `score` layer; use a decoder architecture for reward models.")
-    head = ScoreHead(model.score.in_features, 1, bias=False, dtype=torch.float32, device=model.score.weight.device)
-    head.weight.data.copy_(model.score.weight.data)
-    model.score = head
+    model.score.__class__ = ScoreHead  # the weight stays where it is, which under ZeRO-3 is on all ranks
+    if not is_deepspeed_zero3_enabled():  # which stores all weights in one precision
+        model.score.float()
     return model
 
 

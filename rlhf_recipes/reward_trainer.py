@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig, TaskType
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import RewardTrainer, is_conversational
 
 from rlhf_recipes.configs import RewardModelConfig
@@ -18,6 +19,7 @@ from rlhf_recipes.data import add_separator, check_columns, column_names
 from rlhf_recipes.evaluation import preference_metrics
 from rlhf_recipes.losses import l2_penalty
 from rlhf_recipes.models import check_output_dir, load_tokenizer, take_init_kwargs
+from rlhf_recipes.quantization import save_quantization
 from rlhf_recipes.reward_card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.reward_model import ScoreHead, load_reward_model_base
 
@@ -90,9 +92,10 @@ class RewardModelTrainer(RewardTrainer):
             **kwargs,
         )
 
-        for module in self.model.modules():
-            if isinstance(module, ScoreHead):
-                module.float()  # TRL casts what is trained of a quantised model to bfloat16
+        if not is_deepspeed_zero3_enabled():  # which stores all weights in one precision
+            for module in self.model.modules():
+                if isinstance(module, ScoreHead):
+                    module.float()  # TRL casts what is trained of a quantised model to bfloat16
 
     @staticmethod
     def _check_preferences(dataset: Any, name: str) -> None:
@@ -150,6 +153,7 @@ class RewardModelTrainer(RewardTrainer):
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             self.card.save(Path(output_dir or self.args.output_dir))
+            save_quantization(self.model, output_dir or self.args.output_dir)
 
     @property
     def card(self) -> RewardModelCard:

@@ -114,16 +114,26 @@ def weighted_scores(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     return scores.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
 
 
+def score_statistics(functions: list[Any], weights: Tensor) -> tuple[float, float] | None:
+    """Return mean and deviation of the scores to come, if one reward model is all the reward and its card has them."""
+    if len(functions) != 1 or not isinstance(functions[0], RewardModelScorer):
+        return None
+    card, weight = functions[0].card, weights[0].item()
+    if card is None or card.score_mean is None or not card.score_std:
+        return None
+    return weight * card.score_mean, abs(weight) * card.score_std
+
+
 def as_scorer(
-    model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None
+    model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
 ) -> RewardModelScorer:
-    """Return a scorer for a reward model given as a path or as an instance.
+    """Return a scorer for a reward model given as a path, loaded with `kwargs`, or as an instance.
 
     Raises:
         ValueError: If the instance has several outputs, or neither a tokenizer nor a path to load one from.
     """
     if isinstance(model, str):
-        scorer = RewardModelScorer.from_pretrained(model)
+        scorer = RewardModelScorer.from_pretrained(model, **kwargs)
     else:
         path = model.config._name_or_path
         if model.config.num_labels != 1:
@@ -141,14 +151,28 @@ def as_scorer(
     return scorer
 
 
-def as_reward_functions(reward_funcs: Any, tokenizers: Any, *, dataset: Any, response_separator: str) -> list[Any]:
-    """Turn paths and classifiers into scorers, and check every reward model's card against the run."""
+def as_reward_functions(reward_funcs: Any, tokenizers: Any = None, **kwargs: Any) -> list[Any]:
+    """Turn paths, loaded with `kwargs`, and classifiers into scorers; leave functions as they are."""
+    if reward_funcs is None:
+        return []
     reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(reward_funcs)
-    functions = [
-        as_scorer(function, tokenizer) if isinstance(function, str | PreTrainedModel | PeftModel) else function
+    return [
+        as_scorer(function, tokenizer, **kwargs)
+        if isinstance(function, str | PreTrainedModel | PeftModel)
+        else function
         for function, tokenizer in zip(reward_funcs, tokenizers, strict=True)
     ]
+
+
+def check_reward_functions(functions: list[Any], *, dataset: Any, response_separator: str) -> None:
+    """Check every reward model's card against the run.
+
+    Raises:
+        ValueError: If there is no reward, or a reward model was trained on other text than the run has.
+    """
+    if not functions:
+        raise ValueError("There is no reward: set `reward_model_path`, `reward_adapter` or `reward_functions`.")
     for function in functions:
         if isinstance(function, RewardModelScorer) and function.card is not None:
             function.card.check(
@@ -156,7 +180,6 @@ def as_reward_functions(reward_funcs: Any, tokenizers: Any, *, dataset: Any, res
                 conversational=is_conversational(next(iter(dataset))),
                 response_separator=response_separator,
             )
-    return functions
 
 
 def import_function(reference: str) -> Callable[..., list[float]]:

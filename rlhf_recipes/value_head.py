@@ -1,24 +1,24 @@
 """The critic: an MLP on the policy's own hidden states, carried by the policy as a submodule.
 
-Layer L2. DDP, ZeRO, FSDP, PEFT's `modules_to_save` and checkpoints see one more submodule of the causal LM; generation
-and weight synchronisation never call it. The policy's forward is TRL's; this adds one output field to it.
+Layer L1. DDP, ZeRO, FSDP, PEFT's `modules_to_save` and checkpoints see one more submodule of the causal LM; generation
+and weight synchronisation never call it.
 """
 
-import functools
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback
-from trl.trainer.utils import FusedCausalLMOutput
 
-from rlhf_recipes.advantages import last_valid_index
+from rlhf_recipes.float32_linear import Float32Linear
 
 VALUE_HEAD_NAME = "value_head"
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -47,93 +47,36 @@ class ValueHead(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"`value_head_activation` must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
         head_size = head_size or hidden_size
-        self.hidden = nn.Linear(hidden_size, head_size, dtype=torch.float32)
+        self.hidden = Float32Linear(hidden_size, head_size, dtype=torch.float32)
         self.activation = ACTIVATIONS[activation]()
-        self.output = nn.Linear(head_size, 1, dtype=torch.float32)
+        self.output = Float32Linear(head_size, 1, dtype=torch.float32)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return values `(B, L)` of hidden states `(B, L, H)`; float32 whatever the autocast."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden_states = hidden_states.to(self.output.weight.dtype)
-            return self.output(self.activation(self.hidden(hidden_states))).squeeze(-1)
+        return self.output(self.activation(self.hidden(hidden_states))).squeeze(-1)
 
 
-@dataclass
-class ActorCriticOutput(FusedCausalLMOutput):
-    """TRL's fused output, and the value of the state after each input token, `(B, L)`.
+def attach_value_head(
+    model: PreTrainedModel | PeftModel, directory: str, *, head_size: int | None, activation: str, seed: int
+) -> None:
+    """Give a causal LM a value head: the one saved in `directory`, or a new one, the same on every rank.
 
-    `state_values[:, i]` reads the hidden state at token `i`, which is the one that precedes token `i + 1`.
+    Call this after PEFT, which would adapt the head's layers as the policy's; the head becomes part of the active
+    adapter (trained, saved and switched with it). Call it before an accelerator wraps the model.
     """
-
-    state_values: Tensor | None = None
-
-
-def attach_value_head(model: PreTrainedModel, head: ValueHead) -> None:
-    """Register `head` on a causal LM. Call it before an accelerator wraps the model."""
-    head.to(model.device)
-    setattr(model, VALUE_HEAD_NAME, head)
-
-
-def add_state_values(model: PreTrainedModel, *, value_gradient_to_backbone: bool) -> None:
-    """Make a causal LM with a value head return `ActorCriticOutput` when called with `fused_lm_head=True`.
-
-    One forward of the backbone serves the log-probabilities and the values. Every other call, generation included, is
-    left as it was. Call it after TRL has added its fused LM head.
-
-    Args:
-        model: Causal LM on which `attach_value_head` and TRL's `add_fused_lm_head` were called.
-        value_gradient_to_backbone: Whether the value loss may train the backbone, or only the head.
-    """
-    fused_forward = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        if not fused_lm_head:
-            return fused_forward(*args, **kwargs)
-        hidden_states: list[Tensor] = []
-        hook = self.base_model.register_forward_hook(
-            lambda module, inputs, output: hidden_states.append(output.last_hidden_state)
-        )
-        try:
-            output = fused_forward(*args, fused_lm_head=True, **kwargs)
-        finally:
-            hook.remove()
-        states = hidden_states[-1] if value_gradient_to_backbone else hidden_states[-1].detach()
-        return ActorCriticOutput(**output, state_values=getattr(self, VALUE_HEAD_NAME)(states))
-
-    model.forward = types.MethodType(forward, model)
-
-
-class ValueRecorder:
-    """Stand in for a model and keep the `state_values` of its calls, for a caller that drops them.
-
-    TRL's log-probability method returns log-probabilities and entropies only. Recording outside the (wrapped) model
-    leaves its outputs and its gradient hooks alone.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.state_values: list[Tensor] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model; keep the values if its output has any (the reference has none)."""
-        output = self.model(*args, **kwargs)
-        if isinstance(output, ActorCriticOutput) and output.state_values is not None:
-            self.state_values.append(output.state_values)
-        return output
-
-
-def values_of_tokens(state_values: Tensor, length: int) -> Tensor:
-    """Return the value of the state that precedes each completion token, `(B, T)`."""
-    return state_values[:, -length - 1 : -1]
-
-
-def values_after_completion(state_values: Tensor, completion_mask: Tensor) -> Tensor:
-    """Return the value of the state that each completion ends in, `(B,)`."""
-    completion_values = state_values[:, -completion_mask.size(1) :]
-    return completion_values.gather(1, last_valid_index(completion_mask).unsqueeze(1)).squeeze(1)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = ValueHead(base.config.get_text_config().hidden_size, head_size, activation)
+    load_value_head(head, directory)
+    head.to(base.device)
+    setattr(base, VALUE_HEAD_NAME, head)
+    if isinstance(model, PeftModel):
+        setattr(base, VALUE_HEAD_NAME, ModulesToSaveWrapper(head, model.active_adapter))
+        config = model.peft_config[model.active_adapter]
+        config.modules_to_save = sorted({*(config.modules_to_save or []), VALUE_HEAD_NAME})
 
 
 @contextmanager
@@ -161,9 +104,19 @@ def trained_value_head(model: nn.Module) -> ValueHead:
     return next(head for head in heads if all(parameter.requires_grad for parameter in head.parameters()))
 
 
-def save_value_head(model: nn.Module, directory: str | Path) -> None:
-    """Write the trained head beside a policy that was saved without it."""
-    save_file(trained_value_head(model).state_dict(), Path(directory, VALUE_HEAD_FILE))
+def save_value_head(model: nn.Module, directory: str | Path, *, should_save: bool = True) -> None:
+    """Write the trained head beside a policy that was saved without it. Every rank must call this.
+
+    Args:
+        model: Policy, its parameters whole or in shards (ZeRO-3, FSDP2).
+        directory: Where the policy was saved.
+        should_save: Whether this rank writes.
+    """
+    head = trained_value_head(model)
+    with gather_params_ctx(list(head.parameters())):
+        state: dict[str, Any] = get_model_state_dict(head, options=StateDictOptions(full_state_dict=True))
+        if should_save:
+            save_file({name: x.float().contiguous() for name, x in state.items()}, Path(directory, VALUE_HEAD_FILE))
 
 
 def load_value_head(head: ValueHead, directory: str | Path) -> bool:

@@ -21,15 +21,20 @@ LAYERS = {
     "kl": 0,
     "advantages": 0,
     "losses": 0,
+    "float32_linear": 0,
     "configs": 1,
     "normalization": 1,
     "kl_controller": 1,
     "distributed": 1,
     "reward_card": 1,
+    "quantization": 1,
     "reward_model": 1,
-    "value_head": 2,
+    "value_head": 1,
+    "completion_forward": 2,
+    "metrics": 2,
     "models": 2,
     "rewards": 2,
+    "reward_adapter": 2,
     "data": 2,
     "evaluation": 2,
     "tracking": 2,
@@ -40,7 +45,12 @@ LAYERS = {
     "reward_trainer": 3,
 }
 # The only edges inside a layer: masked is the floor that the other formulas stand on.
-SAME_LAYER_EDGES = {("advantages", "masked"), ("losses", "masked")}
+SAME_LAYER_EDGES = {
+    ("advantages", "masked"),
+    ("losses", "masked"),
+    ("reward_model", "quantization"),
+    ("reward_adapter", "rewards"),
+}
 # Runs the stages one after the other: a loop is what it is.
 DRIVERS = {"quickstart"}
 FORBIDDEN_STEMS = {"utils", "common", "helpers", "misc"}

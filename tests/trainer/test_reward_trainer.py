@@ -247,3 +247,21 @@ def test_quantisation_reaches_the_model(tmp_path, base, monkeypatch, how):
             base, tiny.reward_config(tmp_path / "rm", **options), train_dataset=tiny.preferences(), **arguments
         )
     assert seen["quantization_config"] == "four bits"
+
+
+def test_the_head_depends_on_the_runs_seed_alone(tmp_path, base):
+    heads = []
+    for global_seed, seed in ((0, 42), (1, 42), (0, 43)):
+        torch.manual_seed(global_seed)
+        heads.append(_trainer(base, tmp_path, seed=seed).model.score.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_the_training_log_after_an_evaluation_is_of_training_alone(tmp_path, base):
+    trainer = _trainer(base, tmp_path, max_steps=3)
+    trainer.evaluate()
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 3
+    assert not [name for entry in entries for name in entry if name.startswith("eval_")]

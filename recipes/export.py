@@ -1,0 +1,47 @@
+"""Export: a trained policy as a plain model of transformers, for `pipeline`, vLLM or the Hub.
+
+    python recipes/export.py --model_name_or_path runs/my_model/ppo --output_dir runs/my_model/export
+
+An adapter is merged into its base, a 4-bit one into a dequantised copy of what it was trained on. The value head stays
+behind; tokenizer, chat template and the tokens that end an answer come along.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, TrlParser
+
+from rlhf_recipes.console import print_lines, quiet_start
+from rlhf_recipes.data import require_path
+from rlhf_recipes.evaluation import eos_token_ids
+from rlhf_recipes.models import check_output_dir, load_policy, load_tokenizer, model_init_kwargs
+
+
+@dataclass
+class ExportArguments:
+    """Where to write."""
+
+    output_dir: str = field(metadata={"help": "Directory for the exported model."})
+
+
+def main(script_args: ExportArguments, model_args: ModelConfig) -> None:
+    """Load, merge and save."""
+    path = require_path("model_name_or_path", model_args.model_name_or_path)
+    check_output_dir(script_args.output_dir, adapter=False)
+
+    policy, tokenizer = load_policy(path, **model_init_kwargs(model_args)), load_tokenizer(path)
+
+    policy.generation_config.eos_token_id = eos_token_ids(policy, tokenizer)
+    policy.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    policy.save_pretrained(script_args.output_dir)
+    tokenizer.save_pretrained(script_args.output_dir)
+    print_lines(
+        f"Written to {script_args.output_dir}. Try:",
+        f"  vllm serve {script_args.output_dir}",
+    )
+
+
+if __name__ == "__main__":
+    quiet_start()
+    parser = TrlParser((ExportArguments, ModelConfig))
+    main(*parser.parse_args_and_config())

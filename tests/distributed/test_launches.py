@@ -1,0 +1,214 @@
+"""The recipes as `accelerate launch` starts them from the shipped files, on two ranks of this machine.
+
+accelerate degrades silently on CPUs (one process, or DDP instead of FSDP), so a reward function looks around on each
+rank and writes down what it finds.
+"""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import ANY
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+from tolerances import SPLIT, assert_close
+
+from rlhf_recipes.models import load_policy
+from rlhf_recipes.reward_model import load_reward_model
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.distributed
+needs_deepspeed = pytest.mark.skipif(
+    shutil.which("c++") is None or shutil.which("ninja") is None,
+    reason="DeepSpeed compiles an operator on CPUs: needs a C++ compiler and ninja",
+)
+PROBE = """
+import gc, json
+from accelerate import PartialState
+
+WRAPPERS = ("DeepSpeedEngine", "DistributedDataParallel")
+
+
+def reward(completions, **kwargs):
+    state = PartialState()
+    wrapped = [x for x in gc.get_objects() if type(x).__name__ in WRAPPERS]
+    stages = [x.zero_optimization_stage() for x in wrapped if hasattr(x, "zero_optimization_stage")]
+    names = sorted({type(x).__name__ for x in wrapped})
+    found = {"world_size": state.num_processes, "wrappers": names, "stages": stages}
+    with open(f"rank{state.process_index}.json", "w") as file:
+        json.dump(found, file)
+    return [float(len(completion)) for completion in completions]
+"""
+TRAINING = {
+    "per_device_train_batch_size": 4,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "max_steps": 4,
+    "learning_rate": 1e-3,
+    "report_to": [],
+    "tracking": False,
+}
+PPO = {
+    **TRAINING,
+    "model_name_or_path": "base",
+    "reward_model_path": "rm",
+    "reward_functions": ["probe:reward"],
+    "dataset_name": "prompts",
+    "steps_per_generation": 2,
+    "num_iterations": 2,
+    "max_completion_length": 10,
+    "vf_coef": 0.5,
+    "save_steps": 4,
+}
+LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_r": 4}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A base, a reward model, data, and the reward function that looks around."""
+    directory = tmp_path_factory.mktemp("launches")
+    tok = tiny.tokenizer()
+    for name, model in (("base", tiny.policy(tok)), ("rm", tiny.reward_model(tok))):
+        model.save_pretrained(directory / name)
+        tok.save_pretrained(directory / name)
+    for name, data in (("prompts", tiny.prompts(count=16)), ("preferences", tiny.preferences(count=16))):
+        (directory / name).mkdir()
+        for split in ("train", "test"):
+            data.to_json(str(directory / name / f"{split}.jsonl"))
+    (directory / "texts").mkdir()
+    tiny.preferences(count=16).select_columns(["prompt", "chosen"]).rename_column("chosen", "completion").to_json(
+        str(directory / "texts" / "train.jsonl")
+    )
+    (directory / "probe.py").write_text(PROBE)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _inside(directory, monkeypatch):
+    """Adapters name their base as the run did."""
+    monkeypatch.chdir(directory)
+
+
+def _launch(directory, engine, stage, output_dir, options, *arguments):
+    """Run a recipe on two ranks; return the log history of PPO, and what each rank found."""
+    config = directory / f"{output_dir}.yaml"
+    config.write_text(yaml.safe_dump({**options, "output_dir": output_dir}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", ROOT / "accelerate_configs" / f"{engine}.yaml",
+        "--num_processes", 2, "--mixed_precision", "no", "--main_process_port", port,
+        ROOT / "recipes" / f"{stage}.py", "--config", config, *arguments,
+    ]  # fmt: skip
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=directory,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    if stage != "ppo":
+        return None
+    ranks = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return json.loads((directory / output_dir / "trainer_state.json").read_text())["log_history"], ranks
+
+
+@pytest.fixture(scope="module")
+def ddp(directory):
+    """Full PPO under DDP."""
+    return _launch(directory, "multi_gpu", "ppo", "ddp", PPO)
+
+
+@pytest.fixture(scope="module")
+def zero3(directory):
+    """Full PPO under ZeRO-3."""
+    return _launch(directory, "zero3", "ppo", "zero3", PPO)
+
+
+def _check_artifacts(directory, output_dir, log):
+    for entry in log:
+        assert all(math.isfinite(value) for value in entry.values() if isinstance(value, int | float)), entry
+    assert {"objective/kl", "loss/value", "reward_norm/std"} <= log[0].keys()
+    out = directory / output_dir
+    assert load_file(out / "value_head.safetensors")["hidden.weight"].shape == (32, 32)
+    assert json.loads((out / "checkpoint-4" / "ppo_state.json").read_text())["reward_normalizer"]
+    ids = torch.tensor([[60, 61, 62]])
+    moved = load_policy(str(out))(input_ids=ids).logits - load_policy(str(directory / "base"))(input_ids=ids).logits
+    assert moved.abs().max() > 1e-3, "the saved policy is the trained one"
+
+
+def test_ddp(directory, ddp):
+    log, ranks = ddp
+    assert ranks == [{"world_size": 2, "wrappers": ["DistributedDataParallel"], "stages": []}] * 2
+    _check_artifacts(directory, "ddp", log)
+
+
+@needs_deepspeed
+def test_zero2_with_lora(directory):
+    log, ranks = _launch(directory, "zero2", "ppo", "zero2", {**PPO, **LORA})
+    # The reward model is only evaluated, and whole on each rank.
+    assert ranks == [{"world_size": 2, "wrappers": ["DeepSpeedEngine"], "stages": ANY}] * 2
+    assert all(sorted(rank["stages"]) == [0, 2] for rank in ranks)
+    _check_artifacts(directory, "zero2", log)
+
+
+@needs_deepspeed
+def test_zero3(directory, zero3):
+    log, ranks = zero3
+    # Policy, reference and reward model are sharded.
+    assert ranks == [{"world_size": 2, "wrappers": ["DeepSpeedEngine"], "stages": [3, 3, 3]}] * 2
+    _check_artifacts(directory, "zero3", log)
+
+
+@needs_deepspeed
+def test_zero3_trains_the_weights_of_ddp(directory, ddp, zero3):
+    for name in ("model.safetensors", "value_head.safetensors"):
+        one, other = (load_file(directory / run / name) for run in ("ddp", "zero3"))
+        for key in one.keys() & other.keys():
+            assert_close(other[key].float(), one[key].float(), SPLIT)
+        assert len(one.keys() & other.keys()) >= len(one) - 1, "tied weights may be written once"
+
+
+@needs_deepspeed
+def test_zero3_resumes(directory, zero3):
+    log, _ = _launch(
+        directory, "zero3", "ppo", "zero3", {**PPO, "max_steps": 8}, "--resume_from_checkpoint", "zero3/checkpoint-4"
+    )
+    steps = [entry["step"] for entry in log if "loss" in entry]
+    assert steps == list(range(1, 9))
+    assert (directory / "zero3" / "checkpoint-8" / "ppo_state.json").is_file()
+
+
+@needs_deepspeed
+def test_zero3_trains_a_reward_model(directory):
+    options = {**TRAINING, **LORA, "model_name_or_path": "base", "dataset_name": "preferences", "save_strategy": "no"}
+    _launch(directory, "zero3", "reward_modeling", "rm_lora", options)
+    head = load_reward_model(str(directory / "rm_lora")).score.weight
+    assert head.shape == (1, 32)
+    assert head.abs().sum() > 0
+    assert json.loads((directory / "rm_lora" / "reward_model_card.json").read_text())["score_std"] > 0
+
+
+@needs_deepspeed
+def test_zero3_fine_tunes(directory):
+    options = {**TRAINING, "model_name_or_path": "base", "dataset_name": "texts", "save_strategy": "no"}
+    _launch(directory, "zero3", "sft", "sft", options)
+    assert (
+        load_policy(str(directory / "sft")).lm_head.weight.shape
+        == load_policy(str(directory / "base")).lm_head.weight.shape
+    )
