@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## Train a small model with PPO on the CPU and show what changed
-	$(BIN)/python recipes/quickstart.py
+	DS_ACCELERATOR=cpu $(BIN)/python recipes/quickstart.py
 
 test: install ## Run the whole default test suite
 	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest $(PYTEST_ARGS)

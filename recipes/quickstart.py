@@ -31,9 +31,7 @@ RECIPES = Path(__file__).resolve().parent
 STAGES = ("world", "sft", "preferences", "reward_modeling", "ppo", "evaluate")
 RUN = Path("runs", "quickstart")
 SEPARATOR = "\n"  # as in recipes/configs/quickstart/*.yaml
-FORK = multiprocessing.get_context(
-    "fork"
-)  # a process per stage, as by hand, but one import: a minute less
+FORK = multiprocessing.get_context("fork")  # a process per stage, as by hand, but one import: a minute less
 LABEL_NOISE = 1.0  # temperature of the Bradley-Terry labels, in gold score
 
 

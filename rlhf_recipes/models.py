@@ -110,13 +110,18 @@ def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | N
     """Check that the policy can learn as asked: the value head would hide that nothing else does.
 
     Raises:
-        ValueError: If it is an adapter and should get another, has no parameter to train, or has no adapter that a
-            reward adapter could take turns with.
+        ValueError: If it is an adapter and should get another, has no parameter to train, has no adapter that a reward
+            adapter could take turns with, or is quantised and cannot be sent to vLLM.
     """
     if args.reward_adapter is not None and peft_config is None and not isinstance(model, PeftModel):
         raise ValueError("`reward_adapter` needs a policy that is an adapter too: set `use_peft: true`.")
     if getattr(model, "is_quantized", False) and peft_config is None and not isinstance(model, PeftModel):
         raise ValueError("Quantised weights cannot be trained: set `use_peft: true` beside `load_in_4bit`.")
+    if getattr(model, "is_quantized", False) and args.use_vllm:
+        raise ValueError(
+            "`use_vllm` does not go with a quantised policy: vLLM is sent merged weights, and a merge would round "
+            "them anew at each rollout. Leave out `load_in_4bit`, or `use_vllm`."
+        )
     if isinstance(model, PeftModel) and peft_config is not None:
         raise ValueError(
             "The policy already has an adapter, which would be trained: leave out `peft_config` (`use_peft: false`)."

@@ -180,9 +180,9 @@ class PPOTrainer(GRPOTrainer):
             elif isinstance(scorer, RewardModelScorer):
                 scorer.model = prepare_frozen(scorer.model, self.accelerator)
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, prompts: list[Any]) -> Any:
         with without_value_head(self.model):  # vLLM's weight synchronisation sees a plain policy
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate(prompts)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards_per_func = super()._calculate_rewards(*args, **kwargs)

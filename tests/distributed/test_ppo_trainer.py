@@ -5,7 +5,7 @@ import random
 import pytest
 import tiny
 import torch
-from tolerances import SPLIT, assert_close
+from tolerances import FP32, SPLIT, assert_close
 
 pytestmark = pytest.mark.distributed
 METRICS = ("objective/kl", "objective/scores", "objective/rlhf_reward", "objective/excluded", "kl_coef", "loss/value")
@@ -21,6 +21,22 @@ def _completion(prompt_ids):
 def _reward(completion_ids, **kwargs):
     """Every fifth or so is unscorable."""
     return [None if sum(ids) % 5 == 0 else float(sum(ids) % 7) for ids in completion_ids]
+
+
+def _record_rollouts(trainer):
+    """Each rollout, as a mapping of tokens to what the update will see of them."""
+    rollouts, add_advantages = [], trainer._add_advantages
+
+    def recorded(batch, state_values):
+        add_advantages(batch, state_values)
+        rollouts.append({})
+        for row, mask in enumerate(batch["completion_mask"].bool()):
+            tokens = [*batch["prompt_ids"][row].tolist(), *batch["completion_ids"][row].tolist()]
+            key = tuple(token for token in tokens if token)  # without padding, which depends on the batch
+            rollouts[-1][key] = [batch[name][row][mask] for name in ("advantages", "returns", "old_values")]
+
+    trainer._add_advantages = recorded
+    return rollouts
 
 
 def _train(rank, world_size, directory):
@@ -43,8 +59,10 @@ def _train(rank, world_size, directory):
             [_completion(p) for p in prompt_ids],
             None,
         )
+        rollouts = _record_rollouts(trainer)
         trainer.train()
         results[loss_type] = {
+            "rollouts": rollouts,
             "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
             "normalizer": trainer.reward_normalizer.state_dict(),
             "controller": trainer.kl_controller.state_dict(),
@@ -83,6 +101,19 @@ def test_two_ranks_agree_on_the_state_of_one(results, loss_type):
         for name, value in one[part].items():
             assert_close(two[0][part][name], value, SPLIT)
     assert one["controller"]["kl_coef"] != 0.05
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_two_ranks_whiten_the_advantages_of_one(results, loss_type):
+    one, two = results[0][loss_type]["rollouts"], [rank[loss_type]["rollouts"] for rank in results[1]]
+    assert len(one) == 3
+    for number, expected in enumerate(one):
+        halves = [rank[number] for rank in two]
+        assert [len(half) for half in halves] == [4, 4]
+        assert expected.keys() == halves[0].keys() | halves[1].keys()
+        for key, tensors in expected.items():
+            for actual, tensor in zip((halves[0] | halves[1])[key], tensors, strict=True):
+                assert_close(actual, tensor, FP32)
 
 
 def test_two_ranks_log_the_figures_of_one(results):

@@ -13,9 +13,7 @@ SIGNATURES = {
     (GRPOTrainer, "_compute_loss"): ["self", "model", "inputs"],
     (GRPOTrainer, "_calculate_rewards"): ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     (GRPOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
-    (GRPOTrainer, "_generate_single_turn"): [
-        "self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images",
-    ],
+    (GRPOTrainer, "_generate"): ["self", "prompts"],
     (GRPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
     (RewardTrainer, "compute_loss"): ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
