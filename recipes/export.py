@@ -6,21 +6,13 @@ An adapter is merged into its base, a 4-bit one into a dequantised copy of what 
 behind; tokenizer, chat template and the tokens that end an answer come along.
 """
 
-from dataclasses import dataclass, field
-
 from trl import ModelConfig, TrlParser
 
+from rlhf_recipes.configs import ExportArguments
 from rlhf_recipes.console import print_lines, quiet_start
 from rlhf_recipes.data import require_path
 from rlhf_recipes.evaluation import eos_token_ids
 from rlhf_recipes.models import check_output_dir, load_policy, load_tokenizer, model_init_kwargs
-
-
-@dataclass
-class ExportArguments:
-    """Where to write."""
-
-    output_dir: str = field(metadata={"help": "Directory for the exported model."})
 
 
 def main(script_args: ExportArguments, model_args: ModelConfig) -> None:

@@ -42,6 +42,8 @@ def main(
         rewards: list[Any] = [import_function(reference) for reference in script_args.reward_functions]
         if script_args.reward_model_path is not None:
             rewards.insert(0, require_path("reward_model_path", script_args.reward_model_path))
+        if training_args.reward_adapter is not None:
+            require_path("reward_adapter", training_args.reward_adapter)
         training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
 
         trainer = PPOTrainer(

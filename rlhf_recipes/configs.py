@@ -277,6 +277,13 @@ class EvaluationArguments(ScriptArguments):
 
 
 @dataclass
+class ExportArguments:
+    """Where `recipes/export.py` writes."""
+
+    output_dir: str = field(metadata={"help": "Directory for the exported model."})
+
+
+@dataclass
 class TrackingArguments:
     """Where runs are recorded."""
 

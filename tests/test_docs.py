@@ -23,6 +23,7 @@ PARSERS = {
     "reward_modeling": (ScriptArguments, configs.RewardModelConfig, ModelConfig, configs.TrackingArguments),
     "ppo": (configs.PPOArguments, configs.PPOConfig, ModelConfig, configs.TrackingArguments),
     "evaluate": (configs.EvaluationArguments, ModelConfig, configs.TrackingArguments),
+    "export": (configs.ExportArguments, ModelConfig),
 }
 OURS = {
     configs.PPOConfig: configs.GRPOConfig,
@@ -30,18 +31,21 @@ OURS = {
     configs.PPOArguments: ScriptArguments,
     configs.EvaluationArguments: ScriptArguments,
     configs.BoundaryArguments: None,
+    configs.ExportArguments: None,
     configs.TrackingArguments: None,
 }
 
 
 def _stage(path):
-    return re.sub(r"_(q?lora)$", "", path.stem)
+    return re.sub(r"_q?lora(_vllm)?$", "", path.stem)
 
 
 def _parse(stage, path, *overrides):
     # GPU configurations ask for bf16, which this machine may not have; parsing them is what is tested.
     arguments = (
-        ["--config", str(path), "--use_cpu", "true", *overrides] if stage != "evaluate" else ["--config", str(path)]
+        ["--config", str(path), "--use_cpu", "true", *overrides]
+        if stage not in ("evaluate", "export")
+        else ["--config", str(path)]
     )
     return TrlParser(PARSERS[stage]).parse_args_and_config(arguments)
 
@@ -75,9 +79,9 @@ def test_yaml_holds_only_what_differs_from_the_defaults(path):
 
 @pytest.mark.parametrize("stage", PARSERS)
 def test_an_unknown_key_is_an_error(stage, tmp_path):
-    source = next(path for path in YAMLS if _stage(path) == stage)
+    source = next((path.read_text() for path in YAMLS if _stage(path) == stage), "output_dir: runs/export\n")
     misspelt = tmp_path / "misspelt.yaml"
-    misspelt.write_text(source.read_text() + "\nlearning_rat: 1.0e-3\n")
+    misspelt.write_text(source + "\nlearning_rat: 1.0e-3\n")
     with pytest.raises(ValueError, match="learning_rat"):
         _parse(stage, misspelt)
 
@@ -89,6 +93,7 @@ HOLDERS = {
     configs.PPOArguments: {"script_args"},
     configs.EvaluationArguments: {"script_args"},
     configs.BoundaryArguments: {"boundary_args"},
+    configs.ExportArguments: {"script_args"},
     configs.TrackingArguments: {"tracking"},
 }
 
@@ -142,7 +147,17 @@ def test_make_targets_in_the_documentation_exist():
 def test_options_in_the_documentation_exist():
     known = {field.name for classes in PARSERS.values() for cls in classes for field in dataclasses.fields(cls)}
     quickstart = set(re.findall(r"--(\w+)", (RECIPES / "quickstart.py").read_text()))
-    launch = {"config", "config_file", "num_processes", "num_machines", "backend", "help", "output_dir"}
+    launch = {
+        "config",
+        "config_file",
+        "num_processes",
+        "num_machines",
+        "machine_rank",
+        "main_process_ip",
+        "backend",
+        "help",
+        "output_dir",
+    }
     for document in DOCUMENTS:
         for line in document.read_text().splitlines():
             if "recipes/" in line:
@@ -170,7 +185,7 @@ def test_recipes_use_the_parsers_that_are_tested_here():
 def test_a_missing_input_of_a_yaml_names_a_command_that_exists(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = yaml.safe_load(path.read_text())
-    for option in ("model_name_or_path", "reward_model_path", "baseline_path", "dataset_name"):
+    for option in ("model_name_or_path", "reward_model_path", "reward_adapter", "baseline_path", "dataset_name"):
         if not str(options.get(option)).startswith("runs/"):
             continue
         with pytest.raises(FileNotFoundError) as error:

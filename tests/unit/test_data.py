@@ -44,6 +44,10 @@ def test_outputs_of_the_quickstarts_world(name):
         ("runs/quickstart/sft", "`python recipes/quickstart.py --until sft`"),
         ("runs/smollm2_135m/base", "`make smollm2`"),
         ("runs/smollm2_135m/ppo", "recipes/ppo.py --config recipes/configs/smollm2_135m/ppo_lora.yaml`"),
+        (
+            "runs/smollm2_135m/reward_modeling_qlora",
+            "recipes/reward_modeling.py --config recipes/configs/smollm2_135m/reward_modeling_qlora.yaml`",
+        ),
         ("runs/mine/sft", "recipes/sft.py --config YOUR_CONFIG.yaml`"),
     ],
 )
