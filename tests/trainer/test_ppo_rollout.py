@@ -282,3 +282,18 @@ def test_an_evaluation_batch_may_have_another_size_than_a_rollout(tmp_path, size
     metrics = trainer.evaluate()
     assert metrics["eval_objective/kl"] == 0
     assert math.isfinite(metrics["eval_loss"])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_plain_prompts_end_with_the_separator(tmp_path, chat):
+    trainer = tiny.PPOTrainer(
+        tiny.policy(tiny.tokenizer()),
+        tiny.length_reward,
+        tiny.ppo_config(tmp_path, response_separator=" ->"),
+        train_dataset=tiny.prompts(chat=chat),
+        eval_dataset=tiny.prompts(chat=chat),
+        processing_class=tiny.tokenizer(),
+    )
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        prompt = dataset[0]["prompt"]
+        assert prompt == ([{"role": "user", "content": "hello"}] if chat else "hello ->")
