@@ -78,10 +78,11 @@ def test_a_cut_completion_gets_no_eos(trained):
 
 def test_scores_do_not_depend_on_the_batch(trained):
     scorer = RewardModelScorer.from_pretrained(trained())
-    rows = (["a", "the fox", "is the hare in the cave?"], ["b", "is red and the bear", "no"])
-    together = scorer(*rows)
-    scorer.batch_size = 1
-    assert_close(scorer(*rows), together, FP32)
+    scorer.batch_size = 2
+    rows = (["is the hare in the cave?", "a", "the fox"], ["no", "b", "is red and the bear"])
+    alone = [scorer([prompt], [completion])[0] for prompt, completion in zip(*rows, strict=True)]
+    assert len(set(alone)) == len(alone)
+    assert_close(scorer(*rows), alone, FP32)
 
 
 def test_the_normaliser_starts_at_the_cards_statistics(tmp_path, trained):
