@@ -131,6 +131,27 @@ class CompletionForward:
         return -(-columns // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
 
+def group_by_length(micro_batches: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
+    """Cut the rows of each optimiser step into micro-batches anew, by length, so that each needs little padding.
+
+    A step keeps its rows, and its gradient does not depend on how they are cut: all losses of `PPOConfig` are sums or
+    means over micro-batches of one size.
+
+    Args:
+        micro_batches: Of one rollout, of one size, in the order of training.
+        window: Micro-batches per optimiser step.
+    """
+    grouped: list[dict[str, Any]] = []
+    for start in range(0, len(micro_batches), window):
+        step = micro_batches[start : start + window]
+        names = [name for name, x in step[0].items() if isinstance(x, Tensor) and x.ndim > 0]
+        rows = {name: torch.cat([batch[name] for batch in step]) for name in names}
+        order = (rows["prompt_mask"].sum(dim=1) + rows["completion_mask"].sum(dim=1)).argsort()
+        for batch, part in zip(step, order.chunk(len(step)), strict=True):
+            grouped.append({**batch, **{name: x[part] for name, x in rows.items()}})
+    return grouped
+
+
 def _widen(x: Tensor, columns: int) -> Tensor:
     """Append columns of zeros."""
     return nn.functional.pad(x, (0, columns))
@@ -144,3 +165,9 @@ def values_of_tokens(state_values: Tensor) -> Tensor:
 def values_after_completion(state_values: Tensor, completion_mask: Tensor) -> Tensor:
     """Return the value of the state that each completion ends in, `(B,)`."""
     return state_values[:, 1:].gather(1, last_valid_index(completion_mask).unsqueeze(1)).squeeze(1)
+
+
+def loss_mask(batch: dict[str, Any]) -> Tensor:
+    """Return the policy's own tokens, `(B, T)`: completion tokens without tool output."""
+    mask = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask

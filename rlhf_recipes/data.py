@@ -42,10 +42,10 @@ def require_path(option: str, path: str | None) -> str:
             command = f"`python recipes/quickstart.py --until {stage}`"
         case ("runs", "smollm2_135m", "base"):
             command = "`make smollm2`"
-        case ("runs", model, name) if stage := re.fullmatch(r"(sft|reward_modeling|ppo)(_\w+)?", name):
+        case ("runs", model, name) if recipe := re.fullmatch(r"(sft|reward_modeling|ppo)(_\w+)?", name):
             shipped = sorted(Path(__file__).parents[1].glob(f"recipes/configs/{model}/{name}*.yaml"))
             config = f"recipes/configs/{model}/{shipped[0].name}" if shipped else "YOUR_CONFIG.yaml"
-            command = f"`accelerate launch recipes/{stage[1]}.py --config {config}`"
+            command = f"`accelerate launch recipes/{recipe[1]}.py --config {config}`"
         case _:
             raise FileNotFoundError(f"`{option}` is {path}, which does not exist.")
     raise FileNotFoundError(f"`{option}` is {path}, which does not exist. Run {command} first.")

@@ -66,3 +66,10 @@ class AdaptiveKLController(FixedKLController):
         # Beyond four and a half horizons per rollout the step is bounded: at five it would turn the price negative.
         factor = max(1 + error * n_sequences / self.kl_horizon, 0.1)
         self.kl_coef = max(self.kl_coef * factor, sys.float_info.min)
+
+
+def make_kl_controller(
+    kind: str, kl_coef: float, target_kl: float, horizon: int
+) -> FixedKLController | AdaptiveKLController:
+    """Return the controller that `PPOConfig.kl_controller` names: `fixed` or `adaptive`."""
+    return AdaptiveKLController(kl_coef, target_kl, horizon) if kind == "adaptive" else FixedKLController(kl_coef)

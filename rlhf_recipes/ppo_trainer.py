@@ -26,6 +26,8 @@ from rlhf_recipes.advantages import generalized_advantage_estimation, is_truncat
 from rlhf_recipes.completion_forward import (
     CompletionForward,
     add_completion_forward,
+    group_by_length,
+    loss_mask,
     values_after_completion,
     values_of_tokens,
 )
@@ -33,7 +35,7 @@ from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.data import add_separator, check_columns, check_prompts_fit, check_rollout_fits
 from rlhf_recipes.distributed import global_moments, global_sum
 from rlhf_recipes.kl import estimate_kl
-from rlhf_recipes.kl_controller import AdaptiveKLController, FixedKLController
+from rlhf_recipes.kl_controller import make_kl_controller
 from rlhf_recipes.losses import aggregate_token_loss, per_token_value_loss
 from rlhf_recipes.masked import masked_mean, masked_whiten
 from rlhf_recipes.metrics import rollout_metrics, update_metrics
@@ -84,6 +86,7 @@ class PPOTrainer(GRPOTrainer):
         ValueError: If data, reward model or batch sizes do not fit; before anything is trained.
     """
 
+    _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout
     _name = "PPO"
     _tag_names = ["trl", "ppo", "rlhf-recipes"]
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
@@ -154,11 +157,7 @@ class PPOTrainer(GRPOTrainer):
         self.reward_normalizer = RewardNormalizer(args.reward_norm_decay, args.reward_norm_clip)
         if (statistics := score_statistics(self.reward_funcs, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
-        self.kl_controller = (
-            AdaptiveKLController(args.kl_coef, args.target_kl, args.kl_horizon)
-            if args.kl_controller == "adaptive"
-            else FixedKLController(args.kl_coef)
-        )
+        self.kl_controller = make_kl_controller(args.kl_controller, args.kl_coef, args.target_kl, args.kl_horizon)
         self._recorded: list[tuple[Tensor, Tensor]] = []  # log-probs and state values of the latest forwards
         self._scores = torch.empty(0)  # raw scores of the latest rollout, all ranks
         if args.critic_warmup_steps:
@@ -179,6 +178,14 @@ class PPOTrainer(GRPOTrainer):
                 scorer.attach(self.model, self.model.get_base_model().config._name_or_path)
             elif isinstance(scorer, RewardModelScorer):
                 scorer.model = prepare_frozen(scorer.model, self.accelerator)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._buffered_inputs is before or self._is_vlm:  # images could not be moved
+            return inputs
+        self._buffered_inputs = group_by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate(self, prompts: list[Any]) -> Any:
         with without_value_head(self.model):  # vLLM's weight synchronisation sees a plain policy
@@ -249,7 +256,7 @@ class PPOTrainer(GRPOTrainer):
         """Turn scores, log-probabilities and values of a rollout into `advantages`, `returns` and `old_values`."""
         scores = self._normalized_scores(batch)
         batch["completion_mask"] = batch["completion_mask"] * scores.isfinite().unsqueeze(1)
-        mask = _loss_mask(batch)
+        mask = loss_mask(batch)
         batch["num_items_in_batch"] = global_sum(mask.sum())
         for name in ("old_per_token_logps", "ref_per_token_logps"):  # as the update will find them there
             batch[name] = batch[name].masked_fill(mask == 0, 0)
@@ -309,7 +316,7 @@ class PPOTrainer(GRPOTrainer):
         self._recorded.clear()
         policy_loss = super()._compute_loss(model, inputs)
         per_token_logps, state_values = self._recorded.pop()
-        mask = _loss_mask(inputs)
+        mask = loss_mask(inputs)
         values = values_of_tokens(state_values)
         # The fill precedes the square: what lies in the padding must not reach the gradient.
         values, old_values, returns = (
@@ -391,9 +398,3 @@ def _setting(target: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(target, name, original)
-
-
-def _loss_mask(batch: dict[str, Any]) -> Tensor:
-    """Return the policy's own tokens, `(B, T)`: completion tokens without tool output."""
-    mask = batch["completion_mask"]
-    return mask * batch["tool_mask"] if "tool_mask" in batch else mask

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from trl import GRPOTrainer
 from trl.trainer.utils import _ChunkedLogProbFunction
 
-from rlhf_recipes.completion_forward import CompletionForward
+from rlhf_recipes.completion_forward import CompletionForward, group_by_length
 
 PROMPTS, COMPLETIONS = (3, 1, 2, 3), (2, 4, 1, 4)
 
@@ -137,3 +137,55 @@ def test_a_batch_in_which_nothing_counts_still_has_a_gradient(tmp_path):
     assert logps.shape == (2, 4)
     logps.sum().backward()
     assert trainer.model.lm_head.weight.grad.abs().sum() == 0
+
+
+def _grouped_trainer(tmp_path, **kwargs):
+    """Four micro-batches of two rows per rollout, two of them per optimiser step."""
+    return tiny.ppo_trainer(
+        tmp_path,
+        per_device_train_batch_size=2,
+        steps_per_generation=4,
+        gradient_accumulation_steps=2,
+        vf_coef=0.5,
+        **kwargs,
+    )
+
+
+def test_rows_of_one_step_are_grouped_by_length(tmp_path, monkeypatch):
+    cut = []
+
+    def recorded(micro_batches, window):
+        cut.append((micro_batches, group_by_length(micro_batches, window)))
+        return cut[-1][1]
+
+    monkeypatch.setattr("rlhf_recipes.ppo_trainer.group_by_length", recorded)
+    trainer = _grouped_trainer(tmp_path)
+    trainer.train()
+    assert len(cut) == 1, "once per rollout: two steps of each of two epochs use it"
+    before, after = cut[0]
+    for step in (slice(0, 2), slice(2, 4)):
+        rows = [
+            sorted(
+                tuple(batch[name][row].tolist() for name in ("completion_ids", "advantages", "returns"))
+                for batch in batches[step]
+                for row in range(2)
+            )
+            for batches in (before, after)
+        ]
+        assert rows[0] == rows[1], "a step keeps its rows, and a row its tensors"
+        lengths = [(b["prompt_mask"].sum(1) + b["completion_mask"].sum(1)).tolist() for b in after[step]]
+        assert sum(lengths, []) == sorted(sum(lengths, []))
+    assert [b["completion_ids"].tolist() for b in before] != [b["completion_ids"].tolist() for b in after]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_the_grouping_changes_no_weight(tmp_path, monkeypatch, loss_type):
+    grouped = _grouped_trainer(tmp_path / "grouped", loss_type=loss_type)
+    grouped.train()
+    monkeypatch.setattr("rlhf_recipes.ppo_trainer.group_by_length", lambda micro_batches, window: micro_batches)
+    plain = _grouped_trainer(tmp_path / "plain", loss_type=loss_type)
+    plain.train()
+    start = tiny.policy(tiny.tokenizer()).lm_head.weight
+    assert (plain.model.lm_head.weight - start).abs().max() > 1e-3
+    for name, parameter in plain.model.named_parameters():
+        assert_close(grouped.model.get_parameter(name), parameter, SPLIT)

@@ -13,6 +13,7 @@ SIGNATURES = {
     (GRPOTrainer, "_compute_loss"): ["self", "model", "inputs"],
     (GRPOTrainer, "_calculate_rewards"): ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     (GRPOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
+    (GRPOTrainer, "_prepare_inputs"): ["self", "generation_batch"],
     (GRPOTrainer, "_generate"): ["self", "prompts"],
     (GRPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
@@ -61,7 +62,16 @@ def test_rollout_has_the_keys_we_read(tmp_path):
         "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch",
         "old_per_token_logps", "ref_per_token_logps",
     } <= batch.keys()  # fmt: skip
-    for name in ("eos_token_ids", "temperature", "loss_type", "reward_weights", "reward_funcs", "_metrics", "_logs"):
+    for name in (
+        "eos_token_ids",
+        "temperature",
+        "loss_type",
+        "reward_weights",
+        "reward_funcs",
+        "_metrics",
+        "_logs",
+        "_step",
+    ):
         assert hasattr(trainer, name)
 
 
