@@ -11,7 +11,7 @@ from rlhf_recipes.configs import BoundaryArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data import load_demonstrations, require_path
 from rlhf_recipes.models import check_output_dir, load_tokenizer, model_init_kwargs
-from rlhf_recipes.quantization import save_quantization
+from rlhf_recipes.quantization import keep_unpacked, save_quantization
 from rlhf_recipes.tracking import log_results, track_run
 
 
@@ -43,6 +43,7 @@ def main(
             peft_config=get_peft_config(model_args),
         )
 
+        keep_unpacked(trainer.model)
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
 
         trainer.save_model(training_args.output_dir)

@@ -41,19 +41,34 @@ def rollout_metrics(
 
 def update_metrics(
     per_token_logps: Tensor,
-    old_per_token_logps: Tensor,
+    batch: dict[str, Tensor],
     values: Tensor,
-    old_values: Tensor,
     value_loss: Tensor,
     mask: Tensor,
     *,
     cliprange: float,
+    micro_batches: int,
 ) -> dict[str, float]:
-    """Return how far one micro-batch has moved from the rollout. All tensors are `(B, T)`."""
-    _, (approx_kl, mean_loss, clip_fraction) = global_means(
+    """Return how far one micro-batch has moved from its rollout.
+
+    Each figure is weighed by the micro-batch's tokens over those of an average one: the mean over the micro-batches of
+    a rollout is then the mean over its tokens, though short answers share a micro-batch.
+
+    Args:
+        per_token_logps: Of the current policy, `(B, T)`, like all tensors.
+        batch: With `old_per_token_logps`, `old_values` and `num_items_in_batch`, the rollout's tokens.
+        values: Of the current critic.
+        value_loss: Per token.
+        mask: 1 = trains.
+        cliprange: Trust region of the values.
+        micro_batches: Of the rollout.
+    """
+    count, (approx_kl, mean_loss, clip_fraction) = global_means(
         mask,
-        estimate_kl(old_per_token_logps, per_token_logps.detach(), "k3"),
+        estimate_kl(batch["old_per_token_logps"], per_token_logps.detach(), "k3"),
         value_loss.detach(),
-        is_value_clipped(values.detach(), old_values, cliprange=cliprange),
+        is_value_clipped(values.detach(), batch["old_values"], cliprange=cliprange),
     )
-    return {"policy/approx_kl": approx_kl, "loss/value": mean_loss, "val/clip_fraction": clip_fraction}
+    weight = count * micro_batches / max(batch["num_items_in_batch"].item(), 1.0)
+    metrics = {"policy/approx_kl": approx_kl, "loss/value": mean_loss, "val/clip_fraction": clip_fraction}
+    return {name: weight * value for name, value in metrics.items()}

@@ -4,6 +4,7 @@ Layer L2. Chooses classes, precision, quantisation and LoRA from TRL's `ModelCon
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,13 +79,15 @@ def load_policy(path: str, **kwargs: Any) -> PreTrainedModel | PeftModel:
 
 @contextmanager
 def only_active_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Hide every adapter but the active one, the policy's, while a `PeftModel` is saved."""
-    configs = getattr(model, "peft_config", {})
-    hidden = {name: configs.pop(name) for name in list(configs) if name != model.active_adapter}
+    """Let a `PeftModel` save its active adapter alone, the policy's, whoever calls `save_pretrained`."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=[model.active_adapter])
     try:
         yield
     finally:
-        configs.update(hidden)
+        del model.save_pretrained
 
 
 def check_output_dir(directory: str, *, adapter: bool) -> None:
@@ -156,12 +159,16 @@ def prepare_frozen(model: PreTrainedModel, accelerator: Accelerator) -> Any:
 def policy_loader(model: Any, args: PPOConfig, quantization_config: Any) -> Callable[..., Any]:
     """Return a function that gives the policy, or with `frozen=True` an independent copy of it to refer to.
 
-    The path of an adapter gives a `PeftModel` on the base that the adapter names.
+    The path of an adapter gives a `PeftModel` on the base that the adapter names, quantised as when it was trained.
     """
     if not isinstance(model, str):
+        keep_unpacked(model)
         return lambda frozen=False: copy.deepcopy(model).requires_grad_(False) if frozen else model
     init_kwargs = take_init_kwargs(args, quantization_config)
-    base = PeftConfig.from_pretrained(model).base_model_name_or_path if is_adapter(model) else model
+    base = model
+    if is_adapter(model):
+        base = PeftConfig.from_pretrained(model).base_model_name_or_path
+        init_kwargs.setdefault("quantization_config", saved_quantization(model))
 
     def load(frozen: bool = False) -> PreTrainedModel | PeftModel:
         policy = keep_unpacked(create_model_from_path(base, **init_kwargs))

@@ -148,6 +148,10 @@ class PPOTrainer(GRPOTrainer):
         )
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_completion_forward(base, value_gradient_to_backbone=args.value_gradient_to_backbone)
+        # Images could not be moved, and these terms are means over a micro-batch or its most uncertain tokens.
+        self._may_regroup = not (
+            self._is_vlm or self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
+        )
         # A model that reads images too counts its positions itself.
         self._takes_positions = not self._is_vlm and "position_ids" in inspect.signature(base.forward).parameters
         if reference is not None:
@@ -182,7 +186,7 @@ class PPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if not self.model.training or self._buffered_inputs is before or self._is_vlm:  # images could not be moved
+        if not self.model.training or self._buffered_inputs is before or not self._may_regroup:
             return inputs
         self._buffered_inputs = group_by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
@@ -324,17 +328,8 @@ class PPOTrainer(GRPOTrainer):
         )
         token_loss = per_token_value_loss(values, old_values, returns, cliprange=self.args.cliprange_value)
         value_loss = self._average_like_policy_loss(token_loss, mask, inputs["num_items_in_batch"])
-        self._log_metrics(
-            update_metrics(
-                per_token_logps,
-                inputs["old_per_token_logps"],
-                values,
-                old_values,
-                token_loss,
-                mask,
-                cliprange=self.args.cliprange_value,
-            )
-        )
+        limits = {"cliprange": self.args.cliprange_value, "micro_batches": self._micro_batches_per_rollout()}
+        self._log_metrics(update_metrics(per_token_logps, inputs, values, token_loss, mask, **limits))
         if self.model.training and self.state.global_step < self.args.critic_warmup_steps:
             policy_loss = 0 * policy_loss
         return policy_loss + self.args.vf_coef * value_loss
@@ -343,14 +338,15 @@ class PPOTrainer(GRPOTrainer):
         """Average a token loss as TRL does the policy's: this process's share of one optimiser step."""
         accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
         # For "dapo", `num_items` spans the whole rollout of all ranks.
-        window = num_items / self.accelerator.num_processes
-        if self.model.training:
-            window = window / self.args.steps_per_generation
+        window = num_items / self.accelerator.num_processes / self._micro_batches_per_rollout()
         length = self.max_completion_length
         loss = aggregate_token_loss(
             token_loss, mask, loss_type=self.loss_type, num_items=window, max_completion_length=length
         )
         return loss / accumulation
+
+    def _micro_batches_per_rollout(self) -> int:
+        return self.args.steps_per_generation if self.model.training else 1
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a plain policy with the value head beside it; checkpoints carry the head inside."""

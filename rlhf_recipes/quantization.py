@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.utils import load_peft_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 QUANTIZATION_FILE = "quantization_config.json"
@@ -29,24 +29,35 @@ def keep_unpacked(model: Any) -> Any:
 
 
 def load_adapter(base: PreTrainedModel, directory: str) -> PeftModel:
-    """Put an adapter on a quantised base, in the precision in which it was trained and saved.
-
-    PEFT would widen it to float32; the products, and so the logits, would then not be those of training.
-    """
+    """Put an adapter on a quantised base, in the precision in which it was trained and saved."""
     model = PeftModel.from_pretrained(base, directory)
-    saved = load_peft_weights(directory, device="cpu")
-    for name, parameter in model.named_parameters():
-        weight = saved.get(name.replace(".default.", "."))
-        if weight is not None:
-            parameter.data = parameter.data.to(weight.dtype)
+    restore_precision(model, load_peft_weights(directory, device="cpu"), "default")
     return model
+
+
+def restore_precision(model: PeftModel, saved: dict[str, Tensor], adapter: str) -> None:
+    """Give an adapter the precision of its saved weights.
+
+    PEFT widens it to float32; on a quantised base, where it was trained in bfloat16, the products, and so the logits,
+    would not be those of training.
+    """
+    for name, parameter in model.named_parameters():
+        weight = saved.get(name.replace(f".{adapter}.", "."))
+        if weight is not None and f".{adapter}." in name:
+            parameter.data = parameter.data.to(weight.dtype)
+
+
+def quantization_of(model: nn.Module) -> BitsAndBytesConfig | None:
+    """Return how the base of a model is quantised by bitsandbytes, if it is."""
+    config = getattr(model.config, "quantization_config", None)
+    return config if isinstance(config, BitsAndBytesConfig) else None
 
 
 def save_quantization(model: nn.Module, directory: str | Path) -> None:
     """Write how the base of an adapter is quantised beside the adapter, which does not say; nothing if it is not."""
     path = Path(directory, QUANTIZATION_FILE)
-    config = getattr(model.config, "quantization_config", None)
-    if isinstance(config, BitsAndBytesConfig):
+    config = quantization_of(model)
+    if config is not None:
         path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
     else:
         path.unlink(missing_ok=True)  # of an earlier run

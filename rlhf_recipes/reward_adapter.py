@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from trl.trainer.utils import use_adapter
 
-from rlhf_recipes.quantization import saved_quantization
+from rlhf_recipes.quantization import quantization_of, restore_precision, saved_quantization
 from rlhf_recipes.reward_card import RewardModelCard
 from rlhf_recipes.reward_model import ScoreHead, is_adapter
 from rlhf_recipes.rewards import RewardModelScorer
@@ -68,11 +68,12 @@ class RewardAdapterScorer(RewardModelScorer):
         config.modules_to_save, config.task_type, config.inference_mode = None, None, True
         policy.add_adapter(REWARD_ADAPTER, config)
         set_peft_model_state_dict(policy, self._weights, adapter_name=REWARD_ADAPTER)
+        if getattr(policy, "is_quantized", False):
+            restore_precision(policy, self._weights, REWARD_ADAPTER)
         for name, parameter in policy.named_parameters():
             if f".{REWARD_ADAPTER}." in name:
                 parameter.requires_grad_(False)
         self.model, self._weights = policy, {}
-        self.head.to(policy.device)
 
     def _check_base(self, policy: PeftModel, base: str, trained_on: str) -> None:
         if Path(base).resolve() != Path(trained_on).resolve():
@@ -80,13 +81,11 @@ class RewardAdapterScorer(RewardModelScorer):
                 f"`reward_adapter` {self.path} was trained on {trained_on}, but the policy's base is {base}. Train a "
                 "reward model on that base, or give this one as `reward_model_path`, beside the policy."
             )
-        kinds = {True: "in 4 or 8 bit", False: "in full"}
-        quantized, was_quantized = getattr(policy, "is_quantized", False), saved_quantization(self.path) is not None
-        if quantized != was_quantized:
+        ours, theirs = quantization_of(policy), saved_quantization(self.path)
+        if (ours and ours.to_dict()) != (theirs and theirs.to_dict()):
             raise ValueError(
-                f"`reward_adapter` {self.path} was trained on a base {kinds[was_quantized]}, but the policy's is "
-                f"loaded {kinds[quantized]}: its scores would differ. "
-                f"Set `load_in_4bit: {str(was_quantized).lower()}`."
+                f"`reward_adapter` {self.path} was trained on a base that was {_describe(theirs)}, but the policy's "
+                f"is {_describe(ours)}: its scores would differ. Load the policy's base in the same way."
             )
 
     @torch.no_grad()
@@ -99,4 +98,11 @@ class RewardAdapterScorer(RewardModelScorer):
             states = self.model(**batch, backbone_only=True).last_hidden_state
         self.model.train(was_training)
         last = states[torch.arange(len(states)), batch["attention_mask"].sum(dim=1) - 1]
-        return self.head(last)[:, 0].float().cpu()
+        return self.head.to(last.device)(last)[:, 0].float().cpu()
+
+
+def _describe(quantization: Any) -> str:
+    if quantization is None:
+        return "not quantised (`load_in_4bit: false`)"
+    options = {k: v for k, v in quantization.to_dict().items() if k.startswith(("load_in", "bnb"))}
+    return "quantised with " + ", ".join(f"{name}: {value}" for name, value in options.items())

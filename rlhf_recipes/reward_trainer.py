@@ -19,7 +19,7 @@ from rlhf_recipes.data import add_separator, check_columns, column_names
 from rlhf_recipes.evaluation import preference_metrics
 from rlhf_recipes.losses import l2_penalty
 from rlhf_recipes.models import check_output_dir, load_tokenizer, take_init_kwargs
-from rlhf_recipes.quantization import save_quantization
+from rlhf_recipes.quantization import keep_unpacked, save_quantization
 from rlhf_recipes.reward_card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.reward_model import ScoreHead, load_reward_model_base
 
@@ -92,6 +92,7 @@ class RewardModelTrainer(RewardTrainer):
             **kwargs,
         )
 
+        keep_unpacked(self.model)
         if not is_deepspeed_zero3_enabled():  # which stores all weights in one precision
             for module in self.model.modules():
                 if isinstance(module, ScoreHead):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlhf_recipes.float32_linear import Float32Linear
 
@@ -72,6 +73,8 @@ def attach_value_head(
         head = ValueHead(base.config.get_text_config().hidden_size, head_size, activation)
     load_value_head(head, directory)
     head.to(base.device)
+    if is_deepspeed_zero3_enabled():  # which puts all that is trained into one buffer, of one precision
+        head.to(next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad))
     setattr(base, VALUE_HEAD_NAME, head)
     if isinstance(model, PeftModel):
         setattr(base, VALUE_HEAD_NAME, ModulesToSaveWrapper(head, model.active_adapter))

@@ -99,7 +99,7 @@ def _inside(directory, monkeypatch):
     monkeypatch.chdir(directory)
 
 
-def _launch(directory, engine, stage, output_dir, options, *arguments):
+def _launch(directory, engine, stage, output_dir, options, *arguments, mixed_precision="no"):
     """Run a recipe on two ranks; return the log history of PPO, and what each rank found."""
     config = directory / f"{output_dir}.yaml"
     config.write_text(yaml.safe_dump({**options, "output_dir": output_dir}))
@@ -109,7 +109,7 @@ def _launch(directory, engine, stage, output_dir, options, *arguments):
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", ROOT / "accelerate_configs" / f"{engine}.yaml",
-        "--num_processes", 2, "--mixed_precision", "no", "--main_process_port", port,
+        "--num_processes", 2, "--mixed_precision", mixed_precision, "--main_process_port", port,
         ROOT / "recipes" / f"{stage}.py", "--config", config, *arguments,
     ]  # fmt: skip
     result = subprocess.run(
@@ -202,6 +202,21 @@ def test_zero3_trains_a_reward_model(directory):
     assert head.shape == (1, 32)
     assert head.abs().sum() > 0
     assert json.loads((directory / "rm_lora" / "reward_model_card.json").read_text())["score_std"] > 0
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("peft", [{}, LORA], ids=["full", "lora"])
+def test_zero3_in_bfloat16(directory, peft):
+    """As on a GPU. With LoRA, the reward model is an adapter on the same shards."""
+    options = {**PPO, **peft, "bf16": True, "dtype": "bfloat16"}
+    if peft:
+        rewards = {**TRAINING, **LORA, "model_name_or_path": "base", "dataset_name": "preferences"}
+        _launch(directory, "multi_gpu", "reward_modeling", "rm_bf16", {**rewards, "save_strategy": "no"})
+        options = {**options, "reward_adapter": "rm_bf16"}
+        del options["reward_model_path"]
+    name = "zero3_bf16_lora" if peft else "zero3_bf16"
+    log, _ = _launch(directory, "zero3", "ppo", name, options, mixed_precision="bf16")
+    _check_artifacts(directory, name, log)
 
 
 @needs_deepspeed

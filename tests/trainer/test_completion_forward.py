@@ -189,3 +189,35 @@ def test_the_grouping_changes_no_weight(tmp_path, monkeypatch, loss_type):
     assert (plain.model.lm_head.weight - start).abs().max() > 1e-3
     for name, parameter in plain.model.named_parameters():
         assert_close(grouped.model.get_parameter(name), parameter, SPLIT)
+
+
+@pytest.mark.parametrize(
+    "options", [{"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}], ids=lambda o: next(iter(o))
+)
+def test_terms_that_depend_on_the_cut_keep_it(tmp_path, monkeypatch, options):
+    monkeypatch.setattr("rlhf_recipes.ppo_trainer.group_by_length", lambda *args: pytest.fail("regrouped"))
+    _grouped_trainer(tmp_path, **options).train()
+
+
+def test_figures_are_means_over_the_tokens_of_a_rollout(tmp_path, monkeypatch):
+    """However the rows are cut: with one epoch and one step, both runs log the same rollout once."""
+    logs = []
+    for batch_size in (2, 8):
+        trainer = tiny.ppo_trainer(
+            tmp_path / str(batch_size),
+            per_device_train_batch_size=batch_size,
+            steps_per_generation=8 // batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+            num_iterations=2,
+            max_steps=2,
+        )
+        trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: (
+            [[70 + row] * (1 + 2 * (sum(ids) % 4)) for row, ids in enumerate(prompt_ids)],
+            None,
+        )
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "policy/approx_kl" in entry])
+    for small, large in zip(*logs, strict=True):
+        for name in ("policy/approx_kl", "loss/value", "val/clip_fraction"):
+            assert_close(small[name], large[name], SPLIT)
+    assert logs[0][1]["policy/approx_kl"] > 1e-4

@@ -208,5 +208,8 @@ def test_gradient_checkpointing_changes_no_number(tmp_path):
     losses = []
     for checkpointing in (False, True):
         trainer, batch = _trained_rollout(tmp_path, gradient_checkpointing=checkpointing)
+        if checkpointing:  # as `train` does at its start
+            trainer.model.gradient_checkpointing_enable()
+            assert trainer.model.is_gradient_checkpointing
         losses.append(_loss(trainer, batch))
     assert_close(losses[0], losses[1], FP32)

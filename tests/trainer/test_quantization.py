@@ -133,6 +133,8 @@ def test_adapter_and_head_reload_and_continue(tmp_path, base):
     assert_close(head.output.weight, saved.output.weight, EXACT)
     assert_close(again.model.eval()(input_ids=IDS).logits, expected, FP32)
     again.train()
+    remembered = tiny.ppo_trainer(tmp_path / "remembered", model=str(tmp_path / "out"))
+    assert len(_linears(remembered.model)) == 14, "in 4 bit without being told"
 
 
 def test_an_export_is_merged_into_what_the_adapter_was_trained_on(tmp_path, base):
@@ -176,6 +178,19 @@ def test_a_reward_model_scores_as_it_was_trained(tmp_path, base):
     assert_close(RewardModelScorer(loaded, tiny.tokenizer())(**text), live, FP32)
     ppo = tiny.ppo_trainer(tmp_path / "ppo", rewards=str(tmp_path / "rm"), peft=tiny.lora())
     ppo.train()
+
+    shared = PPOTrainer(
+        base,
+        None,
+        tiny.ppo_config(tmp_path / "shared", reward_adapter=str(tmp_path / "rm")),
+        train_dataset=tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+        peft_config=tiny.lora(),
+        quantization_config=NF4,
+    )
+    assert len(_linears(shared.model)) == 14
+    assert_close(shared.reward_funcs[0](**text), live, FP32)
+    shared.train()
 
 
 def test_quantised_weights_are_not_trained(tmp_path, base):

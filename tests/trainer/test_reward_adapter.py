@@ -4,8 +4,9 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from tolerances import EXACT, MERGED, assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.reward_adapter import REWARD_ADAPTER
@@ -78,8 +79,8 @@ def test_nothing_of_it_learns_or_is_saved(tmp_path, directory):
     assert any("lora_A.default" in name for name in trainable)
     assert any("value_head" in name for name in trainable)
     for folder in (tmp_path / "final", tmp_path / "checkpoint-4"):
-        assert (folder / "adapter_model.safetensors").is_file()
         assert not [path for path in folder.iterdir() if path.is_dir()], "only the policy's adapter is saved"
+        assert not [name for name in load_file(folder / "adapter_model.safetensors") if REWARD_ADAPTER in name]
     assert REWARD_ADAPTER in trainer.model.peft_config
 
 
@@ -102,6 +103,10 @@ def test_a_policy_may_start_from_an_sft_adapter(tmp_path, directory):
     )
     trainer.train()
     assert set(trainer.model.peft_config) == {"default", "ref", REWARD_ADAPTER}
+    trainer.save_model()
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert names
+    assert not [name for name in names if ".ref." in name or f".{REWARD_ADAPTER}." in name]
 
 
 def test_it_adds_to_the_other_rewards(tmp_path, directory):
@@ -130,8 +135,8 @@ def test_another_base_is_refused(tmp_path, directory):
 
 
 def test_a_quantised_base_is_another_base(tmp_path, directory, monkeypatch):
-    monkeypatch.setattr("rlhf_recipes.reward_adapter.saved_quantization", lambda path: "4 bit")
-    with pytest.raises(ValueError, match="Set `load_in_4bit: true`"):
+    monkeypatch.setattr("rlhf_recipes.reward_adapter.saved_quantization", lambda path: BitsAndBytesConfig())
+    with pytest.raises(ValueError, match="was quantised with .*but the policy's is not quantised"):
         _trainer(directory, tmp_path)
 
 
@@ -156,3 +161,14 @@ def test_an_adapter_without_a_score_head_is_no_reward_model(tmp_path, directory)
 def test_no_reward_at_all_is_refused(tmp_path, directory):
     with pytest.raises(ValueError, match="There is no reward"):
         _trainer(directory, tmp_path, adapter=None)
+
+
+def test_a_resumed_run_keeps_its_reward_adapter(tmp_path, directory):
+    options = {"save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2}
+    _trainer(directory, tmp_path, max_steps=4, **options).train()
+    again = _trainer(directory, tmp_path, max_steps=8, **options)
+    text = {"prompts": ["the fox\n\n"], "completions": ["is red"]}
+    before = again.reward_funcs[0](**text)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.state.global_step == 8
+    assert_close(again.reward_funcs[0](**text), before, MERGED)

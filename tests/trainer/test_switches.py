@@ -27,6 +27,9 @@ def _loss_and_gradients(directory, *, peft=None, **options):
         peft_config=peft,
     )
     batch = tiny.rollout(trainer)
+    if options.get("gradient_checkpointing"):  # as `train` does at its start
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        assert trainer.model.is_gradient_checkpointing
     trainer.current_gradient_accumulation_steps = 1
     loss = trainer._compute_loss(trainer.model, batch)
     loss.backward()
