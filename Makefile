@@ -28,8 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## Train a small model with PPO on the CPU and show what changed
 	DS_ACCELERATOR=cpu $(BIN)/python recipes/quickstart.py
 
+# One worker per core, one thread each: models this small gain nothing from a second thread.
 test: install ## Run the whole default test suite
-	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 check: install ## Lint, check formatting and types, run the fast tests
 	$(BIN)/ruff check .
