@@ -76,7 +76,7 @@ def write_models(setup: str, size: str, dtype: str, bits, base: str, rm: str) ->
 
 
 def work(setup: str, size: str, device: str) -> None:
-    """Run one iteration; write the peak and the count of parameters to standard output."""
+    """Run one iteration; write its peak to standard output."""
     answers, sys.stdout = sys.stdout, sys.stderr
     import torch
     from datasets import Dataset

@@ -215,13 +215,14 @@ class PPOTrainer(GRPOTrainer):
             pad_to_multiple_of=self.pad_to_multiple_of,
             takes_positions=self._takes_positions,
         )
-        order = torch.arange(input_ids.size(0), device=input_ids.device)
+        order: Any = slice(None)
+        original: Any = slice(None)
         if batch_size is not None and not self._is_vlm:  # images have an order of their own
             order = attention_mask.sum(dim=1).argsort()  # rows of one length together: little padding
+            original = order.argsort()
         per_token_logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
             forward, input_ids[order], attention_mask[order], logits_to_keep, batch_size, **kwargs
         )
-        original = order.argsort()
         per_token_logps = per_token_logps[original]
         if forward.state_values:
             self._recorded.append((per_token_logps, torch.cat(forward.state_values)[original]))

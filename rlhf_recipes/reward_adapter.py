@@ -49,8 +49,7 @@ class RewardAdapterScorer(RewardModelScorer):
         self.head = ScoreHead(score.size(1), 1, bias=False).requires_grad_(False)
         self.head.weight.data.copy_(score)
         self.path, self._weights = path, weights
-        self.tokenizer, self.card = AutoTokenizer.from_pretrained(path), RewardModelCard.load(path)
-        self.batch_size, self.policy_eos_token_ids = 8, None
+        super().__init__(None, AutoTokenizer.from_pretrained(path), RewardModelCard.load(path))
         self.__name__ = Path(path).name
 
     def attach(self, policy: PeftModel, base: str) -> None:
@@ -88,17 +87,14 @@ class RewardAdapterScorer(RewardModelScorer):
                 f"is {_describe(ours)}: its scores would differ. Load the policy's base in the same way."
             )
 
-    @torch.no_grad()
-    def _forward(self, token_ids: list[list[int]]) -> Tensor:
-        batch: Any = self.tokenizer.pad({"input_ids": token_ids}, padding_side="right", return_tensors="pt")
-        batch = batch.to(self.model.device)
+    def _score(self, batch: Any) -> Tensor:
         was_training = self.model.training
         self.model.eval()
         with use_adapter(self.model, REWARD_ADAPTER):
             states = self.model(**batch, backbone_only=True).last_hidden_state
         self.model.train(was_training)
         last = states[torch.arange(len(states)), batch["attention_mask"].sum(dim=1) - 1]
-        return self.head.to(last.device)(last)[:, 0].float().cpu()
+        return self.head.to(last.device)(last)[:, 0]
 
 
 def _describe(quantization: Any) -> str:

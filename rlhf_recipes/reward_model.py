@@ -107,9 +107,14 @@ def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.bias is not None:
         raise ValueError(f"{type(model).__name__} has no `score` layer; use a decoder architecture for reward models.")
     model.score.__class__ = ScoreHead  # the weight stays where it is, which under ZeRO-3 is on all ranks
-    if not is_deepspeed_zero3_enabled():  # which stores all weights in one precision
-        model.score.float()
+    store_in_float32(model.score)
     return model
+
+
+def store_in_float32(head: ScoreHead) -> None:
+    """Keep the weights of a head in float32, in place, but under ZeRO-3, which stores all weights in one precision."""
+    if not is_deepspeed_zero3_enabled():
+        head.float()
 
 
 def is_adapter(path: str) -> bool:

@@ -11,7 +11,6 @@ import torch
 from peft import PeftConfig, TaskType
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import RewardTrainer, is_conversational
 
 from rlhf_recipes.configs import RewardModelConfig
@@ -21,7 +20,7 @@ from rlhf_recipes.losses import l2_penalty
 from rlhf_recipes.models import check_output_dir, load_tokenizer, take_init_kwargs
 from rlhf_recipes.quantization import keep_unpacked, save_quantization
 from rlhf_recipes.reward_card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
-from rlhf_recipes.reward_model import ScoreHead, load_reward_model_base
+from rlhf_recipes.reward_model import ScoreHead, load_reward_model_base, store_in_float32
 
 
 class RewardModelTrainer(RewardTrainer):
@@ -93,10 +92,9 @@ class RewardModelTrainer(RewardTrainer):
         )
 
         keep_unpacked(self.model)
-        if not is_deepspeed_zero3_enabled():  # which stores all weights in one precision
-            for module in self.model.modules():
-                if isinstance(module, ScoreHead):
-                    module.float()  # TRL casts what is trained of a quantised model to bfloat16
+        for module in self.model.modules():
+            if isinstance(module, ScoreHead):
+                store_in_float32(module)  # TRL casts what is trained of a quantised model to bfloat16
 
     @staticmethod
     def _check_preferences(dataset: Any, name: str) -> None:

@@ -33,7 +33,7 @@ class RewardModelScorer:
     left out of a completion that was cut off. Chat goes through the reward model's own chat template.
 
     Args:
-        model: Sequence classifier with one output.
+        model: Sequence classifier with one output; `None` where a subclass attaches it later.
         tokenizer: The reward model's.
         card: What the reward model was trained with, if known.
         batch_size: Completions per forward.
@@ -42,18 +42,20 @@ class RewardModelScorer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase,
         card: RewardModelCard | None = None,
         batch_size: int = 8,
         policy_eos_token_ids: list[int] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.card = model.eval().requires_grad_(False), tokenizer, card
+        self.model, self.tokenizer, self.card = model, tokenizer, card
         self.batch_size, self.policy_eos_token_ids = batch_size, policy_eos_token_ids
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        self.__name__ = Path(model.config._name_or_path or "reward_model").name
+        if model is not None:
+            model.eval().requires_grad_(False)
+            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+            self.__name__ = Path(model.config._name_or_path or "reward_model").name
 
     @classmethod
     def from_pretrained(cls, path: str, **kwargs: Any) -> "RewardModelScorer":
@@ -98,7 +100,10 @@ class RewardModelScorer:
     @torch.no_grad()
     def _forward(self, token_ids: list[list[int]]) -> Tensor:
         batch = self.tokenizer.pad({"input_ids": token_ids}, padding_side="right", return_tensors="pt")
-        return self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu()
+        return self._score(batch.to(self.model.device)).float().cpu()
+
+    def _score(self, batch: Any) -> Tensor:
+        return self.model(**batch).logits[:, 0]
 
 
 def weighted_scores(rewards_per_func: Tensor, weights: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def run_in_processes(fn, world_size, *args):
     outlives the call. Results go through `torch.save`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        job = (world_size, _free_port(), fn.__code__.co_filename, fn.__qualname__, folder, args)
+        job = (world_size, free_port(), fn.__code__.co_filename, fn.__qualname__, folder, args)
         context = mp.spawn(_rank_main, args=job, nprocs=world_size, join=False)
         deadline = time.monotonic() + TIMEOUT_SECONDS
         try:
@@ -66,7 +66,7 @@ def _result_path(folder, rank):
     return Path(folder) / f"rank{rank}.pt"
 
 
-def _free_port():
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

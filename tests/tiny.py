@@ -6,7 +6,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from rlhf_recipes import PPOConfig, PPOTrainer, RewardModelConfig
+from rlhf_recipes import PPOConfig, PPOTrainer, RewardModelConfig, RewardModelTrainer
 
 TEXTS = ["hello world, the fox is red", "the bear eats berries at night", "is the hare in the cave?"] * 4
 CHAT_TEMPLATE = (
@@ -63,6 +63,29 @@ def policy(tok, seed=0):
 def reward_model(tok, seed=1, num_labels=1):
     torch.manual_seed(seed)
     return LlamaForSequenceClassification(_config(tok, num_labels=num_labels))
+
+
+def save(model, directory):
+    """Write a model and the tokenizer beside it; return where."""
+    model.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def save_lora_reward_model(base, directory, **kwargs):
+    """Train a LoRA reward model on a saved base, if `max_steps` is given, and write it with its card."""
+    trainer = RewardModelTrainer(
+        base,
+        reward_config(directory, **kwargs),
+        train_dataset=preferences(),
+        eval_dataset=preferences(count=6),
+        processing_class=tokenizer(),
+        peft_config=lora(),
+    )
+    if "max_steps" in kwargs:
+        trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
 
 
 def prompts(*, chat=False, count=8):

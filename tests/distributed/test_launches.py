@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from processes import free_port
 from safetensors.torch import load_file
 from tolerances import SPLIT, assert_close
 
@@ -79,8 +79,7 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("launches")
     tok = tiny.tokenizer()
     for name, model in (("base", tiny.policy(tok)), ("rm", tiny.reward_model(tok))):
-        model.save_pretrained(directory / name)
-        tok.save_pretrained(directory / name)
+        tiny.save(model, directory / name)
     for name, data in (("prompts", tiny.prompts(count=16)), ("preferences", tiny.preferences(count=16))):
         (directory / name).mkdir()
         for split in ("train", "test"):
@@ -103,13 +102,10 @@ def _launch(directory, engine, stage, output_dir, options, *arguments, mixed_pre
     """Run a recipe on two ranks; return the log history of PPO, and what each rank found."""
     config = directory / f"{output_dir}.yaml"
     config.write_text(yaml.safe_dump({**options, "output_dir": output_dir}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", ROOT / "accelerate_configs" / f"{engine}.yaml",
-        "--num_processes", 2, "--mixed_precision", mixed_precision, "--main_process_port", port,
+        "--num_processes", 2, "--mixed_precision", mixed_precision, "--main_process_port", free_port(),
         ROOT / "recipes" / f"{stage}.py", "--config", config, *arguments,
     ]  # fmt: skip
     result = subprocess.run(

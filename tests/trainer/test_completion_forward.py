@@ -201,8 +201,8 @@ def test_terms_that_depend_on_the_cut_keep_it(tmp_path, monkeypatch, options):
     _grouped_trainer(tmp_path, **options).train()
 
 
-def test_figures_are_means_over_the_tokens_of_a_rollout(tmp_path, monkeypatch):
-    """However the rows are cut: with one epoch and one step, both runs log the same rollout once."""
+def test_figures_are_means_over_the_tokens_of_a_rollout(tmp_path):
+    """However the rows are cut: one step per epoch, so that both runs log the same rollout twice."""
     logs = []
     for batch_size in (2, 8):
         trainer = tiny.ppo_trainer(

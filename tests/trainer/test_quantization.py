@@ -27,10 +27,7 @@ IDS = torch.tensor([[60, 61, 62, 63, 64]])
 @pytest.fixture
 def base(tmp_path):
     """An SFT policy on disk."""
-    tok = tiny.tokenizer()
-    tiny.policy(tok).save_pretrained(tmp_path / "base")
-    tok.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    return tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
 
 
 def _trainer(model, output_dir, *, peft=None, **kwargs):

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from tolerances import EXACT, MERGED, assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.reward_adapter import REWARD_ADAPTER
 from rlhf_recipes.rewards import RewardModelScorer
 
@@ -17,20 +16,8 @@ from rlhf_recipes.rewards import RewardModelScorer
 def directory(tmp_path_factory):
     """A base, and a LoRA reward model that was trained on it."""
     directory = tmp_path_factory.mktemp("one_backbone")
-    tok = tiny.tokenizer()
-    tiny.policy(tok).save_pretrained(directory / "base")
-    tok.save_pretrained(directory / "base")
-    trainer = RewardModelTrainer(
-        str(directory / "base"),
-        tiny.reward_config(directory / "rm", max_steps=20, learning_rate=1e-2),
-        train_dataset=tiny.preferences(),
-        eval_dataset=tiny.preferences(count=6),
-        processing_class=tok,
-        peft_config=tiny.lora(),
-    )
-    trainer.train()
-    trainer.evaluate()
-    trainer.save_model()
+    base = tiny.save(tiny.policy(tiny.tokenizer()), directory / "base")
+    tiny.save_lora_reward_model(base, directory / "rm", max_steps=20, learning_rate=1e-2)
     return directory
 
 

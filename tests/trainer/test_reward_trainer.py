@@ -23,10 +23,7 @@ from rlhf_recipes.rewards import RewardModelScorer
 @pytest.fixture
 def base(tmp_path):
     """An SFT policy on disk."""
-    tok = tiny.tokenizer()
-    tiny.policy(tok).save_pretrained(tmp_path / "base")
-    tok.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    return tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
 
 
 def _trainer(model, tmp_path, *, chat=False, peft=None, margin=False, eval_dataset=None, **kwargs):

@@ -71,6 +71,12 @@ def test_rollout_has_the_keys_we_read(tmp_path):
         "_metrics",
         "_logs",
         "_step",
+        "_buffered_inputs",
+        "_is_vlm",
+        "pad_to_multiple_of",
+        "top_entropy_quantile",
+        "aux_loss_enabled",
+        "_entropy_bonus_enabled",
     ):
         assert hasattr(trainer, name)
 

@@ -12,8 +12,7 @@ def base(tmp_path):
     """A policy and a reward model on disk, as switches that act on loading need them."""
     tok = tiny.tokenizer()
     for name, model in (("base", tiny.policy(tok)), ("rm", tiny.reward_model(tok))):
-        model.save_pretrained(tmp_path / name)
-        tok.save_pretrained(tmp_path / name)
+        tiny.save(model, tmp_path / name)
     return tmp_path
 
 

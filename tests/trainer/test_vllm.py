@@ -7,7 +7,7 @@ from tolerances import EXACT, FP32, MERGED, assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rlhf_recipes import PPOTrainer, RewardModelTrainer
+from rlhf_recipes import PPOTrainer
 from rlhf_recipes.models import load_policy
 
 LOG_RATIO = 0.25
@@ -38,17 +38,8 @@ def _no_engine(monkeypatch):
 def directory(tmp_path_factory):
     """A base and a LoRA reward model that was trained on it."""
     directory = tmp_path_factory.mktemp("vllm")
-    tok = tiny.tokenizer()
-    tiny.policy(tok).save_pretrained(directory / "base")
-    tok.save_pretrained(directory / "base")
-    trainer = RewardModelTrainer(
-        str(directory / "base"),
-        tiny.reward_config(directory / "rm"),
-        train_dataset=tiny.preferences(),
-        processing_class=tok,
-        peft_config=tiny.lora(),
-    )
-    trainer.save_model()
+    base = tiny.save(tiny.policy(tiny.tokenizer()), directory / "base")
+    tiny.save_lora_reward_model(base, directory / "rm")
     return directory
 
 
