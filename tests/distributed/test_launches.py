@@ -42,7 +42,8 @@ def reward(completions, **kwargs):
     wrapped = [x for x in gc.get_objects() if type(x).__name__ in WRAPPERS]
     stages = [x.zero_optimization_stage() for x in wrapped if hasattr(x, "zero_optimization_stage")]
     names = sorted({type(x).__name__ for x in wrapped})
-    found = {"world_size": state.num_processes, "wrappers": names, "stages": stages}
+    whole = any(getattr(p, "ds_persist", True) for x in wrapped for p in x.module.parameters())
+    found = {"world_size": state.num_processes, "wrappers": names, "stages": stages, "whole": whole}
     with open(f"rank{state.process_index}.json", "w") as file:
         json.dump(found, file)
     return [float(len(completion)) for completion in completions]
@@ -99,12 +100,12 @@ def _inside(directory, monkeypatch):
 
 
 def _launch(directory, engine, stage, output_dir, options, *arguments, mixed_precision="no"):
-    """Run a recipe on two ranks; return the log history of PPO, and what each rank found."""
+    """Run a recipe on two ranks by a launch file, shipped or not; return the log of PPO and what each rank found."""
     config = directory / f"{output_dir}.yaml"
     config.write_text(yaml.safe_dump({**options, "output_dir": output_dir}))
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", ROOT / "accelerate_configs" / f"{engine}.yaml",
+        "--config_file", ROOT / "accelerate_configs" / f"{engine}.yaml" if isinstance(engine, str) else engine,
         "--num_processes", 2, "--mixed_precision", mixed_precision, "--main_process_port", free_port(),
         ROOT / "recipes" / f"{stage}.py", "--config", config, *arguments,
     ]  # fmt: skip
@@ -148,9 +149,18 @@ def _check_artifacts(directory, output_dir, log):
     assert moved.abs().max() > 1e-3, "the saved policy is the trained one"
 
 
+def _check_weights(directory, run):
+    """Weights and value head must be those that DDP has trained."""
+    for name in ("model.safetensors", "value_head.safetensors"):
+        one, other = (load_file(directory / folder / name) for folder in ("ddp", run))
+        for key in one.keys() & other.keys():
+            assert_close(other[key].float(), one[key].float(), SPLIT)
+        assert len(one.keys() & other.keys()) >= len(one) - 1, "tied weights may be written once"
+
+
 def test_ddp(directory, ddp):
     log, ranks = ddp
-    assert ranks == [{"world_size": 2, "wrappers": ["DistributedDataParallel"], "stages": []}] * 2
+    assert ranks == [{"world_size": 2, "wrappers": ["DistributedDataParallel"], "stages": [], "whole": True}] * 2
     _check_artifacts(directory, "ddp", log)
 
 
@@ -158,7 +168,7 @@ def test_ddp(directory, ddp):
 def test_zero2_with_lora(directory):
     log, ranks = _launch(directory, "zero2", "ppo", "zero2", {**PPO, **LORA})
     # The reward model is only evaluated, and whole on each rank.
-    assert ranks == [{"world_size": 2, "wrappers": ["DeepSpeedEngine"], "stages": ANY}] * 2
+    assert ranks == [{"world_size": 2, "wrappers": ["DeepSpeedEngine"], "stages": ANY, "whole": True}] * 2
     assert all(sorted(rank["stages"]) == [0, 2] for rank in ranks)
     _check_artifacts(directory, "zero2", log)
 
@@ -167,17 +177,41 @@ def test_zero2_with_lora(directory):
 def test_zero3(directory, zero3):
     log, ranks = zero3
     # Policy, reference and reward model are sharded.
-    assert ranks == [{"world_size": 2, "wrappers": ["DeepSpeedEngine"], "stages": [3, 3, 3]}] * 2
+    assert ranks == [{"world_size": 2, "wrappers": ["DeepSpeedEngine"], "stages": [3, 3, 3], "whole": True}] * 2
     _check_artifacts(directory, "zero3", log)
+
+
+@pytest.fixture(scope="module")
+def zero3_in_shards(directory):
+    """A launch file that shards every parameter: by itself DeepSpeed keeps small ones whole on each rank."""
+    engine = yaml.safe_load((ROOT / "accelerate_configs" / "zero3.yaml").read_text())
+    config = {
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        **{name: "auto" for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")},
+        **{name: "auto" for name in ("train_batch_size", "gradient_clipping")},
+    }
+    (directory / "deepspeed.json").write_text(json.dumps(config))
+    engine["deepspeed_config"] = {"deepspeed_config_file": "deepspeed.json", "zero3_init_flag": True}
+    del engine["mixed_precision"]
+    (directory / "zero3_in_shards.yaml").write_text(yaml.safe_dump(engine))
+    return directory / "zero3_in_shards.yaml"
+
+
+@needs_deepspeed
+def test_zero3_trains_the_weights_of_ddp_from_shards(directory, ddp, zero3_in_shards):
+    log, ranks = _launch(directory, zero3_in_shards, "ppo", "shards", PPO)
+    assert ranks == [{"world_size": 2, "wrappers": ["DeepSpeedEngine"], "stages": [3, 3, 3], "whole": False}] * 2
+    _check_artifacts(directory, "shards", log)
+    _check_weights(directory, "shards")
 
 
 @needs_deepspeed
 def test_zero3_trains_the_weights_of_ddp(directory, ddp, zero3):
-    for name in ("model.safetensors", "value_head.safetensors"):
-        one, other = (load_file(directory / run / name) for run in ("ddp", "zero3"))
-        for key in one.keys() & other.keys():
-            assert_close(other[key].float(), one[key].float(), SPLIT)
-        assert len(one.keys() & other.keys()) >= len(one) - 1, "tied weights may be written once"
+    _check_weights(directory, "zero3")
 
 
 @needs_deepspeed
