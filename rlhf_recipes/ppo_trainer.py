@@ -49,7 +49,7 @@ from rlhf_recipes.models import (
     round_reference_adapter,
 )
 from rlhf_recipes.normalization import RewardNormalizer
-from rlhf_recipes.quantization import save_quantization
+from rlhf_recipes.quantization import keep_adapter_precision, save_quantization
 from rlhf_recipes.reward_adapter import RewardAdapterScorer
 from rlhf_recipes.rewards import (
     RewardModelScorer,
@@ -139,6 +139,7 @@ class PPOTrainer(GRPOTrainer):
             )
         self.beta = args.beta
         round_reference_adapter(self.model)
+        keep_adapter_precision(self.model)
         attach_value_head(
             self.model,
             directory,

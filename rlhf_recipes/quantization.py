@@ -3,6 +3,7 @@
 Layer L1.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ def restore_precision(model: PeftModel, saved: dict[str, Tensor], adapter: str) 
         weight = saved.get(name.replace(f".{adapter}.", "."))
         if weight is not None and f".{adapter}." in name:
             parameter.data = parameter.data.to(weight.dtype)
+
+
+def keep_adapter_precision(model: nn.Module) -> None:
+    """Let the adapters of a model keep their precision when a checkpoint is loaded into them, in place.
+
+    PEFT would widen them to float32, and a resumed run would go on with other products than it stopped with.
+    """
+    if isinstance(model, PeftModel):
+        model.load_adapter = functools.partial(model.load_adapter, autocast_adapter_dtype=False)
 
 
 def quantization_of(model: nn.Module) -> BitsAndBytesConfig | None:

@@ -18,7 +18,7 @@ from rlhf_recipes.data import add_separator, check_columns, column_names
 from rlhf_recipes.evaluation import preference_metrics
 from rlhf_recipes.losses import l2_penalty
 from rlhf_recipes.models import check_output_dir, load_tokenizer, take_init_kwargs
-from rlhf_recipes.quantization import keep_unpacked, save_quantization
+from rlhf_recipes.quantization import keep_adapter_precision, keep_unpacked, save_quantization
 from rlhf_recipes.reward_card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.reward_model import ScoreHead, load_reward_model_base, store_in_float32
 
@@ -92,6 +92,7 @@ class RewardModelTrainer(RewardTrainer):
         )
 
         keep_unpacked(self.model)
+        keep_adapter_precision(self.model)
         for module in self.model.modules():
             if isinstance(module, ScoreHead):
                 store_in_float32(module)  # TRL casts what is trained of a quantised model to bfloat16

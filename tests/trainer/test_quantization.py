@@ -134,6 +134,25 @@ def test_adapter_and_head_reload_and_continue(tmp_path, base):
     assert len(_linears(remembered.model)) == 14, "in 4 bit without being told"
 
 
+def test_a_resumed_run_keeps_the_precision_of_its_adapter(tmp_path, base):
+    """PEFT would widen it; the logits of the resumed model would then differ from those of the checkpoint."""
+    options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    first = _trainer(base, tmp_path / "out", peft=tiny.lora(), **options)
+    first.train()
+    resumed = _trainer(base, tmp_path / "again", peft=tiny.lora(), **options)
+    resumed._load_from_checkpoint(str(tmp_path / "out" / "checkpoint-4"))
+    expected = {name: p for name, p in first.model.named_parameters() if p.requires_grad}
+    restored = dict(resumed.model.named_parameters())
+    assert {p.dtype for p in expected.values()} == {torch.bfloat16, torch.float32}, "adapter and value head"
+    for name, parameter in expected.items():
+        assert restored[name].dtype == parameter.dtype
+        assert_close(restored[name], parameter, EXACT)
+    resumed.args.max_steps = 8
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert resumed.state.global_step == 8
+    assert all(restored[name].dtype == parameter.dtype for name, parameter in expected.items())
+
+
 def test_an_export_is_merged_into_what_the_adapter_was_trained_on(tmp_path, base):
     trainer = _trainer(base, tmp_path / "out", peft=tiny.lora(), max_steps=8, learning_rate=1e-2)
     trainer.train()
@@ -158,7 +177,7 @@ def test_a_later_run_in_full_precision_forgets_the_quantisation(tmp_path, base):
 def test_a_reward_model_scores_as_it_was_trained(tmp_path, base):
     trainer = RewardModelTrainer(
         base,
-        tiny.reward_config(tmp_path / "rm", max_steps=8, learning_rate=1e-2),
+        tiny.reward_config(tmp_path / "rm", max_steps=8, learning_rate=1e-2, save_strategy="steps", save_steps=8),
         train_dataset=tiny.preferences(),
         eval_dataset=tiny.preferences(count=4),
         processing_class=tiny.tokenizer(),
@@ -167,6 +186,9 @@ def test_a_reward_model_scores_as_it_was_trained(tmp_path, base):
     )
     assert len(_linears(trainer.model)) == 14
     trainer.train()
+    dtypes = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer._load_from_checkpoint(str(tmp_path / "rm" / "checkpoint-8"))
+    assert {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad} == dtypes
     trainer.save_model()
     text = {"prompts": ["the fox\n\n"] * 2, "completions": ["is red", "berries"]}
     live = RewardModelScorer(trainer.model.eval(), tiny.tokenizer())(**text)
