@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## Train a small model with PPO on the CPU and show what changed
-	DS_ACCELERATOR=cpu $(BIN)/python recipes/quickstart.py
+	$(BIN)/python recipes/quickstart.py
 
 # One worker per core, one thread each: models this small gain nothing from a second thread.
 test: install ## Run the whole default test suite

@@ -74,6 +74,13 @@ class PPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Let the value loss train the backbone too. Known to pull the policy below SFT."},
     )
+    value_head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the value head, under the policy's schedule. Default: ten times "
+            "`learning_rate`: a new head must follow the scores, at a rate that would tear a trained backbone."
+        },
+    )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     cliprange_value: float = field(
         default=0.2, metadata={"help": "Trust region of the value function, in units of the normalised score."}
@@ -140,6 +147,8 @@ class PPOConfig(GRPOConfig):
             self.num_generations = _SingleGeneration(1)
         super().__post_init__()
         self.num_generations = int(self.num_generations)
+        if self.value_head_learning_rate is None:
+            self.value_head_learning_rate = 10 * self.learning_rate
         self._check_ranges()
         self._check_batches()
 
@@ -172,7 +181,7 @@ class PPOConfig(GRPOConfig):
             _check_range(self, name, lambda x: x > 0, "be positive")
         for name in ("num_iterations", "value_head_size", "max_completion_length"):
             _check_range(self, name, lambda x: x > 0, "be positive")
-        for name in ("vf_coef", "kl_coef", "critic_warmup_steps"):
+        for name in ("value_head_learning_rate", "vf_coef", "kl_coef", "critic_warmup_steps"):
             _check_range(self, name, lambda x: x >= 0, "not be negative")
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError("`kl_coef` must be positive with `kl_controller: adaptive`, which scales it.")

@@ -35,6 +35,8 @@ def quiet_start() -> None:
     for category, message in _UPSTREAM_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    # Where DeepSpeed is installed, accelerate imports it on every machine.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -58,7 +58,14 @@ from rlhf_recipes.rewards import (
     score_statistics,
     weighted_scores,
 )
-from rlhf_recipes.value_head import CriticWarmupCallback, attach_value_head, save_value_head, without_value_head
+from rlhf_recipes.value_head import (
+    CriticWarmupCallback,
+    attach_value_head,
+    save_value_head,
+    set_learning_rate,
+    trained_value_head,
+    without_value_head,
+)
 
 STATE_FILE = "ppo_state.json"
 # What TRL's log-probability method takes from a batch: the inputs of models that also read images.
@@ -183,6 +190,13 @@ class PPOTrainer(GRPOTrainer):
                 scorer.attach(self.model, self.model.get_base_model().config._name_or_path)
             elif isinstance(scorer, RewardModelScorer):
                 scorer.model = prepare_frozen(scorer.model, self.accelerator)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Give the value head its own learning rate; an optimiser that the user has passed is left as it is."""
+        if self.optimizer is None:
+            optimizer = super().create_optimizer(model)
+            set_learning_rate(optimizer, trained_value_head(model or self.model), self.args.value_head_learning_rate)
+        return self.optimizer
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs

@@ -16,6 +16,7 @@ from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -105,6 +106,19 @@ def trained_value_head(model: nn.Module) -> ValueHead:
     """Return the head that learns: under PEFT, the adapter's copy and not the frozen original."""
     heads = (module for module in model.modules() if isinstance(module, ValueHead))
     return next(head for head in heads if all(parameter.requires_grad for parameter in head.parameters()))
+
+
+def set_learning_rate(optimizer: Optimizer, head: ValueHead, learning_rate: float) -> None:
+    """Give the head's parameters a learning rate of their own, in an optimiser that has not stepped yet."""
+    of_head = {id(parameter) for parameter in head.parameters()}
+    for group in list(optimizer.param_groups):
+        parameters = group["params"]
+        group["params"] = [parameter for parameter in parameters if id(parameter) not in of_head]
+        split = {**group, "params": [parameter for parameter in parameters if id(parameter) in of_head]}
+        if not group["params"]:  # DeepSpeed takes no empty group
+            group.update(params=parameters, lr=learning_rate)
+        elif split["params"]:
+            optimizer.add_param_group({**split, "lr": learning_rate})
 
 
 def save_value_head(model: nn.Module, directory: str | Path, *, should_save: bool = True) -> None:

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from tolerances import FP32, SPLIT, assert_close
+from trl import GRPOTrainer
 
 
 def _loss(trainer, batch, accumulation=1):
@@ -202,6 +203,32 @@ def test_adam_divides_by_no_less_than_the_default_of_ppo(tmp_path):
     trainer = tiny.ppo_trainer(tmp_path)
     trainer.create_optimizer()
     assert trainer.optimizer.defaults["eps"] == 1e-5
+
+
+@pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["full", "lora"])
+@pytest.mark.parametrize(("option", "rate"), [({}, 1e-2), ({"value_head_learning_rate": 3e-4}, 3e-4)])
+def test_the_value_head_learns_at_its_own_rate(tmp_path, peft, option, rate):
+    trainer = tiny.ppo_trainer(tmp_path, peft=peft, learning_rate=1e-3, weight_decay=0.1, **option)
+    stock = tiny.ppo_trainer(tmp_path, peft=peft, learning_rate=1e-3, weight_decay=0.1)
+    expected = GRPOTrainer.create_optimizer(stock)
+    decays = {id(p): g["weight_decay"] for g in expected.param_groups for p in g["params"]}
+    decays = {name: decays[id(p)] for name, p in stock.model.named_parameters() if p.requires_grad}
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    groups = trainer.create_optimizer().param_groups
+    assert all(group["params"] for group in groups), "DeepSpeed takes no empty group"
+    found = {names[id(p)]: group for group in groups for p in group["params"]}
+    assert found.keys() == decays.keys()
+    for name, group in found.items():
+        assert group["lr"] == (rate if "value_head" in name else 1e-3)
+        assert group["weight_decay"] == decays[name]
+    assert trainer.create_optimizer() is trainer.optimizer
+    assert groups[0]["lr"] == 1e-3, "the rate that is logged is the policy's"
+
+
+def test_an_optimizer_of_the_users_own_is_left_alone(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.5)
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [0.5]
 
 
 def test_gradient_checkpointing_changes_no_number(tmp_path):
