@@ -3,7 +3,8 @@
 import pytest
 import tiny
 import torch
-from tolerances import SPLIT, assert_close
+from safetensors.torch import load_file
+from tolerances import MERGED, SPLIT, assert_close
 from transformers import AutoModelForCausalLM
 
 
@@ -81,3 +82,22 @@ def test_the_optimiser_may_hold_8_bit_states(base):
     assert torch.uint8 in {state["state1"].dtype for state in trainer.optimizer.state.values()}
     start = AutoModelForCausalLM.from_pretrained(base / "base")
     assert not torch.equal(trainer.model.lm_head.weight, start.lm_head.weight)
+
+
+def test_a_compiled_policy_trains_the_same_weights(tmp_path, monkeypatch):
+    for name in ("BACKEND", "MODE"):  # transformers hands its choice to accelerate by these
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+    runs = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):  # captured, not generated
+        trainer = tiny.ppo_trainer(tmp_path, max_steps=4, learning_rate=1e-3, vf_coef=0.5, **options)
+        trainer.train()
+        runs.append(trainer)
+    plain, compiled = runs
+    assert type(compiled.model_wrapped).__name__ == "OptimizedModule"
+    assert type(plain.model_wrapped).__name__ != "OptimizedModule"
+    expected = dict(plain.model.named_parameters())
+    for name, parameter in compiled.model.named_parameters():
+        assert_close(parameter, expected[name], MERGED)
+    compiled.save_model(tmp_path / "saved")
+    assert "lm_head.weight" in load_file(tmp_path / "saved" / "model.safetensors")
