@@ -27,6 +27,8 @@ LAYERS = {
     "kl_controller": 1,
     "distributed": 1,
     "reward_card": 1,
+    "curves": 1,
+    "alarms": 1,
     "quantization": 1,
     "reward_model": 1,
     "value_head": 1,
@@ -41,6 +43,10 @@ LAYERS = {
     "text_world": 2,
     "console": 2,
     "plots": 2,
+    "tracked_runs": 2,
+    "comparison": 2,
+    "head_to_head": 2,
+    "report": 2,
     "ppo_trainer": 3,
     "reward_trainer": 3,
 }
@@ -50,6 +56,15 @@ SAME_LAYER_EDGES = {
     ("losses", "masked"),
     ("reward_model", "quantization"),
     ("reward_adapter", "rewards"),
+    ("alarms", "curves"),
+    # From the store to the page: what was recorded, what it says, how it looks.
+    ("comparison", "tracked_runs"),
+    ("head_to_head", "tracked_runs"),
+    ("head_to_head", "evaluation"),
+    ("report", "tracked_runs"),
+    ("report", "comparison"),
+    ("report", "head_to_head"),
+    ("report", "plots"),
 }
 # Runs the stages one after the other: a loop is what it is.
 DRIVERS = {"quickstart"}
