@@ -293,6 +293,27 @@ class ExportArguments:
 
 
 @dataclass
+class ComparisonArguments:
+    """Inputs of `recipes/compare.py`: which runs, and where the report goes."""
+
+    experiment: str = field(metadata={"help": "MLflow experiment whose PPO runs are compared."})
+    runs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Run ids, beginnings of ids, or run names. Default: all PPO runs of the experiment."},
+    )
+    tracking_uri: str | None = field(
+        default=None,
+        metadata={"help": "MLflow store. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` here."},
+    )
+    output_dir: str = field(default="runs/compare", metadata={"help": "Where the report and its figures are written."})
+    num_shown: int = field(default=4, metadata={"help": "Held-out prompts whose completions are shown side by side."})
+
+    def __post_init__(self) -> None:
+        _check_list(self, "runs")
+        _check_range(self, "num_shown", lambda x: x >= 0, "not be negative")
+
+
+@dataclass
 class TrackingArguments:
     """Where runs are recorded."""
 

@@ -24,6 +24,7 @@ PARSERS = {
     "ppo": (configs.PPOArguments, configs.PPOConfig, ModelConfig, configs.TrackingArguments),
     "evaluate": (configs.EvaluationArguments, ModelConfig, configs.TrackingArguments),
     "export": (configs.ExportArguments, ModelConfig),
+    "compare": (configs.ComparisonArguments,),
 }
 OURS = {
     configs.PPOConfig: configs.GRPOConfig,
@@ -32,6 +33,7 @@ OURS = {
     configs.EvaluationArguments: ScriptArguments,
     configs.BoundaryArguments: None,
     configs.ExportArguments: None,
+    configs.ComparisonArguments: None,
     configs.TrackingArguments: None,
 }
 
@@ -44,7 +46,7 @@ def _parse(stage, path, *overrides):
     # GPU configurations ask for bf16, which this machine may not have; parsing them is what is tested.
     arguments = (
         ["--config", str(path), "--use_cpu", "true", *overrides]
-        if stage not in ("evaluate", "export")
+        if stage not in ("evaluate", "export", "compare")
         else ["--config", str(path)]
     )
     return TrlParser(PARSERS[stage]).parse_args_and_config(arguments)
@@ -79,7 +81,8 @@ def test_yaml_holds_only_what_differs_from_the_defaults(path):
 
 @pytest.mark.parametrize("stage", PARSERS)
 def test_an_unknown_key_is_an_error(stage, tmp_path):
-    source = next((path.read_text() for path in YAMLS if _stage(path) == stage), "output_dir: runs/export\n")
+    required = {"export": "output_dir: runs/export\n", "compare": "experiment: mine\n"}
+    source = next((path.read_text() for path in YAMLS if _stage(path) == stage), required.get(stage))
     misspelt = tmp_path / "misspelt.yaml"
     misspelt.write_text(source + "\nlearning_rat: 1.0e-3\n")
     with pytest.raises(ValueError, match="learning_rat"):
@@ -94,6 +97,7 @@ HOLDERS = {
     configs.EvaluationArguments: {"script_args"},
     configs.BoundaryArguments: {"boundary_args"},
     configs.ExportArguments: {"script_args"},
+    configs.ComparisonArguments: {"script_args"},
     configs.TrackingArguments: {"tracking"},
 }
 
@@ -177,7 +181,7 @@ def test_help_and_docstring(stage):
 def test_recipes_use_the_parsers_that_are_tested_here():
     for stage, classes in PARSERS.items():
         source = (RECIPES / f"{stage}.py").read_text()
-        names = ", ".join(cls.__name__ for cls in classes)
+        names = ", ".join(cls.__name__ for cls in classes) + ("," if len(classes) == 1 else "")
         assert f"TrlParser(({names}))" in source
 
 
