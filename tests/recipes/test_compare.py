@@ -137,7 +137,7 @@ def test_hostile_names_and_options_stay_text(store, tmp_path):
             store[1],
             "<b>hostile</b>",
             learning_curves(0),
-            {"lam": lam, "separator": f"$x_{lam}$ {HOSTILE}"},
+            {"lam": lam, "separator": rf"$\frac$ {lam} {HOSTILE}"},
             name=HOSTILE,
         )
         log_evaluation(store[1], "<b>hostile</b>", run, rows, {})
