@@ -3,12 +3,20 @@
 Layer L2. Every rank must make each call. The glossary is in `recipes/README.md`.
 """
 
+import math
+
 from torch import Tensor
 
 from rlhf_recipes.advantages import explained_variance
+from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.distributed import global_means, global_var
 from rlhf_recipes.kl import estimate_kl
 from rlhf_recipes.losses import is_value_clipped
+
+
+def episodes(step: int, args: PPOConfig) -> int:
+    """Return how many completions all ranks have sampled when optimiser step `step` ends: those of whole rollouts."""
+    return math.ceil(step / args.rollout_steps) * args.generation_batch_size
 
 
 def rollout_metrics(

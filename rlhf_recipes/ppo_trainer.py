@@ -38,7 +38,7 @@ from rlhf_recipes.kl import estimate_kl
 from rlhf_recipes.kl_controller import make_kl_controller
 from rlhf_recipes.losses import aggregate_token_loss, per_token_value_loss
 from rlhf_recipes.masked import masked_mean, masked_whiten
-from rlhf_recipes.metrics import rollout_metrics, update_metrics
+from rlhf_recipes.metrics import episodes, rollout_metrics, update_metrics
 from rlhf_recipes.models import (
     check_output_dir,
     check_policy,
@@ -147,13 +147,8 @@ class PPOTrainer(GRPOTrainer):
         self.beta = args.beta
         round_reference_adapter(self.model)
         keep_adapter_precision(self.model)
-        attach_value_head(
-            self.model,
-            directory,
-            head_size=args.value_head_size,
-            activation=args.value_head_activation,
-            seed=args.seed,
-        )
+        size, activation = args.value_head_size, args.value_head_activation
+        attach_value_head(self.model, directory, head_size=size, activation=activation, seed=args.seed)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_completion_forward(base, value_gradient_to_backbone=args.value_gradient_to_backbone)
         # Images could not be moved, and these terms are means over a micro-batch or its most uncertain tokens.
@@ -225,10 +220,7 @@ class PPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> Any:
         forward = CompletionForward(
-            model,
-            logits_to_keep,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            takes_positions=self._takes_positions,
+            model, logits_to_keep, pad_to_multiple_of=self.pad_to_multiple_of, takes_positions=self._takes_positions
         )
         order: Any = slice(None)
         original: Any = slice(None)
@@ -327,6 +319,12 @@ class PPOTrainer(GRPOTrainer):
         for _ in range(min(len(log), len(advantages))):
             log.pop()
         log.extend(advantages)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log TRL's figures and, beside those of training, how many completions they have taken."""
+        if self.model.training and self._metrics["train"]:
+            self._log_metrics({"episode": episodes(self.state.global_step, self.args)})
+        super().log(logs, start_time)
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

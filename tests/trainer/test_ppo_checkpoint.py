@@ -126,3 +126,22 @@ def test_a_head_of_another_size_is_refused(tmp_path):
         tiny.PPOTrainer(
             str(tmp_path / "final"), tiny.length_reward, tiny.ppo_config(tmp_path), train_dataset=tiny.prompts()
         )
+
+
+def _episodes(trainer):
+    return {entry["step"]: entry["episode"] for entry in trainer.state.log_history if "episode" in entry}
+
+
+def test_episodes_count_completions_also_after_a_resume(tmp_path):
+    """A rollout is 4 x 2 completions and 4 optimiser steps; the end of training logs no second value."""
+    expected = {step: 8 if step <= 4 else 16 if step <= 8 else 24 for step in range(1, 13)}
+    first = _trained(tmp_path, peft=False)
+    assert _episodes(first) == {step: count for step, count in expected.items() if step <= 8}
+    assert "episode" not in first.state.log_history[-1]
+    trainer = tiny.ppo_trainer(tmp_path / "resumed", max_steps=12, kl_controller="adaptive", kl_horizon=64)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert _episodes(trainer) == expected
+
+
+def test_episodes_are_not_averaged_over_the_logging_interval(tmp_path):
+    assert _episodes(_trained(tmp_path, peft=False, save_strategy="no", logging_steps=8)) == {8: 16}
