@@ -29,6 +29,9 @@ LAYERS = {
     "reward_card": 1,
     "curves": 1,
     "alarms": 1,
+    "run_config": 1,
+    "lineage": 1,
+    "delivery": 1,
     "quantization": 1,
     "reward_model": 1,
     "value_head": 1,
@@ -39,6 +42,7 @@ LAYERS = {
     "reward_adapter": 2,
     "data": 2,
     "evaluation": 2,
+    "run_store": 2,
     "tracking": 2,
     "text_world": 2,
     "console": 2,
@@ -65,6 +69,7 @@ SAME_LAYER_EDGES = {
     ("report", "comparison"),
     ("report", "head_to_head"),
     ("report", "plots"),
+    ("tracking", "run_store"),
 }
 # Runs the stages one after the other: a loop is what it is.
 DRIVERS = {"quickstart"}

@@ -1,0 +1,86 @@
+"""What a run was asked to do, as it may be shown to others: plain values, without secrets.
+
+Layer L1.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from typing import Any
+
+SECRET_NAMES = re.compile(r"passw|secret|credential|authorization|(^|_)(token|key|api_?key)($|_)", re.IGNORECASE)
+TEXT_TOKENS = {"bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"}
+# user:password@ of an address, a secret in its query, and the formats in which tokens are issued.
+SECRET_VALUES = re.compile(
+    r"(?<=://)[^/\s@]+(?=@)"
+    r"|(?<=[?&])((?:\w*_)?(?:token|key|password|secret)=)[^&\s]+"
+    r"|\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}",
+    re.IGNORECASE,
+)
+# Where a run writes and what it is called do not change its outcome; the seed is what repeats an experiment.
+NOT_IN_GROUP = {
+    *("seed", "data_seed", "output_dir", "run_name", "logging_dir", "report_to", "resume_from_checkpoint"),
+    *("hub_model_id", "hub_revision", "num_shown", "disable_tqdm", "save_total_limit"),
+}
+
+
+def redact(text: str) -> str:
+    """Replace what gives access to something by `***`."""
+    return SECRET_VALUES.sub(lambda found: f"{found[1] or ''}***", text)
+
+
+def without_credentials(uri: str) -> str:
+    """Return an address as it can be used by someone who has credentials of their own."""
+    return redact(uri).replace("://***@", "://")
+
+
+def public_options(configs: tuple[Any, ...]) -> dict[str, dict[str, Any]]:
+    """Return the options of dataclasses by class name, as values that YAML and JSON know, without secrets.
+
+    An option whose name says that it is a secret is left out, whatever it holds; in all others, credentials inside
+    addresses and issued tokens are replaced.
+    """
+    raw = {
+        type(config).__name__: config.to_dict() if hasattr(config, "to_dict") else asdict(config) for config in configs
+    }
+    return {name: _public(options) for name, options in raw.items()}
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _public(entry) for name, entry in value.items() if not _is_secret(str(name))}
+    if isinstance(value, list | tuple | set):
+        return [_public(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return redact(str(value))
+
+
+def _is_secret(name: str) -> bool:
+    return name not in TEXT_TOKENS and SECRET_NAMES.search(name) is not None
+
+
+def flat_options(options: dict[str, dict[str, Any]], limit: int) -> dict[str, str]:
+    """Return every option once, as text of at most `limit` characters; the first class that has a name keeps it."""
+    flat: dict[str, str] = {}
+    for section, values in options.items():
+        for name, value in values.items():
+            text = str(value)
+            shown = text if len(text) <= limit else text[: limit - 1] + "…"
+            if flat.setdefault(name, shown) != shown:
+                flat[f"{section}.{name}"] = shown
+    return flat
+
+
+def config_group(options: dict[str, dict[str, Any]]) -> str:
+    """Return a short name shared by the runs that differ in the seed, or in what does not change the outcome.
+
+    A directory that is named after a seed (`runs/seed-1/sft`) counts as the same for every seed.
+    """
+    asked = {
+        section: {name: value for name, value in values.items() if name not in NOT_IN_GROUP}
+        for section, values in options.items()
+    }
+    text = re.sub(r"(?<![a-z])seed[-_=]?\d+", "seed", json.dumps(asked, sort_keys=True), flags=re.IGNORECASE)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
