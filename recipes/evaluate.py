@@ -21,7 +21,7 @@ from rlhf_recipes.data import add_separator, check_prompts_fit, load_prompts, re
 from rlhf_recipes.evaluation import compare_policies, eos_token_ids
 from rlhf_recipes.models import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.rewards import as_reward_functions, check_reward_functions, import_function
-from rlhf_recipes.tracking import log_results, track_run
+from rlhf_recipes.tracking import log_datasets, log_results, track_run
 
 
 def main(
@@ -35,6 +35,7 @@ def main(
         dataset = load_prompts(script_args, script_args.dataset_test_split)
         dataset = add_separator(dataset, script_args.response_separator)
         dataset = dataset.select(range(min(len(dataset), script_args.num_prompts or len(dataset))))
+        log_datasets(script_args.dataset_name, evaluation=dataset)
 
         init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
         policy = load_policy(path, **init_kwargs)

@@ -20,7 +20,7 @@ from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data import load_prompts, require_path
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs
 from rlhf_recipes.rewards import import_function
-from rlhf_recipes.tracking import log_results, track_run
+from rlhf_recipes.tracking import log_datasets, log_results, track_run
 
 QUICKSTART = str(Path(__file__).parent / "configs" / "quickstart" / "ppo.yaml")
 
@@ -31,13 +31,14 @@ def main(
     """Train and save; return the final metrics."""
     set_seed(training_args.seed)
     run_name = training_args.run_name or training_args.output_dir
-    with track_run(tracking_args, run_name, "ppo", script_args, training_args, model_args):
+    with track_run(tracking_args, run_name, "ppo", script_args, training_args, model_args) as callbacks:
         tokenizer = load_tokenizer(
             require_path("model_name_or_path", model_args.model_name_or_path), padding_side="left"
         )
         train, evaluation = load_prompts(script_args, script_args.dataset_train_split), None
         if training_args.eval_strategy != "no":
             evaluation = load_prompts(script_args, script_args.dataset_test_split)
+        log_datasets(script_args.dataset_name, training=train, evaluation=evaluation)
 
         rewards: list[Any] = [import_function(reference) for reference in script_args.reward_functions]
         if script_args.reward_model_path is not None:
@@ -54,6 +55,7 @@ def main(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
+            callbacks=callbacks,
         )
 
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics

@@ -20,12 +20,15 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import set_seed
 
+from rlhf_recipes.configs import TrackingArguments
 from rlhf_recipes.console import print_lines, print_table, quiet_start
 from rlhf_recipes.data import add_separator, require_path
 from rlhf_recipes.evaluation import generate_completions
 from rlhf_recipes.models import load_policy, load_tokenizer
 from rlhf_recipes.plots import plot_training
+from rlhf_recipes.run_store import ui_command
 from rlhf_recipes.text_world import gold_score, sample_preferences, write_world
+from rlhf_recipes.tracking import track_pipeline
 
 RECIPES = Path(__file__).resolve().parent
 STAGES = ("world", "sft", "preferences", "reward_modeling", "ppo", "evaluate")
@@ -53,7 +56,7 @@ def make_preferences(seed: int, num_pairs: int) -> None:
         pairs.to_json(str(RUN / "preferences" / f"{split}.jsonl"))
 
 
-def run_stage(stage: str, seed: int, num_pairs: int) -> None:
+def run_stage(stage: str, seed: int, num_pairs: int, parent: list[str]) -> None:
     """Run one stage; a recipe as its own command would."""
     try:
         if stage == "world":
@@ -62,7 +65,7 @@ def run_stage(stage: str, seed: int, num_pairs: int) -> None:
             make_preferences(seed, num_pairs)
         else:
             config = RECIPES / "configs" / "quickstart" / f"{stage}.yaml"
-            sys.argv = [f"{stage}.py", "--config", str(config), "--seed", str(seed)]
+            sys.argv = [f"{stage}.py", "--config", str(config), "--seed", str(seed), *parent]
             runpy.run_path(str(RECIPES / f"{stage}.py"), run_name="__main__")
     except Exception:
         sys.excepthook(*sys.exc_info())
@@ -72,22 +75,15 @@ def run_stage(stage: str, seed: int, num_pairs: int) -> None:
 def report() -> None:
     """Print the outcome and write the plot."""
     results = json.loads((RUN / "evaluate" / "results.json").read_text(encoding="utf-8"))
-    rows = {
-        judge: [results[f"{judge}/baseline"], results[f"{judge}/policy"]] for judge in ("gold_score", "reward_model")
-    }
+    judges = ("gold_score", "reward_model")
+    rows = {judge: [results[f"{judge}/baseline"], results[f"{judge}/policy"]] for judge in judges}
     rows["length (tokens)"] = [results["baseline/length"], results["policy/length"]]
     rows["KL to SFT (nats)"] = [0.0, results["policy/kl"]]
-    low, high = results["gold_score/win_rate_low"], results["gold_score/win_rate_high"]
-    rows["win rate over SFT (gold)"] = ["", f"{results['gold_score/win_rate']:.3f} [{low:.3f}, {high:.3f}]"]
+    rate, low, high = (results[f"gold_score/win_rate{end}"] for end in ("", "_low", "_high"))
+    rows["win rate over SFT (gold)"] = ["", f"{rate:.3f} [{low:.3f}, {high:.3f}]"]
     plot = plot_training(RUN / "ppo" / "trainer_state.json", RUN / "ppo" / "training.png")
     print_table(f"Quickstart, {results['prompts']:.0f} held-out prompts", rows, ("", "SFT", "PPO"))
-    store = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').resolve()}")
-    runs = (
-        store
-        if store.startswith("http")
-        else f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {store}"
-    )
-    print_lines(f"Curves: {plot.resolve()}", f"Runs:   {runs}")
+    print_lines(f"Curves: {plot.resolve()}", f"Runs:   {ui_command(TrackingArguments())}")
 
 
 def main() -> None:
@@ -105,12 +101,17 @@ def main() -> None:
     quiet_start()
     Path(args.directory).mkdir(parents=True, exist_ok=True)
     os.chdir(args.directory)
-    for stage in stages:
-        process = FORK.Process(target=run_stage, args=(stage, args.seed, args.num_pairs))
-        process.start()
-        process.join()
-        if process.exitcode:
-            sys.exit(f"The stage `{stage}` failed; its message is above.")
+    tracking = TrackingArguments(tracking=not {"world", "preferences"}.issuperset(stages))
+    with track_pipeline(tracking, str(RUN), args.seed) as parent:
+        for stage in stages:
+            process = FORK.Process(target=run_stage, args=(stage, args.seed, args.num_pairs, parent))
+            process.start()
+            try:
+                process.join()
+            finally:
+                process.terminate()
+            if process.exitcode:
+                sys.exit(f"The stage `{stage}` failed; its message is above.")
     if args.until == STAGES[-1]:
         report()
 

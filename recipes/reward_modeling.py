@@ -15,7 +15,7 @@ from rlhf_recipes.console import print_table, quiet_start
 from rlhf_recipes.data import load_split, require_path
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs
 from rlhf_recipes.reward_card import CARD_FILE
-from rlhf_recipes.tracking import log_results, track_run
+from rlhf_recipes.tracking import log_datasets, log_results, track_run
 
 
 def main(
@@ -27,10 +27,11 @@ def main(
     """Train, evaluate and save; return the final metrics."""
     set_seed(training_args.seed)
     run_name = training_args.run_name or training_args.output_dir
-    with track_run(tracking_args, run_name, "reward_modeling", script_args, training_args, model_args):
+    with track_run(tracking_args, run_name, "reward_modeling", script_args, training_args, model_args) as callbacks:
         tokenizer = load_tokenizer(require_path("model_name_or_path", model_args.model_name_or_path))
         train = load_split(script_args, script_args.dataset_train_split)
         evaluation = load_split(script_args, script_args.dataset_test_split)
+        log_datasets(script_args.dataset_name, training=train, evaluation=evaluation)
 
         training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
         trainer = RewardModelTrainer(
@@ -40,6 +41,7 @@ def main(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
+            callbacks=callbacks,
         )
 
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics

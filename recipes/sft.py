@@ -12,7 +12,7 @@ from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data import load_demonstrations, require_path
 from rlhf_recipes.models import check_output_dir, load_tokenizer, model_init_kwargs
 from rlhf_recipes.quantization import keep_unpacked, save_quantization
-from rlhf_recipes.tracking import log_results, track_run
+from rlhf_recipes.tracking import log_datasets, log_results, track_run
 
 
 def main(
@@ -25,12 +25,13 @@ def main(
     """Train, save and evaluate; return the final metrics."""
     set_seed(training_args.seed)
     run_name = training_args.run_name or training_args.output_dir
-    with track_run(tracking_args, run_name, "sft", script_args, training_args, model_args, boundary_args):
+    with track_run(tracking_args, run_name, "sft", script_args, training_args, model_args, boundary_args) as callbacks:
         tokenizer = load_tokenizer(require_path("model_name_or_path", model_args.model_name_or_path))
         separator = boundary_args.response_separator
         train, evaluation = load_demonstrations(script_args, script_args.dataset_train_split, separator), None
         if training_args.eval_strategy != "no":
             evaluation = load_demonstrations(script_args, script_args.dataset_test_split, separator)
+        log_datasets(script_args.dataset_name, training=train, evaluation=evaluation)
 
         check_output_dir(training_args.output_dir, adapter=model_args.use_peft)
         training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
@@ -41,6 +42,7 @@ def main(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
+            callbacks=callbacks,
         )
 
         keep_unpacked(trainer.model)

@@ -329,3 +329,6 @@ class TrackingArguments:
     experiment_name: str | None = field(
         default=None, metadata={"help": "MLflow experiment. Default: $MLFLOW_EXPERIMENT_NAME, else `rlhf_recipes`."}
     )
+    parent_run_id: str | None = field(
+        default=None, metadata={"help": "MLflow run, say of a pipeline, under which this one is listed."}
+    )

@@ -1,82 +1,211 @@
 """MLflow runs, owned by the recipe.
 
 Layer L2. transformers' callback logs metrics into the run that is open; who opens and ends it is decided here, so that
-a crash is recorded as FAILED and an evaluation after training does not open a run of its own.
+a crash is recorded as FAILED, a termination as KILLED, an evaluation after training opens no run of its own, and a
+resumed training continues the run that was interrupted.
 """
 
-import logging
-import os
-import tempfile
+import multiprocessing
+import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from contextvars import ContextVar
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import mlflow
-import yaml
 from accelerate import PartialState
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.integrations import MLflowCallback
 
 from rlhf_recipes.configs import TrackingArguments
+from rlhf_recipes.delivery import Delivery
+from rlhf_recipes.lineage import dataset_digest, write_run_file
+from rlhf_recipes.run_config import redact
+from rlhf_recipes.run_store import end_run, open_run, system_metrics
 
-SECRETS = ("token", "password", "secret", "key")
+_delivery: ContextVar[Delivery | None] = ContextVar("delivery", default=None)
+
+
+class TerminatedError(SystemExit):
+    """SIGTERM, as an exception that unwinds the run."""
+
+
+class RunCallback(MLflowCallback):
+    """transformers' callback, writing into the run that is open, by a way that does not lose what a store refuses."""
+
+    def __init__(self, delivery: Delivery, output_dir: str, run: dict[str, str]) -> None:
+        super().__init__()
+        self._ml_flow = delivery
+        self._output_dir = output_dir
+        self._run = run
+        self.was_terminated = False
+
+    def setup(self, args: Any, state: Any, model: Any) -> None:
+        """Leave the run and its parameters alone: they are recorded before training."""
+        self._async_log = False  # as far as transformers is concerned: a delivery returns at once
+        self._initialized = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Take note of a SIGTERM also where transformers answers it with a checkpoint and an early end."""
+        super().on_train_begin(args, state, control, model, **kwargs)
+        handler = signal.getsignal(signal.SIGTERM)
+        if not args.enable_jit_checkpoint or not callable(handler):
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.was_terminated = True
+            handler(number, frame)
+
+        signal.signal(signal.SIGTERM, note)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the run beside the checkpoint, for a resume."""
+        if state.is_world_process_zero:
+            write_run_file(self._output_dir, self._run)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the run where the weights are about to be saved."""
+        self.on_save(args, state, control)
 
 
 @contextmanager
-def track_run(tracking: TrackingArguments, run_name: str, stage: str, *configs: Any) -> Iterator[None]:
+def track_run(
+    tracking: TrackingArguments, run_name: str, stage: str, *configs: Any
+) -> Iterator[list[TrainerCallback]]:
     """Record what happens inside as one MLflow run, on the main process.
 
-    A run that raises ends as FAILED. The resolved configuration becomes the artifact `config.yaml`.
+    The run ends as FINISHED, as FAILED after an exception, as KILLED after SIGTERM or Ctrl-C. Its configuration
+    becomes its parameters, long values shortened, and the artifact `config.yaml`, whole. If it resumes from the
+    checkpoint of another run, that run goes on: steps that it has recorded are not recorded again (MLflow deletes no
+    values), and what has changed becomes a tag `resume.<option>`.
 
     Args:
         tracking: Where to record, or not at all.
         run_name: Name shown in MLflow.
         stage: `sft`, `reward_modeling`, `ppo` or `evaluation`; a tag to filter by.
-        configs: Dataclasses with the run's options. MLflow is added to, or taken from, a `report_to` among them.
+        configs: Dataclasses with the run's options.
+
+    Yields:
+        Callbacks for the trainer, which takes the place of `report_to: mlflow`.
+
+    Raises:
+        ValueError: If the store cannot be reached or written; before anything is trained.
     """
     for config in configs:
         if hasattr(config, "report_to"):
-            others = [name for name in config.report_to if name != "mlflow"]
-            config.report_to = [*others, "mlflow"] if tracking.tracking else others
+            config.report_to = [name for name in config.report_to if name != "mlflow"]
     if not tracking.tracking or not PartialState().is_main_process:
+        yield []
+        return
+    output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
+    note, last_steps = open_run(tracking, run_name, stage, configs)
+    delivery = Delivery(note["run_id"], note["tracking_uri"], output_dir, last_steps)
+    callback = RunCallback(delivery, output_dir, note)
+    outer = _delivery.set(delivery)
+    status = "FAILED"
+    try:
+        with system_metrics(note["run_id"], resumed=bool(last_steps)), sigterm_as_exception():
+            yield [callback]
+        write_run_file(output_dir, note)
+        status = "KILLED" if callback.was_terminated else "FINISHED"
+    except BaseException as error:
+        status = outcome(error)
+        raise
+    finally:
+        _delivery.reset(outer)
+        delivery.close(status)
+
+
+def outcome(error: BaseException) -> str:
+    """Return the status of a run that an exception has ended."""
+    if isinstance(error, KeyboardInterrupt | TerminatedError):
+        return "KILLED"
+    return "FINISHED" if isinstance(error, SystemExit) and not error.code else "FAILED"
+
+
+@contextmanager
+def sigterm_as_exception() -> Iterator[None]:
+    """Let SIGTERM unwind what is inside, as Ctrl-C does; the exit code is the shell's, 143."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise TerminatedError(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield
         return
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):  # migrations of a new store
-        logging.getLogger(name).setLevel(logging.WARNING)
-    mlflow.set_tracking_uri(tracking_uri(tracking))
-    mlflow.set_experiment(tracking.experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "rlhf_recipes")
-    with mlflow.start_run(run_name=run_name, tags={"stage": stage}):
-        _log_config(configs)
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
         yield
-
-
-def tracking_uri(tracking: TrackingArguments) -> str:
-    """Return the store: the option, else the environment's, else a SQLite file here."""
-    return tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def log_results(metrics: dict[str, float], *files: Path) -> None:
-    """Record metrics and files in the open run; without one, do nothing."""
-    if mlflow.active_run() is None:
+    """Record metrics and files in the open run, at its latest step; without one, do nothing."""
+    if (delivery := _delivery.get()) is None:
         return
-    mlflow.log_metrics(metrics)
+    delivery.log_metrics(metrics)
     for file in files:
-        mlflow.log_artifact(str(file))
+        delivery.log_artifact(file)
 
 
-def _log_config(configs: tuple[Any, ...]) -> None:
-    options = {type(config).__name__: _public_options(config) for config in configs if is_dataclass(config)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "config.yaml")
-        path.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
-        mlflow.log_artifact(str(path))
+def log_datasets(name: str | None, **datasets: Dataset | None) -> None:
+    """Record which data the open run uses, by a hash of its content; without a run, do nothing.
+
+    Args:
+        name: Of the dataset, as given by the user.
+        datasets: By what they are for (`training`, `evaluation`); `None` is left out.
+    """
+    if (delivery := _delivery.get()) is None:
+        return
+    for context, dataset in datasets.items():
+        if dataset is not None:
+            digest = dataset_digest(dataset)
+            delivery.set_tags({f"dataset.{context}": digest})
+            delivery.log_dataset(f"{redact(str(name))}:{dataset.split}", digest, context)
 
 
-def _public_options(config: Any) -> dict[str, Any]:
-    options = config.to_dict() if hasattr(config, "to_dict") else asdict(config)
-    return {
-        name: value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
-        for name, value in options.items()
-        if not any(secret in name for secret in SECRETS) or name == "eos_token"
-    }
+@contextmanager
+def track_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> Iterator[list[str]]:
+    """Record a run that holds those of several stages, which run in processes of their own.
+
+    MLflow works in a process of its own too: a store that is open must not be carried into a forked stage.
+
+    Args:
+        tracking: Where to record.
+        run_name: Name shown in MLflow.
+        seed: Of all stages.
+
+    Yields:
+        The options that put a stage's run under it; none without tracking.
+    """
+    if not tracking.tracking:
+        yield []
+        return
+    note = _in_own_process(_open_pipeline, tracking, run_name, seed)
+    status = "FAILED"
+    try:
+        with sigterm_as_exception():
+            yield ["--parent_run_id", note["run_id"]]
+        status = "FINISHED"
+    except BaseException as error:
+        status = outcome(error)
+        raise
+    finally:
+        _in_own_process(end_run, tracking, note["run_id"], status)
+
+
+def _open_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> dict[str, str]:
+    return open_run(tracking, run_name, "pipeline", (), seed=seed)[0]
+
+
+def _in_own_process(function: Any, *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except ValueError as error:  # raised again here, where a recipe knows it as a refusal of this library
+            raise ValueError(str(error)) from None

@@ -1,12 +1,15 @@
-"""Run one function on several gloo ranks of this machine and collect what each rank returns.
+"""Other processes: one function on several gloo ranks of this machine, and scripts as a user runs them.
 
 The function travels as (file, name), not as a pickle: pytest's importlib mode gives test modules names that a fresh
 interpreter cannot import. So it must sit at the top level of its module.
 """
 
 import importlib.util
+import multiprocessing
 import os
+import runpy
 import socket
+import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -70,3 +73,45 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+# A recipe spends ten seconds on imports: this server does them once, and every recipe is a fork of it.
+_recipes = multiprocessing.get_context("forkserver")
+_recipes.set_forkserver_preload(["rlhf_recipes.ppo_trainer", "rlhf_recipes.reward_trainer", "rlhf_recipes.tracking"])
+
+
+def start_script(script, *arguments, directory, **environment):
+    """Start a Python script as its own command would run in `directory`; its output is appended to `output.txt` there.
+
+    Returns the process: `pid`, `join`, `exitcode`, `kill`.
+    """
+    job = (str(script), [str(a) for a in arguments], str(directory), environment)
+    process = _recipes.Process(target=_script_main, args=job)
+    process.start()
+    return process
+
+
+def run_script(script, *arguments, directory, **environment):
+    """Run a Python script to its end; return its exit code and everything that scripts have said in `directory`."""
+    process = start_script(script, *arguments, directory=directory, **environment)
+    process.join(TIMEOUT_SECONDS)
+    if process.exitcode is None:
+        process.kill()
+    process.join()
+    return process.exitcode, Path(directory, "output.txt").read_text()
+
+
+def _script_main(script, arguments, directory, environment):
+    output = os.open(Path(directory, "output.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(directory)
+    os.environ.update(environment)
+    sys.path.insert(0, directory)
+    sys.argv = [script, *arguments]
+    torch.set_num_threads(1)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)

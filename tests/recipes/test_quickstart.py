@@ -20,9 +20,10 @@ SHORT = {
 }
 
 
-def _run(directory, *command, expect=0):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("MLFLOW_TRACKING_URI", None)
+def _run(directory, *command, expect=0, **changes):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **changes}
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):  # mlflow in this process exports them
+        environment.pop(name, None)
     result = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=directory,
@@ -151,7 +152,24 @@ def test_two_processes(pipeline):
         "--config_file", ROOT / "accelerate_configs" / "multi_gpu.yaml",
         "--num_processes", "2", "--mixed_precision", "no", RECIPES / "ppo.py",
         "--config", CONFIGS / "ppo.yaml", "--max_steps", "4", "--per_device_train_batch_size", "16",
-        "--output_dir", "runs/quickstart/ppo_two", "--tracking", "false",
+        "--output_dir", "runs/quickstart/ppo_two", "--experiment_name", "two",
     )  # fmt: skip
     state = json.loads((pipeline[0] / "runs/quickstart/ppo_two/trainer_state.json").read_text())
     assert state["global_step"] == 4, report.stderr[-2000:]
+    mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
+    (run,) = mlflow.search_runs(experiment_names=["two"], output_format="list")
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["accelerate.num_processes"] == "2"
+    assert run.data.metrics["episode"] == 2 * 16 * 2, "processes x batch x steps_per_generation"
+
+
+def test_the_quickstart_groups_its_stages_under_one_run(pipeline):
+    report = _run(pipeline[0], RECIPES / "quickstart.py", "--start", "evaluate", MLFLOW_EXPERIMENT_NAME="grouped")
+    assert "win rate over SFT" in report.stdout
+    assert f"ui --backend-store-uri sqlite:///{pipeline[0]}/mlflow.db" in report.stdout
+    mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
+    runs = mlflow.search_runs(experiment_names=["grouped"], output_format="list")
+    evaluation, parent = sorted(runs, key=lambda run: run.data.tags["stage"])
+    assert evaluation.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert (parent.data.tags["stage"], parent.info.status) == ("pipeline", "FINISHED")
+    assert "lineage.baseline" in evaluation.data.tags

@@ -1,0 +1,215 @@
+"""The MLflow store, and a run opened in it: new, or the one that a checkpoint belongs to.
+
+Layer L2. Everything that can fail because of the store fails here, before anything is trained.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import yaml
+from filelock import FileLock
+from mlflow.entities import Param, Run
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+from sqlalchemy.engine import make_url
+
+from rlhf_recipes.configs import TrackingArguments
+from rlhf_recipes.delivery import UNSENT_FILE, send_unsent
+from rlhf_recipes.lineage import environment_tags, lineage_tags, read_run_file
+from rlhf_recipes.run_config import config_group, flat_options, public_options, redact, without_credentials
+
+# A training does not wait minutes for a store; what it does not take is kept. A setting of the user's stays.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+# Migrations of a new store, retries, and failures that are said here in one line.
+QUIET = {
+    "alembic": logging.WARNING,
+    "mlflow.store.db.utils": logging.WARNING,
+    "mlflow.tracking.fluent": logging.WARNING,
+    "mlflow.system_metrics": logging.CRITICAL,
+    "urllib3.connectionpool": logging.ERROR,
+}
+MIGRATION_SECONDS = 300  # to wait for another job that creates the same store
+logger = logging.getLogger(__name__)
+
+
+def tracking_uri(tracking: TrackingArguments) -> str:
+    """Return the store: the option, else the environment's, else a SQLite file here; a file with its full path."""
+    uri = tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    file = _sqlite_file(uri)
+    return uri if file is None else f"sqlite:///{file.resolve()}"
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    if not uri.startswith("sqlite"):
+        return None
+    database = make_url(uri).database
+    return Path(database) if database and database != ":memory:" else None
+
+
+def open_run(
+    tracking: TrackingArguments, run_name: str, stage: str, configs: tuple[Any, ...], **tags: Any
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Open a run and record its configuration and lineage.
+
+    Args:
+        tracking: Where.
+        run_name: Name shown in MLflow.
+        stage: Tag.
+        configs: Dataclasses with the run's options.
+        tags: More tags.
+
+    Returns:
+        What a run file notes (`rlhf_recipes/lineage.py`), and the last steps of the metrics that the run has already.
+
+    Raises:
+        ValueError: If the store cannot be reached or written.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
+    uri, run = tracking_uri(tracking), None
+    if redact(uri) != uri:  # MLflow prints the address of a run that ends, with the password
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    try:
+        with _migration_lock(uri):
+            run, is_new = _start_run(tracking, uri, run_name, configs)
+        last_steps = {} if is_new else _last_steps(run)
+        tags |= {"stage": stage} | environment_tags(*configs) | lineage_tags(*configs)
+        tags |= {"resume.recorded_until": max(last_steps.values())} if last_steps else {}
+        _record_options(run, configs, tags, is_new=is_new)
+    except Exception as error:  # a store and the way to it raise what they like
+        if run is not None:
+            with suppress(Exception):
+                mlflow.end_run("FAILED")
+        reason = redact(str(error)).strip().splitlines()[0][:300]
+        raise ValueError(
+            f"MLflow at `tracking_uri` {redact(uri)} cannot be used: {reason} Start the server, name another "
+            "`tracking_uri`, or train without a record: `--tracking false`."
+        ) from error
+    return {
+        "run_id": run.info.run_id,
+        "experiment_id": run.info.experiment_id,
+        "tracking_uri": without_credentials(uri),
+    }, last_steps
+
+
+def _migration_lock(uri: str) -> AbstractContextManager[Any]:
+    """Let one process at a time open a SQLite store: the first creates its tables, and a second would fail at it."""
+    file = _sqlite_file(uri)
+    if file is None:
+        return nullcontext()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{file}.lock", timeout=MIGRATION_SECONDS)
+
+
+def _start_run(tracking: TrackingArguments, uri: str, run_name: str, configs: tuple[Any, ...]) -> tuple[Run, bool]:
+    mlflow.set_tracking_uri(uri)
+    interrupted = _interrupted_run(configs)
+    if interrupted is not None:
+        mlflow.set_experiment(experiment_id=interrupted.info.experiment_id)
+        return mlflow.start_run(run_id=interrupted.info.run_id, log_system_metrics=False), False
+    mlflow.set_experiment(tracking.experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "rlhf_recipes")
+    parent = {"parent_run_id": tracking.parent_run_id}
+    return mlflow.start_run(run_name=run_name, log_system_metrics=False, **parent), True
+
+
+def _interrupted_run(configs: tuple[Any, ...]) -> Run | None:
+    """Return the run to go on with: the one of the checkpoint to resume from, or `MLFLOW_RUN_ID`."""
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        return mlflow.MlflowClient().get_run(run_id)
+    for config in configs:
+        checkpoint = getattr(config, "resume_from_checkpoint", None)
+        note = checkpoint and (read_run_file(checkpoint) or read_run_file(config.output_dir))
+        if not note:
+            continue
+        try:
+            run = mlflow.MlflowClient().get_run(note["run_id"])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            logger.warning(f"The run {note['run_id']} of {checkpoint} is not in this store: a new run begins.")
+            return None
+        unsent = Path(config.output_dir, UNSENT_FILE)
+        if unsent.exists():
+            send_unsent(unsent, mlflow.get_tracking_uri())
+            run = mlflow.MlflowClient().get_run(note["run_id"])
+        return run
+    return None
+
+
+def _last_steps(run: Run) -> dict[str, int]:
+    # The public `metrics` has no steps, and the public histories hold every value of the run.
+    metrics = mlflow.get_run(run.info.run_id).data._metric_objs
+    return {metric.key: metric.step for metric in metrics if not metric.key.startswith("system/")}
+
+
+def _record_options(run: Run, configs: tuple[Any, ...], tags: dict[str, Any], *, is_new: bool) -> None:
+    options = public_options(configs)
+    flat = flat_options(options, MAX_PARAM_VAL_LENGTH)
+    seeds = [config.seed for config in configs if hasattr(config, "seed")]
+    tags |= {"seed": seeds[0]} if seeds else {}
+    if not is_new:  # a parameter cannot change, and a tag should not: both say how the run began
+        known = run.data.params | run.data.tags
+        now = {name: str(value) for name, value in (flat | tags).items()}
+        changed = {name: value for name, value in now.items() if known.get(name, value) != value}
+        flat = {name: value for name, value in flat.items() if name not in known}
+        tags = {name: value for name, value in tags.items() if name not in changed}
+        tags |= {f"resume.{name.removeprefix('resume.')}": value for name, value in changed.items()}
+    tags |= {"group": config_group(options)}  # of `config.yaml`, which is replaced
+    mlflow.set_tags(tags)
+    items = list(flat.items())
+    for start in range(0, len(items), MAX_PARAMS_TAGS_PER_BATCH):
+        batch = [Param(name, value) for name, value in items[start : start + MAX_PARAMS_TAGS_PER_BATCH]]
+        mlflow.MlflowClient().log_batch(run.info.run_id, params=batch)
+    if options:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "config.yaml")
+            path.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+            mlflow.log_artifact(str(path))
+
+
+def end_run(tracking: TrackingArguments, run_id: str, status: str) -> None:
+    """End a run that another process has opened."""
+    try:
+        mlflow.MlflowClient(tracking_uri(tracking)).set_terminated(run_id, status)
+    except MlflowException:
+        logger.warning(f"MLflow does not answer: the run {run_id} has ended as {status} and stays RUNNING there.")
+
+
+def ui_command(tracking: TrackingArguments) -> str:
+    """Return where to look at the runs: the server's address, or the command that starts one."""
+    uri = tracking_uri(tracking)
+    mlflow_command = Path(sys.executable).with_name("mlflow")
+    return redact(uri) if uri.startswith("http") else f"{mlflow_command} ui --backend-store-uri {uri}"
+
+
+@contextmanager
+def system_metrics(run_id: str, *, resumed: bool) -> Iterator[None]:
+    """Sample processor, memory, disk, network and GPUs beside what is inside, as `system/*`.
+
+    MLflow's own switch would leave the sampling thread running when the store is gone at the end.
+    """
+    wanted = MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() or not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.defined
+    if not wanted:
+        yield
+        return
+    monitor = SystemMetricsMonitor(run_id, resume_logging=resumed)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()

@@ -1,0 +1,427 @@
+"""The life of a run in MLflow: real processes, real stores, real signals; tiny models."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import mlflow
+import pytest
+import tiny
+import yaml
+from processes import free_port, run_script, start_script
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TOKEN = "hf_abcdefghijklmnopqrstuvwx"
+PASSWORD = "correct-horse"
+REWARDS = """
+import time
+from pathlib import Path
+
+def length(completions, **kwargs):
+    return [float(len(c)) for c in completions]
+
+def crash(**kwargs):
+    raise RuntimeError("the reward function has a bug")
+
+def slow(completions, **kwargs):
+    Path("sampling").touch()
+    time.sleep(0.5)
+    return length(completions)
+
+def endless(**kwargs):
+    Path("sampling").touch()
+    time.sleep(600)
+"""
+# A run of the library without a trainer: fast, where only the store matters.
+SCRIPT = """
+import sys
+from dataclasses import dataclass
+from rlhf_recipes.configs import TrackingArguments
+from rlhf_recipes.tracking import log_results, track_pipeline, track_run
+
+@dataclass
+class Config:
+    output_dir: str
+    seed: int = 0
+
+"""
+SHORT = """
+with track_run(TrackingArguments(), sys.argv[1], sys.argv[1], Config(sys.argv[1])):
+    log_results({"score": 1.0})
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A policy and data, and a migrated store to copy: a migration takes seconds."""
+    directory = tmp_path_factory.mktemp("world")
+    tiny.save(tiny.policy(tiny.tokenizer()), directory / "policy")
+    for name, data in (("prompts", tiny.prompts()), ("pairs", tiny.preferences())):
+        (directory / name).mkdir()
+        data.to_json(directory / name / "train.jsonl")
+        data.to_json(directory / name / "test.jsonl")
+    mlflow.MlflowClient(f"sqlite:///{directory}/mlflow.db").search_experiments()
+    return directory
+
+
+def _workplace(world, directory):
+    (directory / "my_rewards.py").write_text(REWARDS)
+    shutil.copy(world / "mlflow.db", directory)
+    return directory
+
+
+@pytest.fixture
+def directory(world, tmp_path):
+    return _workplace(world, tmp_path)
+
+
+def _options(world, directory, reward="length", **changes):
+    quiet = {name: value for name, value in tiny.QUIET.items() if name != "report_to"}
+    options = {
+        "model_name_or_path": str(world / "policy"),
+        "dataset_name": str(world / "prompts"),
+        "reward_functions": [f"my_rewards:{reward}"],
+        "output_dir": "out/ppo",
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "max_completion_length": 6,
+        "max_steps": 4,
+        "response_separator": " ",
+    }
+    path = directory / "options.yaml"
+    path.write_text(yaml.safe_dump(options | quiet | changes))
+    return ["--config", path]
+
+
+def _ppo(world, directory, *arguments, environment=(), **changes):
+    options = _options(world, directory, **changes)
+    return run_script(RECIPES / "ppo.py", *options, *arguments, directory=directory, **dict(environment))
+
+
+def _runs(uri):
+    """Runs of a store by stage."""
+    client = mlflow.MlflowClient(uri)
+    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    by_stage = {run.data.tags["stage"]: run for run in found}
+    assert len(by_stage) == len(found), [run.data.tags for run in found]
+    return by_stage
+
+
+def _store(directory):
+    return f"sqlite:///{directory}/mlflow.db"
+
+
+def _steps(uri, run, metric):
+    return [value.step for value in mlflow.MlflowClient(uri).get_metric_history(run.info.run_id, metric)]
+
+
+def _artifact(uri, run, name):
+    return Path(mlflow.MlflowClient(uri).download_artifacts(run.info.run_id, name)).read_text()
+
+
+def _wait_for(path):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} was never written"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def stages(world, tmp_path_factory):
+    """A reward model, a policy trained against it, and its evaluation: the store and its runs by stage."""
+    directory = _workplace(world, tmp_path_factory.mktemp("stages"))
+    quiet = {name: value for name, value in tiny.QUIET.items() if name != "report_to"}
+    common = {"model_name_or_path": str(world / "policy"), "response_separator": " "}
+    reward_model = {"dataset_name": str(world / "pairs"), "output_dir": "out/rm", "max_steps": 2} | common | quiet
+    (directory / "rm.yaml").write_text(yaml.safe_dump(reward_model))
+    evaluation = {
+        **common,
+        "model_name_or_path": "out/ppo",
+        "baseline_path": str(world / "policy"),
+        "dataset_name": str(world / "prompts"),
+        "reward_model_path": "out/rm",
+        "max_completion_length": 6,
+        "output_dir": "out/evaluation",
+    }
+    (directory / "evaluation.yaml").write_text(yaml.safe_dump(evaluation))
+    reports = [
+        run_script(RECIPES / "reward_modeling.py", "--config", "rm.yaml", directory=directory),
+        _ppo(
+            world, directory, "--hub_token", TOKEN, "--hub_revision", f"by {TOKEN}",
+            reward_model_path="out/rm", seed=7, run_name="mine", hub_model_id="x" * 7_000,
+            model_init_kwargs={"token": PASSWORD, "revision": f"https://me:{PASSWORD}@hub.example/a"},
+        ),
+        run_script(RECIPES / "evaluate.py", "--config", "evaluation.yaml", directory=directory),
+    ]  # fmt: skip
+    assert [code for code, _ in reports] == [0, 0, 0], reports[-1][1][-3000:]
+    return directory, _store(directory), _runs(_store(directory))
+
+
+def test_every_stage_is_one_finished_run(stages):
+    """The reward model is evaluated after training, which transformers' callback alone would make a second run."""
+    _, uri, runs = stages
+    assert {stage: run.info.status for stage, run in runs.items()} == {
+        "reward_modeling": "FINISHED", "ppo": "FINISHED", "evaluation": "FINISHED",
+    }  # fmt: skip
+    assert "eval_accuracy" in runs["reward_modeling"].data.metrics
+    assert _steps(uri, runs["ppo"], "loss") == [1, 2, 3, 4]
+    for run in runs.values():
+        for metric in run.data.metrics:
+            steps = _steps(uri, run, metric)
+            assert len(set(steps)) == len(steps), f"{metric} is recorded twice at a step"
+
+
+def test_lineage_leads_back_to_the_runs_before(stages):
+    directory, _, runs = stages
+    ids = {stage: run.info.run_id for stage, run in runs.items()}
+    assert runs["ppo"].data.tags["lineage.reward_model"] == ids["reward_modeling"]
+    assert runs["evaluation"].data.tags["lineage.policy"] == ids["ppo"]
+    assert runs["evaluation"].data.tags["lineage.reward_model"] == ids["reward_modeling"]
+    assert "lineage.policy" not in runs["ppo"].data.tags, "the first policy comes from no run"
+    for stage, folder in (("reward_modeling", "rm"), ("ppo", "ppo"), ("evaluation", "evaluation")):
+        note = json.loads((directory / "out" / folder / "mlflow_run.json").read_text())
+        assert note == {
+            "run_id": ids[stage],
+            "experiment_id": runs[stage].info.experiment_id,
+            "tracking_uri": _store(directory),
+        }
+
+
+def test_a_run_says_what_made_it(stages):
+    _, _, runs = stages
+    run = runs["ppo"]
+    assert run.info.run_name == "mine"
+    assert run.data.tags["seed"] == run.data.params["seed"] == "7"
+    expected = {
+        "accelerate.num_processes": "1",
+        "accelerate.distributed_type": "NO",
+        "accelerate.mixed_precision": "no",
+    }
+    assert expected.items() <= run.data.tags.items()
+    versions = ("torch", "transformers", "trl", "peft", "accelerate")
+    assert {f"versions.{name}" for name in versions} <= run.data.tags.keys()
+    assert "git.commit" not in run.data.tags, "the directory is no checkout"
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == run.data.tags["dataset.training"]
+    pairs = {tag.value for used in runs["reward_modeling"].inputs.dataset_inputs for tag in used.tags}
+    assert pairs == {"training", "evaluation"}
+
+
+def test_parameters_are_short_and_the_configuration_is_whole(stages):
+    _, uri, runs = stages
+    shown = runs["ppo"].data.params["hub_model_id"]
+    config = yaml.safe_load(_artifact(uri, runs["ppo"], "config.yaml"))
+    assert shown == "x" * 5_999 + "…"
+    assert config["PPOConfig"]["hub_model_id"] == "x" * 7_000
+    assert config["PPOConfig"]["kl_coef"] == float(runs["ppo"].data.params["kl_coef"])
+    assert config["PPOArguments"]["reward_model_path"] == "out/rm"
+
+
+def test_no_secret_is_recorded(stages):
+    directory, uri, runs = stages
+    recorded = [str(runs["ppo"].data.to_dictionary()), _artifact(uri, runs["ppo"], "config.yaml")]
+    recorded.append((directory / "out/ppo/mlflow_run.json").read_text())
+    for text in recorded:
+        assert TOKEN not in text
+        assert PASSWORD not in text
+    assert "https://***@hub.example/a" in recorded[1]
+
+
+def test_a_crash_is_failed(world, directory):
+    code, output = _ppo(world, directory, reward="crash")
+    assert code == 1
+    assert "the reward function has a bug" in output
+    assert _runs(_store(directory))["ppo"].info.status == "FAILED"
+    assert not (directory / "out/ppo/mlflow_run.json").exists(), "nothing was written that this run has made"
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_a_termination_is_killed(world, directory, number, exit_code):
+    options = _options(world, directory, reward="endless")
+    process = start_script(RECIPES / "ppo.py", *options, directory=directory)
+    _wait_for(directory / "sampling")
+    assert _runs(_store(directory))["ppo"].info.status == "RUNNING"
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == exit_code
+    assert _runs(_store(directory))["ppo"].info.status == "KILLED"
+
+
+def test_a_termination_that_ends_in_a_checkpoint_is_killed_and_goes_on(world, directory):
+    """Preemption: with `enable_jit_checkpoint`, transformers answers SIGTERM itself, and `train` returns."""
+    options = {"reward": "slow", "max_steps": 400, "enable_jit_checkpoint": True, "save_only_model": False}
+    process = start_script(RECIPES / "ppo.py", *_options(world, directory, **options), directory=directory)
+    _wait_for(directory / "sampling")
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(120)
+    assert process.exitcode == 0, (directory / "output.txt").read_text()[-3000:]
+    run = _runs(_store(directory))["ppo"]
+    assert run.info.status == "KILLED"
+    assert list((directory / "out/ppo").glob("checkpoint-*"))
+
+
+def test_a_resume_continues_the_same_run(world, directory):
+    uri = _store(directory)
+    common = {"save_strategy": "steps", "save_steps": 4, "reward": "slow"}
+    resume = {"resume_from_checkpoint": "out/ppo/checkpoint-4", "max_steps": 12}
+    sampling = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"}
+    code, output = _ppo(world, directory, **common, max_steps=8, environment=sampling)
+    assert code == 0, output[-3000:]
+    first = _runs(uri)["ppo"]
+    code, output = _ppo(world, directory, **common, **resume, environment=sampling)
+    assert code == 0, output[-3000:]
+
+    run = _runs(uri)["ppo"]
+    assert run.info.run_id == first.info.run_id
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time > first.info.end_time
+    assert _steps(uri, run, "loss") == list(range(1, 13))
+    assert _steps(uri, run, "objective/kl") == [1, 5, 9], "one rollout is four steps"
+    assert _steps(uri, run, "train_loss") == [8, 12]
+    assert run.data.params == first.data.params
+    system = _steps(uri, run, "system/system_memory_usage_megabytes")
+    assert len(set(system)) == len(system) > 2, "its axis counts samples"
+    assert run.data.tags["resume.max_steps"] == "12"
+    assert run.data.tags["resume.recorded_until"] == "8"
+    assert yaml.safe_load(_artifact(uri, run, "config.yaml"))["PPOConfig"]["max_steps"] == 12
+
+
+def test_a_checkpoint_of_another_store_begins_a_new_run(world, directory):
+    options = {"save_strategy": "steps", "save_steps": 4}
+    _ppo(world, directory, **options)
+    shutil.copy(world / "mlflow.db", directory)
+    code, output = _ppo(world, directory, resume_from_checkpoint="out/ppo/checkpoint-4", max_steps=8, **options)
+    assert code == 0, output[-3000:]
+    assert "of out/ppo/checkpoint-4 is not in this store: a new run begins" in output
+    assert _steps(_store(directory), _runs(_store(directory))["ppo"], "loss") == [5, 6, 7, 8]
+
+
+@contextmanager
+def _server(directory, port):
+    """A real server of one worker with proxied artifacts; ended when the block is left."""
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", _store(directory), "--serve-artifacts",
+        "--artifacts-destination", directory / "artifacts",
+    ]  # fmt: skip
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # evaluations on the server: 13 s
+    with (directory / "server.txt").open("a") as log:
+        process = subprocess.Popen(
+            command, cwd=directory, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except (URLError, OSError):
+                assert process.poll() is None, (directory / "server.txt").read_text()[-2000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_server_that_dies_stops_no_training_and_loses_nothing(world, directory):
+    port = free_port()
+    uri = f"http://me:{PASSWORD}@127.0.0.1:{port}"
+    options = _options(world, directory, reward="slow", max_steps=40)
+    with _server(directory, port):
+        process = start_script(RECIPES / "ppo.py", *options, "--tracking_uri", uri, directory=directory)
+        _wait_for(directory / "sampling")
+        while "loss" not in _runs(uri)["ppo"].data.metrics:
+            assert process.is_alive()
+            time.sleep(0.2)
+    started = time.monotonic()
+    process.join(240)
+    assert process.exitcode == 0, (directory / "output.txt").read_text()[-3000:]
+    assert time.monotonic() - started < 60, "retries must not stall the training"
+    unsent = directory / "out/ppo/mlflow_unsent.jsonl"
+    warnings = [line for line in (directory / "output.txt").read_text().splitlines() if "mlflow_unsent" in line]
+    assert len(warnings) == 1
+    assert "-m rlhf_recipes.delivery out/ppo/mlflow_unsent.jsonl" in warnings[0]
+    note = json.loads((directory / "out/ppo/mlflow_run.json").read_text())
+    assert note["tracking_uri"] == f"http://127.0.0.1:{port}"
+    for file in (unsent, directory / "output.txt", directory / "out/ppo/mlflow_run.json"):
+        assert PASSWORD not in file.read_text()
+
+    with _server(directory, port):
+        assert _runs(uri)["ppo"].info.status == "RUNNING"
+        command = [sys.executable, "-m", "rlhf_recipes.delivery", "out/ppo/mlflow_unsent.jsonl"]
+        subprocess.run(command, cwd=directory, check=True, timeout=120)
+        run = _runs(uri)["ppo"]
+        assert run.info.status == "FINISHED"
+        assert _steps(uri, run, "loss") == list(range(1, 41))
+        assert yaml.safe_load(_artifact(uri, run, "config.yaml"))["PPOConfig"]["max_steps"] == 40
+
+        script = directory / "short.py"
+        script.write_text(SCRIPT + SHORT)
+        code, output = run_script(script, "short", directory=directory, MLFLOW_TRACKING_URI=uri)
+        assert code == 0, output[-3000:]
+        assert _runs(uri)["short"].info.status == "FINISHED"
+        assert PASSWORD not in output, "MLflow prints the address of a run that ends"
+    assert not unsent.exists()
+
+
+def test_a_server_that_is_not_there_is_said_at_once(world, directory):
+    uri = f"http://me:{PASSWORD}@127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    code, output = _ppo(world, directory, "--tracking_uri", uri)
+    assert code == 1
+    assert time.monotonic() - started < 60
+    (line,) = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert "`tracking_uri` http://***@127.0.0.1" in line
+    assert "`--tracking false`" in line
+    assert "Traceback" not in output
+    assert PASSWORD not in output
+
+
+def test_jobs_that_start_together_create_a_store_together(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT + SHORT)
+    jobs = [start_script(script, f"job-{number}", directory=tmp_path) for number in range(4)]
+    for job in jobs:
+        job.join(240)
+    assert [job.exitcode for job in jobs] == [0] * 4, (tmp_path / "output.txt").read_text()[-3000:]
+    runs = _runs(_store(tmp_path))
+    assert {stage: run.info.status for stage, run in runs.items()} == {f"job-{n}": "FINISHED" for n in range(4)}
+
+
+PIPELINE = """
+import multiprocessing
+
+def stage(options):
+    tracking = TrackingArguments(parent_run_id=options[1])
+    with track_run(tracking, "stage", "sft", Config("out")):
+        sys.exit(int(sys.argv[1]))
+
+with track_pipeline(TrackingArguments(), "all", seed=3) as options:
+    process = multiprocessing.get_context("fork").Process(target=stage, args=(options,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit("a stage failed")
+"""
+
+
+@pytest.mark.parametrize(("exit_code", "status"), [(0, "FINISHED"), (2, "FAILED")])
+def test_a_pipeline_holds_its_stages_and_shares_their_fate(directory, exit_code, status):
+    script = directory / "pipeline.py"
+    script.write_text(SCRIPT + PIPELINE)
+    code, output = run_script(script, exit_code, directory=directory)
+    assert bool(code) is bool(exit_code), output[-3000:]
+    runs = _runs(_store(directory))
+    assert runs["sft"].data.tags["mlflow.parentRunId"] == runs["pipeline"].info.run_id
+    assert (runs["pipeline"].info.status, runs["sft"].info.status) == (status, status)
+    assert runs["pipeline"].data.tags["seed"] == "3"
