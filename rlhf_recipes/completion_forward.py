@@ -131,6 +131,17 @@ class CompletionForward:
         return -(-columns // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
 
+def rows_by_length(attention_mask: Tensor | None) -> tuple[Any, Any]:
+    """Return the index that brings rows of one length together, so that little is padded, and the one that undoes it.
+
+    Without a mask both leave every row where it is.
+    """
+    if attention_mask is None:
+        return slice(None), slice(None)
+    order = attention_mask.sum(dim=1).argsort()
+    return order, order.argsort()
+
+
 def group_by_length(micro_batches: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
     """Cut the rows of each optimiser step into micro-batches anew, by length, so that each needs little padding.
 

@@ -7,7 +7,6 @@ GAE, whitening; then `num_iterations` epochs of policy and value updates.
 
 import copy
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from rlhf_recipes.completion_forward import (
     add_completion_forward,
     group_by_length,
     loss_mask,
+    rows_by_length,
     values_after_completion,
     values_of_tokens,
 )
@@ -49,6 +49,7 @@ from rlhf_recipes.models import (
     round_reference_adapter,
 )
 from rlhf_recipes.normalization import RewardNormalizer
+from rlhf_recipes.ppo_state import Stateful, load_ppo_state, save_ppo_state
 from rlhf_recipes.quantization import keep_adapter_precision, save_quantization
 from rlhf_recipes.reward_adapter import RewardAdapterScorer
 from rlhf_recipes.rewards import (
@@ -67,7 +68,6 @@ from rlhf_recipes.value_head import (
     without_value_head,
 )
 
-STATE_FILE = "ppo_state.json"
 # What TRL's log-probability method takes from a batch: the inputs of models that also read images.
 IMAGE_ARGUMENTS = set(list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:])
 
@@ -152,9 +152,8 @@ class PPOTrainer(GRPOTrainer):
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_completion_forward(base, value_gradient_to_backbone=args.value_gradient_to_backbone)
         # Images could not be moved, and these terms are means over a micro-batch or its most uncertain tokens.
-        self._may_regroup = not (
-            self._is_vlm or self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
-        )
+        couples_rows = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
+        self._may_regroup = not (self._is_vlm or couples_rows)
         # A model that reads images too counts its positions itself.
         self._takes_positions = not self._is_vlm and "position_ids" in inspect.signature(base.forward).parameters
         if reference is not None:
@@ -165,6 +164,10 @@ class PPOTrainer(GRPOTrainer):
         if (statistics := score_statistics(self.reward_funcs, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
         self.kl_controller = make_kl_controller(args.kl_controller, args.kl_coef, args.target_kl, args.kl_horizon)
+        self._stateful: dict[str, Stateful] = {
+            "reward_normalizer": self.reward_normalizer,
+            "kl_controller": self.kl_controller,
+        }
         self._recorded: list[tuple[Tensor, Tensor]] = []  # log-probs and state values of the latest forwards
         self._scores = torch.empty(0)  # raw scores of the latest rollout, all ranks
         if args.critic_warmup_steps:
@@ -222,11 +225,8 @@ class PPOTrainer(GRPOTrainer):
         forward = CompletionForward(
             model, logits_to_keep, pad_to_multiple_of=self.pad_to_multiple_of, takes_positions=self._takes_positions
         )
-        order: Any = slice(None)
-        original: Any = slice(None)
-        if batch_size is not None and not self._is_vlm:  # images have an order of their own
-            order = attention_mask.sum(dim=1).argsort()  # rows of one length together: little padding
-            original = order.argsort()
+        # A step's micro-batch keeps its order, and images have one of their own.
+        order, original = rows_by_length(attention_mask if batch_size and not self._is_vlm else None)
         per_token_logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
             forward, input_ids[order], attention_mask[order], logits_to_keep, batch_size, **kwargs
         )
@@ -251,15 +251,15 @@ class PPOTrainer(GRPOTrainer):
 
     def _forward_policy(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Run the rollout's one no-grad forward of the policy, where TRL did not need it."""
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        args = self.args
+        batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
             self._get_per_token_logps_and_entropies(
                 self.model,
                 torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
                 torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
                 batch["completion_ids"].size(1),
-                batch_size=self.args.per_device_train_batch_size
-                if self.model.training
-                else self.args.per_device_eval_batch_size,
+                batch_size,
                 **{key: batch[key] for key in IMAGE_ARGUMENTS if key in batch},
             )
         return self._recorded[-1]
@@ -381,22 +381,12 @@ class PPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            state = {name: part.state_dict() for name, part in self._stateful_parts().items()}
-            (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            save_ppo_state(folder, self._stateful)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint, STATE_FILE)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: PPOTrainer did not write {checkpoint}, or not to the end.")
-        state = json.loads(path.read_text(encoding="utf-8"))
-        for name, part in self._stateful_parts().items():
-            part.load_state_dict(state[name])
-
-    def _stateful_parts(self) -> dict[str, Any]:
-        return {"reward_normalizer": self.reward_normalizer, "kl_controller": self.kl_controller}
+        if checkpoint is not None:
+            load_ppo_state(Path(checkpoint), self._stateful)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ LAYERS = {
     "configs": 1,
     "normalization": 1,
     "kl_controller": 1,
+    "ppo_state": 1,
     "distributed": 1,
     "reward_card": 1,
     "curves": 1,
