@@ -20,6 +20,7 @@ from rlhf_recipes.console import completions_table, print_table, quiet_start
 from rlhf_recipes.data import add_separator, check_prompts_fit, load_prompts, require_path
 from rlhf_recipes.evaluation import compare_policies, eos_token_ids
 from rlhf_recipes.models import load_policy, load_tokenizer, model_init_kwargs
+from rlhf_recipes.quantization import saved_quantization
 from rlhf_recipes.rewards import as_reward_functions, check_reward_functions, import_function
 from rlhf_recipes.tracking import log_datasets, log_results, track_run
 
@@ -39,7 +40,9 @@ def main(
 
         init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
         policy = load_policy(path, **init_kwargs)
-        baseline = load_policy(require_path("baseline_path", script_args.baseline_path), **init_kwargs)
+        # A policy on a 4-bit base did not start from weights in full precision: rounding is no progress of PPO's.
+        baseline_path = require_path("baseline_path", script_args.baseline_path)
+        baseline = load_policy(baseline_path, base_quantization=saved_quantization(path), **init_kwargs)
         check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length)
         judges = {reference.split(":")[-1]: import_function(reference) for reference in script_args.judge_functions}
         if script_args.reward_model_path is not None:

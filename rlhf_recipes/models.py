@@ -13,7 +13,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl import ModelConfig, get_quantization_config
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
@@ -53,7 +59,9 @@ def take_init_kwargs(args: PPOConfig | RewardModelConfig, quantization_config: A
     return kwargs
 
 
-def load_policy(path: str, **kwargs: Any) -> PreTrainedModel | PeftModel:
+def load_policy(
+    path: str, *, base_quantization: BitsAndBytesConfig | None = None, **kwargs: Any
+) -> PreTrainedModel | PeftModel:
     """Load a causal LM for evaluation or export: a plain model, or an adapter on the base that it names.
 
     The adapter is merged into its base: into a dequantised copy if it was trained on a 4-bit one, because that is what
@@ -61,20 +69,21 @@ def load_policy(path: str, **kwargs: Any) -> PreTrainedModel | PeftModel:
 
     Args:
         path: Directory or Hub name.
+        base_quantization: Round the weights as a quantised base does, and dequantise them: a policy that was trained
+            on such a base started from these. An adapter that was trained on one needs no telling.
         kwargs: Passed on to `from_pretrained`; float32 unless they say otherwise.
     """
     kwargs.setdefault("dtype", "float32")
-    if not is_adapter(path):
-        return keep_unpacked(AutoModelForCausalLM.from_pretrained(path, **kwargs))
-    base_path, trained_on = PeftConfig.from_pretrained(path).base_model_name_or_path, saved_quantization(path)
     stays_quantized = "quantization_config" in kwargs
-    kwargs.setdefault("quantization_config", trained_on)
+    rounding = (saved_quantization(path) if is_adapter(path) else None) or base_quantization
+    kwargs.setdefault("quantization_config", rounding)
+    base_path = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter(path) else path
     base = keep_unpacked(AutoModelForCausalLM.from_pretrained(base_path, **kwargs))
     if stays_quantized:
-        return load_adapter(base, path)
-    if trained_on is not None:
+        return load_adapter(base, path) if is_adapter(path) else base
+    if rounding is not None:
         base = base.dequantize()
-    return PeftModel.from_pretrained(base, path).merge_and_unload()
+    return PeftModel.from_pretrained(base, path).merge_and_unload() if is_adapter(path) else base
 
 
 @contextmanager

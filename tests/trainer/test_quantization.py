@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, pipeline
 
 from rlhf_recipes import PPOTrainer, RewardModelTrainer
 from rlhf_recipes.models import load_policy
-from rlhf_recipes.quantization import QUANTIZATION_FILE, keep_unpacked
+from rlhf_recipes.quantization import QUANTIZATION_FILE, keep_unpacked, saved_quantization
 from rlhf_recipes.reward_model import load_reward_model
 from rlhf_recipes.rewards import RewardModelScorer
 
@@ -164,6 +164,16 @@ def test_an_export_is_merged_into_what_the_adapter_was_trained_on(tmp_path, base
     original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out").eval()
     error = (original(input_ids=IDS).logits - expected).abs().max()
     assert error > 0.1, "the roundings of 4 bits must be visible for this to prove anything"
+
+
+def test_the_start_of_a_4bit_policy_is_its_rounded_base(tmp_path, base):
+    """An evaluation that took the base in full precision would call the rounding progress."""
+    trainer = _trainer(base, tmp_path / "out", peft=tiny.lora())
+    trainer.save_model()
+    policy = load_policy(str(tmp_path / "out")).eval()(input_ids=IDS).logits
+    start = load_policy(base, base_quantization=saved_quantization(tmp_path / "out")).eval()(input_ids=IDS).logits
+    assert_close(policy, start, FP32)
+    assert (load_policy(base).eval()(input_ids=IDS).logits - start).abs().max() > 0.01
 
 
 def test_a_later_run_in_full_precision_forgets_the_quantisation(tmp_path, base):
