@@ -21,7 +21,7 @@ from rlhf_recipes.data import add_separator, check_prompts_fit, load_prompts, re
 from rlhf_recipes.evaluation import compare_policies, eos_token_ids
 from rlhf_recipes.models import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.quantization import saved_quantization
-from rlhf_recipes.rewards import as_reward_functions, check_reward_functions, import_function
+from rlhf_recipes.rewards import load_judges
 from rlhf_recipes.tracking import log_datasets, log_results, track_run
 
 
@@ -44,14 +44,18 @@ def main(
         baseline_path = require_path("baseline_path", script_args.baseline_path)
         baseline = load_policy(baseline_path, base_quantization=saved_quantization(path), **init_kwargs)
         check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length)
-        judges = {reference.split(":")[-1]: import_function(reference) for reference in script_args.judge_functions}
-        if script_args.reward_model_path is not None:
-            reward_model_path = require_path("reward_model_path", script_args.reward_model_path)
-            (scorer,) = as_reward_functions(reward_model_path, dtype=init_kwargs["dtype"])
-            check_reward_functions([scorer], dataset=dataset, response_separator=script_args.response_separator)
-            scorer.policy_eos_token_ids = eos_token_ids(policy, tokenizer)
-            scorer.model.to(PartialState().device)
-            judges["reward_model"] = scorer
+        reward_model_path = script_args.reward_model_path
+        if reward_model_path is not None:
+            require_path("reward_model_path", reward_model_path)
+        judges, pairwise_judges = load_judges(
+            script_args,
+            dataset,
+            reward_model_path=reward_model_path,
+            policy_eos_token_ids=eos_token_ids(policy, tokenizer),
+            response_separator=script_args.response_separator,
+            dtype=init_kwargs["dtype"],
+            device_map=PartialState().device,
+        )
 
         results, completions = compare_policies(
             policy,
@@ -59,6 +63,7 @@ def main(
             tokenizer,
             dataset,
             judges,
+            pairwise_judges=pairwise_judges,
             num_samples=script_args.num_samples,
             max_completion_length=script_args.max_completion_length,
             temperature=script_args.temperature,

@@ -19,7 +19,7 @@ from rlhf_recipes.configs import PPOArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data import load_prompts, require_path
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs
-from rlhf_recipes.rewards import import_function
+from rlhf_recipes.rewards import import_function, load_judges
 from rlhf_recipes.tracking import log_datasets, log_results, track_run
 
 QUICKSTART = str(Path(__file__).parent / "configs" / "quickstart" / "ppo.yaml")
@@ -47,6 +47,11 @@ def main(
             require_path("reward_adapter", training_args.reward_adapter)
         training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
 
+        separator, dtype = training_args.response_separator, model_args.dtype
+        judges, pairwise_judges = load_judges(
+            script_args, evaluation or train, response_separator=separator, dtype=dtype
+        )
+
         trainer = PPOTrainer(
             model_args.model_name_or_path,
             rewards,
@@ -55,6 +60,8 @@ def main(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
+            judges=judges,
+            pairwise_judges=pairwise_judges,
             callbacks=callbacks,
         )
 

@@ -3,7 +3,9 @@
 Layer L1. Pure: curves and evaluation metrics in, sentences out. An alarm is a reason to read completions, no proof.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +27,8 @@ KL_ACCELERATION = 2.5
 KL_FLOOR = 1.0
 # Share of completions that end by themselves; a tenth of them is beyond sampling noise from 100 completions on.
 EOS_DRIFT = 0.1
+# Share of the 4-grams of an answer that it has said before.
+REPETITION_DRIFT = 0.1
 
 
 def find_alarms(
@@ -46,9 +50,26 @@ def find_alarms(
     score = _first_and_last(curves.get("objective/scores"))
     rising = score is not None and score[2] and score[1] > score[0]
     if score is not None and rising:
-        drifts = (_length_drift(curves), _kl_drift(curves, target_kl), _eos_drift(curves))
+        drifts = (_length_drift(curves), _kl_drift(curves, target_kl), _eos_drift(curves), _repetition_drift(curves))
         alarms += [f"The score rises ({score[0]:.2f} to {score[1]:.2f}) while {drift}." for drift in drifts if drift]
     return alarms + _judge_disagreement(evaluation, frozenset(rewards), rising)
+
+
+def alarms_of_log(log_history: Iterable[Mapping[str, Any]], *, target_kl: float | None) -> list[str]:
+    """Return the alarms of a run from its trainer's log, with its latest evaluation during training.
+
+    Args:
+        log_history: Of transformers' `TrainerState`.
+        target_kl: As of `find_alarms`.
+    """
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    for record in log_history:
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                points[name][int(record["step"])] = float(value)
+    curves = {name: pd.Series(values).sort_index() for name, values in points.items()}
+    evaluation = {name.removeprefix("eval_"): x.iloc[-1] for name, x in curves.items() if name.startswith("eval_")}
+    return find_alarms(curves, evaluation, target_kl=target_kl, rewards=("score",))
 
 
 def _broken(curves: Mapping[str, pd.Series]) -> list[str]:
@@ -113,9 +134,16 @@ def _eos_drift(curves: Mapping[str, pd.Series]) -> str:
     return f"the share of answers that end by themselves {direction} from {first:.2f} to {last:.2f}"
 
 
+def _repetition_drift(curves: Mapping[str, pd.Series]) -> str:
+    repeated = _first_and_last(curves.get("completions/repeated_ngrams"))
+    if repeated is None or not repeated[2] or repeated[1] - repeated[0] < REPETITION_DRIFT:
+        return ""
+    return f"the share of repeated 4-grams in an answer grows from {repeated[0]:.2f} to {repeated[1]:.2f}"
+
+
 def _judge_disagreement(evaluation: Mapping[str, float], rewards: frozenset[str], rising: bool) -> list[str]:
     """Name each held-out judge that puts the policy below the baseline while what it was trained on puts it above."""
-    judges = sorted(name.removesuffix("/policy") for name in evaluation if name.endswith("/policy"))
+    judges = sorted(name.removesuffix("/win_rate") for name in evaluation if name.endswith("/win_rate"))
     trained = [judge for judge in judges if judge in rewards and f"{judge}/baseline" in evaluation]
     improved = any(evaluation[f"{judge}/policy"] > evaluation[f"{judge}/baseline"] for judge in trained)
     if not (improved or (rising and not trained)):

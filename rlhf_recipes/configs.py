@@ -3,6 +3,7 @@
 Layer L1. Everything that can be checked without a model or a dataset is checked here, before anything is loaded.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -139,14 +140,32 @@ class PPOConfig(GRPOConfig):
         default=10_000, metadata={"help": "Sequences over which the controller may change `kl_coef` by a fifth."}
     )
 
+    # Evaluation during training, on held-out prompts, against the policy that training started from.
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Figure to choose a checkpoint by. Default: `win_rate_low`, the lower end of the win rate's 95 % "
+            "interval, by the first judge, or else by the trained score."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations in a row without a better one, after which training ends."}
+    )
+    logged_samples: int = field(
+        default=16, metadata={"help": "Completions of the latest rollout in the table that each log writes; 0: none."}
+    )
+
     def __post_init__(self) -> None:
         self._check_owned_by_ppo()
+        if self.eval_strategy != "no" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "win_rate_low"
         # TRL masks truncated completions itself.
         self.mask_truncated_completions = self.truncated_completions == "mask"
         if self.num_generations == 1:
             self.num_generations = _SingleGeneration(1)
         super().__post_init__()
         self.num_generations = int(self.num_generations)
+        self.eval_on_start = self.eval_strategy != "no"  # the answers of step 0 are what later ones compare with
         if self.value_head_learning_rate is None:
             self.value_head_learning_rate = 10 * self.learning_rate
         self._check_ranges()
@@ -179,10 +198,14 @@ class PPOConfig(GRPOConfig):
         _check_range(self, "reward_norm_decay", lambda x: 0.0 <= x < 1.0, "lie in [0, 1)")
         for name in ("cliprange_value", "reward_norm_clip", "target_kl", "kl_horizon"):
             _check_range(self, name, lambda x: x > 0, "be positive")
-        for name in ("num_iterations", "value_head_size", "max_completion_length"):
+        for name in ("num_iterations", "value_head_size", "max_completion_length", "early_stopping_patience"):
             _check_range(self, name, lambda x: x > 0, "be positive")
-        for name in ("value_head_learning_rate", "vf_coef", "kl_coef", "critic_warmup_steps"):
+        for name in ("value_head_learning_rate", "vf_coef", "kl_coef", "critic_warmup_steps", "logged_samples"):
             _check_range(self, name, lambda x: x >= 0, "not be negative")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError(
+                "`early_stopping_patience` needs evaluations: set `eval_strategy: steps` and `eval_steps`."
+            )
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError("`kl_coef` must be positive with `kl_controller: adaptive`, which scales it.")
         if self.missing_eos_penalty is not None and self.truncated_completions != "terminal":
@@ -243,7 +266,35 @@ class BoundaryArguments:
 
 
 @dataclass
-class PPOArguments(ScriptArguments):
+class JudgeArguments(ScriptArguments):
+    """Judges that a policy is not trained on."""
+
+    judge_models: list[str] = field(
+        default_factory=list, metadata={"help": "Further reward models that judge: directories or Hub names."}
+    )
+    judge_functions: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Python judges of TRL's reward signature, each as `package.module:function`."},
+    )
+    pairwise_judges: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Python judges that see both answers, each as `package.module:function`; asked in both orders. "
+            "Their signature is in `rlhf_recipes.evaluation.swapped_preferences`."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for option in ("judge_models", "judge_functions", "pairwise_judges"):
+            _check_list(self, option)
+        judges = (*self.judge_models, *self.judge_functions, *self.pairwise_judges)
+        names = [re.split("[:/]", judge.rstrip("/"))[-1] for judge in judges]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Judges must have different names, got {', '.join(names)}.")
+
+
+@dataclass
+class PPOArguments(JudgeArguments):
     """Inputs of `recipes/ppo.py` beside the policy and the data."""
 
     reward_model_path: str | None = field(
@@ -255,18 +306,16 @@ class PPOArguments(ScriptArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_list(self, "reward_functions")
 
 
 @dataclass
-class EvaluationArguments(ScriptArguments):
+class EvaluationArguments(JudgeArguments):
     """Inputs of `recipes/evaluate.py`: two policies, held-out prompts and judges."""
 
     baseline_path: str | None = field(default=None, metadata={"help": "Policy to compare with, usually the SFT one."})
     reward_model_path: str | None = field(default=None, metadata={"help": "Reward model that judges."})
-    judge_functions: list[str] = field(
-        default_factory=list, metadata={"help": "Python judges, each as `package.module:function`."}
-    )
     num_prompts: int | None = field(default=None, metadata={"help": "Held-out prompts to use. Default: all."})
     num_samples: int = field(default=1, metadata={"help": "Completions per prompt and policy."})
     max_completion_length: int = field(default=256, metadata={"help": "Tokens per completion."})
@@ -278,15 +327,14 @@ class EvaluationArguments(ScriptArguments):
     seed: int = field(default=42, metadata={"help": "Seed of sampling and of the bootstrap."})
 
     def __post_init__(self) -> None:
-        _check_list(self, "judge_functions")
+        super().__post_init__()
         for name in ("num_prompts", "num_samples", "max_completion_length", "batch_size"):
             _check_range(self, name, lambda x: x > 0, "be positive")
         _check_range(self, "temperature", lambda x: x >= 0, "not be negative")
-        names = [reference.split(":")[-1] for reference in self.judge_functions]
-        if len(set(names)) < len(names):
-            raise ValueError(f"`judge_functions` must have different names, got {', '.join(names)}.")
-        if self.reward_model_path is None and not self.judge_functions:
-            raise ValueError("Nothing judges: set `reward_model_path`, `judge_functions`, or both.")
+        if not (self.reward_model_path or self.judge_models or self.judge_functions or self.pairwise_judges):
+            raise ValueError(
+                "Nothing judges: set `reward_model_path`, `judge_models`, `judge_functions` or `pairwise_judges`."
+            )
 
 
 @dataclass

@@ -63,9 +63,9 @@ class Delivery:
         if fresh:
             self._submit({"metrics": fresh, "step": self._step})
 
-    def log_artifact(self, file: Path) -> None:
-        """Send a file, which must stay where it is until it is sent."""
-        self._submit({"artifact": str(file.resolve())})
+    def log_artifact(self, file: Path, folder: str = "") -> None:
+        """Send a file, which must stay where it is until it is sent, to a folder of the run."""
+        self._submit({"artifact": str(file.resolve()), "folder": folder})
 
     def log_dataset(self, name: str, digest: str, context: str) -> None:
         """Send what identifies a dataset, and what it is used for."""
@@ -173,7 +173,7 @@ def _apply(client: mlflow.MlflowClient, record: dict[str, Any]) -> None:
         context = InputTag(MLFLOW_DATASET_CONTEXT, record["context"])
         client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**record["dataset"]), tags=[context])])
     if "artifact" in record:
-        client.log_artifact(run_id, record["artifact"])
+        client.log_artifact(run_id, record["artifact"], record["folder"] or None)
     for name, value in record.get("tags", {}).items():
         client.set_tag(run_id, name, value)
     if "status" in record:

@@ -91,6 +91,40 @@ def mean_gain(
     return _mean_with_interval("gain", _differences(scores, baseline_scores), confidence_level, seed)
 
 
+def preference_rate(preferences: ArrayLike, *, confidence_level: float = 0.95, seed: int = 0) -> dict[str, float]:
+    """Return `win_rate` from judgements of pairs instead of scores.
+
+    Args:
+        preferences: Probability that the policy's answer is the better one, `(N,)` or `(N, S)`, in [0, 1].
+        confidence_level: As of `win_rate`.
+        seed: Likewise.
+    """
+    outcomes = np.ma.masked_invalid(
+        np.reshape(np.asarray(preferences, dtype=float), (len(np.asarray(preferences)), -1))
+    )
+    return _mean_with_interval("win_rate", outcomes, confidence_level, seed)
+
+
+def swapped_preferences(
+    judge: Callable[..., list[float]], prompts: list[Any], ours: list[Any], theirs: list[Any], **columns: list[Any]
+) -> list[float]:
+    """Ask a judge that sees both answers twice, in either order, and return the mean: a liking for a place cancels.
+
+    Args:
+        judge: Called with `prompts`, `completions_a`, `completions_b` and the dataset's other columns, all by name;
+            returns the probability, in [0, 1], that `a` is the better answer, for each.
+        prompts: Text or messages.
+        ours: Answers whose preference is returned.
+        theirs: Answers that they are compared with.
+        columns: Of the dataset.
+
+    Source: Zheng et al. 2023, arXiv:2306.05685, section 3.4.
+    """
+    first = judge(prompts=prompts, completions_a=ours, completions_b=theirs, **columns)
+    second = judge(prompts=prompts, completions_a=theirs, completions_b=ours, **columns)
+    return [(a + 1 - b) / 2 for a, b in zip(first, second, strict=True)]
+
+
 def _differences(scores: ArrayLike, baseline_scores: ArrayLike) -> np.ma.MaskedArray:
     """Return `(N, S)`, without what one of the two has no score for."""
     difference = np.asarray(scores, dtype=float) - np.asarray(baseline_scores, dtype=float)
@@ -159,6 +193,7 @@ def compare_policies(
     dataset: Dataset,
     judges: dict[str, Callable[..., list[float]]],
     *,
+    pairwise_judges: dict[str, Callable[..., list[float]]] | None = None,
     num_samples: int = 1,
     seed: int = 0,
     **generation: Any,
@@ -172,6 +207,7 @@ def compare_policies(
         dataset: Held-out prompts in the column `prompt`, plain text ending with the separator, or messages; judges
             see its other columns.
         judges: Functions of TRL's reward signature, by name.
+        pairwise_judges: Functions that see both answers, by name; see `swapped_preferences`.
         num_samples: Completions per prompt and policy.
         seed: Of sampling, the same for both, and of the bootstrap.
         generation: As for `generate_completions`.
@@ -185,12 +221,14 @@ def compare_policies(
     prompts = known.pop("prompt")
     columns: dict[str, list[Any]] = {"prompt": prompts}
     scores: dict[tuple[str, str], np.ndarray] = {}
+    answers: list[list[Any]] = []
     for name, model in (("policy", policy.eval()), ("baseline", baseline.eval())):
         torch.manual_seed(seed)
         ids = generate_completions(model, tokenizer, prompts, **generation)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         is_chat = not isinstance(prompts[0], str)
         messages = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
+        answers.append(messages)
         columns[f"{name}_completion"] = texts
         results[f"{name}/length"] = float(np.mean([len(row) for row in ids]))
         results[f"{name}/eos_rate"] = float(np.mean([row[-1] in end_ids for row in ids]))
@@ -205,6 +243,11 @@ def compare_policies(
     for judge_name in judges:
         ours, theirs = (np.reshape(scores[judge_name, name], (-1, num_samples)) for name in ("policy", "baseline"))
         outcome = win_rate(ours, theirs, seed=seed) | mean_gain(ours, theirs, seed=seed)
+        results |= {f"{judge_name}/{key}": value for key, value in outcome.items()}
+    for judge_name, judge in (pairwise_judges or {}).items():
+        preferences = swapped_preferences(judge, prompts, *answers, **known)
+        columns[f"preference_{judge_name}"] = preferences
+        outcome = preference_rate(np.reshape(preferences, (-1, num_samples)), seed=seed)
         results |= {f"{judge_name}/{key}": value for key, value in outcome.items()}
     return results, columns
 

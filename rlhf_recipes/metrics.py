@@ -1,10 +1,11 @@
 """The figures that PPO logs about a rollout and about an update, over all ranks.
 
-Layer L2. Every rank must make each call. The glossary is in `recipes/README.md`.
+Layer L2. Every rank must make each call. The glossary is `docs/metrics.md`.
 """
 
 import math
 
+import torch
 from torch import Tensor
 
 from rlhf_recipes.advantages import explained_variance
@@ -12,6 +13,7 @@ from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.distributed import global_means, global_var
 from rlhf_recipes.kl import estimate_kl
 from rlhf_recipes.losses import is_value_clipped
+from rlhf_recipes.rollout import RolloutEstimates
 
 
 def episodes(step: int, args: PPOConfig) -> int:
@@ -19,23 +21,43 @@ def episodes(step: int, args: PPOConfig) -> int:
     return math.ceil(step / args.rollout_steps) * args.generation_batch_size
 
 
+def repeated_ngrams(completion_ids: Tensor, mask: Tensor, n: int = 4) -> Tensor:
+    """Return which share of each completion's n-grams has occurred in it before, `(B,)`; 0 if it has none.
+
+    Args:
+        completion_ids: `(B, T)`.
+        mask: `(B, T)`, 1 = belongs to the completion.
+        n: Tokens.
+    """
+    if completion_ids.size(1) < n:
+        return torch.zeros(completion_ids.size(0), device=completion_ids.device)
+    ngrams, whole = completion_ids.unfold(1, n, 1), mask.bool().unfold(1, n, 1).all(dim=-1)
+    hashes = torch.zeros_like(ngrams[..., 0])
+    for token in ngrams.unbind(dim=-1):
+        hashes = (hashes * 1_000_003 + token) & (2**62 - 1)  # wraps around: two n-grams meet once in 4e18
+    alone = -1 - torch.arange(hashes.size(1), device=hashes.device)
+    hashes = torch.where(whole, hashes, alone).sort(dim=1).values
+    repeats = (hashes[:, 1:] == hashes[:, :-1]).sum(dim=1)
+    return repeats / whole.sum(dim=1).clamp(min=1)
+
+
 def rollout_metrics(
-    batch: dict[str, Tensor], mask: Tensor, *, scores: Tensor, rewards: Tensor, kl: Tensor, kl_coef: float
+    batch: dict[str, Tensor], mask: Tensor, estimates: RolloutEstimates, *, scores: Tensor, kl_coef: float
 ) -> tuple[int, dict[str, float]]:
     """Return the number of completions that train, and what was sampled.
 
     Args:
-        batch: With `old_per_token_logps`, `ref_per_token_logps`, `old_values` and `returns`, `(B, T)`.
+        batch: With `completion_ids`, `completion_mask`, `old_per_token_logps` and `ref_per_token_logps`, `(B, T)`.
         mask: `(B, T)`, 1 = trains.
+        estimates: Of the rollout.
         scores: Raw scores of all ranks.
-        rewards: Shaped rewards, `(B, T)`.
-        kl: What the reward was charged for, `(B, T)`.
-        kl_coef: Its price.
+        kl_coef: Price of a nat.
     """
     k1 = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], "k1")
-    sums = ((x.masked_fill(mask == 0, 0)).sum(dim=1) for x in (k1, kl, rewards))
-    count, (mean_k1, paid, rlhf_reward) = global_means(mask.any(dim=1), *sums)
-    explained = explained_variance(batch["old_values"], batch["returns"], mask, variance=global_var)
+    sums = ((x.masked_fill(mask == 0, 0)).sum(dim=1) for x in (k1, estimates.kl, estimates.rewards))
+    repeated = repeated_ngrams(batch["completion_ids"], batch["completion_mask"])
+    count, (mean_k1, paid, rlhf_reward, repetition) = global_means(mask.any(dim=1), *sums, repeated)
+    explained = explained_variance(estimates.values, estimates.returns, mask, variance=global_var)
     return int(count), {
         "objective/kl": mean_k1,
         "objective/scores": scores[scores.isfinite()].mean().item(),
@@ -44,6 +66,7 @@ def rollout_metrics(
         "objective/excluded": 1 - count / scores.numel(),
         "val/explained_variance": explained.item(),
         "kl_coef": kl_coef,
+        "completions/repeated_ngrams": repetition,
     }
 
 

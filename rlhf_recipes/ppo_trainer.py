@@ -7,50 +7,47 @@ GAE, whitening; then `num_iterations` epochs of policy and value updates.
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch import Tensor
+from transformers import EarlyStoppingCallback, PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head
 
-from rlhf_recipes.advantages import generalized_advantage_estimation, is_truncated, shape_rewards
+from rlhf_recipes.actor_critic_trainer import ActorCriticTrainer
+from rlhf_recipes.advantages import is_truncated
 from rlhf_recipes.completion_forward import (
     CompletionForward,
     add_completion_forward,
     group_by_length,
     loss_mask,
     rows_by_length,
-    values_after_completion,
     values_of_tokens,
 )
 from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.data import add_separator, check_columns, check_prompts_fit, check_rollout_fits
-from rlhf_recipes.distributed import global_moments, global_sum
+from rlhf_recipes.distributed import global_sum
+from rlhf_recipes.held_out import HeldOutComparison
 from rlhf_recipes.kl import estimate_kl
 from rlhf_recipes.kl_controller import make_kl_controller
 from rlhf_recipes.losses import aggregate_token_loss, per_token_value_loss
-from rlhf_recipes.masked import masked_mean, masked_whiten
-from rlhf_recipes.metrics import episodes, rollout_metrics, update_metrics
+from rlhf_recipes.masked import masked_mean
+from rlhf_recipes.metrics import rollout_metrics, update_metrics
 from rlhf_recipes.models import (
     check_output_dir,
     check_policy,
     load_tokenizer,
-    only_active_adapter,
     policy_loader,
     prepare_frozen,
     round_reference_adapter,
 )
 from rlhf_recipes.normalization import RewardNormalizer
-from rlhf_recipes.ppo_state import Stateful, load_ppo_state, save_ppo_state
-from rlhf_recipes.quantization import keep_adapter_precision, save_quantization
+from rlhf_recipes.quantization import keep_adapter_precision
 from rlhf_recipes.reward_adapter import RewardAdapterScorer
 from rlhf_recipes.rewards import (
     RewardModelScorer,
@@ -59,20 +56,15 @@ from rlhf_recipes.rewards import (
     score_statistics,
     weighted_scores,
 )
-from rlhf_recipes.value_head import (
-    CriticWarmupCallback,
-    attach_value_head,
-    save_value_head,
-    set_learning_rate,
-    trained_value_head,
-    without_value_head,
-)
+from rlhf_recipes.rollout import estimate_advantages
+from rlhf_recipes.samples import sample_rows
+from rlhf_recipes.value_head import CriticWarmupCallback, attach_value_head
 
 # What TRL's log-probability method takes from a batch: the inputs of models that also read images.
 IMAGE_ARGUMENTS = set(list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:])
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(ActorCriticTrainer):
     """Train a policy against a reward model, reward functions, or both.
 
     Args:
@@ -87,6 +79,9 @@ class PPOTrainer(GRPOTrainer):
         reward_processing_classes: Tokenizers of reward models given as instances. Default: the models'.
         peft_config: LoRA or another PEFT method, for a policy that is not a `PeftModel`.
         quantization_config: Passed on to `from_pretrained` when `model` is a path.
+        judges: Score the answers to `eval_dataset` too, without being trained on, by name: reward functions of TRL's
+            signature, or what `rlhf_recipes.rewards.load_judges` returns.
+        pairwise_judges: Likewise, but see both answers: `evaluation.swapped_preferences` gives their signature.
         kwargs: Passed on to TRL.
 
     Raises:
@@ -109,6 +104,8 @@ class PPOTrainer(GRPOTrainer):
         reward_processing_classes: Any = None,
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
+        judges: dict[str, Callable[..., Any]] | None = None,
+        pairwise_judges: dict[str, Callable[..., Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -158,18 +155,24 @@ class PPOTrainer(GRPOTrainer):
         self._takes_positions = not self._is_vlm and "position_ids" in inspect.signature(base.forward).parameters
         if reference is not None:
             self.ref_model = self._prepare_reference(reference)
+        self.held_out = HeldOutComparison(judges, pairwise_judges, taken=self.reward_func_names, seed=args.seed)
         self._prepare_reward_models()
 
         self.reward_normalizer = RewardNormalizer(args.reward_norm_decay, args.reward_norm_clip)
         if (statistics := score_statistics(self.reward_funcs, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
         self.kl_controller = make_kl_controller(args.kl_controller, args.kl_coef, args.target_kl, args.kl_horizon)
-        self._stateful: dict[str, Stateful] = {
+        self._stateful = {
             "reward_normalizer": self.reward_normalizer,
             "kl_controller": self.kl_controller,
+            "held_out": self.held_out,
         }
         self._recorded: list[tuple[Tensor, Tensor]] = []  # log-probs and state values of the latest forwards
         self._scores = torch.empty(0)  # raw scores of the latest rollout, all ranks
+        self._answers: Any = None  # of this rank's latest rollout: dataset rows, prompts, completions, ids, scores
+        self._samples = []
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if args.critic_warmup_steps:
             self.add_callback(CriticWarmupCallback(self.model, args.critic_warmup_steps))
 
@@ -180,7 +183,7 @@ class PPOTrainer(GRPOTrainer):
         return prepare_frozen(reference, self.accelerator)
 
     def _prepare_reward_models(self) -> None:
-        for scorer in self.reward_funcs:
+        for scorer in (*self.reward_funcs, *self.held_out.judges.values()):
             if isinstance(scorer, RewardModelScorer):
                 scorer.batch_size = self.args.per_device_train_batch_size
                 scorer.policy_eos_token_ids = self.eos_token_ids
@@ -188,13 +191,6 @@ class PPOTrainer(GRPOTrainer):
                 scorer.attach(self.model, self.model.get_base_model().config._name_or_path)
             elif isinstance(scorer, RewardModelScorer):
                 scorer.model = prepare_frozen(scorer.model, self.accelerator)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Give the value head its own learning rate; an optimiser that the user has passed is left as it is."""
-        if self.optimizer is None:
-            optimizer = super().create_optimizer(model)
-            set_learning_rate(optimizer, trained_value_head(model or self.model), self.args.value_head_learning_rate)
-        return self.optimizer
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
@@ -204,13 +200,16 @@ class PPOTrainer(GRPOTrainer):
         self._buffered_inputs = group_by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
-    def _generate(self, prompts: list[Any]) -> Any:
-        with without_value_head(self.model):  # vLLM's weight synchronisation sees a plain policy
-            return super()._generate(prompts)
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._scores = weighted_scores(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
+        start = self.accelerator.process_index * len(prompts)
+        own = rewards_per_func[start : start + len(prompts)]
+        scores = dict(zip(self.reward_func_names, own.unbind(dim=1), strict=True))
+        scores["score"] = self._scores[start : start + len(prompts)]
+        self._answers = (inputs, prompts, completions, completion_ids_list, scores)
         return rewards_per_func
 
     def _get_per_token_logps_and_entropies(
@@ -274,27 +273,12 @@ class PPOTrainer(GRPOTrainer):
             batch[name] = batch[name].masked_fill(mask == 0, 0)
 
         truncated = is_truncated(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
-        if self.args.missing_eos_penalty is not None:
-            scores = scores - self.args.missing_eos_penalty * truncated
-        kl = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], self.args.kl_estimator)
-        rewards = shape_rewards(scores, kl, mask, kl_coef=self.kl_controller.kl_coef)
-
-        values = values_of_tokens(state_values)
-        bootstrap = None
-        if self.args.truncated_completions == "bootstrap":
-            bootstrap = values_after_completion(state_values, batch["completion_mask"]) * truncated
-        estimate = {"gamma": self.args.gamma, "bootstrap_values": bootstrap}
-        advantages, returns = generalized_advantage_estimation(rewards, values, mask, lam=self.args.lam, **estimate)
-        if self.args.value_lam is not None:
-            _, returns = generalized_advantage_estimation(rewards, values, mask, lam=self.args.value_lam, **estimate)
-        if self.args.whiten_advantages:
-            _, mean, var = global_moments(advantages, mask)
-            advantages = masked_whiten(advantages, mask, mean=mean, var=var)
-        batch |= {"advantages": advantages, "returns": returns, "old_values": values}
-        count, metrics = rollout_metrics(
-            batch, mask, scores=self._scores, rewards=rewards, kl=kl, kl_coef=self.kl_controller.kl_coef
-        )
-        self._log_rollout(metrics, masked_mean(advantages, mask, dim=1))
+        kl_coef = self.kl_controller.kl_coef
+        estimates = estimate_advantages(batch, mask, state_values, scores, truncated, self.args, kl_coef=kl_coef)
+        batch |= {"advantages": estimates.advantages, "returns": estimates.returns, "old_values": estimates.values}
+        count, metrics = rollout_metrics(batch, mask, estimates, scores=self._scores, kl_coef=kl_coef)
+        self._log_rollout(metrics, masked_mean(estimates.advantages, mask, dim=1))
+        self._keep_samples(batch, mask, truncated)
         if self.model.training and self.state.global_step >= self.args.critic_warmup_steps:
             self.kl_controller.update(metrics["objective/kl"], count)
 
@@ -320,15 +304,14 @@ class PPOTrainer(GRPOTrainer):
             log.pop()
         log.extend(advantages)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log TRL's figures and, beside those of training, how many completions they have taken."""
-        if self.model.training and self._metrics["train"]:
-            self._log_metrics({"episode": episodes(self.state.global_step, self.args)})
-        super().log(logs, start_time)
-
-    def _log_metrics(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
+    def _keep_samples(self, batch: dict[str, Any], mask: Tensor, truncated: Tensor) -> None:
+        k1 = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], "k1") * mask
+        inputs, prompts, completions, completion_ids, scores = self._answers
+        rows = sample_rows(prompts, completions, completion_ids, scores | {"kl": k1.sum(dim=1)}, truncated)
+        if self.model.training:
+            self._samples = rows[: self.args.logged_samples]
+        else:
+            self.held_out.add(rows, inputs, prompts, completions, completion_ids)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._recorded.clear()
@@ -361,32 +344,6 @@ class PPOTrainer(GRPOTrainer):
 
     def _micro_batches_per_rollout(self) -> int:
         return self.args.steps_per_generation if self.model.training else 1
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a plain policy with the value head beside it; checkpoints carry the head inside."""
-        with only_active_adapter(self.model):
-            if _internal_call:
-                super().save_model(output_dir, _internal_call=True)
-                return
-            with without_value_head(self.model):
-                super().save_model(output_dir)
-        save_value_head(self.model, output_dir or self.args.output_dir, should_save=self.args.should_save)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save and isinstance(self.model, PeftModel):
-            save_quantization(self.model, output_dir or self.args.output_dir)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            save_ppo_state(folder, self._stateful)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_ppo_state(Path(checkpoint), self._stateful)
 
 
 @contextmanager

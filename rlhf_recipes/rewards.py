@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
+from rlhf_recipes.configs import JudgeArguments
 from rlhf_recipes.reward_card import CARD_FILE, RewardModelCard
 from rlhf_recipes.reward_model import load_reward_model, with_score_head
 
@@ -185,6 +186,41 @@ def check_reward_functions(functions: list[Any], *, dataset: Any, response_separ
                 conversational=is_conversational(next(iter(dataset))),
                 response_separator=response_separator,
             )
+
+
+def load_judges(
+    judge_args: JudgeArguments,
+    dataset: Any,
+    *,
+    reward_model_path: str | None = None,
+    policy_eos_token_ids: list[int] | None = None,
+    response_separator: str,
+    **kwargs: Any,
+) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
+    """Return the judges that score one answer at a time, and those that see both, by name.
+
+    Args:
+        judge_args: Which.
+        dataset: Held-out prompts.
+        reward_model_path: One more, named `reward_model`.
+        policy_eos_token_ids: As of `RewardModelScorer`; a trainer sets them itself.
+        response_separator: Of the run.
+        kwargs: Passed on to `from_pretrained`.
+
+    Raises:
+        ValueError: If a reward model was trained on other text than the run has, or a function cannot be imported.
+    """
+    paths = {Path(path).name: path for path in judge_args.judge_models}
+    paths |= {} if reward_model_path is None else {"reward_model": reward_model_path}
+    scorers = {name: as_scorer(path, **kwargs) for name, path in paths.items()}
+    for scorer in scorers.values():
+        check_reward_functions([scorer], dataset=dataset, response_separator=response_separator)
+        scorer.policy_eos_token_ids = policy_eos_token_ids
+    functions, pairwise = (
+        {reference.split(":")[-1]: import_function(reference) for reference in references}
+        for references in (judge_args.judge_functions, judge_args.pairwise_judges)
+    )
+    return scorers | functions, pairwise
 
 
 def import_function(reference: str) -> Callable[..., list[float]]:

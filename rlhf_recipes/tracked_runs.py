@@ -25,6 +25,7 @@ from mlflow.exceptions import MlflowException
 CURVES = (
     *("episode", "num_tokens", "objective/scores", "objective/kl", "entropy"),
     *("completions/mean_length", "completions/clipped_ratio", "val/explained_variance"),
+    "completions/repeated_ngrams",
 )
 # MLflow's SQL stores keep an infinity as the largest double.
 STORED_INFINITY = 1.7e308

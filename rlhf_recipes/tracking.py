@@ -5,6 +5,8 @@ a crash is recorded as FAILED, a termination as KILLED, an evaluation after trai
 resumed training continues the run that was interrupted.
 """
 
+import json
+import logging
 import multiprocessing
 import signal
 import threading
@@ -18,15 +20,20 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS as LOGGED_ARTIFACTS
 from transformers import TrainerCallback
 from transformers.integrations import MLflowCallback
 
-from rlhf_recipes.configs import TrackingArguments
+from rlhf_recipes.alarms import alarms_of_log
+from rlhf_recipes.configs import PPOConfig, TrackingArguments
 from rlhf_recipes.delivery import Delivery
 from rlhf_recipes.lineage import dataset_digest, write_run_file
 from rlhf_recipes.run_config import redact
 from rlhf_recipes.run_store import end_run, open_run, system_metrics
+from rlhf_recipes.samples import SAMPLES_DIRECTORY, tables_of_step
 
+SHOWN_TABLES = 60  # that MLflow's page shows as tables, the latest: a tag holds no more than 8,000 characters
+logger = logging.getLogger(__name__)
 _delivery: ContextVar[Delivery | None] = ContextVar("delivery", default=None)
 
 
@@ -42,6 +49,7 @@ class RunCallback(MLflowCallback):
         self._ml_flow = delivery
         self._output_dir = output_dir
         self._run = run
+        self._tables: list[Path] = []
         self.was_terminated = False
 
     def setup(self, args: Any, state: Any, model: Any) -> None:
@@ -62,14 +70,32 @@ class RunCallback(MLflowCallback):
 
         signal.signal(signal.SIGTERM, note)
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any = None, **kwargs: Any) -> None:
+        """Send the figures, and the tables of completions that the trainer has written at this step."""
+        super().on_log(args, state, control, logs, model, **kwargs)
+        tables = [table for table in tables_of_step(self._output_dir, state.global_step) if table not in self._tables]
+        for table in tables:
+            self._ml_flow.log_artifact(table, SAMPLES_DIRECTORY)
+        if tables:
+            self._tables += tables
+            shown = [{"path": f"{SAMPLES_DIRECTORY}/{table.name}", "type": "table"} for table in self._tables]
+            self._ml_flow.set_tags({LOGGED_ARTIFACTS: json.dumps(shown[-SHOWN_TABLES:])})
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the run beside the checkpoint, for a resume."""
         if state.is_world_process_zero:
             write_run_file(self._output_dir, self._run)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the run where the weights are about to be saved."""
+        """Note the run where the weights are about to be saved, and raise the alarms that its figures give."""
         self.on_save(args, state, control)
+        if not isinstance(args, PPOConfig):
+            return
+        target_kl = args.target_kl if args.kl_controller == "adaptive" else None
+        alarms = alarms_of_log(state.log_history, target_kl=target_kl)
+        self._ml_flow.set_tags({"alarms": " ".join(alarms) or "none"})
+        for alarm in alarms:
+            logger.warning(f"{alarm} Read some completions: {Path(self._output_dir, SAMPLES_DIRECTORY)}")
 
 
 @contextmanager

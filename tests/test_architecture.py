@@ -37,7 +37,10 @@ LAYERS = {
     "reward_model": 1,
     "value_head": 1,
     "completion_forward": 2,
+    "rollout": 2,
     "metrics": 2,
+    "samples": 2,
+    "held_out": 2,
     "models": 2,
     "rewards": 2,
     "reward_adapter": 2,
@@ -52,6 +55,7 @@ LAYERS = {
     "comparison": 2,
     "head_to_head": 2,
     "report": 2,
+    "actor_critic_trainer": 3,
     "ppo_trainer": 3,
     "reward_trainer": 3,
 }
@@ -62,6 +66,10 @@ SAME_LAYER_EDGES = {
     ("reward_model", "quantization"),
     ("reward_adapter", "rewards"),
     ("alarms", "curves"),
+    ("rollout", "completion_forward"),
+    ("metrics", "rollout"),
+    ("held_out", "evaluation"),
+    ("ppo_trainer", "actor_critic_trainer"),
     # From the store to the page: what was recorded, what it says, how it looks.
     ("comparison", "tracked_runs"),
     ("head_to_head", "tracked_runs"),
@@ -71,6 +79,7 @@ SAME_LAYER_EDGES = {
     ("report", "head_to_head"),
     ("report", "plots"),
     ("tracking", "run_store"),
+    ("tracking", "samples"),
 }
 # Runs the stages one after the other: a loop is what it is.
 DRIVERS = {"quickstart"}

@@ -29,6 +29,7 @@ PARSERS = {
 OURS = {
     configs.PPOConfig: configs.GRPOConfig,
     configs.RewardModelConfig: configs.RewardConfig,
+    configs.JudgeArguments: ScriptArguments,
     configs.PPOArguments: ScriptArguments,
     configs.EvaluationArguments: ScriptArguments,
     configs.BoundaryArguments: None,
@@ -93,8 +94,9 @@ def test_an_unknown_key_is_an_error(stage, tmp_path):
 HOLDERS = {
     configs.PPOConfig: {"args", "training_args"},
     configs.RewardModelConfig: {"args", "training_args"},
-    configs.PPOArguments: {"script_args"},
-    configs.EvaluationArguments: {"script_args"},
+    configs.JudgeArguments: {"judge_args"},
+    configs.PPOArguments: {"script_args", "judge_args"},
+    configs.EvaluationArguments: {"script_args", "judge_args"},
     configs.BoundaryArguments: {"boundary_args"},
     configs.ExportArguments: {"script_args"},
     configs.ComparisonArguments: {"script_args"},

@@ -146,7 +146,18 @@ def length_reward(completions, **kwargs):
 
 
 def ppo_trainer(
-    output_dir, *, model=None, rewards=length_reward, chat=False, tok=None, peft=None, data=None, **kwargs
+    output_dir,
+    *,
+    model=None,
+    rewards=length_reward,
+    chat=False,
+    tok=None,
+    peft=None,
+    data=None,
+    eval_data=None,
+    judges=None,
+    pairwise_judges=None,
+    **kwargs,
 ):
     tok = tok or tokenizer()
     return PPOTrainer(
@@ -154,8 +165,11 @@ def ppo_trainer(
         rewards,
         ppo_config(output_dir, **kwargs),
         train_dataset=prompts(chat=chat) if data is None else data,
+        eval_dataset=eval_data,
         processing_class=tok,
         peft_config=peft,
+        judges=judges,
+        pairwise_judges=pairwise_judges,
     )
 
 

@@ -23,12 +23,21 @@ def _reward(completion_ids, **kwargs):
     return [None if sum(ids) % 5 == 0 else float(sum(ids) % 7) for ids in completion_ids]
 
 
+def _held_out_judge(trainer):
+    """A judge whose opinion changes in training, alike on all ranks."""
+    return lambda completion_ids, **kwargs: [
+        float(sum(ids) * (1 + trainer.state.global_step) % 11) for ids in completion_ids
+    ]
+
+
 def _record_rollouts(trainer):
     """Each rollout, as a mapping of tokens to what the update will see of them."""
     rollouts, add_advantages = [], trainer._add_advantages
 
     def recorded(batch, state_values):
         add_advantages(batch, state_values)
+        if not trainer.model.training:
+            return
         rollouts.append({})
         for row, mask in enumerate(batch["completion_mask"].bool()):
             tokens = [*batch["prompt_ids"][row].tolist(), *batch["completion_ids"][row].tolist()]
@@ -41,11 +50,16 @@ def _record_rollouts(trainer):
 
 def _train(rank, world_size, directory):
     results = {}
+    data = tiny.prompts(count=24).map(lambda row, i: {"prompt": f"{row['prompt']} {i}"}, with_indices=True)
     for loss_type in ("grpo", "dapo"):
         trainer = tiny.ppo_trainer(
             f"{directory}/{world_size}-{loss_type}",
             rewards=_reward,
-            data=tiny.prompts(count=24).map(lambda row, i: {"prompt": f"{row['prompt']} {i}"}, with_indices=True),
+            data=data,
+            eval_data=data.select(range(7)),
+            eval_strategy="steps",
+            eval_steps=3,
+            per_device_eval_batch_size=4 // world_size,
             per_device_train_batch_size=8 // world_size,
             steps_per_generation=1,
             max_steps=6,
@@ -59,6 +73,7 @@ def _train(rank, world_size, directory):
             [_completion(p) for p in prompt_ids],
             None,
         )
+        trainer.held_out.judges["judge"] = _held_out_judge(trainer)
         rollouts = _record_rollouts(trainer)
         trainer.train()
         results[loss_type] = {
@@ -67,6 +82,11 @@ def _train(rank, world_size, directory):
             "normalizer": trainer.reward_normalizer.state_dict(),
             "controller": trainer.kl_controller.state_dict(),
             "log": [{k: entry[k] for k in METRICS} for entry in trainer.state.log_history if METRICS[0] in entry],
+            "evaluations": [
+                {name: value for name, value in entry.items() if "judge/" in name or name == "eval_prompts"}
+                for entry in trainer.state.log_history
+                if "eval_prompts" in entry
+            ],
         }
     return results
 
@@ -123,3 +143,21 @@ def test_two_ranks_log_the_figures_of_one(results):
     for expected, actual in zip(one, two, strict=True):
         for name in METRICS:
             assert_close(actual[name], expected[name], SPLIT)
+
+
+def test_two_ranks_evaluate_like_one(results):
+    """Seven prompts in batches of four: the one that fills up the last batch of two ranks does not count."""
+    one, two = results[0]["grpo"]["evaluations"], [rank["grpo"]["evaluations"] for rank in results[1]]
+    assert two[0] == two[1], "all ranks must choose the same checkpoint"
+    assert [entry["eval_prompts"] for entry in one] == [7, 7, 7]
+    assert 0 < one[-1]["eval_judge/win_rate"] != 0.5
+    for expected, actual in zip(one, two[0], strict=True):
+        assert actual.keys() == expected.keys()
+        for name in {
+            "eval_prompts",
+            "eval_judge/win_rate",
+            "eval_judge/policy",
+            "eval_judge/baseline",
+            "eval_judge/gain",
+        }:
+            assert actual[name] == pytest.approx(expected[name])

@@ -28,6 +28,9 @@ from pathlib import Path
 def length(completions, **kwargs):
     return [float(len(c)) for c in completions]
 
+def longer(prompts, completions_a, completions_b, **kwargs):
+    return [float(len(a) > len(b)) for a, b in zip(completions_a, completions_b)]
+
 def crash(**kwargs):
     raise RuntimeError("the reward function has a bug")
 
@@ -156,7 +159,8 @@ def stages(world, tmp_path_factory):
         run_script(RECIPES / "reward_modeling.py", "--config", "rm.yaml", directory=directory),
         _ppo(
             world, directory, "--hub_token", TOKEN, "--hub_revision", f"by {TOKEN}",
-            reward_model_path="out/rm", seed=7, run_name="mine", hub_model_id="x" * 7_000,
+            reward_model_path="out/rm", eval_strategy="steps", eval_steps=4, judge_functions=["my_rewards:length"],
+            pairwise_judges=["my_rewards:longer"], logging_steps=4, seed=7, run_name="mine", hub_model_id="x" * 7_000,
             model_init_kwargs={"token": PASSWORD, "revision": f"https://me:{PASSWORD}@hub.example/a"},
         ),
         run_script(RECIPES / "evaluate.py", "--config", "evaluation.yaml", directory=directory),
@@ -172,11 +176,28 @@ def test_every_stage_is_one_finished_run(stages):
         "reward_modeling": "FINISHED", "ppo": "FINISHED", "evaluation": "FINISHED",
     }  # fmt: skip
     assert "eval_accuracy" in runs["reward_modeling"].data.metrics
-    assert _steps(uri, runs["ppo"], "loss") == [1, 2, 3, 4]
+    assert _steps(uri, runs["ppo"], "loss") == [4]
+    assert _steps(uri, runs["ppo"], "eval_longer/win_rate") == [0, 4]
     for run in runs.values():
         for metric in run.data.metrics:
             steps = _steps(uri, run, metric)
             assert len(set(steps)) == len(steps), f"{metric} is recorded twice at a step"
+
+
+def test_a_run_shows_what_its_policy_said(stages):
+    """As tables of MLflow, the same prompts at every evaluation, and no alarm in a run of four steps."""
+    directory, uri, runs = stages
+    run = runs["ppo"]
+    names = [f"samples/{name}" for name in ("evaluation-000000", "evaluation-000004", "training-000004")]
+    files = mlflow.MlflowClient(uri).list_artifacts(run.info.run_id, "samples")
+    assert [file.path for file in files] == [f"{name}.json" for name in names]
+    mlflow.set_tracking_uri(uri)
+    start, end, training = (mlflow.load_table(f"{name}.json", [run.info.run_id]) for name in names)
+    assert start["prompt"].tolist() == end["prompt"].tolist()
+    assert len(start) == len(tiny.PROMPTS)
+    assert {"prompt", "completion", "score", "length", "longer", "kl", "stop", "rm"} <= set(end.columns)
+    assert len(training) == 8
+    assert run.data.tags["alarms"] == "none"
 
 
 def test_lineage_leads_back_to_the_runs_before(stages):
@@ -270,7 +291,7 @@ def test_a_termination_that_ends_in_a_checkpoint_is_killed_and_goes_on(world, di
 
 def test_a_resume_continues_the_same_run(world, directory):
     uri = _store(directory)
-    common = {"save_strategy": "steps", "save_steps": 4, "reward": "slow"}
+    common = {"save_strategy": "steps", "save_steps": 4, "reward": "slow", "eval_strategy": "steps", "eval_steps": 4}
     resume = {"resume_from_checkpoint": "out/ppo/checkpoint-4", "max_steps": 12}
     sampling = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"}
     code, output = _ppo(world, directory, **common, max_steps=8, environment=sampling)
@@ -285,6 +306,7 @@ def test_a_resume_continues_the_same_run(world, directory):
     assert run.info.end_time > first.info.end_time
     assert _steps(uri, run, "loss") == list(range(1, 13))
     assert _steps(uri, run, "objective/kl") == [1, 5, 9], "one rollout is four steps"
+    assert _steps(uri, run, "eval_win_rate") == [0, 4, 8, 12]
     assert _steps(uri, run, "train_loss") == [8, 12]
     assert run.data.params == first.data.params
     system = _steps(uri, run, "system/system_memory_usage_megabytes")

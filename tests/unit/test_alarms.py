@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from tracked_experiments import evaluation_metrics, learning_curves
 
-from rlhf_recipes.alarms import find_alarms
+from rlhf_recipes.alarms import alarms_of_log, find_alarms
 
 POINTS = 40
 TIME = np.linspace(0, 1, POINTS)
@@ -105,3 +105,26 @@ def test_a_run_of_a_few_points_says_nothing():
     }
     assert find_alarms(curves, {}) == []
     assert find_alarms({}, {}) == []
+
+
+def test_repetition():
+    (alarm,) = find_alarms(_curves(**{"completions/repeated_ngrams": 0.05 + 0.4 * TIME}), {})
+    assert "share of repeated 4-grams in an answer grows from 0.10 to 0.40" in alarm
+    assert not find_alarms(_curves(**{"completions/repeated_ngrams": 0.4 - 0.3 * TIME}), {})
+
+
+def test_the_log_of_a_trainer_raises_what_its_curves_raise():
+    lengths = 40 * (1 + 0.5 * TIME)
+    log = [
+        {"step": 4 * i, "loss": "nan", "objective/scores": 3 * t, "completions/mean_length": length}
+        for i, (t, length) in enumerate(zip(TIME, lengths, strict=True))
+    ]
+    held_out = {"eval_gold/win_rate": 0.3, "eval_gold/win_rate_high": 0.4, "eval_score/win_rate": 0.9}
+    scores = {"eval_score/policy": 2.0, "eval_score/baseline": 1.0}
+    log += [
+        {"step": 0, "eval_gold/win_rate": 0.5, "eval_gold/win_rate_high": 0.5},
+        {"step": 160, **held_out, **scores},
+    ]
+    length, judge = alarms_of_log(log, target_kl=None)
+    assert "length itself may be what is rewarded" in length
+    assert "The held-out judge gold prefers the baseline (win rate 0.30" in judge

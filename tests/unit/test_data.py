@@ -144,7 +144,8 @@ def test_functions_that_are_not_there(reference, message):
         ({"reward_model_path": "rm", "max_completion_length": 0}, "`max_completion_length` must be positive"),
         ({"reward_model_path": "rm", "batch_size": 0}, "`batch_size` must be positive"),
         ({"reward_model_path": "rm", "temperature": -1.0}, "`temperature` must not be negative"),
-        ({"judge_functions": ["a:b", "c:b"]}, "`judge_functions` must have different names, got b, b"),
+        ({"judge_models": ["a/b/"], "pairwise_judges": ["c:b"]}, "Judges must have different names, got b, b"),
+        ({"judge_functions": ["a:b", "c:b"]}, "Judges must have different names, got b, b"),
         ({"judge_functions": "a:b"}, r"`judge_functions` must be a list, got 'a:b': write `judge_functions: \[a:b\]`"),
     ],
 )

@@ -1,0 +1,94 @@
+"""Around PPO: optimiser, logs, evaluation, saving and resuming of a policy that carries a value head.
+
+Layer L3. Overrides only, on `trl.GRPOTrainer`. What a rollout and an update are is in `rlhf_recipes/ppo_trainer.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+from rlhf_recipes.held_out import HeldOutComparison, own_randomness
+from rlhf_recipes.metrics import episodes
+from rlhf_recipes.models import only_active_adapter
+from rlhf_recipes.ppo_state import Stateful, load_ppo_state, save_ppo_state
+from rlhf_recipes.quantization import save_quantization
+from rlhf_recipes.samples import write_table
+from rlhf_recipes.value_head import save_value_head, set_learning_rate, trained_value_head, without_value_head
+
+
+class ActorCriticTrainer(GRPOTrainer):
+    """Let TRL's trainer treat a value head as part of training and not of the policy.
+
+    A subclass sets what is declared here before it trains.
+    """
+
+    held_out: HeldOutComparison
+    _stateful: dict[str, Stateful]  # by its name in a checkpoint
+    _samples: list[dict[str, Any]]  # rows of the latest rollout
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Give the value head its own learning rate; an optimiser that the user has passed is left as it is."""
+        if self.optimizer is None:
+            optimizer = super().create_optimizer(model)
+            set_learning_rate(optimizer, trained_value_head(model or self.model), self.args.value_head_learning_rate)
+        return self.optimizer
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        with without_value_head(self.model):  # vLLM's weight synchronisation sees a plain policy
+            return super()._generate(prompts)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log TRL's figures and, beside those of training, how many completions they have taken, and some of these."""
+        if self.model.training and self._metrics["train"]:
+            self._log_metrics({"episode": episodes(self.state.global_step, self.args)})
+            if self.args.should_save and self._samples:
+                write_table(self._samples, self.args.output_dir, "training", self.state.global_step)
+        super().log(logs, start_time)
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as TRL does, and compare with the policy that training started from."""
+        with own_randomness(self.args.seed, self.accelerator.device):
+            output = super().evaluation_loop(*args, **kwargs)
+        metrics, rows = self.held_out.finish(is_start=self.state.global_step == 0)
+        if self.args.should_save:
+            write_table(rows, self.args.output_dir, "evaluation", self.state.global_step)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a plain policy with the value head beside it; checkpoints carry the head inside."""
+        with only_active_adapter(self.model):
+            if _internal_call:
+                super().save_model(output_dir, _internal_call=True)
+                return
+            with without_value_head(self.model):
+                super().save_model(output_dir)
+        save_value_head(self.model, output_dir or self.args.output_dir, should_save=self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save and isinstance(self.model, PeftModel):
+            save_quantization(self.model, output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            save_ppo_state(folder, self._stateful)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_ppo_state(Path(checkpoint), self._stateful)
+            self.args.eval_on_start = False  # an evaluation of the start is the baseline, which is in the state
+            if self.args.eval_strategy != "no":
+                self.held_out.check_baseline(checkpoint)
