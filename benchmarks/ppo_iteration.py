@@ -5,9 +5,10 @@
     python benchmarks/ppo_iteration.py --output runs/benchmark --trl_1_12 build/trl-1.12
 
 Every trainer is a process of its own with the same random weights, LoRA, prompts, completion lengths, epochs and
-micro-batches. They take turns, iteration by iteration, so that a busy machine slows all of them: what counts are the
-ratios, of iterations in the same round. The weights are random, which speed does not notice; the lengths are forced by
-a logits processor, so that all three train on as many tokens. Writes `<scenario>.json`, `.md` and `.png`.
+micro-batches: each iteration is on all 32 prompts. They take turns, iteration by iteration and every round in another
+order, so that a busy machine slows all of them: what counts are the ratios, of iterations in the same round. The
+weights are random, which speed does not notice; the lengths are forced by a logits processor, so that all train on as
+many tokens. Writes `<scenario>.json`, `.md` and `.png`.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def build(scenario: dict, device: str) -> dict:
         "tokenizer": tokenizer,
         "policy": policy,
         "classifier": classifier,
-        "dataset": Dataset.from_dict({"prompt": prompts * 64}),
+        "dataset": Dataset.from_dict({"prompt": prompts}),
     }
 
 
@@ -223,8 +224,10 @@ def make_trainer(kind: str, scenario: dict, device: str, folder: str):
     else:
         from trl import GRPOConfig, GRPOTrainer
 
+        args = GRPOConfig(folder, **common, num_generations=2, beta=0.01, scale_rewards="none")
+        args.num_generations = 1  # what GRPOConfig refuses: a group of one learns nothing and costs as much
         trainer = GRPOTrainer(
-            model, parts["classifier"](), GRPOConfig(folder, **common, num_generations=2, beta=0.01),
+            model, parts["classifier"](), args,
             train_dataset=parts["dataset"], processing_class=parts["tokenizer"], peft_config=lora,
             reward_processing_classes=parts["tokenizer"],
         )  # fmt: skip
@@ -289,7 +292,9 @@ def measure(name: str, kinds: list[str], args: argparse.Namespace) -> list[dict]
         assert workers[kind].stdout.readline() == "ready\n", f"{kind} did not start"
     rows = []
     for round_number in range(args.rounds + 1):
-        for kind, worker in workers.items():
+        first = round_number % len(kinds)
+        for kind in kinds[first:] + kinds[:first]:
+            worker = workers[kind]
             worker.stdin.write("go\n")
             worker.stdin.flush()
             answer = json.loads(worker.stdout.readline())
