@@ -74,6 +74,17 @@ def test_an_evaluation_changes_no_training(tmp_path):
         assert_close(evaluated[name], weight, EXACT)
 
 
+def test_a_policy_that_does_not_learn_says_the_same_again(tmp_path):
+    """Every evaluation draws the same random numbers, whatever training has drawn."""
+    trainer = _trainer(tmp_path, learning_rate=0.0)
+    trainer.train()
+    start, _, end = (
+        pd.read_json(tmp_path / "samples" / f"evaluation-00000{step}.json", orient="split") for step in (0, 4, 8)
+    )
+    assert start["completion"].tolist() == end["completion"].tolist()
+    assert len(set(start["completion"])) > 1
+
+
 def test_the_best_checkpoint_is_loaded_and_patience_ends(tmp_path):
     """The reward is length, the judge wants brevity: the first evaluation after the start is the best or none is."""
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 40, "load_best_model_at_end": True}

@@ -85,6 +85,21 @@ def test_a_judge_of_pairs_that_likes_the_first_place_likes_neither():
     assert (metrics["longer/win_rate"], metrics["first/win_rate"], metrics["win_rate"]) == (1.0, 0.5, 1.0)
 
 
+def test_a_judge_of_pairs_compares_sample_with_sample():
+    """The second answer to a prompt meets the second of the start; one that fills up a batch does not count."""
+    asked = []
+
+    def judge(prompts, completions_a, completions_b, topic):
+        asked.extend(zip(completions_a, completions_b, strict=True))
+        return [1.0 if a.startswith("new") else 0.0 for a in completions_a]
+
+    comparison = HeldOutComparison(None, {"judge": judge}, seed=0)
+    _evaluate(comparison, [0.0] * 4, prompts=["p", "p", "q", "q"], is_start=True, text="old")
+    metrics, _ = _evaluate(comparison, [0.0] * 5, prompts=["p", "p", "q", "q", "p"], text="new")
+    assert asked[:4] == [("new 0", "old 0"), ("new 1", "old 1"), ("new 2", "old 2"), ("new 3", "old 3")]
+    assert (metrics["judge/win_rate"], metrics["prompts"]) == (1.0, 2)
+
+
 def test_a_judge_of_pairs_sees_messages_where_the_prompts_are_messages():
     seen = []
 
