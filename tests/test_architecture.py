@@ -32,6 +32,7 @@ LAYERS = {
     "alarms": 1,
     "run_config": 1,
     "lineage": 1,
+    "fingerprint": 1,
     "delivery": 1,
     "quantization": 1,
     "reward_model": 1,
