@@ -17,10 +17,11 @@ from trl import ModelConfig, TrlParser
 
 from rlhf_recipes.configs import EvaluationArguments, TrackingArguments
 from rlhf_recipes.console import completions_table, print_table, quiet_start
-from rlhf_recipes.data import add_separator, check_prompts_fit, load_prompts, require_path
+from rlhf_recipes.data import add_separator, check_prompts_fit, load_prompts
 from rlhf_recipes.evaluation import compare_policies, eos_token_ids
 from rlhf_recipes.models import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.quantization import saved_quantization
+from rlhf_recipes.registry import require_model
 from rlhf_recipes.rewards import load_judges
 from rlhf_recipes.tracking import log_datasets, log_results, track_run
 
@@ -31,7 +32,7 @@ def main(
     """Compare two policies; return the results."""
     set_seed(script_args.seed)
     with track_run(tracking_args, script_args.output_dir, "evaluation", script_args, model_args):
-        path = require_path("model_name_or_path", model_args.model_name_or_path)
+        path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, padding_side="left")
         dataset = load_prompts(script_args, script_args.dataset_test_split)
         dataset = add_separator(dataset, script_args.response_separator)
@@ -41,12 +42,12 @@ def main(
         init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
         policy = load_policy(path, **init_kwargs)
         # A policy on a 4-bit base did not start from weights in full precision: rounding is no progress of PPO's.
-        baseline_path = require_path("baseline_path", script_args.baseline_path)
+        baseline_path = require_model("baseline_path", script_args.baseline_path, model_args.model_revision)
         baseline = load_policy(baseline_path, base_quantization=saved_quantization(path), **init_kwargs)
         check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length)
         reward_model_path = script_args.reward_model_path
         if reward_model_path is not None:
-            require_path("reward_model_path", reward_model_path)
+            reward_model_path = require_model("reward_model_path", reward_model_path)
         judges, pairwise_judges = load_judges(
             script_args,
             dataset,

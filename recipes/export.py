@@ -10,14 +10,14 @@ from trl import ModelConfig, TrlParser
 
 from rlhf_recipes.configs import ExportArguments
 from rlhf_recipes.console import print_lines, quiet_start
-from rlhf_recipes.data import require_path
 from rlhf_recipes.evaluation import eos_token_ids
 from rlhf_recipes.models import check_output_dir, load_policy, load_tokenizer, model_init_kwargs
+from rlhf_recipes.registry import require_model
 
 
 def main(script_args: ExportArguments, model_args: ModelConfig) -> None:
     """Load, merge and save."""
-    path = require_path("model_name_or_path", model_args.model_name_or_path)
+    path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
     check_output_dir(script_args.output_dir, adapter=False)
 
     policy, tokenizer = load_policy(path, **model_init_kwargs(model_args)), load_tokenizer(path)

@@ -17,10 +17,11 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.configs import PPOArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
-from rlhf_recipes.data import load_prompts, require_path
+from rlhf_recipes.data import load_prompts
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs
+from rlhf_recipes.registry import require_model
 from rlhf_recipes.rewards import import_function, load_judges
-from rlhf_recipes.tracking import log_datasets, log_results, track_run
+from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
 
 QUICKSTART = str(Path(__file__).parent / "configs" / "quickstart" / "ppo.yaml")
 
@@ -32,9 +33,8 @@ def main(
     set_seed(training_args.seed)
     run_name = training_args.run_name or training_args.output_dir
     with track_run(tracking_args, run_name, "ppo", script_args, training_args, model_args) as callbacks:
-        tokenizer = load_tokenizer(
-            require_path("model_name_or_path", model_args.model_name_or_path), padding_side="left"
-        )
+        path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
+        tokenizer = load_tokenizer(path, padding_side="left")
         train, evaluation = load_prompts(script_args, script_args.dataset_train_split), None
         if training_args.eval_strategy != "no":
             evaluation = load_prompts(script_args, script_args.dataset_test_split)
@@ -42,9 +42,9 @@ def main(
 
         rewards: list[Any] = [import_function(reference) for reference in script_args.reward_functions]
         if script_args.reward_model_path is not None:
-            rewards.insert(0, require_path("reward_model_path", script_args.reward_model_path))
+            rewards.insert(0, require_model("reward_model_path", script_args.reward_model_path))
         if training_args.reward_adapter is not None:
-            require_path("reward_adapter", training_args.reward_adapter)
+            training_args.reward_adapter = require_model("reward_adapter", training_args.reward_adapter)
         training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
 
         separator, dtype = training_args.response_separator, model_args.dtype
@@ -53,7 +53,7 @@ def main(
         )
 
         trainer = PPOTrainer(
-            model_args.model_name_or_path,
+            path,
             rewards,
             training_args,
             train_dataset=train,
@@ -70,6 +70,7 @@ def main(
         trainer.save_model(training_args.output_dir)
         trainer.save_state()
         log_results(metrics)
+        log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
     trainer.end()
     return metrics
 

@@ -12,10 +12,11 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 from rlhf_recipes import RewardModelConfig, RewardModelTrainer
 from rlhf_recipes.configs import TrackingArguments
 from rlhf_recipes.console import print_table, quiet_start
-from rlhf_recipes.data import load_split, require_path
+from rlhf_recipes.data import load_split
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs
+from rlhf_recipes.registry import require_model
 from rlhf_recipes.reward_card import CARD_FILE
-from rlhf_recipes.tracking import log_datasets, log_results, track_run
+from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
 
 
 def main(
@@ -28,14 +29,15 @@ def main(
     set_seed(training_args.seed)
     run_name = training_args.run_name or training_args.output_dir
     with track_run(tracking_args, run_name, "reward_modeling", script_args, training_args, model_args) as callbacks:
-        tokenizer = load_tokenizer(require_path("model_name_or_path", model_args.model_name_or_path))
+        path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
+        tokenizer = load_tokenizer(path)
         train = load_split(script_args, script_args.dataset_train_split)
         evaluation = load_split(script_args, script_args.dataset_test_split)
         log_datasets(script_args.dataset_name, training=train, evaluation=evaluation)
 
         training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
         trainer = RewardModelTrainer(
-            model_args.model_name_or_path,
+            path,
             args=training_args,
             train_dataset=train,
             eval_dataset=evaluation,
@@ -51,6 +53,7 @@ def main(
         trainer.save_model(training_args.output_dir)
         if trainer.is_world_process_zero():
             log_results(metrics, Path(training_args.output_dir, CARD_FILE))
+            log_model(tracking_args, training_args.output_dir, "reward_model", model_args.model_revision)
             print_table("Reward model", metrics)
     trainer.end()
     return metrics

@@ -9,10 +9,11 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, 
 
 from rlhf_recipes.configs import BoundaryArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
-from rlhf_recipes.data import load_demonstrations, require_path
+from rlhf_recipes.data import load_demonstrations
 from rlhf_recipes.models import check_output_dir, load_tokenizer, model_init_kwargs
 from rlhf_recipes.quantization import keep_unpacked, save_quantization
-from rlhf_recipes.tracking import log_datasets, log_results, track_run
+from rlhf_recipes.registry import require_model
+from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
 
 
 def main(
@@ -26,7 +27,8 @@ def main(
     set_seed(training_args.seed)
     run_name = training_args.run_name or training_args.output_dir
     with track_run(tracking_args, run_name, "sft", script_args, training_args, model_args, boundary_args) as callbacks:
-        tokenizer = load_tokenizer(require_path("model_name_or_path", model_args.model_name_or_path))
+        path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
+        tokenizer = load_tokenizer(path)
         separator = boundary_args.response_separator
         train, evaluation = load_demonstrations(script_args, script_args.dataset_train_split, separator), None
         if training_args.eval_strategy != "no":
@@ -36,7 +38,7 @@ def main(
         check_output_dir(training_args.output_dir, adapter=model_args.use_peft)
         training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
         trainer = SFTTrainer(
-            model_args.model_name_or_path,
+            path,
             args=training_args,
             train_dataset=train,
             eval_dataset=evaluation,
@@ -54,6 +56,7 @@ def main(
         if evaluation is not None:
             metrics |= trainer.evaluate()
         log_results(metrics)
+        log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
     trainer.end()
     return metrics
 

@@ -367,7 +367,7 @@ class ComparisonArguments:
 
 @dataclass
 class TrackingArguments:
-    """Where runs are recorded."""
+    """Where runs and the models that they train are recorded."""
 
     tracking: bool = field(default=True, metadata={"help": "Record the run in MLflow."})
     tracking_uri: str | None = field(
@@ -380,3 +380,26 @@ class TrackingArguments:
     parent_run_id: str | None = field(
         default=None, metadata={"help": "MLflow run, say of a pipeline, under which this one is listed."}
     )
+    log_model: bool = field(
+        default=True,
+        metadata={
+            "help": "Copy the trained model to the store: an adapter, or a full model whole, with all its gigabytes."
+        },
+    )
+    registered_model_name: str | None = field(
+        default=None, metadata={"help": "Registered model in MLflow of which the trained model becomes a new version."}
+    )
+    registered_model_alias: str | None = field(
+        default=None,
+        metadata={
+            "help": "Alias for that version, say `candidate`, for `models:/NAME@ALIAS`; taken from an older one."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.registered_model_alias is not None and self.registered_model_name is None:
+            raise ValueError(
+                "`registered_model_alias` needs `registered_model_name`: it names a version of that model."
+            )
+        if self.registered_model_name is not None and not self.log_model:
+            raise ValueError("`registered_model_name` needs `log_model: true`: a version is of a model in the store.")

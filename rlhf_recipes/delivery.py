@@ -20,6 +20,9 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
+from rlhf_recipes.lineage import note_model
+from rlhf_recipes.logged_model import send_model
+
 UNSENT_FILE = "mlflow_unsent.jsonl"
 PAUSE_SECONDS = 60.0  # between two attempts at a store that does not answer
 logger = logging.getLogger(__name__)
@@ -71,6 +74,10 @@ class Delivery:
         """Send what identifies a dataset, and what it is used for."""
         source = {"source_type": "hf", "source": json.dumps({"path": name})}
         self._submit({"dataset": {"name": name, "digest": digest, **source}, "context": context})
+
+    def log_model(self, model: dict[str, Any]) -> None:
+        """Send a model (`rlhf_recipes/logged_model.py`), whose files must stay where they are until it is sent."""
+        self._submit({"model": model, "step": self._step})
 
     def set_tags(self, tags: dict[str, str]) -> None:
         """Send tags."""
@@ -174,6 +181,9 @@ def _apply(client: mlflow.MlflowClient, record: dict[str, Any]) -> None:
         client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**record["dataset"]), tags=[context])])
     if "artifact" in record:
         client.log_artifact(run_id, record["artifact"], record["folder"] or None)
+    if "model" in record:
+        model_id = send_model(client, run_id, record["model"], step=record["step"], timestamp=record["timestamp"])
+        note_model(record["model"]["directory"], run_id, model_id)
     for name, value in record.get("tags", {}).items():
         client.set_tag(run_id, name, value)
     if "status" in record:

@@ -14,6 +14,8 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 
+from rlhf_recipes.logged_model import find_model, is_model_uri
+
 RUN_FILE = "mlflow_run.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "rlhf-recipes")
 # The run that wrote what an option names, by the option.
@@ -74,28 +76,50 @@ def write_run_file(output_dir: str | Path, run: dict[str, str]) -> None:
 
     Args:
         output_dir: Of the run.
-        run: `run_id`, `experiment_id` and `tracking_uri`, without credentials.
+        run: `run_id`, `experiment_id` and `tracking_uri`, without credentials; `model_id`, if MLflow has the weights.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     Path(output_dir, RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
+def note_model(output_dir: str | Path, run_id: str, model_id: str | None) -> None:
+    """Add the id under which MLflow keeps the weights to the note beside them, if it is still that run's."""
+    note = read_run_file(output_dir)
+    if model_id is not None and note is not None and note["run_id"] == run_id:
+        write_run_file(output_dir, note | {"model_id": model_id})
+
+
 def read_run_file(path: str | Path | None) -> dict[str, str] | None:
-    """Return the note of the run that wrote a directory, or a checkpoint inside it; `None` if there is none."""
+    """Return the note of the run that wrote a directory, or a checkpoint inside it; `None` if there is none.
+
+    The `model_id` is that of the directory's weights, and not of a checkpoint's.
+    """
     if path is None:
         return None
     directory = Path(path)
     for folder in (directory, directory.parent) if directory.name.startswith("checkpoint-") else (directory,):
         if (folder / RUN_FILE).is_file():
-            return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            note = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            return note if folder == directory else {name: note[name] for name in note if name != "model_id"}
     return None
 
 
-def lineage_tags(*configs: Any) -> dict[str, str]:
-    """Return the ids of the runs that made what these options name."""
-    tags = {}
+def upstream_runs(*configs: Any) -> dict[str, dict[str, str]]:
+    """Return the notes of the runs that made what these options name, by what it is for.
+
+    Raises:
+        UnknownModelError: If an option names a model that is not in MLflow.
+    """
+    notes = {}
     for config in configs:
         for option, role in UPSTREAM.items():
-            if run := read_run_file(getattr(config, option, None)):
-                tags[f"lineage.{role}"] = run["run_id"]
-    return tags
+            path = getattr(config, option, None)
+            note = _model_note(path) if is_model_uri(path) else read_run_file(path)
+            if note is not None:
+                notes[role] = note
+    return notes
+
+
+def _model_note(uri: str) -> dict[str, str]:
+    model = find_model(uri)
+    return {"run_id": model.source_run_id, "model_id": model.model_id}

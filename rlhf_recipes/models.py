@@ -60,7 +60,7 @@ def take_init_kwargs(args: PPOConfig | RewardModelConfig, quantization_config: A
 
 
 def load_policy(
-    path: str, *, base_quantization: BitsAndBytesConfig | None = None, **kwargs: Any
+    path: str, *, base: str | None = None, base_quantization: BitsAndBytesConfig | None = None, **kwargs: Any
 ) -> PreTrainedModel | PeftModel:
     """Load a causal LM for evaluation or export: a plain model, or an adapter on the base that it names.
 
@@ -69,6 +69,7 @@ def load_policy(
 
     Args:
         path: Directory or Hub name.
+        base: Directory or Hub name of an adapter's base. Default: what the adapter names.
         base_quantization: Round the weights as a quantised base does, and dequantise them: a policy that was trained
             on such a base started from these. An adapter that was trained on one needs no telling.
         kwargs: Passed on to `from_pretrained`; float32 unless they say otherwise.
@@ -77,13 +78,13 @@ def load_policy(
     stays_quantized = "quantization_config" in kwargs
     rounding = (saved_quantization(path) if is_adapter(path) else None) or base_quantization
     kwargs.setdefault("quantization_config", rounding)
-    base_path = PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter(path) else path
-    base = keep_unpacked(AutoModelForCausalLM.from_pretrained(base_path, **kwargs))
+    base_path = base or PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter(path) else path
+    model = keep_unpacked(AutoModelForCausalLM.from_pretrained(base_path, **kwargs))
     if stays_quantized:
-        return load_adapter(base, path) if is_adapter(path) else base
+        return load_adapter(model, path) if is_adapter(path) else model
     if rounding is not None:
-        base = base.dequantize()
-    return PeftModel.from_pretrained(base, path).merge_and_unload() if is_adapter(path) else base
+        model = model.dequantize()
+    return PeftModel.from_pretrained(model, path).merge_and_unload() if is_adapter(path) else model
 
 
 @contextmanager

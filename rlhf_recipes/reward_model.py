@@ -24,11 +24,12 @@ class ScoreHead(Float32Linear):
     """The reward model's scalar head."""
 
 
-def load_reward_model(path: str, **kwargs: Any) -> PreTrainedModel:
+def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> PreTrainedModel:
     """Load a trained reward model: a plain one, or an adapter with its score head on the base that it names.
 
     Args:
         path: Directory or Hub name.
+        base: Directory or Hub name of an adapter's base. Default: what the adapter names.
         kwargs: Passed on to `from_pretrained`; float32, and the quantisation that an adapter was trained on, unless
             they say otherwise.
 
@@ -38,13 +39,13 @@ def load_reward_model(path: str, **kwargs: Any) -> PreTrainedModel:
     kwargs.setdefault("dtype", "float32")
     if is_adapter(path):
         kwargs.setdefault("quantization_config", saved_quantization(path))
-        base_path = PeftConfig.from_pretrained(path).base_model_name_or_path
+        base_path = base or PeftConfig.from_pretrained(path).base_model_name_or_path
         with suppress_seqcls_warning():
-            base = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1, **kwargs)
-        with_score_head(keep_unpacked(base))
+            model = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1, **kwargs)
+        with_score_head(keep_unpacked(model))
         if kwargs["quantization_config"] is not None:
-            return load_adapter(base, path)  # a merge would round it
-        model = PeftModel.from_pretrained(base, path)
+            return load_adapter(model, path)  # a merge would round it
+        model = PeftModel.from_pretrained(model, path)
         return model if is_deepspeed_zero3_enabled() else model.merge_and_unload()  # ZeRO-3 holds a shard only
     check_reward_config(AutoConfig.from_pretrained(path), path, trained=True)
     return with_score_head(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
 from rlhf_recipes.configs import JudgeArguments
+from rlhf_recipes.data import require_path
 from rlhf_recipes.reward_card import CARD_FILE, RewardModelCard
 from rlhf_recipes.reward_model import load_reward_model, with_score_head
 
@@ -210,7 +211,7 @@ def load_judges(
     Raises:
         ValueError: If a reward model was trained on other text than the run has, or a function cannot be imported.
     """
-    paths = {Path(path).name: path for path in judge_args.judge_models}
+    paths = {Path(path).name: require_path("judge_models", path) for path in judge_args.judge_models}
     paths |= {} if reward_model_path is None else {"reward_model": reward_model_path}
     scorers = {name: as_scorer(path, **kwargs) for name, path in paths.items()}
     for scorer in scorers.values():

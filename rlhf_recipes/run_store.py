@@ -15,16 +15,23 @@ from typing import Any
 import mlflow
 import yaml
 from filelock import FileLock
-from mlflow.entities import Param, Run
+from mlflow.entities import LoggedModelInput, Param, Run
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+from mlflow.utils.validation import (
+    MAX_PARAM_VAL_LENGTH,
+    MAX_PARAMS_TAGS_PER_BATCH,
+    _validate_model_alias_name,
+    _validate_model_alias_name_reserved,
+    _validate_model_name,
+)
 from sqlalchemy.engine import make_url
 
 from rlhf_recipes.configs import TrackingArguments
 from rlhf_recipes.delivery import UNSENT_FILE, send_unsent
-from rlhf_recipes.lineage import environment_tags, lineage_tags, read_run_file
+from rlhf_recipes.lineage import environment_tags, read_run_file, upstream_runs
+from rlhf_recipes.logged_model import UnknownModelError
 from rlhf_recipes.run_config import config_group, flat_options, public_options, redact, without_credentials
 
 # A training does not wait minutes for a store; what it does not take is kept. A setting of the user's stays.
@@ -32,6 +39,7 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 # Migrations of a new store, retries, and failures that are said here in one line.
 QUIET = {
@@ -59,6 +67,32 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(database) if database and database != ":memory:" else None
 
 
+def configure_mlflow() -> None:
+    """Let MLflow answer soon, and say what matters."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def check_registered_names(tracking: TrackingArguments) -> None:
+    """Check what MLflow would refuse only when the model is trained.
+
+    Raises:
+        ValueError: If `registered_model_name` or `registered_model_alias` cannot be one.
+    """
+    checks = {
+        "registered_model_name": [_validate_model_name],
+        "registered_model_alias": [_validate_model_alias_name, _validate_model_alias_name_reserved],
+    }
+    for option, validate in checks.items():
+        for check in validate if getattr(tracking, option) is not None else []:
+            try:
+                check(getattr(tracking, option))
+            except MlflowException as error:
+                raise ValueError(f"`{option}` is refused by MLflow: {error.message}") from error
+
+
 def open_run(
     tracking: TrackingArguments, run_name: str, stage: str, configs: tuple[Any, ...], **tags: Any
 ) -> tuple[dict[str, str], dict[str, int]]:
@@ -75,22 +109,26 @@ def open_run(
         What a run file notes (`rlhf_recipes/lineage.py`), and the last steps of the metrics that the run has already.
 
     Raises:
-        ValueError: If the store cannot be reached or written.
+        ValueError: If the store cannot be reached or written, or an option names what is not in it.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    for name, level in QUIET.items():
-        logging.getLogger(name).setLevel(level)
+    configure_mlflow()
+    check_registered_names(tracking)
     uri, run = tracking_uri(tracking), None
     if redact(uri) != uri:  # MLflow prints the address of a run that ends, with the password
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
+        mlflow.set_tracking_uri(uri)
         with _migration_lock(uri):
-            run, is_new = _start_run(tracking, uri, run_name, configs)
+            upstream = upstream_runs(*configs)
+            run, is_new = _start_run(tracking, run_name, configs)
         last_steps = {} if is_new else _last_steps(run)
-        tags |= {"stage": stage} | environment_tags(*configs) | lineage_tags(*configs)
+        tags |= {"stage": stage} | environment_tags(*configs)
+        tags |= {f"lineage.{role}": note["run_id"] for role, note in upstream.items()}
         tags |= {"resume.recorded_until": max(last_steps.values())} if last_steps else {}
         _record_options(run, configs, tags, is_new=is_new)
+        _record_inputs(run, [note["model_id"] for note in upstream.values() if "model_id" in note])
+    except UnknownModelError:
+        raise
     except Exception as error:  # a store and the way to it raise what they like
         if run is not None:
             with suppress(Exception):
@@ -116,8 +154,7 @@ def _migration_lock(uri: str) -> AbstractContextManager[Any]:
     return FileLock(f"{file}.lock", timeout=MIGRATION_SECONDS)
 
 
-def _start_run(tracking: TrackingArguments, uri: str, run_name: str, configs: tuple[Any, ...]) -> tuple[Run, bool]:
-    mlflow.set_tracking_uri(uri)
+def _start_run(tracking: TrackingArguments, run_name: str, configs: tuple[Any, ...]) -> tuple[Run, bool]:
     interrupted = _interrupted_run(configs)
     if interrupted is not None:
         mlflow.set_experiment(experiment_id=interrupted.info.experiment_id)
@@ -180,6 +217,18 @@ def _record_options(run: Run, configs: tuple[Any, ...], tags: dict[str, Any], *,
             path = Path(folder, "config.yaml")
             path.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
             mlflow.log_artifact(str(path))
+
+
+def _record_inputs(run: Run, model_ids: list[str]) -> None:
+    client = mlflow.MlflowClient()
+    for model_id in model_ids:
+        try:
+            client.get_logged_model(model_id)  # MLflow takes an edge from nowhere too
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # a run of another store
+                raise
+        else:
+            client.log_inputs(run.info.run_id, models=[LoggedModelInput(model_id)])
 
 
 def end_run(tracking: TrackingArguments, run_id: str, status: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import mlflow
 from accelerate import PartialState
 from datasets import Dataset
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS as LOGGED_ARTIFACTS
@@ -28,13 +29,13 @@ from rlhf_recipes.alarms import alarms_of_log
 from rlhf_recipes.configs import PPOConfig, TrackingArguments
 from rlhf_recipes.delivery import Delivery
 from rlhf_recipes.lineage import dataset_digest, write_run_file
+from rlhf_recipes.logged_model import describe_model
 from rlhf_recipes.run_config import redact
-from rlhf_recipes.run_store import end_run, open_run, system_metrics
+from rlhf_recipes.run_store import end_run, open_run, system_metrics, tracking_uri
 from rlhf_recipes.samples import SAMPLES_DIRECTORY, tables_of_step
 
 SHOWN_TABLES = 60  # that MLflow's page shows as tables, the latest: a tag holds no more than 8,000 characters
 logger = logging.getLogger(__name__)
-_delivery: ContextVar[Delivery | None] = ContextVar("delivery", default=None)
 
 
 class TerminatedError(SystemExit):
@@ -46,11 +47,11 @@ class RunCallback(MLflowCallback):
 
     def __init__(self, delivery: Delivery, output_dir: str, run: dict[str, str]) -> None:
         super().__init__()
-        self._ml_flow = delivery
+        self.delivery = self._ml_flow = delivery
         self._output_dir = output_dir
         self._run = run
         self._tables: list[Path] = []
-        self.was_terminated = False
+        self.was_terminated = self.has_noted = False
 
     def setup(self, args: Any, state: Any, model: Any) -> None:
         """Leave the run and its parameters alone: they are recorded before training."""
@@ -84,7 +85,7 @@ class RunCallback(MLflowCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the run beside the checkpoint, for a resume."""
         if state.is_world_process_zero:
-            write_run_file(self._output_dir, self._run)
+            self.note()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the run where the weights are about to be saved, and raise the alarms that its figures give."""
@@ -96,6 +97,14 @@ class RunCallback(MLflowCallback):
         self._ml_flow.set_tags({"alarms": " ".join(alarms) or "none"})
         for alarm in alarms:
             logger.warning(f"{alarm} Read some completions: {Path(self._output_dir, SAMPLES_DIRECTORY)}")
+
+    def note(self) -> None:
+        """Write which run has made what is in the output directory."""
+        write_run_file(self._output_dir, self._run)
+        self.has_noted = True
+
+
+_open: ContextVar[RunCallback | None] = ContextVar("open", default=None)
 
 
 @contextmanager
@@ -121,6 +130,7 @@ def track_run(
     Raises:
         ValueError: If the store cannot be reached or written; before anything is trained.
     """
+    mlflow.set_tracking_uri(tracking_uri(tracking))  # where every process looks for `models:/..`
     for config in configs:
         if hasattr(config, "report_to"):
             config.report_to = [name for name in config.report_to if name != "mlflow"]
@@ -131,18 +141,19 @@ def track_run(
     note, last_steps = open_run(tracking, run_name, stage, configs)
     delivery = Delivery(note["run_id"], note["tracking_uri"], output_dir, last_steps)
     callback = RunCallback(delivery, output_dir, note)
-    outer = _delivery.set(delivery)
+    outer = _open.set(callback)
     status = "FAILED"
     try:
         with system_metrics(note["run_id"], resumed=bool(last_steps)), sigterm_as_exception():
             yield [callback]
-        write_run_file(output_dir, note)
+        if not callback.has_noted:  # else the model's id may stand there already
+            callback.note()
         status = "KILLED" if callback.was_terminated else "FINISHED"
     except BaseException as error:
         status = outcome(error)
         raise
     finally:
-        _delivery.reset(outer)
+        _open.reset(outer)
         delivery.close(status)
 
 
@@ -172,11 +183,35 @@ def sigterm_as_exception() -> Iterator[None]:
 
 def log_results(metrics: dict[str, float], *files: Path) -> None:
     """Record metrics and files in the open run, at its latest step; without one, do nothing."""
-    if (delivery := _delivery.get()) is None:
+    if (run := _open.get()) is None:
         return
-    delivery.log_metrics(metrics)
+    run.delivery.log_metrics(metrics)
     for file in files:
-        delivery.log_artifact(file)
+        run.delivery.log_artifact(file)
+
+
+def log_model(tracking: TrackingArguments, directory: str, model_type: str, revision: str | None = None) -> None:
+    """Record the model that the open run has trained and saved, and register it if asked; without a run, do nothing.
+
+    What a termination has cut short is no result, and is left out.
+
+    Args:
+        tracking: Whether to, and as a version of which registered model.
+        directory: Where the model was saved.
+        model_type: `policy` or `reward_model`.
+        revision: Of the base of an adapter, if that is on the Hub.
+    """
+    run = _open.get()
+    if run is None or run.was_terminated or not tracking.log_model:
+        return
+    model = describe_model(directory, model_type, revision)
+    if model is None:
+        logger.warning(f"{directory} holds no weights (`*.safetensors`): the run is recorded without its model.")
+        return
+    model["registered_model_name"] = tracking.registered_model_name
+    model["registered_model_alias"] = tracking.registered_model_alias
+    run.note()  # to which the model's id is added when it is sent
+    run.delivery.log_model(model)
 
 
 def log_datasets(name: str | None, **datasets: Dataset | None) -> None:
@@ -186,13 +221,13 @@ def log_datasets(name: str | None, **datasets: Dataset | None) -> None:
         name: Of the dataset, as given by the user.
         datasets: By what they are for (`training`, `evaluation`); `None` is left out.
     """
-    if (delivery := _delivery.get()) is None:
+    if (run := _open.get()) is None:
         return
     for context, dataset in datasets.items():
         if dataset is not None:
             digest = dataset_digest(dataset)
-            delivery.set_tags({f"dataset.{context}": digest})
-            delivery.log_dataset(f"{redact(str(name))}:{dataset.split}", digest, context)
+            run.delivery.set_tags({f"dataset.{context}": digest})
+            run.delivery.log_dataset(f"{redact(str(name))}:{dataset.split}", digest, context)
 
 
 @contextmanager

@@ -8,12 +8,17 @@ import importlib.util
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import torch
 import torch.distributed as dist
@@ -115,3 +120,32 @@ def _script_main(script, arguments, directory, environment):
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
+
+
+@contextmanager
+def mlflow_server(directory, port):
+    """A real MLflow server of one worker with proxied artifacts; ended when the block is left."""
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{directory}/mlflow.db", "--serve-artifacts",
+        "--artifacts-destination", directory / "artifacts",
+    ]  # fmt: skip
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # evaluations on the server: 13 s
+    with (directory / "server.txt").open("a") as log:
+        process = subprocess.Popen(
+            command, cwd=directory, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except (URLError, OSError):
+                assert process.poll() is None, (directory / "server.txt").read_text()[-2000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -33,6 +33,7 @@ LAYERS = {
     "run_config": 1,
     "lineage": 1,
     "fingerprint": 1,
+    "logged_model": 1,
     "delivery": 1,
     "quantization": 1,
     "reward_model": 1,
@@ -49,6 +50,7 @@ LAYERS = {
     "evaluation": 2,
     "run_store": 2,
     "tracking": 2,
+    "registry": 2,
     "text_world": 2,
     "console": 2,
     "plots": 2,
@@ -65,6 +67,7 @@ SAME_LAYER_EDGES = {
     ("advantages", "masked"),
     ("losses", "masked"),
     ("reward_model", "quantization"),
+    ("rewards", "data"),
     ("reward_adapter", "rewards"),
     ("alarms", "curves"),
     ("rollout", "completion_forward"),
@@ -81,6 +84,18 @@ SAME_LAYER_EDGES = {
     ("report", "plots"),
     ("tracking", "run_store"),
     ("tracking", "samples"),
+    # What a run leaves in the store, and what is fetched from it.
+    ("logged_model", "fingerprint"),
+    ("logged_model", "reward_card"),
+    ("logged_model", "reward_model"),
+    ("logged_model", "run_config"),
+    ("lineage", "logged_model"),
+    ("delivery", "lineage"),
+    ("delivery", "logged_model"),
+    ("registry", "data"),
+    ("registry", "models"),
+    ("registry", "rewards"),
+    ("registry", "run_store"),
 }
 # Runs the stages one after the other: a loop is what it is.
 DRIVERS = {"quickstart"}

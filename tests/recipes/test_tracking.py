@@ -7,16 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import mlflow
 import pytest
 import tiny
 import yaml
-from processes import free_port, run_script, start_script
+from processes import free_port, mlflow_server, run_script, start_script
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TOKEN = "hf_abcdefghijklmnopqrstuvwx"
@@ -201,15 +198,23 @@ def test_a_run_shows_what_its_policy_said(stages):
 
 
 def test_lineage_leads_back_to_the_runs_before(stages):
-    directory, _, runs = stages
+    directory, uri, runs = stages
     ids = {stage: run.info.run_id for stage, run in runs.items()}
     assert runs["ppo"].data.tags["lineage.reward_model"] == ids["reward_modeling"]
     assert runs["evaluation"].data.tags["lineage.policy"] == ids["ppo"]
     assert runs["evaluation"].data.tags["lineage.reward_model"] == ids["reward_modeling"]
     assert "lineage.policy" not in runs["ppo"].data.tags, "the first policy comes from no run"
+    models = {stage: [model.model_id for model in run.outputs.model_outputs] for stage, run in runs.items()}
+    read = mlflow.MlflowClient(uri).get_run  # a search leaves out which models a run has used
+    used = {stage: {model.model_id for model in read(id).inputs.model_inputs} for stage, id in ids.items()}
+    assert [len(models[stage]) for stage in ("reward_modeling", "ppo", "evaluation")] == [1, 1, 0]
+    assert used["reward_modeling"] == set()
+    assert used["ppo"] == {*models["reward_modeling"]}
+    assert used["evaluation"] == {*models["reward_modeling"], *models["ppo"]}
     for stage, folder in (("reward_modeling", "rm"), ("ppo", "ppo"), ("evaluation", "evaluation")):
         note = json.loads((directory / "out" / folder / "mlflow_run.json").read_text())
-        assert note == {
+        noted = {"model_id": models[stage][0]} if models[stage] else {}
+        assert note == noted | {
             "run_id": ids[stage],
             "experiment_id": runs[stage].info.experiment_id,
             "tracking_uri": _store(directory),
@@ -287,6 +292,7 @@ def test_a_termination_that_ends_in_a_checkpoint_is_killed_and_goes_on(world, di
     run = _runs(_store(directory))["ppo"]
     assert run.info.status == "KILLED"
     assert list((directory / "out/ppo").glob("checkpoint-*"))
+    assert not run.outputs.model_outputs, "what was cut short is no result"
 
 
 def test_a_resume_continues_the_same_run(world, directory):
@@ -326,40 +332,11 @@ def test_a_checkpoint_of_another_store_begins_a_new_run(world, directory):
     assert _steps(_store(directory), _runs(_store(directory))["ppo"], "loss") == [5, 6, 7, 8]
 
 
-@contextmanager
-def _server(directory, port):
-    """A real server of one worker with proxied artifacts; ended when the block is left."""
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", _store(directory), "--serve-artifacts",
-        "--artifacts-destination", directory / "artifacts",
-    ]  # fmt: skip
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # evaluations on the server: 13 s
-    with (directory / "server.txt").open("a") as log:
-        process = subprocess.Popen(
-            command, cwd=directory, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-            except (URLError, OSError):
-                assert process.poll() is None, (directory / "server.txt").read_text()[-2000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 def test_a_server_that_dies_stops_no_training_and_loses_nothing(world, directory):
     port = free_port()
     uri = f"http://me:{PASSWORD}@127.0.0.1:{port}"
     options = _options(world, directory, reward="slow", max_steps=40)
-    with _server(directory, port):
+    with mlflow_server(directory, port):
         process = start_script(RECIPES / "ppo.py", *options, "--tracking_uri", uri, directory=directory)
         _wait_for(directory / "sampling")
         while "loss" not in _runs(uri)["ppo"].data.metrics:
@@ -378,13 +355,20 @@ def test_a_server_that_dies_stops_no_training_and_loses_nothing(world, directory
     for file in (unsent, directory / "output.txt", directory / "out/ppo/mlflow_run.json"):
         assert PASSWORD not in file.read_text()
 
-    with _server(directory, port):
+    with mlflow_server(directory, port):
         assert _runs(uri)["ppo"].info.status == "RUNNING"
+        assert "model_id" not in note
         command = [sys.executable, "-m", "rlhf_recipes.delivery", "out/ppo/mlflow_unsent.jsonl"]
         subprocess.run(command, cwd=directory, check=True, timeout=120)
         run = _runs(uri)["ppo"]
         assert run.info.status == "FINISHED"
         assert _steps(uri, run, "loss") == list(range(1, 41))
+        (output,) = run.outputs.model_outputs
+        assert output.step == 40
+        assert json.loads((directory / "out/ppo/mlflow_run.json").read_text()) == note | {"model_id": output.model_id}
+        model = mlflow.MlflowClient(uri).get_logged_model(output.model_id)
+        assert model.status == "READY"
+        assert {metric.key: metric.value for metric in model.metrics}["loss"] == run.data.metrics["loss"]
         assert yaml.safe_load(_artifact(uri, run, "config.yaml"))["PPOConfig"]["max_steps"] == 40
 
         script = directory / "short.py"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, load_dataset
 
-from rlhf_recipes.lineage import dataset_digest, git_tags, lineage_tags, read_run_file, write_run_file
+from rlhf_recipes.lineage import dataset_digest, git_tags, note_model, read_run_file, upstream_runs, write_run_file
 
 ROWS = [{"prompt": [{"role": "user", "content": f"question {i}"}], "score": i / 2} for i in range(2_500)]
 
@@ -62,4 +62,13 @@ def test_a_run_is_found_from_its_directory_and_its_checkpoints(tmp_path):
     assert read_run_file("organisation/model") is None
     model = SimpleNamespace(model_name_or_path=str(tmp_path / "sft" / "checkpoint-8"))
     script = SimpleNamespace(reward_model_path=str(tmp_path / "rm"), baseline_path=None)
-    assert lineage_tags(model, script) == {"lineage.policy": "a", "lineage.reward_model": "b"}
+    assert upstream_runs(model, script) == {"policy": {"run_id": "a"}, "reward_model": {"run_id": "b"}}
+
+
+def test_a_model_id_is_of_the_weights_that_stand_beside_it(tmp_path):
+    write_run_file(tmp_path, {"run_id": "a"})
+    note_model(tmp_path, "b", "m-b")
+    assert read_run_file(tmp_path) == {"run_id": "a"}, "another run has written there since"
+    note_model(tmp_path, "a", "m-a")
+    assert read_run_file(tmp_path) == {"run_id": "a", "model_id": "m-a"}
+    assert read_run_file(tmp_path / "checkpoint-8") == {"run_id": "a"}, "a checkpoint has other weights"
