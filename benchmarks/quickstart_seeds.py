@@ -71,7 +71,7 @@ def train_control(seed: int) -> None:
     from trl import ModelConfig, TrlParser
 
     from rlhf_recipes import PPOConfig, PPOTrainer
-    from rlhf_recipes.configs import PPOArguments, TrackingArguments
+    from rlhf_recipes.arguments import PPOArguments, TrackingArguments
     from rlhf_recipes.console import quiet_start
     from rlhf_recipes.data import load_split
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from trl import TrlParser
 
+from rlhf_recipes.arguments import ComparisonArguments, TrackingArguments
 from rlhf_recipes.comparison import group_runs, rank_groups
-from rlhf_recipes.configs import ComparisonArguments, TrackingArguments
 from rlhf_recipes.console import print_lines, print_table, quiet_start
 from rlhf_recipes.report import write_report
 from rlhf_recipes.run_store import tracking_uri

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
-from rlhf_recipes.configs import EvaluationArguments, TrackingArguments
+from rlhf_recipes.arguments import EvaluationArguments, TrackingArguments
 from rlhf_recipes.console import completions_table, print_table, quiet_start
 from rlhf_recipes.data import add_separator, check_prompts_fit, load_prompts
 from rlhf_recipes.evaluation import compare_policies, eos_token_ids

@@ -15,7 +15,7 @@ from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.configs import PPOArguments, TrackingArguments
+from rlhf_recipes.arguments import PPOArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data import load_prompts
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs

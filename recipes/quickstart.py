@@ -20,7 +20,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import set_seed
 
-from rlhf_recipes.configs import TrackingArguments
+from rlhf_recipes.arguments import TrackingArguments
 from rlhf_recipes.console import print_lines, print_table, quiet_start
 from rlhf_recipes.data import add_separator, require_path
 from rlhf_recipes.evaluation import generate_completions

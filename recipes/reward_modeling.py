@@ -10,7 +10,7 @@ from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from rlhf_recipes import RewardModelConfig, RewardModelTrainer
-from rlhf_recipes.configs import TrackingArguments
+from rlhf_recipes.arguments import TrackingArguments
 from rlhf_recipes.console import print_table, quiet_start
 from rlhf_recipes.data import load_split
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs

@@ -7,7 +7,7 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/sft.py
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
-from rlhf_recipes.configs import BoundaryArguments, TrackingArguments
+from rlhf_recipes.arguments import BoundaryArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data import load_demonstrations
 from rlhf_recipes.models import check_output_dir, load_tokenizer, model_init_kwargs

@@ -6,7 +6,7 @@ an adapter, sampled by transformers or by vLLM. Every rank must make each call o
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from rlhf_recipes.evaluation import mean_gain, preference_rate, swapped_preferen
 
 Judge = Callable[..., Any]
 TRAINED_SCORE = "score"
-COLUMNS = ("prompt", "completion", TRAINED_SCORE, "kl", "length", "stop")  # of a row, beside its rewards
+JUDGED = "judge/"  # before the name of a judge, in a row
 
 
 class HeldOutComparison:
@@ -30,11 +30,10 @@ class HeldOutComparison:
     Args:
         judges: Functions of TRL's reward signature, by name.
         pairwise_judges: Functions that see both answers, by name; see `swapped_preferences`.
-        taken: Names of what is trained on, which a judge must not bear.
         seed: Of the bootstrap.
 
     Raises:
-        ValueError: If two judges have one name, or a name that is taken.
+        ValueError: If two judges have one name, or that of the trained score.
     """
 
     def __init__(
@@ -42,14 +41,13 @@ class HeldOutComparison:
         judges: dict[str, Judge] | None,
         pairwise_judges: dict[str, Judge] | None,
         *,
-        taken: Collection[str] = (),
         seed: int,
     ) -> None:
         self.judges, self.pairwise_judges = judges or {}, pairwise_judges or {}
-        names = [*self.judges, *self.pairwise_judges]
-        if twice := sorted({name for name in names if names.count(name) > 1 or name in (*taken, *COLUMNS)}):
+        names = [TRAINED_SCORE, *self.judges, *self.pairwise_judges]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
-                f"A judge cannot be named as another, as a reward, or as one of {', '.join(COLUMNS)}: "
+                f"A judge cannot be named as another, or `{TRAINED_SCORE}`, which is what is trained on: "
                 f"{', '.join(twice)}. Rename the function or the directory."
             )
         self._seed = seed
@@ -77,7 +75,7 @@ class HeldOutComparison:
         for name, judge in self.judges.items():
             scores = judge(prompts=prompts, completions=completions, completion_ids=completion_ids, **known)
             for row, score in zip(rows, scores, strict=True):
-                row[name] = score
+                row[JUDGED + name] = score
         self._add_preferences(rows, prompts, completions, known)
         self._rows += rows
 
@@ -92,7 +90,7 @@ class HeldOutComparison:
                 pairs.append((index, answers[sample]["completion"]))
         for name, judge in self.pairwise_judges.items():
             for row in rows:
-                row[name] = 0.5  # nothing to compare with yet: the policy is its own baseline
+                row[JUDGED + name] = 0.5  # nothing to compare with yet: the policy is its own baseline
             if not pairs:
                 continue
             chosen = [index for index, _ in pairs]
@@ -101,7 +99,7 @@ class HeldOutComparison:
             asked, ours = ([values[i] for i in chosen] for values in (prompts, completions))
             preferences = swapped_preferences(judge, asked, ours, theirs, **columns)
             for index, preference in zip(chosen, preferences, strict=True):
-                rows[index][name] = preference
+                rows[index][JUDGED + name] = preference
 
     def finish(self, *, is_start: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Return the metrics of one evaluation, and the rows of all ranks.
@@ -123,16 +121,17 @@ class HeldOutComparison:
         # The last batch may be filled up with prompts of the first, and the samples of one prompt are as many for all.
         count = min(len(x[prompt]) for x in (answers, self._baseline) for prompt in prompts)
         metrics = {"prompts": float(len(prompts))}
-        for name in (TRAINED_SCORE, *self.judges):
+        columns = {TRAINED_SCORE: TRAINED_SCORE} | {name: JUDGED + name for name in self.judges}
+        for name, column in columns.items():
             ours, theirs = (
-                np.array([[_number(row[name]) for row in x[prompt][:count]] for prompt in prompts])
+                np.array([[_number(row[column]) for row in x[prompt][:count]] for prompt in prompts])
                 for x in (answers, self._baseline)
             )
             outcome = win_rate(ours, theirs, seed=self._seed) | mean_gain(ours, theirs, seed=self._seed)
             outcome |= {"policy": _mean(ours), "baseline": _mean(theirs)}
             metrics |= {f"{name}/{key}": value for key, value in outcome.items()}
         for name in self.pairwise_judges:
-            preferences = np.array([[row[name] for row in answers[prompt][:count]] for prompt in prompts])
+            preferences = np.array([[row[JUDGED + name] for row in answers[prompt][:count]] for prompt in prompts])
             metrics |= {f"{name}/{key}": value for key, value in preference_rate(preferences, seed=self._seed).items()}
         # The figure to choose a checkpoint by: of the first judge that was not trained on, if there is one.
         principal = next(iter((*self.judges, *self.pairwise_judges)), TRAINED_SCORE)

@@ -155,7 +155,7 @@ class PPOTrainer(ActorCriticTrainer):
         self._takes_positions = not self._is_vlm and "position_ids" in inspect.signature(base.forward).parameters
         if reference is not None:
             self.ref_model = self._prepare_reference(reference)
-        self.held_out = HeldOutComparison(judges, pairwise_judges, taken=self.reward_func_names, seed=args.seed)
+        self.held_out = HeldOutComparison(judges, pairwise_judges, seed=args.seed)
         self._prepare_reward_models()
 
         self.reward_normalizer = RewardNormalizer(args.reward_norm_decay, args.reward_norm_clip)

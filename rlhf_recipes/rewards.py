@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
-from rlhf_recipes.configs import JudgeArguments
+from rlhf_recipes.arguments import JudgeArguments
 from rlhf_recipes.data import require_path
 from rlhf_recipes.reward_card import CARD_FILE, RewardModelCard
 from rlhf_recipes.reward_model import load_reward_model, with_score_head

@@ -28,7 +28,7 @@ from mlflow.utils.validation import (
 )
 from sqlalchemy.engine import make_url
 
-from rlhf_recipes.configs import TrackingArguments
+from rlhf_recipes.arguments import TrackingArguments
 from rlhf_recipes.delivery import UNSENT_FILE, send_unsent
 from rlhf_recipes.lineage import environment_tags, read_run_file, upstream_runs
 from rlhf_recipes.logged_model import UnknownModelError

@@ -26,7 +26,8 @@ from transformers import TrainerCallback
 from transformers.integrations import MLflowCallback
 
 from rlhf_recipes.alarms import alarms_of_log
-from rlhf_recipes.configs import PPOConfig, TrackingArguments
+from rlhf_recipes.arguments import TrackingArguments
+from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.delivery import Delivery
 from rlhf_recipes.lineage import dataset_digest, write_run_file
 from rlhf_recipes.logged_model import describe_model

@@ -233,7 +233,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from rlhf_recipes.configs import TrackingArguments
+from rlhf_recipes.arguments import TrackingArguments
 from rlhf_recipes.tracking import log_model, track_run
 
 @dataclass

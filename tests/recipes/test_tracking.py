@@ -44,7 +44,7 @@ def endless(**kwargs):
 SCRIPT = """
 import sys
 from dataclasses import dataclass
-from rlhf_recipes.configs import TrackingArguments
+from rlhf_recipes.arguments import TrackingArguments
 from rlhf_recipes.tracking import log_results, track_pipeline, track_run
 
 @dataclass
@@ -192,7 +192,7 @@ def test_a_run_shows_what_its_policy_said(stages):
     start, end, training = (mlflow.load_table(f"{name}.json", [run.info.run_id]) for name in names)
     assert start["prompt"].tolist() == end["prompt"].tolist()
     assert len(start) == len(tiny.PROMPTS)
-    assert {"prompt", "completion", "score", "length", "longer", "kl", "stop", "rm"} <= set(end.columns)
+    assert {"prompt", "completion", "score", "length", "judge/longer", "kl", "stop", "rm"} <= set(end.columns)
     assert len(training) == 8
     assert run.data.tags["alarms"] == "none"
 

@@ -139,7 +139,7 @@ def test_tables_hold_what_was_said(tmp_path):
     assert (training["kl"] != 0).any()
     assert set(training["stop"]) <= {"eos", "length"}
     assert sorted(evaluation["prompt"][:8]) == sorted(f"{p}\n\n" for p in tiny.PROMPTS)
-    assert (evaluation["brevity"] == -evaluation["score"]).all()
+    assert (evaluation["judge/brevity"] == -evaluation["score"]).all()
     assert set(evaluation["stop"]) == {"eos", "length"}
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from rlhf_recipes.configs import EvaluationArguments, PPOArguments
+from rlhf_recipes.arguments import EvaluationArguments, PPOArguments
 from rlhf_recipes.console import completions_table, print_table
 from rlhf_recipes.data import load_demonstrations, load_prompts, load_split, require_path
 from rlhf_recipes.rewards import import_function

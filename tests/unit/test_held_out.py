@@ -68,7 +68,7 @@ def test_a_judge_that_is_not_trained_on_chooses():
     _evaluate(comparison, [0.0] * 4, is_start=True)
     metrics, rows = _evaluate(comparison, [1.0] * 4, text="a longer answer")
     assert (metrics["score/win_rate"], metrics["words/win_rate"], metrics["win_rate"]) == (1.0, 0.0, 0.0)
-    assert [row["words"] for row in rows] == [None, -17.0, -17.0, -17.0]
+    assert [row["judge/words"] for row in rows] == [None, -17.0, -17.0, -17.0]
 
 
 def test_a_judge_of_pairs_that_likes_the_first_place_likes_neither():
@@ -131,8 +131,15 @@ def test_without_a_baseline_nothing_is_claimed():
         comparison.check_baseline("checkpoint-4")
 
 
-@pytest.mark.parametrize("name", ["length", "reward_model", "both"])
+@pytest.mark.parametrize("name", ["score", "both"])
 def test_a_name_that_is_taken_is_refused(name):
     pairwise = {"both": print} if name == "both" else {}
     with pytest.raises(ValueError, match=f"A judge cannot be named as another.*: {name}. Rename"):
-        HeldOutComparison({name: print}, pairwise, taken=["reward_model"], seed=0)
+        HeldOutComparison({name: print}, pairwise, seed=0)
+
+
+def test_a_judge_may_be_named_as_a_column():
+    comparison = HeldOutComparison({"length": lambda completions, **kwargs: [7.0] * len(completions)}, None, seed=0)
+    metrics, rows = _evaluate(comparison, [0.0] * 4, is_start=True)
+    assert metrics["length/policy"] == 7.0
+    assert rows[0]["length"] == 3

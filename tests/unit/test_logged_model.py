@@ -11,7 +11,7 @@ import tiny
 from mlflow.entities import LoggedModelStatus
 from peft import get_peft_model
 
-from rlhf_recipes.configs import TrackingArguments
+from rlhf_recipes.arguments import TrackingArguments
 from rlhf_recipes.logged_model import UnknownModelError, describe_model, find_model, is_model_uri, send_model
 from rlhf_recipes.run_store import check_registered_names
 

@@ -1,0 +1,167 @@
+"""Inputs of the recipes beside models, data and trainers.
+
+Layer L1. Everything that can be checked without a model or a dataset is checked here, before anything is loaded.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import ScriptArguments
+
+from rlhf_recipes.configs import check_range
+
+
+def _check_list(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, list):
+        raise ValueError(f"`{name}` must be a list, got {value!r}: write `{name}: [{value}]`.")
+
+
+@dataclass
+class BoundaryArguments:
+    """The boundary between prompt and response, for recipes whose TRL configuration has none."""
+
+    response_separator: str = field(
+        default="\n\n", metadata={"help": "As in reward modelling and PPO; plain text only."}
+    )
+
+
+@dataclass
+class JudgeArguments(ScriptArguments):
+    """Judges that a policy is not trained on."""
+
+    judge_models: list[str] = field(
+        default_factory=list, metadata={"help": "Further reward models that judge: directories or Hub names."}
+    )
+    judge_functions: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Python judges of TRL's reward signature, each as `package.module:function`."},
+    )
+    pairwise_judges: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Python judges that see both answers, each as `package.module:function`; asked in both orders. "
+            "Their signature is in `rlhf_recipes.evaluation.swapped_preferences`."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for option in ("judge_models", "judge_functions", "pairwise_judges"):
+            _check_list(self, option)
+        judges = (*self.judge_models, *self.judge_functions, *self.pairwise_judges)
+        names = [re.split("[:/]", judge.rstrip("/"))[-1] for judge in judges]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Judges must have different names, got {', '.join(names)}.")
+
+
+@dataclass
+class PPOArguments(JudgeArguments):
+    """Inputs of `recipes/ppo.py` beside the policy and the data."""
+
+    reward_model_path: str | None = field(
+        default=None, metadata={"help": "Reward model to score completions with: a directory or a Hub name."}
+    )
+    reward_functions: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Python reward functions, each as `package.module:function`, added to the reward model."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_list(self, "reward_functions")
+
+
+@dataclass
+class EvaluationArguments(JudgeArguments):
+    """Inputs of `recipes/evaluate.py`: two policies, held-out prompts and judges."""
+
+    baseline_path: str | None = field(default=None, metadata={"help": "Policy to compare with, usually the SFT one."})
+    reward_model_path: str | None = field(default=None, metadata={"help": "Reward model that judges."})
+    num_prompts: int | None = field(default=None, metadata={"help": "Held-out prompts to use. Default: all."})
+    num_samples: int = field(default=1, metadata={"help": "Completions per prompt and policy."})
+    max_completion_length: int = field(default=256, metadata={"help": "Tokens per completion."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; the one of training compares."})
+    batch_size: int = field(default=32, metadata={"help": "Prompts per generation batch."})
+    response_separator: str = field(default="\n\n", metadata={"help": "As in training; plain text only."})
+    num_shown: int = field(default=4, metadata={"help": "Completions to print side by side."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where results and samples are written."})
+    seed: int = field(default=42, metadata={"help": "Seed of sampling and of the bootstrap."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_prompts", "num_samples", "max_completion_length", "batch_size"):
+            check_range(self, name, lambda x: x > 0, "be positive")
+        check_range(self, "temperature", lambda x: x >= 0, "not be negative")
+        if not (self.reward_model_path or self.judge_models or self.judge_functions or self.pairwise_judges):
+            raise ValueError(
+                "Nothing judges: set `reward_model_path`, `judge_models`, `judge_functions` or `pairwise_judges`."
+            )
+
+
+@dataclass
+class ExportArguments:
+    """Where `recipes/export.py` writes."""
+
+    output_dir: str = field(metadata={"help": "Directory for the exported model."})
+
+
+@dataclass
+class ComparisonArguments:
+    """Inputs of `recipes/compare.py`: which runs, and where the report goes."""
+
+    experiment: str = field(metadata={"help": "MLflow experiment whose PPO runs are compared."})
+    runs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Run ids, beginnings of ids, or run names. Default: all PPO runs of the experiment."},
+    )
+    tracking_uri: str | None = field(
+        default=None,
+        metadata={"help": "MLflow store. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` here."},
+    )
+    output_dir: str = field(default="runs/compare", metadata={"help": "Where the report and its figures are written."})
+    num_shown: int = field(default=4, metadata={"help": "Held-out prompts whose completions are shown side by side."})
+
+    def __post_init__(self) -> None:
+        _check_list(self, "runs")
+        check_range(self, "num_shown", lambda x: x >= 0, "not be negative")
+
+
+@dataclass
+class TrackingArguments:
+    """Where runs and the models that they train are recorded."""
+
+    tracking: bool = field(default=True, metadata={"help": "Record the run in MLflow."})
+    tracking_uri: str | None = field(
+        default=None,
+        metadata={"help": "MLflow store. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` here."},
+    )
+    experiment_name: str | None = field(
+        default=None, metadata={"help": "MLflow experiment. Default: $MLFLOW_EXPERIMENT_NAME, else `rlhf_recipes`."}
+    )
+    parent_run_id: str | None = field(
+        default=None, metadata={"help": "MLflow run, say of a pipeline, under which this one is listed."}
+    )
+    log_model: bool = field(
+        default=True,
+        metadata={
+            "help": "Copy the trained model to the store: an adapter, or a full model whole, with all its gigabytes."
+        },
+    )
+    registered_model_name: str | None = field(
+        default=None, metadata={"help": "Registered model in MLflow of which the trained model becomes a new version."}
+    )
+    registered_model_alias: str | None = field(
+        default=None,
+        metadata={
+            "help": "Alias for that version, say `candidate`, for `models:/NAME@ALIAS`; taken from an older one."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.registered_model_alias is not None and self.registered_model_name is None:
+            raise ValueError(
+                "`registered_model_alias` needs `registered_model_name`: it names a version of that model."
+            )
+        if self.registered_model_name is not None and not self.log_model:
+            raise ValueError("`registered_model_name` needs `log_model: true`: a version is of a model in the store.")
