@@ -115,6 +115,7 @@ def _script_main(script, arguments, directory, environment):
     sys.path.insert(0, directory)
     sys.argv = [script, *arguments]
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has started in the background
     try:
         runpy.run_path(script, run_name="__main__")
     except Exception:

@@ -282,7 +282,7 @@ def test_a_termination_is_killed(world, directory, number, exit_code):
     _wait_for(directory / "sampling")
     assert _runs(_store(directory))["ppo"].info.status == "RUNNING"
     os.kill(process.pid, number)
-    process.join(180)
+    process.join(60)
     assert process.exitcode == exit_code
     assert _runs(_store(directory))["ppo"].info.status == "KILLED"
 
