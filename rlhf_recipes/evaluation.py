@@ -99,10 +99,7 @@ def preference_rate(preferences: ArrayLike, *, confidence_level: float = 0.95, s
         confidence_level: As of `win_rate`.
         seed: Likewise.
     """
-    outcomes = np.ma.masked_invalid(
-        np.reshape(np.asarray(preferences, dtype=float), (len(np.asarray(preferences)), -1))
-    )
-    return _mean_with_interval("win_rate", outcomes, confidence_level, seed)
+    return _mean_with_interval("win_rate", _by_prompt(np.asarray(preferences, dtype=float)), confidence_level, seed)
 
 
 def swapped_preferences(
@@ -127,8 +124,12 @@ def swapped_preferences(
 
 def _differences(scores: ArrayLike, baseline_scores: ArrayLike) -> np.ma.MaskedArray:
     """Return `(N, S)`, without what one of the two has no score for."""
-    difference = np.asarray(scores, dtype=float) - np.asarray(baseline_scores, dtype=float)
-    return np.ma.masked_invalid(difference.reshape(len(difference), -1))
+    return _by_prompt(np.asarray(scores, dtype=float) - np.asarray(baseline_scores, dtype=float))
+
+
+def _by_prompt(samples: np.ndarray) -> np.ma.MaskedArray:
+    """Return `(N, S)` of `(N,)` or `(N, S)`, without what is not a number."""
+    return np.ma.masked_invalid(samples.reshape(len(samples), -1))
 
 
 def _mean_with_interval(name: str, samples: np.ma.MaskedArray, confidence_level: float, seed: int) -> dict[str, float]:

@@ -307,9 +307,13 @@ class PPOTrainer(ActorCriticTrainer):
     def _keep_samples(self, batch: dict[str, Any], mask: Tensor, truncated: Tensor) -> None:
         k1 = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], "k1") * mask
         inputs, prompts, completions, completion_ids, scores = self._answers
-        rows = sample_rows(prompts, completions, completion_ids, scores | {"kl": k1.sum(dim=1)}, truncated)
+        scores = scores | {"kl": k1.sum(dim=1)}
         if self.model.training:
-            self._samples = rows[: self.args.logged_samples]
+            shown = slice(self.args.logged_samples)  # a rollout is large, and its table small
+            scores, truncated = {name: values[shown] for name, values in scores.items()}, truncated[shown]
+        rows = sample_rows(prompts, completions, completion_ids, scores, truncated)
+        if self.model.training:
+            self._samples = rows
         else:
             self.held_out.add(rows, inputs, prompts, completions, completion_ids)
 
