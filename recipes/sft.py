@@ -5,14 +5,14 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/sft.py
 """
 
 from transformers import set_seed
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 
 from rlhf_recipes.arguments import BoundaryArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data import load_demonstrations
 from rlhf_recipes.models import check_output_dir, load_tokenizer, model_init_kwargs
-from rlhf_recipes.quantization import keep_unpacked, save_quantization
 from rlhf_recipes.registry import require_model
+from rlhf_recipes.sft_trainer import SFTTrainer
 from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
 
 
@@ -47,12 +47,9 @@ def main(
             callbacks=callbacks,
         )
 
-        keep_unpacked(trainer.model)
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
 
         trainer.save_model(training_args.output_dir)
-        if trainer.is_world_process_zero():
-            save_quantization(trainer.model, training_args.output_dir)
         if evaluation is not None:
             metrics |= trainer.evaluate()
         log_results(metrics)

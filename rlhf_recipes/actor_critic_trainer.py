@@ -1,26 +1,29 @@
 """Around PPO: optimiser, logs, evaluation, saving and resuming of a policy that carries a value head.
 
 Layer L3. Overrides only, on `trl.GRPOTrainer`. What a rollout and an update are is in `rlhf_recipes/ppo_trainer.py`.
+A checkpoint holds what a run needs to go on as if it had not been interrupted, also in the middle of a rollout.
 """
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
+from rlhf_recipes.durable_trainer import DurableTrainer
 from rlhf_recipes.held_out import HeldOutComparison, own_randomness
 from rlhf_recipes.metrics import episodes
 from rlhf_recipes.models import only_active_adapter
-from rlhf_recipes.ppo_state import Stateful, load_ppo_state, save_ppo_state
+from rlhf_recipes.ppo_state import PROGRESS_FILE, Stateful, load_ppo_state, save_ppo_state
 from rlhf_recipes.quantization import save_quantization
 from rlhf_recipes.samples import write_table
 from rlhf_recipes.value_head import save_value_head, set_learning_rate, trained_value_head, without_value_head
 
 
-class ActorCriticTrainer(GRPOTrainer):
+class ActorCriticTrainer(DurableTrainer, GRPOTrainer):
     """Let TRL's trainer treat a value head as part of training and not of the policy.
 
     A subclass sets what is declared here before it trains.
@@ -29,6 +32,7 @@ class ActorCriticTrainer(GRPOTrainer):
     held_out: HeldOutComparison
     _stateful: dict[str, Stateful]  # by its name in a checkpoint
     _samples: list[dict[str, Any]]  # rows of the latest rollout
+    _train_sampler: Any = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Give the value head its own learning rate; an optimiser that the user has passed is left as it is."""
@@ -79,11 +83,51 @@ class ActorCriticTrainer(GRPOTrainer):
         if self.args.should_save and isinstance(self.model, PeftModel):
             save_quantization(self.model, output_dir or self.args.output_dir)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _save_progress(self, folder: Path) -> None:
+        torch.save(self._progress(), folder / PROGRESS_FILE.format(self.accelerator.process_index))
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             save_ppo_state(folder, self._stateful)
+
+    def _progress(self) -> dict[str, Any]:
+        """Return what this rank has of the current rollout, and of the figures since the latest log."""
+        is_inside_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "step": self._step,
+            "rollout": self._buffered_inputs if is_inside_rollout else None,
+            "samples": self._samples,
+            "metrics": dict(self._metrics["train"]),
+            "loss": self._tr_loss,
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def _restore_progress(self, checkpoint: str) -> None:
+        path = Path(checkpoint, PROGRESS_FILE.format(self.accelerator.process_index))
+        # Of another number of processes it would be another share of the rollout: that one is then sampled again.
+        progress = torch.load(path, map_location=self.accelerator.device, weights_only=True) if path.exists() else {}
+        if progress.get("num_processes") != self.accelerator.num_processes:
+            return
+        self._step, self._buffered_inputs, self._samples = (progress[name] for name in ("step", "rollout", "samples"))
+        self._metrics["train"].clear()
+        self._metrics["train"].update(progress["metrics"])
+        self._tr_loss, self._globalstep_last_logged = progress["loss"], progress["last_logged"]
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # Before, transformers starts its sums anew.
+        if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            self._restore_progress(kwargs["resume_from_checkpoint"])
+        super()._run_epoch(**kwargs)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+        if isinstance(self._train_sampler, RepeatSampler) and self._train_sampler.shuffle:
+            for _ in range(epochs_trained):  # TRL shuffles by one generator for all epochs
+                torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
+        return epochs_trained, steps_trained
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

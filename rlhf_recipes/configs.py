@@ -215,11 +215,6 @@ class PPOConfig(GRPOConfig):
                 f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}), so that every optimiser step "
                 "stays inside one rollout."
             )
-        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % self.rollout_steps != 0:
-            raise ValueError(
-                f"`save_steps` ({self.save_steps:g}) must be a multiple of the {self.rollout_steps} optimiser steps "
-                "of one rollout: a run cannot resume inside a rollout without sampling it again."
-            )
 
     @property
     def rollout_steps(self) -> int:

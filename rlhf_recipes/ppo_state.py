@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 STATE_FILE = "ppo_state.json"
+PROGRESS_FILE = "ppo_progress_{}.pt"  # of each rank: its share of the rollout in use, and sums since the latest log
 
 
 class Stateful(Protocol):

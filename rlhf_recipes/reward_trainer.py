@@ -15,6 +15,7 @@ from trl import RewardTrainer, is_conversational
 
 from rlhf_recipes.configs import RewardModelConfig
 from rlhf_recipes.data import add_separator, check_columns, column_names
+from rlhf_recipes.durable_trainer import DurableTrainer
 from rlhf_recipes.evaluation import preference_metrics
 from rlhf_recipes.losses import l2_penalty
 from rlhf_recipes.models import check_output_dir, load_tokenizer, take_init_kwargs
@@ -23,7 +24,7 @@ from rlhf_recipes.reward_card import RewardModelCard, chat_template_fingerprint,
 from rlhf_recipes.reward_model import ScoreHead, load_reward_model_base, store_in_float32
 
 
-class RewardModelTrainer(RewardTrainer):
+class RewardModelTrainer(DurableTrainer, RewardTrainer):
     """Train a reward model on preferences and write its card.
 
     Adds to `trl.RewardTrainer`: an explicit separator for plain text, the field's head initialisation, a float32 score

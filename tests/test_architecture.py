@@ -27,6 +27,7 @@ LAYERS = {
     "normalization": 1,
     "kl_controller": 1,
     "ppo_state": 1,
+    "checkpoints": 1,
     "distributed": 1,
     "reward_card": 1,
     "curves": 1,
@@ -59,9 +60,11 @@ LAYERS = {
     "comparison": 2,
     "head_to_head": 2,
     "report": 2,
+    "durable_trainer": 3,
     "actor_critic_trainer": 3,
     "ppo_trainer": 3,
     "reward_trainer": 3,
+    "sft_trainer": 3,
 }
 # The only edges inside a layer: masked is the floor that the other formulas stand on.
 SAME_LAYER_EDGES = {
@@ -75,7 +78,10 @@ SAME_LAYER_EDGES = {
     ("rollout", "completion_forward"),
     ("metrics", "rollout"),
     ("held_out", "evaluation"),
+    ("actor_critic_trainer", "durable_trainer"),
     ("ppo_trainer", "actor_critic_trainer"),
+    ("reward_trainer", "durable_trainer"),
+    ("sft_trainer", "durable_trainer"),
     # From the store to the page: what was recorded, what it says, how it looks.
     ("comparison", "tracked_runs"),
     ("head_to_head", "tracked_runs"),

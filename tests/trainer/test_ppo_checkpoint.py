@@ -1,6 +1,7 @@
 """Saving: checkpoints carry everything, a final save is a plain policy."""
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from tolerances import EXACT, FP32, MERGED, assert_close
 from transformers import AutoModelForCausalLM
 
+from rlhf_recipes.checkpoints import publish
 from rlhf_recipes.models import load_policy
 from rlhf_recipes.value_head import VALUE_HEAD_FILE, ValueHead, trained_value_head
 
@@ -61,7 +63,9 @@ def test_resuming_continues_from_the_restored_state(tmp_path):
 
 def test_resuming_without_the_state_is_refused(tmp_path):
     _trained(tmp_path, peft=False)
-    (tmp_path / "checkpoint-8" / "ppo_state.json").unlink()
+    checkpoint, staged = tmp_path / "checkpoint-8", tmp_path / "staged" / "checkpoint-8"
+    shutil.copytree(checkpoint, staged, ignore=shutil.ignore_patterns("ppo_state.json"))
+    publish(staged, checkpoint)  # as whole as one of another trainer
     trainer = tiny.ppo_trainer(tmp_path / "resumed", max_steps=12)
     with pytest.raises(FileNotFoundError, match="ppo_state.json is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import trl
+from transformers import Trainer
 from trl import GRPOTrainer, RewardTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
@@ -17,9 +18,20 @@ SIGNATURES = {
     (GRPOTrainer, "_generate"): ["self", "prompts"],
     (GRPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
+    (GRPOTrainer, "_get_train_sampler"): ["self", "dataset"],
     (RewardTrainer, "compute_loss"): ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     (RewardTrainer, "_prepare_dataset"): ["self", "dataset", "processing_class", "args", "dataset_name"],
     (RewardTrainer, "_save"): ["self", "output_dir", "state_dict"],
+    (Trainer, "_get_output_dir"): ["self", "trial"],
+    (Trainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (Trainer, "_init_training_state"): [
+        "self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
+    ],
+    (Trainer, "_run_epoch"): [
+        "self", "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial",
+        "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ],
 }  # fmt: skip
 
 

@@ -1,0 +1,169 @@
+"""Checkpoints that are whole or not there: written beside, listed with sizes and hashes, then renamed.
+
+Layer L1. What is in a checkpoint is the trainers' affair.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+MANIFEST_FILE = "manifest.json"
+STAGING = "unfinished"  # folder of the output directory in which checkpoints are written
+HASHING_THREADS = 8
+logger = logging.getLogger(__name__)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """List a checkpoint's files, bring them to the disk, and give the checkpoint its name in one step.
+
+    One that has the name already, of an earlier attempt, is replaced.
+
+    Args:
+        staged: Where it was written; on the same file system.
+        final: Its name.
+    """
+    manifest = {"written": time.time(), "files": _describe(staged)}
+    (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in (*staged.rglob("*"), staged):
+        _to_disk(path)
+    if final.exists():
+        shutil.rmtree(replaced := staged.with_name(f"{final.name}-replaced"), ignore_errors=True)
+        final.rename(replaced)
+    staged.rename(final)
+    _to_disk(final.parent)
+    shutil.rmtree(staged.parent)
+
+
+def _describe(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and hash of every file, by its path in the folder."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        hashes = list(pool.map(lambda name: _hash(folder / name), names))
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+        for name, digest in zip(names, hashes, strict=True)
+        if name != MANIFEST_FILE
+    }
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_defect(checkpoint: str | Path) -> str | None:
+    """Return what is wrong with a checkpoint, as the end of a sentence; `None` if every file is as it was written."""
+    folder = Path(checkpoint)
+    manifest = _manifest(folder)
+    if manifest is None:
+        return f"has no readable {MANIFEST_FILE}, so it was not written to the end, or by something else"
+    files = manifest["files"]
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            return f"lacks {name}"
+        if (size := (folder / name).stat().st_size) != expected["bytes"]:
+            return f"has {size} bytes of {name} instead of {expected['bytes']}"
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        hashes = pool.map(lambda name: _hash(folder / name), files)
+        changed = [name for name, digest in zip(files, hashes, strict=True) if digest != files[name]["sha256"]]
+    return f"holds another {changed[0]} than was written" if changed else None
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def checkpoints_by_age(output_dir: str | Path) -> list[Path]:
+    """Return the checkpoints of a run, the latest written last.
+
+    A run that went back to an earlier checkpoint writes lower steps later: the step does not tell.
+    """
+    found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in found if path.is_dir()}
+    numbered = {path: int(step) for path, step in steps.items() if step.isdecimal()}
+    return sorted(numbered, key=lambda path: (_written(path), numbered[path]))
+
+
+def _written(checkpoint: Path) -> float:
+    manifest = _manifest(checkpoint)
+    return checkpoint.stat().st_mtime if manifest is None else float(manifest["written"])
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the latest checkpoint that is whole, saying which ones are not; `None` if there is none."""
+    for checkpoint in reversed(checkpoints_by_age(output_dir)):
+        defect = find_defect(checkpoint)
+        if defect is None:
+            return str(checkpoint)
+        logger.warning(f"{checkpoint} {defect}: it is passed over, and the one before is used.")
+    return None
+
+
+def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | None:
+    """Return the checkpoint that `resume_from_checkpoint` stands for. Every rank must make the call.
+
+    Args:
+        resume: A path; true for the latest in `output_dir` that is whole, or a fresh start if there is none, so that
+            one command starts a run and takes it up again; false or nothing for a fresh start.
+        output_dir: Of the run.
+
+    Raises:
+        ValueError: If the path is no checkpoint, or not whole.
+    """
+    wish = str(resume or False).lower()
+    if wish == "false":
+        return None
+    answer: list[Any] = [None, None]  # a checkpoint, or what is wrong: found by one process, for all
+    if PartialState().is_main_process:
+        if wish == "true":
+            answer[0] = last_checkpoint(output_dir)
+        elif not Path(str(resume)).is_dir():
+            answer[1] = "does not exist"
+        else:
+            answer = [str(resume), find_defect(str(resume))]
+    checkpoint, defect = broadcast_object_list(answer)
+    if defect is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint` {resume} {defect}. Name another checkpoint, or set `resume_from_checkpoint: "
+            "true` for the latest that is whole."
+        )
+    return checkpoint
+
+
+def remove_old(output_dir: str | Path, limit: int | None, keep: Iterable[str | None]) -> None:
+    """Delete the oldest checkpoints beyond a number, but never the latest, nor those to keep.
+
+    Args:
+        output_dir: Of the run.
+        limit: How many may stay; `None` or 0 for all.
+        keep: Checkpoints that stay in any case, such as the best one.
+    """
+    if not limit:
+        return
+    checkpoints = checkpoints_by_age(output_dir)
+    kept = {Path(path).resolve() for path in keep if path is not None} | {c.resolve() for c in checkpoints[-1:]}
+    spare = [checkpoint for checkpoint in checkpoints if checkpoint.resolve() not in kept]
+    for checkpoint in spare[: max(0, len(checkpoints) - max(limit, len(kept)))]:
+        shutil.rmtree(checkpoint, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""A trainer whose checkpoints are whole or not there.
+
+Layer L3. Overrides only, on `transformers.Trainer`, to be mixed into TRL's trainers.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from rlhf_recipes.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
+
+
+class DurableTrainer(Trainer):
+    """Write a checkpoint beside the others and rename it when it is whole; resume only from one that is."""
+
+    _staging: str | None = None  # folder in which a checkpoint is being written
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does.
+
+        Args:
+            resume_from_checkpoint: As in `checkpoints.checkpoint_to_resume`: true starts afresh if there is none.
+            args: Passed on.
+            kwargs: Passed on.
+
+        Raises:
+            ValueError: If the checkpoint is not whole.
+        """
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, final = run_dir / STAGING / name, run_dir / name
+        if self.args.should_save:
+            shutil.rmtree(staged.parent, ignore_errors=True)  # of an attempt that did not come to its end
+        self.accelerator.wait_for_everyone()
+        self._staging = str(staged.parent)
+        try:
+            super()._save_checkpoint(model, trial)
+            self._save_progress(staged)
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(final)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # with the final path of the best one
+                publish(staged, final)
+        except Exception as error:  # a full disk has another exception in every library
+            if self.args.should_save:
+                shutil.rmtree(staged.parent, ignore_errors=True)
+            raise OSError(
+                f"Checkpoint {final} could not be written: {error} Those before it are whole. Make room, or keep "
+                "fewer by `save_total_limit`, and go on with `resume_from_checkpoint: true`."
+            ) from error
+        finally:
+            self._staging = None
+        if self.args.should_save:
+            remove_old(run_dir, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
+        self.accelerator.wait_for_everyone()
+
+    def _save_progress(self, folder: Path) -> None:
+        """Write what transformers does not know of into a checkpoint. Every rank makes the call."""

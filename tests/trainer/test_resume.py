@@ -1,0 +1,71 @@
+"""A run that was interrupted and resumed is the run that was not: every weight and every figure, bit for bit."""
+
+import random
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+TIMES = ("step_time", "runtime", "per_second")
+SEVERAL_EPOCHS = {"max_steps": 20, "logging_steps": 3, "save_strategy": "steps"}
+"""Twenty prompts are two rollouts of four steps each, and a rest that is dropped; logs lie across rollouts."""
+
+
+def _reward(completions, **kwargs):
+    """Uses every generator that a user's function might."""
+    noise = random.random() + float(np.random.rand()) + torch.rand(()).item()
+    return [len(text) + noise for text in completions]
+
+
+def _trainer(directory, peft=False, **kwargs):
+    return tiny.ppo_trainer(
+        directory,
+        rewards=_reward,
+        data=tiny.prompts(count=20).map(lambda row, i: {"prompt": f"{row['prompt']} {i}"}, with_indices=True),
+        peft=tiny.lora() if peft else None,
+        **{**SEVERAL_EPOCHS, "kl_controller": "adaptive", "kl_horizon": 64, "lr_scheduler_type": "linear", **kwargs},
+    )
+
+
+def _history(trainer):
+    entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    return [{k: v for k, v in entry.items() if not k.endswith(TIMES)} for entry in entries]
+
+
+def _everything(trainer):
+    return {
+        "weights": {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()},
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "state": {name: part.state_dict() for name, part in trainer._stateful.items()},
+        "history": _history(trainer),
+        "tokens": trainer.state.num_input_tokens_seen,
+        "flos": trainer.state.total_flos,
+    }
+
+
+def _assert_same(left, right, path=""):
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for name in left:
+            _assert_same(left[name], right[name], f"{path}/{name}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), path
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            _assert_same(a, b, f"{path}/{index}")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), path
+    else:
+        assert left == right, path
+
+
+@pytest.mark.parametrize("peft", [pytest.param(False, id="full"), pytest.param(True, id="lora")])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, peft):
+    whole = _trainer(tmp_path / "whole", peft, save_steps=1)
+    whole.train()
+    expected = _everything(whole)
+    for step in (1, 4, 6, 8, 11, 19):  # in a rollout, at its end, at an epoch's end, between two logs
+        resumed = _trainer(tmp_path / "resumed", peft, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        _assert_same(expected, _everything(resumed), f"step {step}")
