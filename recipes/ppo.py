@@ -19,6 +19,7 @@ from rlhf_recipes.arguments import PPOArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data import load_prompts
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs
+from rlhf_recipes.preemption import PreemptionCallback
 from rlhf_recipes.registry import require_model
 from rlhf_recipes.rewards import import_function, load_judges
 from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
@@ -62,7 +63,7 @@ def main(
             peft_config=get_peft_config(model_args),
             judges=judges,
             pairwise_judges=pairwise_judges,
-            callbacks=callbacks,
+            callbacks=[*callbacks, PreemptionCallback()],
         )
 
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics

@@ -11,6 +11,7 @@ from rlhf_recipes.arguments import BoundaryArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data import load_demonstrations
 from rlhf_recipes.models import check_output_dir, load_tokenizer, model_init_kwargs
+from rlhf_recipes.preemption import PreemptionCallback
 from rlhf_recipes.registry import require_model
 from rlhf_recipes.sft_trainer import SFTTrainer
 from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
@@ -44,7 +45,7 @@ def main(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
-            callbacks=callbacks,
+            callbacks=[*callbacks, PreemptionCallback()],
         )
 
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics

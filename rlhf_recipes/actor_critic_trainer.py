@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
 from trl import GRPOTrainer
@@ -104,9 +105,10 @@ class ActorCriticTrainer(DurableTrainer, GRPOTrainer):
     def _restore_progress(self, checkpoint: str) -> None:
         path = Path(checkpoint, PROGRESS_FILE.format(self.accelerator.process_index))
         # Of another number of processes it would be another share of the rollout: that one is then sampled again.
-        progress = torch.load(path, map_location=self.accelerator.device, weights_only=True) if path.exists() else {}
+        progress = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
         if progress.get("num_processes") != self.accelerator.num_processes:
             return
+        progress = send_to_device(progress, self.accelerator.device)
         self._step, self._buffered_inputs, self._samples = (progress[name] for name in ("step", "rollout", "samples"))
         self._metrics["train"].clear()
         self._metrics["train"].update(progress["metrics"])

@@ -121,6 +121,14 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
+def wished_checkpoint(resume: str | bool | None, output_dir: str) -> Path | None:
+    """Return the checkpoint that `resume_from_checkpoint` asks for, whether it is whole or not."""
+    wish = str(resume or False).lower()
+    if wish in ("true", "false"):
+        return next(iter(checkpoints_by_age(output_dir)[::-1]), None) if wish == "true" else None
+    return Path(str(resume))
+
+
 def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | None:
     """Return the checkpoint that `resume_from_checkpoint` stands for. Every rank must make the call.
 

@@ -16,6 +16,14 @@ def global_sum(values: Tensor) -> Tensor:
     return total
 
 
+def global_max(values: Tensor) -> Tensor:
+    """Return the elementwise maximum of `values` over all ranks of the default process group, if there is one."""
+    largest = values.clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
 def global_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(count, mean, var)` of the masked cells of all ranks, as scalars.
 

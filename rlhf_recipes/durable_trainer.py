@@ -32,7 +32,20 @@ class DurableTrainer(Trainer):
             ValueError: If the checkpoint is not whole.
         """
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self.args.restore_callback_states_from_checkpoint = True  # early stopping counts on
         return super().train(checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # transformers would train one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+        if skip_scheduler and self.state.global_step > 0:  # at the start of a run that resumes: it was due before
+            self._determine_best_metric(metrics, trial)
+        return metrics
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)

@@ -29,6 +29,7 @@ from mlflow.utils.validation import (
 from sqlalchemy.engine import make_url
 
 from rlhf_recipes.arguments import TrackingArguments
+from rlhf_recipes.checkpoints import wished_checkpoint
 from rlhf_recipes.delivery import UNSENT_FILE, send_unsent
 from rlhf_recipes.lineage import environment_tags, read_run_file, upstream_runs
 from rlhf_recipes.logged_model import UnknownModelError
@@ -169,7 +170,9 @@ def _interrupted_run(configs: tuple[Any, ...]) -> Run | None:
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         return mlflow.MlflowClient().get_run(run_id)
     for config in configs:
-        checkpoint = getattr(config, "resume_from_checkpoint", None)
+        if not hasattr(config, "resume_from_checkpoint"):
+            continue
+        checkpoint = wished_checkpoint(config.resume_from_checkpoint, config.output_dir)
         note = checkpoint and (read_run_file(checkpoint) or read_run_file(config.output_dir))
         if not note:
             continue

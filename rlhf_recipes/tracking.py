@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import mlflow
@@ -31,16 +30,13 @@ from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.delivery import Delivery
 from rlhf_recipes.lineage import dataset_digest, write_run_file
 from rlhf_recipes.logged_model import describe_model
+from rlhf_recipes.preemption import TerminatedError, terminate
 from rlhf_recipes.run_config import redact
 from rlhf_recipes.run_store import end_run, open_run, system_metrics, tracking_uri
 from rlhf_recipes.samples import SAMPLES_DIRECTORY, tables_of_step
 
 SHOWN_TABLES = 60  # that MLflow's page shows as tables, the latest: a tag holds no more than 8,000 characters
 logger = logging.getLogger(__name__)
-
-
-class TerminatedError(SystemExit):
-    """SIGTERM, as an exception that unwinds the run."""
 
 
 class RunCallback(MLflowCallback):
@@ -52,25 +48,12 @@ class RunCallback(MLflowCallback):
         self._output_dir = output_dir
         self._run = run
         self._tables: list[Path] = []
-        self.was_terminated = self.has_noted = False
+        self.has_noted = False
 
     def setup(self, args: Any, state: Any, model: Any) -> None:
         """Leave the run and its parameters alone: they are recorded before training."""
         self._async_log = False  # as far as transformers is concerned: a delivery returns at once
         self._initialized = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take note of a SIGTERM also where transformers answers it with a checkpoint and an early end."""
-        super().on_train_begin(args, state, control, model, **kwargs)
-        handler = signal.getsignal(signal.SIGTERM)
-        if not args.enable_jit_checkpoint or not callable(handler):
-            return
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self.was_terminated = True
-            handler(number, frame)
-
-        signal.signal(signal.SIGTERM, note)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any = None, **kwargs: Any) -> None:
         """Send the figures, and the tables of completions that the trainer has written at this step."""
@@ -149,7 +132,7 @@ def track_run(
             yield [callback]
         if not callback.has_noted:  # else the model's id may stand there already
             callback.note()
-        status = "KILLED" if callback.was_terminated else "FINISHED"
+        status = "FINISHED"
     except BaseException as error:
         status = outcome(error)
         raise
@@ -167,11 +150,10 @@ def outcome(error: BaseException) -> str:
 
 @contextmanager
 def sigterm_as_exception() -> Iterator[None]:
-    """Let SIGTERM unwind what is inside, as Ctrl-C does; the exit code is the shell's, 143."""
+    """Let SIGTERM unwind what is inside, as Ctrl-C does; the exit code is the shell's, 143.
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise TerminatedError(128 + number)
-
+    While a trainer trains, `PreemptionCallback` answers first.
+    """
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield
         return
@@ -194,8 +176,6 @@ def log_results(metrics: dict[str, float], *files: Path) -> None:
 def log_model(tracking: TrackingArguments, directory: str, model_type: str, revision: str | None = None) -> None:
     """Record the model that the open run has trained and saved, and register it if asked; without a run, do nothing.
 
-    What a termination has cut short is no result, and is left out.
-
     Args:
         tracking: Whether to, and as a version of which registered model.
         directory: Where the model was saved.
@@ -203,7 +183,7 @@ def log_model(tracking: TrackingArguments, directory: str, model_type: str, revi
         revision: Of the base of an adapter, if that is on the Hub.
     """
     run = _open.get()
-    if run is None or run.was_terminated or not tracking.log_model:
+    if run is None or not tracking.log_model:
         return
     model = describe_model(directory, model_type, revision)
     if model is None:

@@ -50,6 +50,7 @@ LAYERS = {
     "reward_adapter": 2,
     "data": 2,
     "evaluation": 2,
+    "preemption": 2,
     "run_store": 2,
     "tracking": 2,
     "registry": 2,
@@ -92,6 +93,7 @@ SAME_LAYER_EDGES = {
     ("report", "plots"),
     ("tracking", "run_store"),
     ("tracking", "samples"),
+    ("tracking", "preemption"),
     # What a run leaves in the store, and what is fetched from it.
     ("logged_model", "fingerprint"),
     ("logged_model", "reward_card"),

@@ -24,6 +24,8 @@ SIGNATURES = {
     (RewardTrainer, "_save"): ["self", "output_dir", "state_dict"],
     (Trainer, "_get_output_dir"): ["self", "trial"],
     (Trainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (Trainer, "_evaluate"): ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
+    (Trainer, "_determine_best_metric"): ["self", "metrics", "trial"],
     (Trainer, "_init_training_state"): [
         "self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
     ],
