@@ -78,12 +78,28 @@ def group_runs(runs: list[TrackedRun]) -> tuple[list[Group], dict[str, list[str]
     names = sorted({name for options in options_of for name in options})
     table = {name: [options.get(name, "not recorded") for options in options_of] for name in names}
     differing = {name: values for name, values in table.items() if len(set(values) - {"not recorded"}) > 1}
+    telling = _telling_options(differing)
     groups = []
     for number, group in enumerate(members.values()):
-        label = ", ".join(f"{name} {values[number]}" for name, values in list(differing.items())[:3])
+        label = ", ".join(f"{name} {differing[name][number]}" for name in telling)
         letter = ascii_uppercase[number % 26] * (number // 26 + 1)
         groups.append(Group(letter, label if options_of[number] and label else group[0].name, group))
     return groups, differing
+
+
+def _telling_options(differing: dict[str, list[str]]) -> list[str]:
+    """Return few options by which the groups can be told apart: each time the one that separates most of them."""
+    chosen: list[str] = []
+
+    def separated(names: list[str]) -> int:
+        return len(set(zip(*(differing[name] for name in names), strict=True)))
+
+    while differing:
+        best = max(differing, key=lambda name: separated([*chosen, name]))
+        if chosen and separated([*chosen, best]) == separated(chosen):
+            break
+        chosen.append(best)
+    return sorted(chosen)
 
 
 def _compared_options(run: TrackedRun) -> dict[str, str]:

@@ -47,6 +47,25 @@ def _line(kl, score, points=3):
     return {"objective/kl": kl * share, "objective/scores": score * share}
 
 
+def test_a_label_names_what_tells_its_group_from_each_other(tmp_path):
+    """Of the options that differ, those that are needed: here `kl_controller` says no more than `kl_coef`."""
+    common = {"kl_coef": 0.09, "kl_controller": "adaptive", "max_steps": 100, "value_head_learning_rate": 0.002}
+    changes = [
+        {},
+        {"max_steps": 160},
+        {"kl_coef": 0.03, "kl_controller": "fixed"},
+        {"value_head_learning_rate": 0.0002},
+    ]
+    runs = [(common | change, _line(1, 1), {}) for change in changes]
+    groups, _ = _experiment(f"sqlite:///{tmp_path}/mlflow.db", "sweep", *runs)
+    assert [group.label for group in groups] == [
+        "kl_coef 0.09, max_steps 100, value_head_learning_rate 0.002",
+        "kl_coef 0.09, max_steps 160, value_head_learning_rate 0.002",
+        "kl_coef 0.03, max_steps 100, value_head_learning_rate 0.002",
+        "kl_coef 0.09, max_steps 100, value_head_learning_rate 0.0002",
+    ]
+
+
 def test_three_configurations_of_two_seeds(store):
     groups, differing = group_runs(read_experiment("sweep", [], store))
     assert [group.name for group in groups] == ["A", "B", "C"]
