@@ -145,6 +145,12 @@ class PPOConfig(GRPOConfig):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations in a row without a better one, after which training ends."}
     )
+    allow_changes_on_resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although models, data or options are not those of the checkpoint; what differs is said."
+        },
+    )
     logged_samples: int = field(
         default=16, metadata={"help": "Completions of the latest rollout in the table that each log writes; 0: none."}
     )

@@ -57,6 +57,7 @@ from rlhf_recipes.rewards import (
     weighted_scores,
 )
 from rlhf_recipes.rollout import estimate_advantages
+from rlhf_recipes.run_identity import RunIdentity, data_fingerprint, fingerprint, options_that_count
 from rlhf_recipes.samples import sample_rows
 from rlhf_recipes.value_head import CriticWarmupCallback, attach_value_head
 
@@ -123,6 +124,10 @@ class PPOTrainer(ActorCriticTrainer):
         train_dataset = add_separator(train_dataset, args.response_separator)
         eval_dataset = add_separator(eval_dataset, args.response_separator)
         check_prompts_fit(train_dataset, processing_class, model.config, args.max_completion_length)
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        facts = {"the policy to start from": fingerprint(start), "the rewards": [fingerprint(x) for x in rewards]}
+        facts |= {"the reward adapter": fingerprint(args.reward_adapter)} if args.reward_adapter else {}
+        facts["the training data"] = data_fingerprint(train_dataset)
         reward_funcs = as_reward_functions(reward_funcs, reward_processing_classes, **shared)
         if args.reward_adapter is not None:
             reward_funcs.append(RewardAdapterScorer(args.reward_adapter))
@@ -162,7 +167,9 @@ class PPOTrainer(ActorCriticTrainer):
         if (statistics := score_statistics(self.reward_funcs, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
         self.kl_controller = make_kl_controller(args.kl_controller, args.kl_coef, args.target_kl, args.kl_horizon)
+        facts |= {"the number of processes": self.accelerator.num_processes} | options_that_count(args)
         self._stateful = {
+            "run": RunIdentity(facts, allow_changes=args.allow_changes_on_resume),
             "reward_normalizer": self.reward_normalizer,
             "kl_controller": self.kl_controller,
             "held_out": self.held_out,

@@ -51,6 +51,7 @@ LAYERS = {
     "data": 2,
     "evaluation": 2,
     "preemption": 2,
+    "run_identity": 2,
     "run_store": 2,
     "tracking": 2,
     "registry": 2,

@@ -217,7 +217,15 @@ def test_zero3_trains_the_weights_of_ddp(directory, ddp, zero3):
 @needs_deepspeed
 def test_zero3_resumes(directory, zero3):
     log, _ = _launch(
-        directory, "zero3", "ppo", "zero3", {**PPO, "max_steps": 8}, "--resume_from_checkpoint", "zero3/checkpoint-4"
+        directory,
+        "zero3",
+        "ppo",
+        "zero3",
+        {**PPO, "max_steps": 8},
+        "--resume_from_checkpoint",
+        "zero3/checkpoint-4",
+        "--allow_changes_on_resume",
+        "true",
     )
     steps = [entry["step"] for entry in log if "loss" in entry]
     assert steps == list(range(1, 9))

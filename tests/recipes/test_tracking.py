@@ -293,7 +293,7 @@ def test_a_termination_is_killed(world, directory, number, exit_code):
 def test_a_resume_continues_the_same_run(world, directory):
     uri = _store(directory)
     common = {"save_strategy": "steps", "save_steps": 4, "reward": "slow", "eval_strategy": "steps", "eval_steps": 4}
-    resume = {"resume_from_checkpoint": "out/ppo/checkpoint-4", "max_steps": 12}
+    resume = {"resume_from_checkpoint": "out/ppo/checkpoint-4", "max_steps": 12, "allow_changes_on_resume": True}
     sampling = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"}
     code, output = _ppo(world, directory, **common, max_steps=8, environment=sampling)
     assert code == 0, output[-3000:]
@@ -318,7 +318,7 @@ def test_a_resume_continues_the_same_run(world, directory):
 
 
 def test_a_checkpoint_of_another_store_begins_a_new_run(world, directory):
-    options = {"save_strategy": "steps", "save_steps": 4}
+    options = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
     _ppo(world, directory, **options)
     shutil.copy(world / "mlflow.db", directory)
     code, output = _ppo(world, directory, resume_from_checkpoint="out/ppo/checkpoint-4", max_steps=8, **options)

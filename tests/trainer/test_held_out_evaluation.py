@@ -98,7 +98,8 @@ def test_the_best_checkpoint_is_loaded_and_patience_ends(tmp_path):
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{evaluations[best]['step']}")
     assert len(evaluations) == best + 3 < 10, "two evaluations in a row without a better one"
     loaded = _weights(trainer)
-    resumed = _trainer(tmp_path / "other", max_steps=evaluations[best]["step"], **EVALUATION)
+    step = evaluations[best]["step"]
+    resumed = _trainer(tmp_path / "other", max_steps=step, allow_changes_on_resume=True, **EVALUATION)
     resumed.train(resume_from_checkpoint=trainer.state.best_model_checkpoint)
     for name, weight in _weights(resumed).items():
         assert_close(loaded[name], weight, EXACT)

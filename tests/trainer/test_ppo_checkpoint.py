@@ -15,6 +15,7 @@ from rlhf_recipes.checkpoints import publish
 from rlhf_recipes.models import load_policy
 from rlhf_recipes.value_head import VALUE_HEAD_FILE, ValueHead, trained_value_head
 
+LONGER = {"kl_controller": "adaptive", "kl_horizon": 64, "allow_changes_on_resume": True}
 PEFT = [pytest.param(False, id="full"), pytest.param(True, id="lora")]
 
 
@@ -53,7 +54,7 @@ def test_checkpoint_restores_head_normaliser_and_controller(tmp_path, peft):
 
 def test_resuming_continues_from_the_restored_state(tmp_path):
     _trained(tmp_path, peft=False)
-    trainer = tiny.ppo_trainer(tmp_path / "resumed", max_steps=12, kl_controller="adaptive", kl_horizon=64)
+    trainer = tiny.ppo_trainer(tmp_path / "resumed", max_steps=12, **LONGER)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert trainer.state.global_step == 12
     weights = trainer.reward_normalizer.state_dict()["weight"]
@@ -66,7 +67,7 @@ def test_resuming_without_the_state_is_refused(tmp_path):
     checkpoint, staged = tmp_path / "checkpoint-8", tmp_path / "staged" / "checkpoint-8"
     shutil.copytree(checkpoint, staged, ignore=shutil.ignore_patterns("ppo_state.json"))
     publish(staged, checkpoint)  # as whole as one of another trainer
-    trainer = tiny.ppo_trainer(tmp_path / "resumed", max_steps=12)
+    trainer = tiny.ppo_trainer(tmp_path / "resumed", max_steps=12, **LONGER)
     with pytest.raises(FileNotFoundError, match="ppo_state.json is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
@@ -142,7 +143,7 @@ def test_episodes_count_completions_also_after_a_resume(tmp_path):
     first = _trained(tmp_path, peft=False)
     assert _episodes(first) == {step: count for step, count in expected.items() if step <= 8}
     assert "episode" not in first.state.log_history[-1]
-    trainer = tiny.ppo_trainer(tmp_path / "resumed", max_steps=12, kl_controller="adaptive", kl_horizon=64)
+    trainer = tiny.ppo_trainer(tmp_path / "resumed", max_steps=12, **LONGER)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert _episodes(trainer) == expected
 

@@ -1,6 +1,8 @@
 """A run that was interrupted and resumed is the run that was not: every weight and every figure, bit for bit."""
 
+import logging
 import random
+import re
 
 import numpy as np
 import pytest
@@ -69,3 +71,43 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, peft):
         resumed = _trainer(tmp_path / "resumed", peft, save_strategy="no")
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         _assert_same(expected, _everything(resumed), f"step {step}")
+
+
+SHORT = {"max_steps": 4, "save_steps": 4, "logging_steps": 1}
+CHANGES = {
+    "option": ({"learning_rate": 5e-4}, "`learning_rate` was 0.001, is 0.0005"),
+    "length under a schedule": ({"max_steps": 8}, "`max_steps` was 4, is 8"),
+    "batch": ({"steps_per_generation": 4}, "`generation_batch_size` was 8, is 16"),
+    "policy": ({"model": 3}, "the policy to start from was [0-9a-f]{16}, is [0-9a-f]{16}"),
+    "reward model": ({"rewards": 5}, "the rewards was .'[0-9a-f]{16}'., is .'[0-9a-f]{16}'."),
+    "data": ({"data": tiny.prompts(count=21)}, "the training data was"),
+}
+
+
+def _short(directory, model=0, rewards=4, **kwargs):
+    tok = tiny.tokenizer()
+    models = {"model": tiny.policy(tok, seed=model), "rewards": tiny.reward_model(tok, seed=rewards)}
+    models["rewards"].config._name_or_path = tiny.save(models["rewards"], f"{directory}-reward")
+    return tiny.ppo_trainer(
+        directory, **{**models, "data": tiny.prompts(count=20), "save_strategy": "steps", **SHORT, **kwargs}
+    )
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_resume_of_another_run_is_refused_with_the_difference(tmp_path, caplog, change, message):
+    _short(tmp_path / "first").train()
+    checkpoint = str(tmp_path / "first" / "checkpoint-4")
+    with pytest.raises(ValueError, match=f"The checkpoint is of another run: .*{message}"):
+        _short(tmp_path / "second", **change).train(checkpoint)
+    resumed = _short(tmp_path / "second", allow_changes_on_resume=True, **change)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(checkpoint)
+    assert re.search(f"The checkpoint is of another run: .*{message}.*Resumed all the same", caplog.text)
+
+
+def test_what_changes_no_number_may_change(tmp_path):
+    _short(tmp_path / "first", lr_scheduler_type="constant").train()
+    changes = {"logging_steps": 2, "save_steps": 2, "max_steps": 8, "eval_strategy": "no", "run_name": "again"}
+    resumed = _short(tmp_path / "second", lr_scheduler_type="constant", **changes)
+    resumed.train(str(tmp_path / "first" / "checkpoint-4"))
+    assert resumed.state.global_step == 8

@@ -151,7 +151,7 @@ def test_no_reward_at_all_is_refused(tmp_path, directory):
 
 
 def test_a_resumed_run_keeps_its_reward_adapter(tmp_path, directory):
-    options = {"save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2}
+    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2}
     _trainer(directory, tmp_path, max_steps=4, **options).train()
     again = _trainer(directory, tmp_path, max_steps=8, **options)
     text = {"prompts": ["the fox\n\n"], "completions": ["is red"]}

@@ -1,0 +1,119 @@
+"""What must be the same when a run is resumed: the models, the data and the options that make its numbers.
+
+Layer L2. Stored in every checkpoint beside the rest of PPO's state, and compared when one is loaded.
+"""
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch import nn
+
+from rlhf_recipes.fingerprint import base_fingerprint, weights_fingerprint
+from rlhf_recipes.lineage import dataset_digest
+from rlhf_recipes.reward_model import is_adapter
+from rlhf_recipes.run_config import public_options
+
+# Beginnings of options that change no weight: where a run writes, what it shows, how often it saves and evaluates, and
+# how the work is spread, which the number of processes says as far as it matters.
+FREE_OPTIONS = (
+    *("log", "save", "eval", "per_device_eval", "batch_eval", "prediction_loss", "do_", "metric", "greater_is_better"),
+    *("load_best", "early_stopping", "output", "run_name", "report_to", "project", "trackio", "push_to", "hub"),
+    *("resume", "restore_callback", "allow_changes", "enable_jit", "disable_tqdm", "num_completions_to_print"),
+    *("include", "skip_memory", "debug", "dataloader", "ddp", "deepspeed", "fsdp", "accelerator_config", "local_rank"),
+    *("gradient_checkpointing", "activation_checkpointing", "torch_empty_cache", "ds3", "vllm_server", "vllm_group"),
+    *("vllm_gpu", "vllm_enable", "vllm_tensor", "trust_remote_code", "remove_unused", "label_names", "reward_adapter"),
+)
+SAMPLED_VALUES = 256  # of every tensor of a model that was given as an instance
+logger = logging.getLogger(__name__)
+
+
+class RunIdentity:
+    """Refuse to go on with a run whose reference, rewards, data, options or processes are others.
+
+    Args:
+        facts: By name; equal ones are compared as JSON.
+        allow_changes: Warn instead.
+    """
+
+    def __init__(self, facts: dict[str, Any], *, allow_changes: bool) -> None:
+        self._facts: dict[str, Any] = json.loads(json.dumps(facts))
+        self._allow_changes = allow_changes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the facts."""
+        return self._facts
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare with the facts of a checkpoint.
+
+        Raises:
+            ValueError: If they differ, naming what was and what is.
+        """
+        names = sorted({*state, *self._facts})
+        changed = [
+            f"{name} was {state.get(name)}, is {self._facts.get(name)}"
+            for name in names
+            if state.get(name) != self._facts.get(name)
+        ]
+        if not changed:
+            return
+        told = f"The checkpoint is of another run: {'; '.join(changed)}."
+        if not self._allow_changes:
+            raise ValueError(f"{told} Resume with what it was written with, or set `allow_changes_on_resume: true`.")
+        logger.warning(f"{told} Resumed all the same, as `allow_changes_on_resume` says.")
+
+
+def options_that_count(args: Any) -> dict[str, Any]:
+    """Return the options of a trainer that its numbers depend on.
+
+    The length of the run is one of them unless the learning rate is constant: another schedule would lead elsewhere.
+    """
+    (options,) = public_options((args,)).values()
+    free: tuple[str, ...] = FREE_OPTIONS
+    if str(options["lr_scheduler_type"]).startswith("constant"):
+        free += ("max_steps", "num_train_epochs")
+    return {f"`{name}`": value for name, value in options.items() if not name.startswith(free)}
+
+
+def fingerprint(model: Any) -> str:
+    """Return what identifies a model or a reward function.
+
+    Of a path a hash of its files, those of an adapter's base included; of an instance a hash of sampled weights; of
+    a function its name, whatever it does.
+    """
+    if isinstance(model, nn.Module):
+        return _sampled(model)
+    if not isinstance(model, str):
+        return str(getattr(model, "__name__", type(model).__name__))
+    if not is_adapter(model):
+        return _of_files(model)
+    base = PeftConfig.from_pretrained(model).base_model_name_or_path
+    return f"{weights_fingerprint(model)} on {_of_files(base)}"
+
+
+def _of_files(path: str) -> str:
+    try:
+        return base_fingerprint(path, local_files_only=True) or path
+    except (OSError, ValueError):  # an address, or loaded from the Hub by something that left no file
+        return path
+
+
+@torch.no_grad()
+def _sampled(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        values = tensor.flatten()
+        sample = values[:: max(1, len(values) // SAMPLED_VALUES)].cpu().contiguous()
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def data_fingerprint(dataset: Any) -> str:
+    """Return a hash of a dataset's rows; a stream has none that could be told beforehand."""
+    return dataset_digest(dataset) if isinstance(dataset, Dataset) else "a stream"
