@@ -32,6 +32,21 @@ def signalled(completions, **kwargs):
         os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
     return length(completions)
 
+def dying(completions, **kwargs):
+    # SIGKILL twice: inside a rollout's sampling, and while a checkpoint is being written.
+    import threading
+    def watch():
+        while not Path("out/unfinished/checkpoint-7/optimizer.pt").exists():
+            time.sleep(0.0005)
+        Path("killed in saving").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if not Path("killed in sampling").exists() and Path("out/checkpoint-3").exists():
+        Path("killed in sampling").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if Path("killed in sampling").exists() and not Path("killed in saving").exists():
+        threading.Thread(target=watch, daemon=True).start()
+    return length(completions)
+
 def endless(**kwargs):
     Path("sampling").touch()
     time.sleep(600)
@@ -118,6 +133,28 @@ def test_the_same_command_goes_on_where_the_signal_stopped_it(directory, name):
 
     (directory / "calls").write_text("x" * 9)
     code, output = _run(directory, environment, reward_functions=["my_rewards:signalled"], output_dir="whole")
+    assert code == 0, output[-3000:]
+    _assert_same(directory / "whole", directory / "out")
+
+
+def test_a_killed_run_goes_on_and_ends_like_one_that_was_left_alone(directory):
+    """`benchmarks/kill_and_resume.py` does this at random moments of the quickstart."""
+    options = {
+        "tracking": False,
+        "save_steps": 1,
+        "save_total_limit": 3,
+        "num_iterations": 1,
+        "steps_per_generation": 3,
+    }
+    codes = []
+    while not codes or codes[-1] == -signal.SIGKILL:
+        code, output = _run(directory, {}, reward_functions=["my_rewards:dying"], **options)
+        codes.append(code)
+        if (directory / "killed in saving").exists() and len(codes) == 2:
+            assert (directory / "out" / "unfinished" / "checkpoint-7").is_dir(), "killed in the middle"
+            assert not (directory / "out" / "checkpoint-7").exists()
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0], output[-3000:]
+    code, output = _run(directory, {}, reward_functions=["my_rewards:dying"], output_dir="whole", **options)
     assert code == 0, output[-3000:]
     _assert_same(directory / "whole", directory / "out")
 
