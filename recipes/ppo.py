@@ -15,11 +15,12 @@ from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.arguments import PPOArguments, TrackingArguments
+from rlhf_recipes.arguments import PPOArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
-from rlhf_recipes.data import load_prompts
+from rlhf_recipes.data import load_prompts, load_split
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs
 from rlhf_recipes.preemption import PreemptionCallback
+from rlhf_recipes.preflight import preflight
 from rlhf_recipes.registry import require_model
 from rlhf_recipes.rewards import import_function, load_judges
 from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
@@ -28,14 +29,19 @@ QUICKSTART = str(Path(__file__).parent / "configs" / "quickstart" / "ppo.yaml")
 
 
 def main(
-    script_args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig, tracking_args: TrackingArguments
+    script_args: PPOArguments,
+    training_args: PPOConfig,
+    model_args: ModelConfig,
+    tracking_args: TrackingArguments,
+    preflight_args: PreflightArguments,
 ) -> dict[str, float]:
     """Train and save; return the final metrics."""
     set_seed(training_args.seed)
     run_name = training_args.run_name or training_args.output_dir
-    with track_run(tracking_args, run_name, "ppo", script_args, training_args, model_args) as callbacks:
+    recorded = preflight_args.recorded(tracking_args)
+    with track_run(recorded, run_name, "ppo", script_args, training_args, model_args) as callbacks:
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
-        tokenizer = load_tokenizer(path, padding_side="left")
+        tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code, padding_side="left")
         train, evaluation = load_prompts(script_args, script_args.dataset_train_split), None
         if training_args.eval_strategy != "no":
             evaluation = load_prompts(script_args, script_args.dataset_test_split)
@@ -66,6 +72,8 @@ def main(
             callbacks=[*callbacks, PreemptionCallback()],
         )
 
+        answers = load_split(script_args, script_args.dataset_train_split)
+        preflight(trainer, train, evaluation, preflight_args, tracking_args, with_answers=answers)
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
 
         trainer.save_model(training_args.output_dir)
@@ -82,5 +90,5 @@ if __name__ == "__main__":
     # A run that names neither a configuration nor a policy is the quickstart's; its options override that YAML.
     if not any(argument.startswith(("--config", "--model_name_or_path")) for argument in arguments):
         arguments = ["--config", QUICKSTART, *arguments]
-    parser = TrlParser((PPOArguments, PPOConfig, ModelConfig, TrackingArguments))
+    parser = TrlParser((PPOArguments, PPOConfig, ModelConfig, TrackingArguments, PreflightArguments))
     main(*parser.parse_args_and_config(arguments))

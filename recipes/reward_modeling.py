@@ -10,11 +10,12 @@ from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from rlhf_recipes import RewardModelConfig, RewardModelTrainer
-from rlhf_recipes.arguments import TrackingArguments
+from rlhf_recipes.arguments import PreflightArguments, TrackingArguments
 from rlhf_recipes.console import print_table, quiet_start
 from rlhf_recipes.data import load_split
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs
 from rlhf_recipes.preemption import PreemptionCallback
+from rlhf_recipes.preflight import preflight
 from rlhf_recipes.registry import require_model
 from rlhf_recipes.reward_card import CARD_FILE
 from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
@@ -25,13 +26,15 @@ def main(
     training_args: RewardModelConfig,
     model_args: ModelConfig,
     tracking_args: TrackingArguments,
+    preflight_args: PreflightArguments,
 ) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     set_seed(training_args.seed)
     run_name = training_args.run_name or training_args.output_dir
-    with track_run(tracking_args, run_name, "reward_modeling", script_args, training_args, model_args) as callbacks:
+    recorded = preflight_args.recorded(tracking_args)
+    with track_run(recorded, run_name, "reward_modeling", script_args, training_args, model_args) as callbacks:
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code)
         train = load_split(script_args, script_args.dataset_train_split)
         evaluation = load_split(script_args, script_args.dataset_test_split)
         log_datasets(script_args.dataset_name, training=train, evaluation=evaluation)
@@ -47,6 +50,7 @@ def main(
             callbacks=[*callbacks, PreemptionCallback()],
         )
 
+        preflight(trainer, train, evaluation, preflight_args, tracking_args)
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
 
         # The card holds the mean and deviation of the scores on the evaluation set: evaluate first, then save.
@@ -62,5 +66,5 @@ def main(
 
 if __name__ == "__main__":
     quiet_start()
-    parser = TrlParser((ScriptArguments, RewardModelConfig, ModelConfig, TrackingArguments))
+    parser = TrlParser((ScriptArguments, RewardModelConfig, ModelConfig, TrackingArguments, PreflightArguments))
     main(*parser.parse_args_and_config())

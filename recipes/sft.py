@@ -7,12 +7,14 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/sft.py
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 
-from rlhf_recipes.arguments import BoundaryArguments, TrackingArguments
+from rlhf_recipes.arguments import BoundaryArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data import load_demonstrations
 from rlhf_recipes.models import check_output_dir, load_tokenizer, model_init_kwargs
 from rlhf_recipes.preemption import PreemptionCallback
+from rlhf_recipes.preflight import preflight
 from rlhf_recipes.registry import require_model
+from rlhf_recipes.run_config import keep_token_out_of_files
 from rlhf_recipes.sft_trainer import SFTTrainer
 from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
 
@@ -23,13 +25,16 @@ def main(
     model_args: ModelConfig,
     boundary_args: BoundaryArguments,
     tracking_args: TrackingArguments,
+    preflight_args: PreflightArguments,
 ) -> dict[str, float]:
     """Train, save and evaluate; return the final metrics."""
     set_seed(training_args.seed)
+    keep_token_out_of_files(training_args)
     run_name = training_args.run_name or training_args.output_dir
-    with track_run(tracking_args, run_name, "sft", script_args, training_args, model_args, boundary_args) as callbacks:
+    recorded = preflight_args.recorded(tracking_args)
+    with track_run(recorded, run_name, "sft", script_args, training_args, model_args, boundary_args) as callbacks:
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code)
         separator = boundary_args.response_separator
         train, evaluation = load_demonstrations(script_args, script_args.dataset_train_split, separator), None
         if training_args.eval_strategy != "no":
@@ -48,6 +53,7 @@ def main(
             callbacks=[*callbacks, PreemptionCallback()],
         )
 
+        preflight(trainer, train, evaluation, preflight_args, tracking_args)
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
 
         trainer.save_model(training_args.output_dir)
@@ -61,5 +67,7 @@ def main(
 
 if __name__ == "__main__":
     quiet_start()
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, BoundaryArguments, TrackingArguments))
+    parser = TrlParser(
+        (ScriptArguments, SFTConfig, ModelConfig, BoundaryArguments, TrackingArguments, PreflightArguments)
+    )
     main(*parser.parse_args_and_config())

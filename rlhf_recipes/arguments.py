@@ -4,7 +4,7 @@ Layer L1. Everything that can be checked without a model or a dataset is checked
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trl import ScriptArguments
@@ -165,3 +165,20 @@ class TrackingArguments:
             )
         if self.registered_model_name is not None and not self.log_model:
             raise ValueError("`registered_model_name` needs `log_model: true`: a version is of a model in the store.")
+
+
+@dataclass
+class PreflightArguments:
+    """How far a training recipe goes."""
+
+    preflight_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Load and check everything, print it, and leave before training: with 0, or with 1 if something "
+            "is bound to fail. No run is recorded."
+        },
+    )
+
+    def recorded(self, tracking: TrackingArguments) -> TrackingArguments:
+        """Return where the run is recorded: nowhere if it ends before training."""
+        return replace(tracking, tracking=tracking.tracking and not self.preflight_only)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from trl import GRPOConfig, RewardConfig
 
+from rlhf_recipes.run_config import keep_token_out_of_files
+
 
 class _SingleGeneration(int):
     """The number 1, for which `num_generations < 2` is False: the one check of GRPO that does not hold for PPO."""
@@ -156,6 +158,7 @@ class PPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        keep_token_out_of_files(self)
         self._check_owned_by_ppo()
         if self.eval_strategy != "no" and self.metric_for_best_model is None:
             self.metric_for_best_model = "win_rate_low"
@@ -247,5 +250,6 @@ class RewardModelConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
+        keep_token_out_of_files(self)
         super().__post_init__()
         check_range(self, "l2_coefficient", lambda x: x >= 0, "not be negative")

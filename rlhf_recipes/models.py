@@ -27,11 +27,13 @@ from trl.trainer.utils import create_model_from_path
 from rlhf_recipes.configs import PPOConfig, RewardModelConfig
 from rlhf_recipes.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.reward_model import is_adapter
+from rlhf_recipes.safe_loading import safe_kwargs, safe_loading
 
 
 def load_tokenizer(path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer; one without a padding token pads with its EOS token."""
-    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    with safe_loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -44,6 +46,7 @@ def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         "quantization_config": get_quantization_config(model_args),
+        "use_safetensors": True,
     }
     return {name: value for name, value in kwargs.items() if value is not None}
 
@@ -79,7 +82,8 @@ def load_policy(
     rounding = (saved_quantization(path) if is_adapter(path) else None) or base_quantization
     kwargs.setdefault("quantization_config", rounding)
     base_path = base or PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter(path) else path
-    model = keep_unpacked(AutoModelForCausalLM.from_pretrained(base_path, **kwargs))
+    with safe_loading(path, base_path):
+        model = keep_unpacked(AutoModelForCausalLM.from_pretrained(base_path, **safe_kwargs(kwargs)))
     if stays_quantized:
         return load_adapter(model, path) if is_adapter(path) else model
     if rounding is not None:
@@ -181,7 +185,8 @@ def policy_loader(model: Any, args: PPOConfig, quantization_config: Any) -> Call
         init_kwargs.setdefault("quantization_config", saved_quantization(model))
 
     def load(frozen: bool = False) -> PreTrainedModel | PeftModel:
-        policy = keep_unpacked(create_model_from_path(base, **init_kwargs))
+        with safe_loading(model, base):
+            policy = keep_unpacked(create_model_from_path(base, **safe_kwargs(init_kwargs)))
         if is_adapter(model):
             policy = PeftModel.from_pretrained(policy, model, is_trainable=True)
         return policy.requires_grad_(False) if frozen else policy

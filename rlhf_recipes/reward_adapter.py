@@ -12,13 +12,12 @@ import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor
-from transformers import AutoTokenizer
 from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.quantization import quantization_of, restore_precision, saved_quantization
 from rlhf_recipes.reward_card import RewardModelCard
 from rlhf_recipes.reward_model import ScoreHead, is_adapter
-from rlhf_recipes.rewards import RewardModelScorer
+from rlhf_recipes.rewards import RewardModelScorer, load_scorer_tokenizer
 
 REWARD_ADAPTER = "reward"
 
@@ -41,6 +40,7 @@ class RewardAdapterScorer(RewardModelScorer):
                 f"`reward_adapter` is {path}, which is no adapter. Train the reward model with `use_peft: true`, or "
                 "give a whole one as `reward_model_path`."
             )
+        tokenizer = load_scorer_tokenizer(path)  # first: it refuses pickles
         weights = load_peft_weights(path, device="cpu")
         heads = [name for name in weights if name.endswith("score.weight")]
         if len(heads) != 1:
@@ -49,7 +49,7 @@ class RewardAdapterScorer(RewardModelScorer):
         self.head = ScoreHead(score.size(1), 1, bias=False).requires_grad_(False)
         self.head.weight.data.copy_(score)
         self.path, self._weights = path, weights
-        super().__init__(None, AutoTokenizer.from_pretrained(path), RewardModelCard.load(path))
+        super().__init__(None, tokenizer, RewardModelCard.load(path))
         self.__name__ = Path(path).name
 
     def attach(self, policy: PeftModel, base: str) -> None:

@@ -16,6 +16,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf_recipes.float32_linear import Float32Linear
 from rlhf_recipes.quantization import keep_unpacked, load_adapter, saved_quantization
+from rlhf_recipes.safe_loading import safe_kwargs, safe_loading
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -36,19 +37,21 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
     Raises:
         ValueError: If it is not a sequence classifier with one output.
     """
-    kwargs.setdefault("dtype", "float32")
+    kwargs = {"dtype": "float32", **safe_kwargs(kwargs)}
     if is_adapter(path):
         kwargs.setdefault("quantization_config", saved_quantization(path))
         base_path = base or PeftConfig.from_pretrained(path).base_model_name_or_path
-        with suppress_seqcls_warning():
+        with suppress_seqcls_warning(), safe_loading(path, base_path):
             model = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1, **kwargs)
         with_score_head(keep_unpacked(model))
         if kwargs["quantization_config"] is not None:
             return load_adapter(model, path)  # a merge would round it
         model = PeftModel.from_pretrained(model, path)
         return model if is_deepspeed_zero3_enabled() else model.merge_and_unload()  # ZeRO-3 holds a shard only
-    check_reward_config(AutoConfig.from_pretrained(path), path, trained=True)
-    return with_score_head(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
+    with safe_loading(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs["trust_remote_code"])
+        check_reward_config(config, path, trained=True)
+        return with_score_head(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
 
 
 def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
@@ -66,12 +69,12 @@ def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
             f"{path} is an adapter; a reward model starts from a whole model. Merge it into its base first: "
             f"`rlhf_recipes.models.load_policy({path!r}).save_pretrained(..)`, likewise its tokenizer."
         )
-    config = AutoConfig.from_pretrained(
-        path, **{k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
-    )
-    trained = check_reward_config(config, path)
-    kwargs.setdefault("dtype", "float32")
-    with suppress_seqcls_warning():
+    kwargs = {"dtype": "float32", **safe_kwargs(kwargs)}
+    with suppress_seqcls_warning(), safe_loading(path):
+        config = AutoConfig.from_pretrained(
+            path, **{k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
+        )
+        trained = check_reward_config(config, path)
         model = keep_unpacked(AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **kwargs))
     with_score_head(model)
     if not trained:

@@ -22,6 +22,7 @@ from rlhf_recipes.arguments import JudgeArguments
 from rlhf_recipes.data import require_path
 from rlhf_recipes.reward_card import CARD_FILE, RewardModelCard
 from rlhf_recipes.reward_model import load_reward_model, with_score_head
+from rlhf_recipes.safe_loading import safe_loading
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class RewardModelScorer:
     @classmethod
     def from_pretrained(cls, path: str, **kwargs: Any) -> "RewardModelScorer":
         """Load a reward model and its tokenizer from a directory or the Hub, and its card from a directory."""
-        tokenizer, card = AutoTokenizer.from_pretrained(path), RewardModelCard.load(path)
+        tokenizer, card = load_scorer_tokenizer(path), RewardModelCard.load(path)
         scorer = cls(load_reward_model(path, **kwargs), tokenizer, card)
         scorer.__name__ = Path(path).name  # an adapter's model bears the name of its base
         if card is None:
@@ -106,6 +107,12 @@ class RewardModelScorer:
 
     def _score(self, batch: Any) -> Tensor:
         return self.model(**batch).logits[:, 0]
+
+
+def load_scorer_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load a reward model's tokenizer, which brings no code."""
+    with safe_loading(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def weighted_scores(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
@@ -152,7 +159,7 @@ def as_scorer(
         if isinstance(getattr(model, "score", None), nn.Linear):
             with_score_head(model)  # scores in float32 under autocast, as of a model that was loaded here
         card = RewardModelCard.load(path) if path else None
-        scorer = RewardModelScorer(model, tokenizer or AutoTokenizer.from_pretrained(path), card)
+        scorer = RewardModelScorer(model, tokenizer or load_scorer_tokenizer(path), card)
     if tokenizer is not None:
         scorer.tokenizer = tokenizer
     return scorer

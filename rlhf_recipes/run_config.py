@@ -5,6 +5,7 @@ Layer L1.
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict
 from typing import Any
@@ -33,6 +34,12 @@ def redact(text: str) -> str:
 def without_credentials(uri: str) -> str:
     """Return an address as it can be used by someone who has credentials of their own."""
     return redact(uri).replace("://***@", "://")
+
+
+def keep_token_out_of_files(args: Any) -> None:
+    """Hand `hub_token` to huggingface_hub by the environment, in place: every checkpoint holds a pickle of `args`."""
+    if args.hub_token is not None:
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
 
 
 def public_options(configs: tuple[Any, ...]) -> dict[str, dict[str, Any]]:

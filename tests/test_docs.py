@@ -19,9 +19,28 @@ RECIPES = ROOT / "recipes"
 YAMLS = sorted((RECIPES / "configs").rglob("*.yaml"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *RECIPES.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 PARSERS = {
-    "sft": (ScriptArguments, SFTConfig, ModelConfig, arguments.BoundaryArguments, arguments.TrackingArguments),
-    "reward_modeling": (ScriptArguments, configs.RewardModelConfig, ModelConfig, arguments.TrackingArguments),
-    "ppo": (arguments.PPOArguments, configs.PPOConfig, ModelConfig, arguments.TrackingArguments),
+    "sft": (
+        ScriptArguments,
+        SFTConfig,
+        ModelConfig,
+        arguments.BoundaryArguments,
+        arguments.TrackingArguments,
+        arguments.PreflightArguments,
+    ),
+    "reward_modeling": (
+        ScriptArguments,
+        configs.RewardModelConfig,
+        ModelConfig,
+        arguments.TrackingArguments,
+        arguments.PreflightArguments,
+    ),
+    "ppo": (
+        arguments.PPOArguments,
+        configs.PPOConfig,
+        ModelConfig,
+        arguments.TrackingArguments,
+        arguments.PreflightArguments,
+    ),
     "evaluate": (arguments.EvaluationArguments, ModelConfig, arguments.TrackingArguments),
     "export": (arguments.ExportArguments, ModelConfig),
     "compare": (arguments.ComparisonArguments,),
@@ -36,6 +55,7 @@ OURS = {
     arguments.ExportArguments: None,
     arguments.ComparisonArguments: None,
     arguments.TrackingArguments: None,
+    arguments.PreflightArguments: None,
 }
 
 
@@ -102,6 +122,7 @@ HOLDERS = {
     arguments.ExportArguments: {"script_args"},
     arguments.ComparisonArguments: {"script_args"},
     arguments.TrackingArguments: {"tracking"},
+    arguments.PreflightArguments: {"preflight_args"},
 }
 
 
@@ -183,8 +204,8 @@ def test_help_and_docstring(stage):
 
 def test_recipes_use_the_parsers_that_are_tested_here():
     for stage, classes in PARSERS.items():
-        source = (RECIPES / f"{stage}.py").read_text()
-        names = ", ".join(cls.__name__ for cls in classes) + ("," if len(classes) == 1 else "")
+        source = "".join((RECIPES / f"{stage}.py").read_text().split())
+        names = ",".join(cls.__name__ for cls in classes) + ("," if len(classes) == 1 else "")
         assert f"TrlParser(({names}))" in source
 
 
