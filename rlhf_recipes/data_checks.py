@@ -1,6 +1,6 @@
 """Counts over a dataset that show what it would teach: repeated, contradicting and leaking rows, and rewarded length.
 
-Layer L1. Pure; a hundred thousand pairs take 3 s, as chats 6 s. Empty rows are refused elsewhere (`rlhf_recipes/data.py`).
+Layer L1. Pure; a hundred thousand pairs take 3 s, as chats 6 s. Empty rows are refused in `rlhf_recipes/data.py`.
 """
 
 import json
