@@ -108,9 +108,8 @@ def preflight(
         schedule = (_check_ppo if is_ppo else _check_supervised)(report, trainer, train, evaluation)
         _check_disk(report, trainer, schedule, tracking)
         _check_memory(report, trainer, train)
-        report.write(
-            f"Preflight: {_processes(state.num_processes)} on {state.device.type}, {schedule.steps:,} optimiser steps"
-        )
+        processes = _counted(state.num_processes, "process", "processes")
+        report.write(f"Preflight: {processes} on {state.device.type}, {schedule.steps:,} optimiser steps")
     errors = [report.errors]
     if state.num_processes > 1:
         broadcast_object_list(errors)
@@ -121,8 +120,8 @@ def preflight(
         raise ValueError(" ".join(errors[0]))
 
 
-def _processes(count: int) -> str:
-    return f"{count} process{'es' if count > 1 else ''}"
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
 
 
 def _check_ppo(report: Report, trainer: Any, train: Dataset, evaluation: Dataset | None) -> Schedule:
@@ -131,16 +130,16 @@ def _check_ppo(report: Report, trainer: Any, train: Dataset, evaluation: Dataset
     per_prompt = f", {args.num_generations} per prompt" if args.num_generations > 1 else ""
     report.lines["rollout"] = (
         f"{schedule.rollout:,} completions ({args.per_device_train_batch_size} x "
-        f"{_processes(args.world_size)} x "
-        f"{args.steps_per_generation} steps){per_prompt}"
+        f"{_counted(args.world_size, 'process', 'processes')} x {args.steps_per_generation} steps){per_prompt}"
     )
     report.lines["updates"] = (
-        f"{args.num_iterations} epochs of {schedule.mini_batches} mini-batches of {schedule.batch}: "
-        f"{args.rollout_steps} optimiser steps per rollout"
+        f"{_counted(args.num_iterations, 'epoch', 'epochs')} of "
+        f"{_counted(schedule.mini_batches, 'mini-batch', 'mini-batches')} of {schedule.batch}: "
+        f"{_counted(args.rollout_steps, 'optimiser step', 'optimiser steps')} per rollout"
     )
     completions = schedule.rollouts * schedule.rollout
     report.lines["run"] = (
-        f"{schedule.rollouts:,} rollouts, {completions:,} completions, at most "
+        f"{_counted(schedule.rollouts, 'rollout', 'rollouts')}, {completions:,} completions, at most "
         f"{completions * args.max_completion_length:,} tokens"
     )
     report.lines["data"] = f"{len(train):,} prompts, {schedule.prompts:,} drawn ({schedule.passes:.2f} passes)"
@@ -163,8 +162,8 @@ def _check_supervised(report: Report, trainer: Any, train: Dataset, evaluation: 
     args, rows = trainer.args, len(trainer.train_dataset)
     schedule = supervised_schedule(args, rows)
     report.lines["updates"] = (
-        f"{schedule.batch:,} rows per optimiser step ({args.train_batch_size} x {_processes(args.world_size)} x "
-        f"{args.gradient_accumulation_steps} accumulated)"
+        f"{schedule.batch:,} rows per optimiser step ({args.train_batch_size} x "
+        f"{_counted(args.world_size, 'process', 'processes')} x {args.gradient_accumulation_steps} accumulated)"
     )
     report.lines["data"] = f"{rows:,} rows, {schedule.passes:.2f} passes"
     _add_events(report, schedule, args, evaluation)
@@ -185,7 +184,7 @@ def _check_supervised(report: Report, trainer: Any, train: Dataset, evaluation: 
 
 def _add_events(report: Report, schedule: Schedule, args: Any, evaluation: Dataset | None) -> None:
     if schedule.evaluations and evaluation is not None:
-        report.lines["evaluation"] = f"{schedule.evaluations} times on {len(evaluation):,} rows"
+        report.lines["evaluation"] = f"{_counted(schedule.evaluations, 'time', 'times')} on {len(evaluation):,} rows"
     kept = "" if not args.save_total_limit else f", the last {args.save_total_limit} kept"
     report.lines["checkpoints"] = f"{schedule.checkpoints}{kept}, and the final model"
 
@@ -278,4 +277,4 @@ def _lengths(trainer: Any, train: Dataset) -> Iterator[int]:
     tokenised = trainer.train_dataset
     for column in {"chosen_ids", "rejected_ids", "input_ids"} & set(tokenised.column_names):
         rows = tokenised.select(range(min(len(tokenised), MEASURED))).with_format("arrow")[:][column]
-        yield max(len(row) for row in rows)
+        yield max((len(row) for row in rows), default=0)

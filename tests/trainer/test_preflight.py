@@ -266,6 +266,15 @@ def test_preferences(tmp_path, capsys):
     assert 0 < len(trainer.train_dataset) < 190
 
 
+def test_pairs_that_are_all_too_long(tmp_path, capsys):
+    tok, pairs = tiny.tokenizer(), tiny.preferences()
+    trainer = RewardModelTrainer(
+        tiny.reward_model(tok), tiny.reward_config(tmp_path, max_length=2), train_dataset=pairs, processing_class=tok
+    )
+    with pytest.raises(ValueError, match="8 of 8 pairs are longer than `max_length`"):
+        _say(trainer, capsys, pairs)
+
+
 def test_an_answer_column_is_found_where_prompts_are_loaded(tmp_path):
     """`load_prompts` leaves answers out of what trains; the recipe loads them again, in the same order."""
     tiny.preferences().to_json(tmp_path / "train.jsonl")

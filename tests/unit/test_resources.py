@@ -56,7 +56,7 @@ def test_what_is_trained(args, optimizer):
 
 def test_a_parameter_counts_once_and_in_its_precision():
     model, half = _model(), nn.Linear(5, 5, bias=False, dtype=torch.bfloat16)
-    assert parameter_bytes([model, model, half]) == 140 + 50
+    assert parameter_bytes([model, model["trained"], half]) == 140 + 50
 
 
 def test_a_parameter_that_zero_3_has_cut_counts_whole():
