@@ -18,6 +18,7 @@ from rlhf_recipes.quantization import quantization_of, restore_precision, saved_
 from rlhf_recipes.reward_card import RewardModelCard
 from rlhf_recipes.reward_model import ScoreHead, is_adapter
 from rlhf_recipes.rewards import RewardModelScorer, load_scorer_tokenizer
+from rlhf_recipes.safe_loading import safe_loading
 
 REWARD_ADAPTER = "reward"
 
@@ -40,8 +41,8 @@ class RewardAdapterScorer(RewardModelScorer):
                 f"`reward_adapter` is {path}, which is no adapter. Train the reward model with `use_peft: true`, or "
                 "give a whole one as `reward_model_path`."
             )
-        tokenizer = load_scorer_tokenizer(path)  # first: it refuses pickles
-        weights = load_peft_weights(path, device="cpu")
+        with safe_loading(path):
+            weights = load_peft_weights(path, device="cpu")
         heads = [name for name in weights if name.endswith("score.weight")]
         if len(heads) != 1:
             raise ValueError(f"`reward_adapter` {path} has no score head: it is not a reward model.")
@@ -49,7 +50,7 @@ class RewardAdapterScorer(RewardModelScorer):
         self.head = ScoreHead(score.size(1), 1, bias=False).requires_grad_(False)
         self.head.weight.data.copy_(score)
         self.path, self._weights = path, weights
-        super().__init__(None, tokenizer, RewardModelCard.load(path))
+        super().__init__(None, load_scorer_tokenizer(path), RewardModelCard.load(path))
         self.__name__ = Path(path).name
 
     def attach(self, policy: PeftModel, base: str) -> None:
