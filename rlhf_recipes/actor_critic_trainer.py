@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from rlhf_recipes.durable_trainer import DurableTrainer
+from rlhf_recipes.guards import RollbackError, TrainingGuard
 from rlhf_recipes.held_out import HeldOutComparison, own_randomness
 from rlhf_recipes.metrics import episodes
 from rlhf_recipes.models import only_active_adapter
@@ -31,9 +32,35 @@ class ActorCriticTrainer(DurableTrainer, GRPOTrainer):
     """
 
     held_out: HeldOutComparison
+    guard: TrainingGuard
     _stateful: dict[str, Stateful]  # by its name in a checkpoint
     _samples: list[dict[str, Any]]  # rows of the latest rollout
     _train_sampler: Any = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does; where the guard cannot let it go on, go back to a checkpoint and train on."""
+        while True:
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            except RollbackError as error:
+                reason = error.with_traceback(None)  # which holds the tensors of the attempt
+            resume_from_checkpoint = self.guard.roll_back(reason)
+            self._step, self._buffered_inputs = 0, None
+            self._metrics["train"].clear()
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Leave a micro-batch of a rollout that has been used enough out, but count it."""
+        uses = self.args.steps_per_generation * self.num_iterations
+        self.guard.begin_step(starts_rollout=self._step % uses == 0 or self._buffered_inputs is None)
+        if not self.guard.has_stopped:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._step += 1
+        return torch.zeros((), device=self.args.device)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.guard.finish_step(model, grad_norm, self.state.global_step)
+        return grad_norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Give the value head its own learning rate; an optimiser that the user has passed is left as it is."""
@@ -48,8 +75,9 @@ class ActorCriticTrainer(DurableTrainer, GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's figures and, beside those of training, how many completions they have taken, and some of these."""
-        if self.model.training and self._metrics["train"]:
+        if self.model.training and "loss" in logs:
             self._log_metrics({"episode": episodes(self.state.global_step, self.args)})
+            self._log_metrics(self.guard.metrics())
             if self.args.should_save and self._samples:
                 write_table(self._samples, self.args.output_dir, "training", self.state.global_step)
         super().log(logs, start_time)
@@ -135,6 +163,7 @@ class ActorCriticTrainer(DurableTrainer, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_ppo_state(Path(checkpoint), self._stateful)
+            self.guard.after_loading(self.optimizer, self.lr_scheduler, Path(checkpoint), self.state.global_step)
             self.args.eval_on_start = False  # an evaluation of the start is the baseline, which is in the state
             if self.args.eval_strategy != "no":
                 self.held_out.check_baseline(checkpoint)

@@ -135,6 +135,34 @@ class PPOConfig(GRPOConfig):
     kl_horizon: int = field(
         default=10_000, metadata={"help": "Sequences over which the controller may change `kl_coef` by a fifth."}
     )
+    # Guards: a rollout's update and a run that go wrong.
+    max_update_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL, nats per token, from the policy that sampled a rollout beyond which the rest of its optimiser "
+            "steps are left out. 0.05 is a usual limit. Default: none."
+        },
+    )
+    max_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL to the reference, nats per sequence, beyond which the run goes back to its checkpoint before "
+            "that, with a lower learning rate. Default: none."
+        },
+    )
+    max_skipped_steps: int = field(
+        default=3,
+        metadata={
+            "help": "Optimiser steps in a row with a loss or gradient that is not finite, which are left out, after "
+            "which the run goes back to its last checkpoint, with a lower learning rate."
+        },
+    )
+    max_rollbacks: int = field(
+        default=3, metadata={"help": "How often a run may go back to a checkpoint; 0 ends it the first time."}
+    )
+    rollback_learning_rate_factor: float = field(
+        default=0.5, metadata={"help": "What the learning rates are multiplied by each time that a run goes back."}
+    )
 
     # Evaluation during training, on held-out prompts, against the policy that training started from.
     metric_for_best_model: str | None = field(
@@ -199,11 +227,13 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam", "value_lam"):
             check_range(self, name, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]")
         check_range(self, "reward_norm_decay", lambda x: 0.0 <= x < 1.0, "lie in [0, 1)")
-        for name in ("cliprange_value", "reward_norm_clip", "target_kl", "kl_horizon"):
+        check_range(self, "rollback_learning_rate_factor", lambda x: 0.0 < x <= 1.0, "lie in (0, 1]")
+        for name in ("cliprange_value", "reward_norm_clip", "target_kl", "kl_horizon", "max_update_kl", "max_kl"):
             check_range(self, name, lambda x: x > 0, "be positive")
         for name in ("num_iterations", "value_head_size", "max_completion_length", "early_stopping_patience"):
             check_range(self, name, lambda x: x > 0, "be positive")
-        for name in ("value_head_learning_rate", "vf_coef", "kl_coef", "critic_warmup_steps", "logged_samples"):
+        check_range(self, "max_skipped_steps", lambda x: x > 0, "be positive")
+        for name in ("value_head_learning_rate", "vf_coef", "kl_coef", "critic_warmup_steps", "logged_samples", "max_rollbacks"):
             check_range(self, name, lambda x: x >= 0, "not be negative")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError(
@@ -224,6 +254,11 @@ class PPOConfig(GRPOConfig):
                 f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}), so that every optimiser step "
                 "stays inside one rollout."
             )
+
+    @property
+    def held_kl(self) -> float | None:
+        """KL per sequence that a controller holds, nats; none with a fixed coefficient."""
+        return self.target_kl if self.kl_controller == "adaptive" else None
 
     @property
     def rollout_steps(self) -> int:

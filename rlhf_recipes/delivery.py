@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 class Delivery:
     """The way from a training loop to one MLflow run.
 
-    Metrics have one value per step: what an interrupted attempt had recorded up to a step is not recorded again.
+    Metrics have one value per step: what an interrupted attempt, or the part of a run that it went back before, had
+    recorded up to a step is not recorded again.
 
     Args:
         run_id: Of the run.
@@ -43,8 +44,7 @@ class Delivery:
     def __init__(self, run_id: str, tracking_uri: str, output_dir: str | Path, last_steps: dict[str, int]) -> None:
         self.unsent = Path(output_dir, UNSENT_FILE)
         self._origin = {"run_id": run_id, "tracking_uri": tracking_uri}
-        self._last_steps = last_steps
-        self._sent: dict[str, tuple[int, float]] = {}
+        self._last_steps = dict(last_steps)
         self._step = 0
         self._paused_until = 0.0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow-delivery")
@@ -57,12 +57,8 @@ class Delivery:
             step: Default: the latest one, and then only what is not recorded there.
         """
         self._step = self._step if step is None else step
-        fresh = {
-            name: value
-            for name, value in metrics.items()
-            if self._step > self._last_steps.get(name, -1) and self._sent.get(name) != (self._step, value)
-        }
-        self._sent |= {name: (self._step, value) for name, value in fresh.items()}
+        fresh = {name: value for name, value in metrics.items() if self._step > self._last_steps.get(name, -1)}
+        self._last_steps |= dict.fromkeys(fresh, self._step)
         if fresh:
             self._submit({"metrics": fresh, "step": self._step})
 

@@ -79,8 +79,8 @@ def update_metrics(
     *,
     cliprange: float,
     micro_batches: int,
-) -> dict[str, float]:
-    """Return how far one micro-batch has moved from its rollout.
+) -> tuple[float, dict[str, float]]:
+    """Return the weight of one micro-batch, and how far it has moved from its rollout.
 
     Each figure is weighed by the micro-batch's tokens over those of an average one: the mean over the micro-batches of
     a rollout is then the mean over its tokens, though short answers share a micro-batch.
@@ -102,4 +102,4 @@ def update_metrics(
     )
     weight = count * micro_batches / max(batch["num_items_in_batch"].item(), 1.0)
     metrics = {"policy/approx_kl": approx_kl, "loss/value": mean_loss, "val/clip_fraction": clip_fraction}
-    return {name: weight * value for name, value in metrics.items()}
+    return weight, {name: weight * value for name, value in metrics.items()}

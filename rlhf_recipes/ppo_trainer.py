@@ -32,6 +32,7 @@ from rlhf_recipes.completion_forward import (
 from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.data import add_separator, check_columns, check_prompts_fit, check_rollout_fits
 from rlhf_recipes.distributed import global_sum
+from rlhf_recipes.guards import AlarmCallback, TrainingGuard
 from rlhf_recipes.held_out import HeldOutComparison
 from rlhf_recipes.kl import estimate_kl
 from rlhf_recipes.kl_controller import make_kl_controller
@@ -166,6 +167,12 @@ class PPOTrainer(ActorCriticTrainer):
         self.reward_normalizer = RewardNormalizer(args.reward_norm_decay, args.reward_norm_clip)
         if (statistics := score_statistics(self.reward_funcs, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
+        self.guard = TrainingGuard(
+            args,
+            is_main=self.accelerator.is_main_process,
+            deepspeed=self.is_deepspeed_enabled,
+            fsdp=self.is_fsdp_enabled,
+        )
         self.kl_controller = make_kl_controller(args.kl_controller, args.kl_coef, args.target_kl, args.kl_horizon)
         facts |= {"the number of processes": self.accelerator.num_processes} | options_that_count(args)
         self._stateful = {
@@ -173,11 +180,14 @@ class PPOTrainer(ActorCriticTrainer):
             "reward_normalizer": self.reward_normalizer,
             "kl_controller": self.kl_controller,
             "held_out": self.held_out,
+            "guard": self.guard,
         }
         self._recorded: list[tuple[Tensor, Tensor]] = []  # log-probs and state values of the latest forwards
         self._scores = torch.empty(0)  # raw scores of the latest rollout, all ranks
         self._answers: Any = None  # of this rank's latest rollout: dataset rows, prompts, completions, ids, scores
         self._samples = []
+        self.add_callback(self.guard)
+        self.add_callback(AlarmCallback())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if args.critic_warmup_steps:
@@ -284,6 +294,8 @@ class PPOTrainer(ActorCriticTrainer):
         estimates = estimate_advantages(batch, mask, state_values, scores, truncated, self.args, kl_coef=kl_coef)
         batch |= {"advantages": estimates.advantages, "returns": estimates.returns, "old_values": estimates.values}
         count, metrics = rollout_metrics(batch, mask, estimates, scores=self._scores, kl_coef=kl_coef)
+        if self.model.training:
+            self.guard.observe_rollout(metrics["objective/kl"], self.state.global_step)
         self._log_rollout(metrics, masked_mean(estimates.advantages, mask, dim=1))
         self._keep_samples(batch, mask, truncated)
         if self.model.training and self.state.global_step >= self.args.critic_warmup_steps:
@@ -337,7 +349,10 @@ class PPOTrainer(ActorCriticTrainer):
         token_loss = per_token_value_loss(values, old_values, returns, cliprange=self.args.cliprange_value)
         value_loss = self._average_like_policy_loss(token_loss, mask, inputs["num_items_in_batch"])
         limits = {"cliprange": self.args.cliprange_value, "micro_batches": self._micro_batches_per_rollout()}
-        self._log_metrics(update_metrics(per_token_logps, inputs, values, token_loss, mask, **limits))
+        weight, metrics = update_metrics(per_token_logps, inputs, values, token_loss, mask, **limits)
+        self._log_metrics(metrics)
+        if self.model.training:
+            self.guard.observe_update(weight, metrics)
         if self.model.training and self.state.global_step < self.args.critic_warmup_steps:
             policy_loss = 0 * policy_loss
         return policy_loss + self.args.vf_coef * value_loss

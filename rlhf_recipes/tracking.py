@@ -48,6 +48,7 @@ class RunCallback(MLflowCallback):
         self._output_dir = output_dir
         self._run = run
         self._tables: list[Path] = []
+        self._alarms = ""
         self.has_noted = False
 
     def setup(self, args: Any, state: Any, model: Any) -> None:
@@ -70,17 +71,19 @@ class RunCallback(MLflowCallback):
         """Note the run beside the checkpoint, for a resume."""
         if state.is_world_process_zero:
             self.note()
+        self.on_evaluate(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the alarms that the figures so far give, when they change."""
+        if isinstance(args, PPOConfig):
+            alarms = " ".join(alarms_of_log(state.log_history, target_kl=args.held_kl)) or "none"
+            if alarms != self._alarms:
+                self._ml_flow.set_tags({"alarms": alarms})
+            self._alarms = alarms
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the run where the weights are about to be saved, and raise the alarms that its figures give."""
+        """Note the run where the weights are about to be saved, and the alarms that its figures give."""
         self.on_save(args, state, control)
-        if not isinstance(args, PPOConfig):
-            return
-        target_kl = args.target_kl if args.kl_controller == "adaptive" else None
-        alarms = alarms_of_log(state.log_history, target_kl=target_kl)
-        self._ml_flow.set_tags({"alarms": " ".join(alarms) or "none"})
-        for alarm in alarms:
-            logger.warning(f"{alarm} Read some completions: {Path(self._output_dir, SAMPLES_DIRECTORY)}")
 
     def note(self) -> None:
         """Write which run has made what is in the output directory."""

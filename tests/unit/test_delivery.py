@@ -57,6 +57,14 @@ def test_a_step_has_one_value(tmp_path, store):
     assert store.metrics == [("new", 1, 1.0), ("new", 2, 2.0), ("loss", 3, 30.0), ("new", 3, 3.0), ("best", 3, 7.0)]
 
 
+def test_a_run_that_goes_back_keeps_the_first_value_of_a_step(tmp_path, store):
+    sender = _open(tmp_path)
+    for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (2, -2.0), (3, -3.0), (4, 4.0)):
+        sender.log_metrics({"loss": value}, step=step)
+    sender.close("FINISHED")
+    assert store.metrics == [("loss", step, float(step)) for step in (1, 2, 3, 4)]
+
+
 def test_a_store_that_does_not_answer_is_asked_once_in_a_while(tmp_path, store, caplog):
     store.error = MlflowException("no answer")
     sender = _open(tmp_path)
