@@ -139,7 +139,7 @@ class PPOConfig(GRPOConfig):
     max_update_kl: float | None = field(
         default=None,
         metadata={
-            "help": "KL, nats per token, from the policy that sampled a rollout beyond which the rest of its optimiser "
+            "help": "KL from the policy that sampled a rollout, nats per token, beyond which the rest of its optimiser "
             "steps are left out. 0.05 is a usual limit. Default: none."
         },
     )
@@ -233,7 +233,14 @@ class PPOConfig(GRPOConfig):
         for name in ("num_iterations", "value_head_size", "max_completion_length", "early_stopping_patience"):
             check_range(self, name, lambda x: x > 0, "be positive")
         check_range(self, "max_skipped_steps", lambda x: x > 0, "be positive")
-        for name in ("value_head_learning_rate", "vf_coef", "kl_coef", "critic_warmup_steps", "logged_samples", "max_rollbacks"):
+        for name in (
+            "value_head_learning_rate",
+            "vf_coef",
+            "kl_coef",
+            "critic_warmup_steps",
+            "logged_samples",
+            "max_rollbacks",
+        ):
             check_range(self, name, lambda x: x >= 0, "not be negative")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError(

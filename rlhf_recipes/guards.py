@@ -146,8 +146,8 @@ class TrainingGuard(TrainerCallback):
         if self._is_main and not self.stopped_steps:
             logger.warning(
                 f"Step {step + 1}: the policy is {kl:.3g} nats per token from the one that sampled, over "
-                f"`max_update_kl`: this step and the remaining ones on its rollout are left out. `guard/stopped_steps` "
-                "counts them; this line is not repeated."
+                "`max_update_kl`: this step and the remaining ones on its rollout are left out. "
+                "`guard/stopped_steps` counts them; this line is not repeated."
             )
         self.has_stopped = True
         self.stopped_steps += 1
@@ -249,7 +249,11 @@ class TrainingGuard(TrainerCallback):
 
     def metrics(self) -> dict[str, float]:
         """Return what the guard has done so far."""
-        counts = {"skipped_steps": self.skipped_steps, "stopped_steps": self.stopped_steps, "rollbacks": self.rollbacks}
+        counts = {
+            "skipped_steps": self.skipped_steps,
+            "stopped_steps": self.stopped_steps,
+            "rollbacks": self.rollbacks,
+        }
         return {f"guard/{name}": float(count) for name, count in counts.items()}
 
     def state_dict(self) -> dict[str, Any]:
