@@ -50,6 +50,8 @@ class ActorCriticTrainer(DurableTrainer, GRPOTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Leave a micro-batch of a rollout that has been used enough out, but count it."""
+        if self.guard.retries:
+            self._buffered_inputs = None  # the rollout may be what went wrong
         uses = self.args.steps_per_generation * self.num_iterations
         self.guard.begin_step(starts_rollout=self._step % uses == 0 or self._buffered_inputs is None)
         if not self.guard.has_stopped:

@@ -139,8 +139,8 @@ class PPOConfig(GRPOConfig):
     max_update_kl: float | None = field(
         default=None,
         metadata={
-            "help": "KL from the policy that sampled a rollout, nats per token, beyond which the rest of its optimiser "
-            "steps are left out. 0.05 is a usual limit. Default: none."
+            "help": "KL from the policy that sampled a rollout, nats per token, beyond which the rest of its "
+            "optimiser steps are left out. 0.05 is a usual limit. Default: none."
         },
     )
     max_kl: float | None = field(

@@ -68,13 +68,13 @@ class TrainingGuard(TrainerCallback):
                 "`max_kl` is not available with DeepSpeed or FSDP: a run goes back to a checkpoint on one process or "
                 "under DDP only. Use `kl_controller: adaptive` or `max_update_kl`, or raise `kl_coef`."
             )
-        self._args, self._is_main, self._deepspeed = args, is_main, deepspeed
+        self.args, self._is_main, self._deepspeed = args, is_main, deepspeed
         self._can_roll_back = not (deepspeed or fsdp or args.save_only_model)
         self.skipped_steps = self.stopped_steps = self.rollbacks = 0
         self.learning_rate_factor = 1.0
         self.has_stopped = False  # for the rest of this rollout
         self._in_a_row = 0
-        self._retries = False  # from a checkpoint, which has not been left yet
+        self.retries = False  # from a checkpoint, which has not been left yet
         self._loaded_factor = 1.0
         self._saved_steps = set[int]()
         self._earlier: list[tuple[int, Path]] = []  # checkpoints of the run that this one resumes
@@ -87,9 +87,9 @@ class TrainingGuard(TrainerCallback):
         """Begin a micro-batch."""
         if starts_rollout:
             self.has_stopped = False
-        if self._retries:  # else the attempt that went wrong would be sampled again
-            set_seed(self._args.seed + SEED_STRIDE * self.rollbacks, device_specific=True)
-            self._retries = False
+        if self.retries:  # else the attempt that went wrong would be sampled again
+            set_seed(self.args.seed + SEED_STRIDE * self.rollbacks, device_specific=True)
+            self.retries = False
 
     def observe_update(self, weight: float, metrics: dict[str, float]) -> None:
         """Take note of one micro-batch.
@@ -112,8 +112,8 @@ class TrainingGuard(TrainerCallback):
         Raises:
             RollbackError: If the policy that sampled it has gone too far.
         """
-        if self._args.max_kl is not None and not kl <= self._args.max_kl:
-            reason = f"Step {step}: the KL to the reference is {kl:.3g} nats, over `max_kl` ({self._args.max_kl:g})."
+        if self.args.max_kl is not None and not kl <= self.args.max_kl:
+            reason = f"Step {step}: the KL to the reference is {kl:.3g} nats, over `max_kl` ({self.args.max_kl:g})."
             advice = "Lower `learning_rate`, raise `kl_coef`, or set `max_update_kl`."
             raise RollbackError(reason, advice, step - 1)  # a checkpoint of this step holds the same policy
 
@@ -134,9 +134,9 @@ class TrainingGuard(TrainerCallback):
         tokens, kl, is_finite = self._tokens, self._kl, self._is_finite
         self._clear_step()
         # DeepSpeed's norm is of an earlier step, and fp16 overflows while its loss scale is being found.
-        if is_finite and (self._deepspeed or self._args.fp16 or _is_finite(grad_norm)):
+        if is_finite and (self._deepspeed or self.args.fp16 or _is_finite(grad_norm)):
             self._in_a_row = 0
-            if self._args.max_update_kl is not None and kl > self._args.max_update_kl * tokens:
+            if self.args.max_update_kl is not None and kl > self.args.max_update_kl * tokens:
                 self._stop(model, kl / tokens, step)
         else:
             self._skip(model, step)
@@ -156,7 +156,7 @@ class TrainingGuard(TrainerCallback):
         model.zero_grad()
         self.skipped_steps += 1
         self._in_a_row += 1
-        limit = self._args.max_skipped_steps
+        limit = self.args.max_skipped_steps
         what = f"Step {step + 1}: the loss or its gradient is not finite"
         if self._in_a_row < limit:
             fate = "DeepSpeed has taken it" if self._deepspeed else "the step is left out"
@@ -166,7 +166,7 @@ class TrainingGuard(TrainerCallback):
             "Lower `learning_rate` or `max_grad_norm`, train in `bf16` or float32 rather than `fp16`, and look for "
             "extreme values in `objective/scores`, `objective/kl` and `val/explained_variance`."
         )
-        raise RollbackError(f"{what}, {self._in_a_row} steps in a row.", advice, step)
+        raise RollbackError(f"{what}, {self._in_a_row} steps in a row.", advice, step + 1 - self._in_a_row)
 
     def _warn(self, message: str) -> None:
         if self._is_main:
@@ -178,7 +178,7 @@ class TrainingGuard(TrainerCallback):
         Raises:
             DivergedError: If there is none, or the run has gone back too often.
         """
-        args = self._args
+        args = self.args
         if not self._can_roll_back:
             raise DivergedError(
                 f"{error.reason} Under DeepSpeed and FSDP, and with `save_only_model`, a run does not go back by "
@@ -195,15 +195,14 @@ class TrainingGuard(TrainerCallback):
         (found,) = broadcast_object_list([found])
         if found is None:
             raise DivergedError(
-                f"{error.reason} This run has no checkpoint up to step {max(error.latest, 0)} to go back to: set "
-                f"`save_steps` to a multiple of {args.rollout_steps} (a rollout), and no `save_total_limit` of 1. "
-                f"{error.advice}"
+                f"{error.reason} This run has no checkpoint from before that to go back to: lower `save_steps` (a "
+                f"rollout is {args.rollout_steps} steps), or raise `save_total_limit`. {error.advice}"
             )
         saved_at, checkpoint = found
         self.rollbacks += 1
         self.learning_rate_factor *= args.rollback_learning_rate_factor
         self._saved_steps = {step for step in self._saved_steps if step <= saved_at}
-        self._in_a_row, self._retries = 0, True
+        self._in_a_row, self.retries = 0, True
         self._clear_step()
         self._warn(
             f"{error.reason} Going back to {checkpoint} with {self.learning_rate_factor:g} of the learning rate "
@@ -214,7 +213,7 @@ class TrainingGuard(TrainerCallback):
     def _last_good_checkpoint(self, latest: int) -> tuple[int, str] | None:
         """Return step and path of the latest whole checkpoint of this run, up to a step."""
         # The directory may hold those of an earlier run.
-        saved = [entry for entry in _checkpoints_in(self._args.output_dir) if entry[0] in self._saved_steps]
+        saved = [entry for entry in _checkpoints_in(self.args.output_dir) if entry[0] in self._saved_steps]
         for step, checkpoint in reversed(self._earlier + saved):
             if step <= latest and find_defect(checkpoint) is None:
                 return step, str(checkpoint)
@@ -233,7 +232,7 @@ class TrainingGuard(TrainerCallback):
             checkpoint: Where they come from.
             step: Of the checkpoint.
         """
-        if not self._retries:
+        if not self.retries:
             siblings = _checkpoints_in(checkpoint.parent)
             is_numbered = (step, checkpoint) in siblings  # else it was copied from elsewhere
             self._earlier = [entry for entry in siblings if entry[0] <= step] if is_numbered else [(step, checkpoint)]
@@ -264,7 +263,7 @@ class TrainingGuard(TrainerCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; in a run that goes back, counts and learning rate stay this run's."""
         self._loaded_factor, self.has_stopped = state["learning_rate_factor"], state["has_stopped"]
-        if not self._retries:
+        if not self.retries:
             self._in_a_row = state["in_a_row"]
             for name in ("skipped_steps", "stopped_steps", "rollbacks", "learning_rate_factor"):
                 setattr(self, name, state[name])

@@ -37,7 +37,6 @@ LAYERS = {
     "alarms": 1,
     "run_config": 1,
     "lineage": 1,
-    "checkpoints": 1,
     "fingerprint": 1,
     "logged_model": 1,
     "delivery": 1,

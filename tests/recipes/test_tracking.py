@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -273,6 +274,14 @@ def test_a_crash_is_failed(world, directory):
     assert "the reward function has a bug" in output
     assert _runs(_store(directory))["ppo"].info.status == "FAILED"
     assert not (directory / "out/ppo/mlflow_run.json").exists(), "nothing was written that this run has made"
+
+
+def test_a_run_that_cannot_go_back_is_failed_and_says_what_to_change(world, directory):
+    code, output = _ppo(world, directory, max_kl=1e-9, max_steps=16, learning_rate=1e-2)
+    assert code == 1
+    assert re.search(r"^Error: Step \d+: the KL to the reference is .* raise `kl_coef`", output, re.MULTILINE)
+    assert "Traceback" not in output
+    assert _runs(_store(directory))["ppo"].info.status == "FAILED"
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])

@@ -185,6 +185,22 @@ def test_a_resume_goes_on_with_the_lowered_rate_and_the_counts(tmp_path):
     assert second.guard.skipped_steps == 6
 
 
+def test_a_retry_from_within_a_rollout_samples_another(tmp_path):
+    """The rollout in the checkpoint may be what went wrong; a checkpoint after the first bad step is not good."""
+    trainer = _trainer(tmp_path, **{**CHECKPOINTS, "save_steps": 1})
+    rates, rollouts, generate = _rates(trainer), [], trainer._generate
+
+    def recorded(prompts):
+        rollouts.append(trainer.state.global_step)
+        return generate(prompts)
+
+    trainer._generate = recorded
+    _poison(trainer, {6: 1, 7: 1, 8: 1})
+    trainer.train()
+    assert [step for step, _, _ in rates] == [*range(1, 8), *range(6, 13)]
+    assert rollouts == [0, 4, 5, 8]
+
+
 def test_evaluations_go_on_after_a_rollback(tmp_path):
     trainer = _trainer(
         tmp_path,
@@ -203,7 +219,7 @@ def test_evaluations_go_on_after_a_rollback(tmp_path):
 def test_without_a_checkpoint_the_run_ends_with_what_to_change(tmp_path):
     trainer = _trainer(tmp_path)
     _poison(trainer, {1: 1, 2: 1, 3: 1})
-    message = r"no checkpoint up to step 2 .* `save_steps` to a multiple of 4 .* Lower `learning_rate`"
+    message = r"Step 3: .*no checkpoint from before that .*lower `save_steps` .*is 4 steps.* Lower `learning_rate`"
     with pytest.raises(DivergedError, match=message):
         trainer.train()
 
@@ -212,7 +228,7 @@ def test_a_checkpoint_of_an_earlier_run_is_none_of_this_one(tmp_path):
     _trainer(tmp_path, **CHECKPOINTS).train()
     trainer = _trainer(tmp_path)
     _poison(trainer, {6: 1, 7: 1, 8: 1})
-    with pytest.raises(DivergedError, match="no checkpoint up to step 7"):
+    with pytest.raises(DivergedError, match="Step 8: .* no checkpoint from before that"):
         trainer.train()
 
 
@@ -301,7 +317,7 @@ def test_a_kl_out_of_hand_goes_back_before_the_policy_that_has_it(tmp_path, peft
 def test_a_kl_out_of_hand_without_an_earlier_checkpoint_ends_the_run(tmp_path):
     trainer = _trainer(tmp_path, **CHECKPOINTS, max_kl=15.0)
     _explode(trainer, step=4)
-    with pytest.raises(DivergedError, match=r"no checkpoint up to step 3 .* raise `kl_coef`"):
+    with pytest.raises(DivergedError, match=r"Step 4: .* no checkpoint from before that .* raise `kl_coef`"):
         trainer.train()
 
 

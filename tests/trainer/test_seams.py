@@ -15,6 +15,8 @@ SIGNATURES = {
     (GRPOTrainer, "_calculate_rewards"): ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     (GRPOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
     (GRPOTrainer, "_prepare_inputs"): ["self", "generation_batch"],
+    (GRPOTrainer, "training_step"): ["self", "model", "inputs", "num_items_in_batch"],
+    (GRPOTrainer, "_get_grad_norm"): ["self", "model", "grad_norm"],
     (GRPOTrainer, "_generate"): ["self", "prompts"],
     (GRPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
@@ -121,3 +123,19 @@ def test_trl_still_refuses_one_generation_and_we_do_not(tmp_path):
     config = tiny.ppo_config(tmp_path, per_device_train_batch_size=1, steps_per_generation=3)
     assert config.num_generations == 1
     assert type(config.num_generations) is int
+
+
+def test_the_norm_of_a_gradient_is_asked_for_between_backward_and_the_step(tmp_path):
+    """Guards drop gradients there."""
+    trainer, seen = tiny.ppo_trainer(tmp_path, max_steps=2), []
+    trainer._get_grad_norm = lambda model, grad_norm=None: seen.append("norm") or grad_norm
+    original = trainer.create_optimizer
+
+    def create_optimizer(*args):
+        optimizer = original(*args)
+        optimizer.register_step_pre_hook(lambda *args: seen.append("step"))
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
+    trainer.train()
+    assert seen == ["norm", "step"] * 2
