@@ -22,6 +22,7 @@ from rlhf_recipes.evaluation import compare_policies, eos_token_ids
 from rlhf_recipes.models import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.quantization import saved_quantization
 from rlhf_recipes.registry import require_model
+from rlhf_recipes.reward_calls import RewardCalls
 from rlhf_recipes.rewards import load_judges
 from rlhf_recipes.tracking import log_datasets, log_results, track_run
 
@@ -58,19 +59,21 @@ def main(
             device_map=PartialState().device,
         )
 
+        calls = RewardCalls(script_args.reward_timeout, script_args.reward_retries, script_args.failed_rewards)
         results, completions = compare_policies(
             policy,
             baseline,
             tokenizer,
             dataset,
-            judges,
-            pairwise_judges=pairwise_judges,
+            calls.guard_judges(judges),
+            pairwise_judges=calls.guard_judges(pairwise_judges),
             num_samples=script_args.num_samples,
             max_completion_length=script_args.max_completion_length,
             temperature=script_args.temperature,
             batch_size=script_args.batch_size,
             seed=script_args.seed,
         )
+        results |= calls.settle()
 
         output_dir = Path(script_args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)

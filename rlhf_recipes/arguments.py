@@ -9,7 +9,7 @@ from typing import Any
 
 from trl import ScriptArguments
 
-from rlhf_recipes.configs import check_range
+from rlhf_recipes.configs import RewardCallConfig, check_range
 
 
 def _check_list(config: Any, name: str) -> None:
@@ -32,7 +32,8 @@ class JudgeArguments(ScriptArguments):
     """Judges that a policy is not trained on."""
 
     judge_models: list[str] = field(
-        default_factory=list, metadata={"help": "Further reward models that judge: directories or Hub names."}
+        default_factory=list,
+        metadata={"help": "Further reward models that judge: directories, Hub names or addresses."},
     )
     judge_functions: list[str] = field(
         default_factory=list,
@@ -50,7 +51,7 @@ class JudgeArguments(ScriptArguments):
         for option in ("judge_models", "judge_functions", "pairwise_judges"):
             _check_list(self, option)
         judges = (*self.judge_models, *self.judge_functions, *self.pairwise_judges)
-        names = [re.split("[:/]", judge.rstrip("/"))[-1] for judge in judges]
+        names = [j if j.startswith("http") else re.split("[:/]", j.rstrip("/"))[-1] for j in judges]
         if len(set(names)) < len(names):
             raise ValueError(f"Judges must have different names, got {', '.join(names)}.")
 
@@ -60,7 +61,10 @@ class PPOArguments(JudgeArguments):
     """Inputs of `recipes/ppo.py` beside the policy and the data."""
 
     reward_model_path: str | None = field(
-        default=None, metadata={"help": "Reward model to score completions with: a directory or a Hub name."}
+        default=None,
+        metadata={
+            "help": "Reward model to score with: a directory, a Hub name, or where one is served (`http://..`)."
+        },
     )
     reward_functions: list[str] = field(
         default_factory=list,
@@ -73,7 +77,7 @@ class PPOArguments(JudgeArguments):
 
 
 @dataclass
-class EvaluationArguments(JudgeArguments):
+class EvaluationArguments(RewardCallConfig, JudgeArguments):
     """Inputs of `recipes/evaluate.py`: two policies, held-out prompts and judges."""
 
     baseline_path: str | None = field(default=None, metadata={"help": "Policy to compare with, usually the SFT one."})
@@ -90,6 +94,7 @@ class EvaluationArguments(JudgeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_reward_calls()
         for name in ("num_prompts", "num_samples", "max_completion_length", "batch_size"):
             check_range(self, name, lambda x: x > 0, "be positive")
         check_range(self, "temperature", lambda x: x >= 0, "not be negative")
@@ -97,6 +102,26 @@ class EvaluationArguments(JudgeArguments):
             raise ValueError(
                 "Nothing judges: set `reward_model_path`, `judge_models`, `judge_functions` or `pairwise_judges`."
             )
+
+
+@dataclass
+class ServeArguments:
+    """Where `recipes/serve_reward_model.py` listens, and how much it takes at a time."""
+
+    host: str = field(
+        default="127.0.0.1", metadata={"help": "Address to listen at; `0.0.0.0` for other machines too."}
+    )
+    port: int = field(default=8000, metadata={"help": "Port to listen at."})
+    batch_size: int = field(default=8, metadata={"help": "Completions per forward of the reward model."})
+    max_request_bytes: int = field(default=2**24, metadata={"help": "Size of the largest request."})
+    max_waiting: int = field(
+        default=64, metadata={"help": "Requests that wait at most; further ones are told to come back (503)."}
+    )
+
+    def __post_init__(self) -> None:
+        check_range(self, "port", lambda x: 0 < x < 65536, "lie in [1, 65535]")
+        for name in ("batch_size", "max_request_bytes", "max_waiting"):
+            check_range(self, name, lambda x: x > 0, "be positive")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 Layer L1. Everything that can be checked without a model or a dataset is checked here, before anything is loaded.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,8 +33,45 @@ def check_range(config: Any, name: str, holds: Callable[[Any], bool], claim: str
         raise ValueError(f"`{name}` must {claim}, got {value}.")
 
 
+LONGEST_PAUSE_SECONDS = 60.0  # between two attempts of a call
+
+
 @dataclass
-class PPOConfig(GRPOConfig):
+class RewardCallConfig:
+    """Limits of the calls of reward functions, served reward models and judges."""
+
+    reward_timeout: float | None = field(
+        default=300.0,
+        metadata={
+            "help": "Seconds that a call of a reward function, a served reward model or a judge may take. `null`: no "
+            "limit, and functions run in the main thread."
+        },
+    )
+    reward_retries: int = field(
+        default=4, metadata={"help": "Further attempts of such a call that fails, after 1, 2, 4, .. seconds."}
+    )
+    failed_rewards: Literal["raise", "mask"] = field(
+        default="raise",
+        metadata={
+            "help": "After the last attempt: `raise` ends the run; `mask` leaves the completions of the call without "
+            "this reward, and out of the loss if they have no other."
+        },
+    )
+
+    def check_reward_calls(self) -> None:
+        """Refuse limits that are none."""
+        _check_choice(self, "failed_rewards", ("raise", "mask"))
+        check_range(self, "reward_timeout", lambda x: x > 0, "be positive (`null` for no limit)")
+        check_range(self, "reward_retries", lambda x: x >= 0, "not be negative")
+
+    def longest_call(self) -> float:
+        """Return after how many seconds a call has failed for good."""
+        pauses = sum(min(2.0**attempt, LONGEST_PAUSE_SECONDS) for attempt in range(self.reward_retries))
+        return math.inf if self.reward_timeout is None else (1 + self.reward_retries) * self.reward_timeout + pauses
+
+
+@dataclass
+class PPOConfig(RewardCallConfig, GRPOConfig):
     """Options of `PPOTrainer`. Every option of `trl.GRPOConfig` applies; those below are new or have another default.
 
     A rollout is `per_device_train_batch_size * processes * steps_per_generation` completions. It is used for
@@ -200,6 +238,7 @@ class PPOConfig(GRPOConfig):
         if self.value_head_learning_rate is None:
             self.value_head_learning_rate = 10 * self.learning_rate
         self._check_ranges()
+        self._check_reward_calls()
         self._check_batches()
 
     def _check_owned_by_ppo(self) -> None:
@@ -252,6 +291,14 @@ class PPOConfig(GRPOConfig):
             raise ValueError(
                 f"`missing_eos_penalty` needs `truncated_completions: terminal`, got {self.truncated_completions!r}: "
                 "a completion that is bootstrapped or masked is not penalised as well."
+            )
+
+    def _check_reward_calls(self) -> None:
+        self.check_reward_calls()
+        if self.reward_timeout is not None and self.world_size > 1 and self.longest_call() >= self.ddp_timeout:
+            raise ValueError(
+                f"`reward_timeout` and `reward_retries` let a reward function take {self.longest_call():g} s, "
+                f"and the other processes wait for {self.ddp_timeout} s only: lower these, or raise `ddp_timeout`."
             )
 
     def _check_batches(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import gather_object
 
 from rlhf_recipes.evaluation import mean_gain, preference_rate, swapped_preferences, win_rate
+from rlhf_recipes.reward_calls import RewardCalls
 
 Judge = Callable[..., Any]
 TRAINED_SCORE = "score"
@@ -31,6 +32,7 @@ class HeldOutComparison:
         judges: Functions of TRL's reward signature, by name.
         pairwise_judges: Functions that see both answers, by name; see `swapped_preferences`.
         seed: Of the bootstrap.
+        calls: How judges are called. Default: as `RewardCalls` does.
 
     Raises:
         ValueError: If two judges have one name, or that of the trained score.
@@ -42,8 +44,10 @@ class HeldOutComparison:
         pairwise_judges: dict[str, Judge] | None,
         *,
         seed: int,
+        calls: RewardCalls | None = None,
     ) -> None:
         self.judges, self.pairwise_judges = judges or {}, pairwise_judges or {}
+        self._calls = calls or RewardCalls()
         names = [TRAINED_SCORE, *self.judges, *self.pairwise_judges]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
@@ -72,7 +76,7 @@ class HeldOutComparison:
             completion_ids: Without padding.
         """
         known = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", "completion")}
-        for name, judge in self.judges.items():
+        for name, judge in self._calls.guard_judges(self.judges).items():
             scores = judge(prompts=prompts, completions=completions, completion_ids=completion_ids, **known)
             for row, score in zip(rows, scores, strict=True):
                 row[JUDGED + name] = score
@@ -88,7 +92,7 @@ class HeldOutComparison:
             seen[row["prompt"]] += 1
             if answers:
                 pairs.append((index, answers[sample]["completion"]))
-        for name, judge in self.pairwise_judges.items():
+        for name, judge in self._calls.guard_judges(self.pairwise_judges).items():
             for row in rows:
                 row[JUDGED + name] = 0.5  # nothing to compare with yet: the policy is its own baseline
             if not pairs:
@@ -104,11 +108,15 @@ class HeldOutComparison:
     def finish(self, *, is_start: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Return the metrics of one evaluation, and the rows of all ranks.
 
-        Without a baseline there are no metrics.
+        Without a baseline there are no comparisons.
 
         Args:
             is_start: Whether nothing is trained yet: these answers are then the baseline.
+
+        Raises:
+            RewardCallError: See `RewardCalls.settle`.
         """
+        calls = self._calls.settle()
         rows, self._rows = gather_object(self._rows), []
         answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in rows:
@@ -117,10 +125,10 @@ class HeldOutComparison:
             self._baseline = dict(answers)
         prompts = [prompt for prompt in answers if prompt in self._baseline]
         if not prompts:
-            return {}, rows
+            return calls, rows
         # The last batch may be filled up with prompts of the first, and the samples of one prompt are as many for all.
         count = min(len(x[prompt]) for x in (answers, self._baseline) for prompt in prompts)
-        metrics = {"prompts": float(len(prompts))}
+        metrics = calls | {"prompts": float(len(prompts))}
         columns = {TRAINED_SCORE: TRAINED_SCORE} | {name: JUDGED + name for name in self.judges}
         for name, column in columns.items():
             ours, theirs = (

@@ -49,7 +49,9 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.normalization import RewardNormalizer
 from rlhf_recipes.quantization import keep_adapter_precision
+from rlhf_recipes.remote_reward import RemoteRewardModel
 from rlhf_recipes.reward_adapter import RewardAdapterScorer
+from rlhf_recipes.reward_calls import RewardCalls
 from rlhf_recipes.rewards import (
     RewardModelScorer,
     as_reward_functions,
@@ -72,8 +74,9 @@ class PPOTrainer(ActorCriticTrainer):
     Args:
         model: Policy: a name or path, a causal LM, or a `PeftModel` with an SFT adapter. It is also the reference: the
             adapter is switched off (or a frozen copy of a given one switched on), or the whole model is copied.
-        reward_funcs: Reward models (paths or classifiers with one output), reward functions of TRL's signature, sync
-            or async, or a list of these, weighted by `args.reward_weights`. Their weighted sum is normalised.
+        reward_funcs: Reward models (paths, addresses of served ones, or classifiers with one output), reward functions
+            of TRL's signature, sync or async, or a list of these, weighted by `args.reward_weights`. Their weighted
+            sum is normalised.
         args: Options.
         train_dataset: `prompt`, plain text or messages.
         eval_dataset: The same.
@@ -161,7 +164,9 @@ class PPOTrainer(ActorCriticTrainer):
         self._takes_positions = not self._is_vlm and "position_ids" in inspect.signature(base.forward).parameters
         if reference is not None:
             self.ref_model = self._prepare_reference(reference)
-        self.held_out = HeldOutComparison(judges, pairwise_judges, seed=args.seed)
+        limits = (args.reward_timeout, args.reward_retries, args.failed_rewards)
+        self.reward_calls = RewardCalls(*limits)
+        self.held_out = HeldOutComparison(judges, pairwise_judges, seed=args.seed, calls=RewardCalls(*limits))
         self._prepare_reward_models()
 
         self.reward_normalizer = RewardNormalizer(args.reward_norm_decay, args.reward_norm_clip)
@@ -201,9 +206,12 @@ class PPOTrainer(ActorCriticTrainer):
 
     def _prepare_reward_models(self) -> None:
         for scorer in (*self.reward_funcs, *self.held_out.judges.values()):
+            if isinstance(scorer, RewardModelScorer | RemoteRewardModel):
+                scorer.policy_eos_token_ids = self.eos_token_ids
+            if isinstance(scorer, RemoteRewardModel):
+                scorer.timeout = self.args.reward_timeout
             if isinstance(scorer, RewardModelScorer):
                 scorer.batch_size = self.args.per_device_train_batch_size
-                scorer.policy_eos_token_ids = self.eos_token_ids
             if isinstance(scorer, RewardAdapterScorer):
                 scorer.attach(self.model, self.model.get_base_model().config._name_or_path)
             elif isinstance(scorer, RewardModelScorer):
@@ -220,8 +228,13 @@ class PPOTrainer(ActorCriticTrainer):
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
     ) -> Tensor:
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with _setting(self, "reward_funcs", [self.reward_calls.guard(function) for function in self.reward_funcs]):
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._log_metrics({f"rewards/{name}": value for name, value in self.reward_calls.settle().items()})
         self._scores = weighted_scores(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
+        self._log_metrics({"objective/unscorable": self._scores.isnan().float().mean().item()})
+        if self.model.training:
+            self.reward_calls.check_any_scored(self._scores)
         start = self.accelerator.process_index * len(prompts)
         own = rewards_per_func[start : start + len(prompts)]
         scores = dict(zip(self.reward_func_names, own.unbind(dim=1), strict=True))

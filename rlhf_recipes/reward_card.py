@@ -68,11 +68,13 @@ class RewardModelCard:
         path = Path(directory, CARD_FILE)
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, *, conversational: bool, response_separator: str) -> None:
+    def check(
+        self, tokenizer: PreTrainedTokenizerBase | None, *, conversational: bool, response_separator: str | None
+    ) -> None:
         """Compare the card with a run.
 
         Args:
-            tokenizer: The one that the run gives to the reward model.
+            tokenizer: The one that the run gives to the reward model; `None` if it is its server's affair.
             conversational: Whether the run's prompts are chat messages.
             response_separator: The run's boundary for plain text.
 
@@ -90,6 +92,8 @@ class RewardModelCard:
                 f"`response_separator` is {response_separator!r}, but the reward model was trained with "
                 f"{self.response_separator!r}. Set `response_separator: {json.dumps(self.response_separator)}`."
             )
+        if tokenizer is None:
+            return
         if tokenizer_fingerprint(tokenizer) != self.tokenizer_fingerprint:
             raise ValueError(
                 f"The reward model's tokenizer has fingerprint {tokenizer_fingerprint(tokenizer)}, but the card "

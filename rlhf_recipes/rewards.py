@@ -20,6 +20,7 @@ from trl import apply_chat_template, is_conversational
 
 from rlhf_recipes.arguments import JudgeArguments
 from rlhf_recipes.data import require_path
+from rlhf_recipes.remote_reward import RemoteRewardModel, finished_completions, is_address
 from rlhf_recipes.reward_card import CARD_FILE, RewardModelCard
 from rlhf_recipes.reward_model import load_reward_model, with_score_head
 from rlhf_recipes.safe_loading import safe_loading
@@ -42,6 +43,8 @@ class RewardModelScorer:
         batch_size: Completions per forward.
         policy_eos_token_ids: Ids that end a completion of the policy; `None` takes every completion as finished.
     """
+
+    runs_in_process = True  # with collectives under ZeRO-3: `RewardCalls` leaves it alone
 
     def __init__(
         self,
@@ -80,11 +83,15 @@ class RewardModelScorer:
         **kwargs: Any,
     ) -> list[float]:
         """Return one score per completion. Signature of TRL's reward functions."""
-        finished = [
-            self.policy_eos_token_ids is None or completion_ids is None or ids[-1] in self.policy_eos_token_ids
-            for ids in completion_ids or [[]] * len(prompts)
-        ]
-        token_ids = [self._token_ids(*row) for row in zip(prompts, completions, finished, strict=True)]
+        finished = finished_completions(len(prompts), completion_ids, self.policy_eos_token_ids)
+        return self.score_token_ids(self.token_ids(prompts, completions, finished))
+
+    def token_ids(self, prompts: list[Prompt], completions: list[Prompt], finished: list[bool]) -> list[list[int]]:
+        """Return what the model reads, for each completion."""
+        return [self._token_ids(*row) for row in zip(prompts, completions, finished, strict=True)]
+
+    def score_token_ids(self, token_ids: list[list[int]]) -> list[float]:
+        """Return the scores of what `token_ids` has returned."""
         # Sorted by length: a batch is then padded little.
         order = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
         scores = torch.empty(len(token_ids))
@@ -130,7 +137,7 @@ def weighted_scores(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
 
 def score_statistics(functions: list[Any], weights: Tensor) -> tuple[float, float] | None:
     """Return mean and deviation of the scores to come, if one reward model is all the reward and its card has them."""
-    if len(functions) != 1 or not isinstance(functions[0], RewardModelScorer):
+    if len(functions) != 1 or not isinstance(functions[0], RewardModelScorer | RemoteRewardModel):
         return None
     card, weight = functions[0].card, weights[0].item()
     if card is None or card.score_mean is None or not card.score_std:
@@ -140,12 +147,14 @@ def score_statistics(functions: list[Any], weights: Tensor) -> tuple[float, floa
 
 def as_scorer(
     model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
-) -> RewardModelScorer:
-    """Return a scorer for a reward model given as a path, loaded with `kwargs`, or as an instance.
+) -> RewardModelScorer | RemoteRewardModel:
+    """Return a scorer for a reward model given as a path, loaded with `kwargs`, as an address, or as an instance.
 
     Raises:
         ValueError: If the instance has several outputs, or neither a tokenizer nor a path to load one from.
     """
+    if is_address(model):
+        return RemoteRewardModel(model)
     if isinstance(model, str):
         scorer = RewardModelScorer.from_pretrained(model, **kwargs)
     else:
@@ -166,7 +175,7 @@ def as_scorer(
 
 
 def as_reward_functions(reward_funcs: Any, tokenizers: Any = None, **kwargs: Any) -> list[Any]:
-    """Turn paths, loaded with `kwargs`, and classifiers into scorers; leave functions as they are."""
+    """Turn paths, loaded with `kwargs`, addresses and classifiers into scorers; leave functions as they are."""
     if reward_funcs is None:
         return []
     reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -188,7 +197,7 @@ def check_reward_functions(functions: list[Any], *, dataset: Any, response_separ
     if not functions:
         raise ValueError("There is no reward: set `reward_model_path`, `reward_adapter` or `reward_functions`.")
     for function in functions:
-        if isinstance(function, RewardModelScorer) and function.card is not None:
+        if isinstance(function, RewardModelScorer | RemoteRewardModel) and function.card is not None:
             function.card.check(
                 function.tokenizer,
                 conversational=is_conversational(next(iter(dataset))),
@@ -218,9 +227,12 @@ def load_judges(
     Raises:
         ValueError: If a reward model was trained on other text than the run has, or a function cannot be imported.
     """
-    paths = {Path(path).name: require_path("judge_models", path) for path in judge_args.judge_models}
-    paths |= {} if reward_model_path is None else {"reward_model": reward_model_path}
-    scorers = {name: as_scorer(path, **kwargs) for name, path in paths.items()}
+    judges = [as_scorer(require_path("judge_models", path), **kwargs) for path in judge_args.judge_models]
+    scorers = {judge.__name__: judge for judge in judges}
+    if len(scorers) < len(judges):  # the name of a served one is known only now
+        raise ValueError(f"`judge_models` must have different names, got {', '.join(j.__name__ for j in judges)}.")
+    if reward_model_path is not None:
+        scorers["reward_model"] = as_scorer(reward_model_path, **kwargs)
     for scorer in scorers.values():
         check_reward_functions([scorer], dataset=dataset, response_separator=response_separator)
         scorer.policy_eos_token_ids = policy_eos_token_ids

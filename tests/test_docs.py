@@ -43,6 +43,7 @@ PARSERS = {
     ),
     "evaluate": (arguments.EvaluationArguments, ModelConfig, arguments.TrackingArguments),
     "export": (arguments.ExportArguments, ModelConfig),
+    "serve_reward_model": (arguments.ServeArguments, ModelConfig),
     "compare": (arguments.ComparisonArguments,),
 }
 OURS = {
@@ -53,6 +54,7 @@ OURS = {
     arguments.EvaluationArguments: ScriptArguments,
     arguments.BoundaryArguments: None,
     arguments.ExportArguments: None,
+    arguments.ServeArguments: None,
     arguments.ComparisonArguments: None,
     arguments.TrackingArguments: None,
     arguments.PreflightArguments: None,
@@ -67,7 +69,7 @@ def _parse(stage, path, *overrides):
     # GPU configurations ask for bf16, which this machine may not have; parsing them is what is tested.
     arguments = (
         ["--config", str(path), "--use_cpu", "true", *overrides]
-        if stage not in ("evaluate", "export", "compare")
+        if stage not in ("evaluate", "export", "compare", "serve_reward_model")
         else ["--config", str(path)]
     )
     return TrlParser(PARSERS[stage]).parse_args_and_config(arguments)
@@ -120,6 +122,7 @@ HOLDERS = {
     arguments.EvaluationArguments: {"script_args", "judge_args"},
     arguments.BoundaryArguments: {"boundary_args"},
     arguments.ExportArguments: {"script_args"},
+    arguments.ServeArguments: {"script_args"},
     arguments.ComparisonArguments: {"script_args"},
     arguments.TrackingArguments: {"tracking"},
     arguments.PreflightArguments: {"preflight_args"},

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -47,6 +48,12 @@ def reward(completions, **kwargs):
     with open(f"rank{state.process_index}.json", "w") as file:
         json.dump(found, file)
     return [float(len(completion)) for completion in completions]
+
+
+def broken_on_rank_1(completions, **kwargs):
+    if PartialState().process_index == 1:
+        raise ConnectionError("gone")
+    return [1.0] * len(completions)
 """
 TRAINING = {
     "per_device_train_batch_size": 4,
@@ -99,8 +106,8 @@ def _inside(directory, monkeypatch):
     monkeypatch.chdir(directory)
 
 
-def _launch(directory, engine, stage, output_dir, options, *arguments, mixed_precision="no"):
-    """Run a recipe on two ranks by a launch file, shipped or not; return the log of PPO and what each rank found."""
+def _run(directory, engine, stage, output_dir, options, *arguments, mixed_precision="no"):
+    """Run a recipe on two ranks by a launch file, shipped or not."""
     config = directory / f"{output_dir}.yaml"
     config.write_text(yaml.safe_dump({**options, "output_dir": output_dir}))
     command = [
@@ -109,7 +116,7 @@ def _launch(directory, engine, stage, output_dir, options, *arguments, mixed_pre
         "--num_processes", 2, "--mixed_precision", mixed_precision, "--main_process_port", free_port(),
         ROOT / "recipes" / f"{stage}.py", "--config", config, *arguments,
     ]  # fmt: skip
-    result = subprocess.run(
+    return subprocess.run(
         [str(part) for part in command],
         cwd=directory,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
@@ -118,6 +125,11 @@ def _launch(directory, engine, stage, output_dir, options, *arguments, mixed_pre
         timeout=600,
         check=False,
     )
+
+
+def _launch(directory, engine, stage, output_dir, options, *arguments, **launch):
+    """Run a recipe to its end; return the log of PPO and what each rank found."""
+    result = _run(directory, engine, stage, output_dir, options, *arguments, **launch)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     if stage != "ppo":
         return None
@@ -162,6 +174,26 @@ def test_ddp(directory, ddp):
     log, ranks = ddp
     assert ranks == [{"world_size": 2, "wrappers": ["DistributedDataParallel"], "stages": [], "whole": True}] * 2
     _check_artifacts(directory, "ddp", log)
+
+
+@pytest.mark.parametrize("failed", ["raise", "mask"])
+def test_a_reward_that_fails_on_one_rank(directory, failed):
+    """Every rank must end, or go on; none may wait for the others in a collective."""
+    options = {**PPO, "reward_functions": ["probe:reward", "probe:broken_on_rank_1"], "failed_rewards": failed}
+    start = time.monotonic()
+    result = _run(
+        directory, "multi_gpu", "ppo", f"ddp_{failed}", {**options, "reward_retries": 0, "save_strategy": "no"}
+    )
+    assert time.monotonic() - start < 300
+    message = "`broken_on_rank_1` failed at the first attempt on process 1: ConnectionError: gone (probe.py, line"
+    assert message in result.stderr
+    assert (result.returncode == 0) is (failed == "mask"), result.stderr[-3000:]
+    if failed == "raise":
+        assert result.stderr.count(f"RewardCallError: {message}") >= 2, "each rank says so"
+        return
+    log = json.loads((directory / "ddp_mask" / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["rewards/broken_on_rank_1/failed_calls"] == 1.0
+    assert log[0]["rewards/broken_on_rank_1/mean"] == 1.0, "the other rank's"
 
 
 @needs_deepspeed

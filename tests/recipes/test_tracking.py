@@ -269,7 +269,7 @@ def test_no_secret_is_recorded(stages):
 
 
 def test_a_crash_is_failed(world, directory):
-    code, output = _ppo(world, directory, reward="crash")
+    code, output = _ppo(world, directory, reward="crash", reward_retries=0)
     assert code == 1
     assert "the reward function has a bug" in output
     assert _runs(_store(directory))["ppo"].info.status == "FAILED"

@@ -154,6 +154,7 @@ def test_an_unscorable_completion_is_left_out(tmp_path, bad):
     def reward(completions, **kwargs):
         return [bad if i == 2 else float(i) for i in range(len(completions))]
 
+    reward.runs_in_process = True  # as a reward model is, whose overflow is not the end; of a function it would be
     trainer = _drifted_trainer(tmp_path, rewards=reward)
     batch = tiny.rollout(trainer)
     assert batch["completion_mask"][2].sum() == 0

@@ -1,5 +1,6 @@
 """What is relied on inside TRL 1.16. A TRL upgrade that moves it fails here, in one readable place."""
 
+import functools
 import inspect
 
 import pytest
@@ -8,7 +9,13 @@ import torch
 import trl
 from transformers import Trainer
 from trl import GRPOTrainer, RewardTrainer
-from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+from trl.trainer.utils import (
+    FusedCausalLMOutput,
+    add_fused_lm_head,
+    get_callable_name,
+    is_async_callable,
+    start_event_loop_in_daemon,
+)
 
 SIGNATURES = {
     (GRPOTrainer, "_compute_loss"): ["self", "model", "inputs"],
@@ -95,6 +102,16 @@ def test_rollout_has_the_keys_we_read(tmp_path):
         "_entropy_bonus_enabled",
     ):
         assert hasattr(trainer, name)
+
+
+def test_how_reward_functions_are_told_apart():
+    async def judge(**kwargs):
+        return []
+
+    assert is_async_callable(functools.partial(judge))
+    assert not is_async_callable(tiny.length_reward)
+    assert get_callable_name(functools.partial(judge)) == "judge"
+    assert list(inspect.signature(start_event_loop_in_daemon).parameters) == ["name"]
 
 
 def test_extra_tensors_travel_with_their_rows(tmp_path):

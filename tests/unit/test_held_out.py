@@ -1,6 +1,7 @@
 """The comparison of a policy with its start: hand-made answers, known outcomes."""
 
 import json
+import math
 
 import pytest
 
@@ -68,7 +69,8 @@ def test_a_judge_that_is_not_trained_on_chooses():
     _evaluate(comparison, [0.0] * 4, is_start=True)
     metrics, rows = _evaluate(comparison, [1.0] * 4, text="a longer answer")
     assert (metrics["score/win_rate"], metrics["words/win_rate"], metrics["win_rate"]) == (1.0, 0.0, 0.0)
-    assert [row["judge/words"] for row in rows] == [None, -17.0, -17.0, -17.0]
+    assert math.isnan(rows[0]["judge/words"])
+    assert [row["judge/words"] for row in rows[1:]] == [-17.0, -17.0, -17.0]
 
 
 def test_a_judge_of_pairs_that_likes_the_first_place_likes_neither():

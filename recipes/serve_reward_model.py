@@ -1,0 +1,46 @@
+"""A reward model served over HTTP, to PPO runs and evaluations on other machines or beside vLLM.
+
+    python recipes/serve_reward_model.py --config recipes/configs/quickstart/serve_reward_model.yaml
+    python recipes/serve_reward_model.py --model_name_or_path runs/my_model/reward_modeling --host 0.0.0.0
+
+Clients name it as `reward_model_path: http://HOST:PORT`, also in `judge_models`. With REWARD_MODEL_TOKEN in the
+environment of both, only those who know the token are answered. There is no encryption: across networks that you do
+not trust, put it behind a proxy with TLS and write `https://`.
+"""
+
+import os
+
+import uvicorn
+from accelerate import PartialState
+from trl import ModelConfig, TrlParser
+
+from rlhf_recipes.arguments import ServeArguments
+from rlhf_recipes.console import print_lines, quiet_start
+from rlhf_recipes.models import model_init_kwargs
+from rlhf_recipes.registry import require_model
+from rlhf_recipes.remote_reward import TOKEN_VARIABLE
+from rlhf_recipes.reward_server import reward_app
+from rlhf_recipes.rewards import RewardModelScorer
+
+
+def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
+    """Load and serve until the process is ended."""
+    path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
+
+    init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
+    scorer = RewardModelScorer.from_pretrained(path, **init_kwargs)
+    scorer.batch_size = script_args.batch_size
+
+    token = os.environ.get(TOKEN_VARIABLE)
+    limits = {"max_request_bytes": script_args.max_request_bytes, "max_waiting": script_args.max_waiting}
+    app = reward_app(scorer, token=token, **limits)
+
+    who = "Only those who know the token are answered." if token else f"{TOKEN_VARIABLE} is not set: all are answered."
+    print_lines(f"Serving {path} at http://{script_args.host}:{script_args.port}. {who}")
+    uvicorn.run(app, host=script_args.host, port=script_args.port, log_level="warning", timeout_graceful_shutdown=10)
+
+
+if __name__ == "__main__":
+    quiet_start()
+    parser = TrlParser((ServeArguments, ModelConfig))
+    main(*parser.parse_args_and_config())
