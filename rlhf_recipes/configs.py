@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from trl import GRPOConfig, RewardConfig
 
+from rlhf_recipes.option_types import check_types
 from rlhf_recipes.run_config import keep_token_out_of_files
 
 
@@ -224,8 +225,11 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         keep_token_out_of_files(self)
         self._check_owned_by_ppo()
+        self._check_inherited_ranges()
+        self.temperature: float = float(self.temperature)  # transformers refuses to sample with the whole number 1
         if self.eval_strategy != "no" and self.metric_for_best_model is None:
             self.metric_for_best_model = "win_rate_low"
         # TRL masks truncated completions itself.
@@ -255,6 +259,18 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
             raise ValueError(f"`loss_type` must be one of 'grpo', 'dapo', 'dr_grpo', got {self.loss_type!r}.")
         if self.importance_sampling_level != "token":
             raise ValueError("`importance_sampling_level` must be 'token': PPO's advantages are per token.")
+
+    def _check_inherited_ranges(self) -> None:
+        """Refuse values that TRL and transformers would stumble over later, without naming the option."""
+        for name in ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps"):
+            check_range(self, name, lambda x: x > 0, "be positive")
+        for name in ("num_generations", "temperature"):
+            check_range(self, name, lambda x: x > 0, "be positive")
+        for name in ("learning_rate", "adam_epsilon", "weight_decay"):
+            check_range(self, name, lambda x: x >= 0, "not be negative")
+        check_range(self, "top_p", lambda x: 0 < x <= 1, "lie in (0, 1]")
+        check_range(self, "top_entropy_quantile", lambda x: 0 <= x <= 1, "lie in [0, 1]")
+        check_range(self, "reward_weights", lambda x: isinstance(x, list), "be a list, one number per reward")
 
     def _check_ranges(self) -> None:
         _check_choice(self, "truncated_completions", ("terminal", "bootstrap", "mask"))
@@ -339,6 +355,7 @@ class RewardModelConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         keep_token_out_of_files(self)
         super().__post_init__()
         check_range(self, "l2_coefficient", lambda x: x >= 0, "not be negative")

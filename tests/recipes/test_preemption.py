@@ -47,6 +47,13 @@ def dying(completions, **kwargs):
         threading.Thread(target=watch, daemon=True).start()
     return length(completions)
 
+def filling(completions, **kwargs):
+    # From the second checkpoint on, no file can grow beyond this: what a full disk is to whoever writes.
+    import resource
+    if Path("out/checkpoint-4").exists() and not Path("room").exists():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    return length(completions)
+
 def endless(**kwargs):
     Path("sampling").touch()
     time.sleep(600)
@@ -156,6 +163,23 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_left_alone(directory):
     assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0], output[-3000:]
     code, output = _run(directory, {}, reward_functions=["my_rewards:dying"], output_dir="whole", **options)
     assert code == 0, output[-3000:]
+    _assert_same(directory / "whole", directory / "out")
+
+
+def test_a_full_disk_costs_no_checkpoint(directory):
+    options = {"tracking": False, "save_steps": 4, "reward_functions": ["my_rewards:filling"], "logged_samples": 0}
+    code, output = _run(directory, {}, **options)
+    assert code == 1
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("Error: Checkpoint out/checkpoint-8 could not be written: ")
+    assert last.endswith("go on with `resume_from_checkpoint: true`.")
+    assert sorted(path.name for path in (directory / "out").glob("*")) == [
+        "README.md", "checkpoint-4", "samples",
+    ]  # fmt: skip
+    (directory / "room").touch()
+    code, output = _run(directory, {}, **options)
+    assert code == 0, output[-3000:]
+    _run(directory, {}, **options, output_dir="whole")
     _assert_same(directory / "whole", directory / "out")
 
 
