@@ -11,7 +11,6 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from rlhf_recipes.alarms import alarms_of_log
@@ -270,8 +269,6 @@ class TrainingGuard(TrainerCallback):
 
 
 def _is_finite(grad_norm: Any) -> bool:
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
     return math.isfinite(grad_norm.item() if isinstance(grad_norm, Tensor) else grad_norm)
 
 
