@@ -236,3 +236,17 @@ def quickstart_stages():
         for node in assignments
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "STAGES"
     )
+
+
+def test_every_fault_in_the_table_has_its_test():
+    rows = [line for line in (ROOT / "docs/reliability.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 20
+    defined = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        assert set(named) <= defined, row
