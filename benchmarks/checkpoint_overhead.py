@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import PPOTrainer
+from rlhf_recipes.checkpoints import checkpoints_by_age
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,8 +48,7 @@ def main() -> None:
     runpy.run_path("recipes/ppo.py", run_name="__main__")
     history = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     training = next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
-    newest = max(directory.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()) / 1e6
+    size = sum(file.stat().st_size for file in checkpoints_by_age(directory)[-1].rglob("*") if file.is_file()) / 1e6
     table = (
         "| checkpoints | MB each | seconds each | seconds of training | share |\n|---|---|---|---|---|\n"
         f"| {len(seconds)} | {size:.0f} | {sum(seconds) / len(seconds):.2f} | {training:.0f} "

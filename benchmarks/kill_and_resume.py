@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from rlhf_recipes.checkpoints import checkpoints_by_age
+
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("sampling", "updating", "saving")
 LONGEST_SECONDS = (0.5, 0.2, 0.06)  # of one piece of each, about
@@ -108,7 +110,7 @@ def kill_in(processes: list[Any], phase: Any, wanted: int) -> bool:
 
 def results(output_dir: Path) -> dict[str, Any]:
     """Return everything that must be equal."""
-    checkpoint = max(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    checkpoint = checkpoints_by_age(output_dir)[-1]
     history = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     figures = [entry for entry in history if "train_runtime" not in entry]
     state = json.loads((checkpoint / "ppo_state.json").read_text(encoding="utf-8"))

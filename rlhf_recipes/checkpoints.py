@@ -33,28 +33,24 @@ def publish(staged: Path, final: Path) -> None:
         staged: Where it was written; on the same file system.
         final: Its name.
     """
-    manifest = {"written": time.time(), "files": _describe(staged)}
+    names = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
+    hashes = _hashes(staged, [name for name in names if name != MANIFEST_FILE])
+    files = {name: {"bytes": (staged / name).stat().st_size, "sha256": digest} for name, digest in hashes.items()}
+    manifest = {"written": time.time(), "files": files}
     (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in (*staged.rglob("*"), staged):
         _to_disk(path)
     if final.exists():
-        shutil.rmtree(replaced := staged.with_name(f"{final.name}-replaced"), ignore_errors=True)
-        final.rename(replaced)
+        final.rename(staged.with_name(f"{final.name}-replaced"))
     staged.rename(final)
     _to_disk(final.parent)
     shutil.rmtree(staged.parent)
 
 
-def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and hash of every file, by its path in the folder."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the hash of each file, by its path in the folder."""
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        hashes = list(pool.map(lambda name: _hash(folder / name), names))
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-        for name, digest in zip(names, hashes, strict=True)
-        if name != MANIFEST_FILE
-    }
+        return dict(zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True))
 
 
 def _hash(path: Path) -> str:
@@ -82,9 +78,7 @@ def find_defect(checkpoint: str | Path) -> str | None:
             return f"lacks {name}"
         if (size := (folder / name).stat().st_size) != expected["bytes"]:
             return f"has {size} bytes of {name} instead of {expected['bytes']}"
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        hashes = pool.map(lambda name: _hash(folder / name), files)
-        changed = [name for name, digest in zip(files, hashes, strict=True) if digest != files[name]["sha256"]]
+    changed = [name for name, digest in _hashes(folder, files).items() if digest != files[name]["sha256"]]
     return f"holds another {changed[0]} than was written" if changed else None
 
 
@@ -123,10 +117,15 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 def wished_checkpoint(resume: str | bool | None, output_dir: str) -> Path | None:
     """Return the checkpoint that `resume_from_checkpoint` asks for, whether it is whole or not."""
-    wish = str(resume or False).lower()
-    if wish in ("true", "false"):
-        return next(iter(checkpoints_by_age(output_dir)[::-1]), None) if wish == "true" else None
-    return Path(str(resume))
+    wish = _wish(resume)
+    if wish == "false":
+        return None
+    return ([None, *checkpoints_by_age(output_dir)])[-1] if wish == "true" else Path(str(resume))
+
+
+def _wish(resume: str | bool | None) -> str:
+    """Return `true`, `false` or a path in lower case: a YAML gives a truth value, a command line a text."""
+    return str(resume or False).lower()
 
 
 def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | None:
@@ -140,7 +139,7 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | No
     Raises:
         ValueError: If the path is no checkpoint, or not whole.
     """
-    wish = str(resume or False).lower()
+    wish = _wish(resume)
     if wish == "false":
         return None
     answer: list[Any] = [None, None]  # a checkpoint, or what is wrong: found by one process, for all

@@ -62,9 +62,10 @@ class DurableTrainer(Trainer):
             self._save_progress(staged)
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(final)
+                if self.args.should_save:  # transformers has written the path in which it is staged
+                    self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # with the final path of the best one
                 publish(staged, final)
         except Exception as error:  # a full disk has another exception in every library
             if self.args.should_save:
