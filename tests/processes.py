@@ -25,6 +25,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 240
+EXPORTED_BY_MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
+"""What `mlflow.set_tracking_uri` and `set_experiment` leave in the environment of the test's own process."""
+
+
+def environment_of_a_user(**changes):
+    """This environment without what MLflow has put into it for an earlier test, and with `changes`."""
+    return {name: value for name, value in os.environ.items() if name not in EXPORTED_BY_MLFLOW} | changes
 
 
 def run_in_processes(fn, world_size, *args):
@@ -111,7 +118,10 @@ def _script_main(script, arguments, directory, environment):
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(directory)
-    os.environ.update(environment)
+    # Not in the parent: this is a fork of a server that may have started in the middle of another test.
+    variables = environment_of_a_user(**environment)
+    os.environ.clear()
+    os.environ.update(variables)
     sys.path.insert(0, directory)
     sys.argv = [script, *arguments]
     torch.set_num_threads(1)

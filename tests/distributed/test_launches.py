@@ -6,7 +6,6 @@ rank and writes down what it finds.
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from processes import free_port
+from processes import environment_of_a_user, free_port
 from safetensors.torch import load_file
 from tolerances import SPLIT, assert_close
 
@@ -119,7 +118,7 @@ def _run(directory, engine, stage, output_dir, options, *arguments, mixed_precis
     return subprocess.run(
         [str(part) for part in command],
         cwd=directory,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=environment_of_a_user(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
         timeout=600,

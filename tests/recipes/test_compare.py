@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib import image
+from processes import environment_of_a_user
 from tracked_experiments import (
     evaluation_metrics,
     evaluation_rows,
@@ -31,8 +32,7 @@ HOSTILE = "</p><script>alert(1)</script>&amp; {{ 7 * 6 }} `code`"
 
 
 def _compare(directory, *arguments, fails=False):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment.pop("MLFLOW_TRACKING_URI", None)
+    environment = environment_of_a_user(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     result = subprocess.run(
         [sys.executable, str(ROOT / "recipes" / "compare.py"), *arguments],
         cwd=directory,

@@ -12,7 +12,7 @@ import mlflow
 import pytest
 import tiny
 import yaml
-from processes import free_port, run_script, start_script
+from processes import environment_of_a_user, free_port, run_script, start_script
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -234,7 +234,7 @@ def rank_one(completions, **kwargs):
         ROOT / "accelerate_configs" / "multi_gpu.yaml", "--num_processes", 2, "--mixed_precision", "no",
         "--main_process_port", free_port(), ROOT / "recipes" / "ppo.py", "--config", config,
     ]  # fmt: skip
-    options = {"cwd": directory, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+    options = {"cwd": directory, "env": environment_of_a_user(OMP_NUM_THREADS="1"), "text": True}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     command = [str(part) for part in command]
     first = subprocess.run(command, **options, **pipes, timeout=240, check=False)

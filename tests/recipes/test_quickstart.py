@@ -1,7 +1,6 @@
 """The stages as a user runs them, shortened: exit code, artifacts, messages."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from processes import environment_of_a_user
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -22,9 +22,7 @@ SHORT = {
 
 
 def _run(directory, *command, expect=0, **changes):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **changes}
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):  # mlflow in this process exports them
-        environment.pop(name, None)
+    environment = environment_of_a_user(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1") | changes
     result = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=directory,
