@@ -178,7 +178,9 @@ def main() -> int:
     options = parser.parse_args()
     random.seed(options.seed)
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["rlhf_recipes", "rlhf_recipes.tracking"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["rlhf_recipes.ppo_trainer", "rlhf_recipes.tracking"]
+    )
     directory = options.directory.resolve()
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

@@ -16,24 +16,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes.distributed import global_max
+from rlhf_recipes.termination import EXIT_CODE, SIGNALS, TerminatedError, terminate
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 ECHO_SECONDS = 2.0  # a launcher passes on the signal that its processes have got from the scheduler themselves
 logger = logging.getLogger(__name__)
-
-
-class TerminatedError(SystemExit):
-    """A signal that ends the process, as an exception that unwinds the run."""
-
-
-def terminate(number: int, frame: FrameType | None) -> None:
-    """End the process with the shell's code for a signal; a handler.
-
-    Raises:
-        TerminatedError: Always.
-    """
-    raise TerminatedError(128 + number)
 
 
 class PreemptionCallback(TrainerCallback, ExportableState):
@@ -90,7 +76,8 @@ class PreemptionCallback(TrainerCallback, ExportableState):
             TerminatedError: If a signal has ended the training.
         """
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            # A launcher signals the others when one process has ended: that must not cut short the end of this one.
+            signal.signal(number, signal.SIG_IGN if self._preempted else handler)
         if not self._preempted:
             return
         if state.is_world_process_zero:

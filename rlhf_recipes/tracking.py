@@ -30,10 +30,10 @@ from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.delivery import Delivery
 from rlhf_recipes.lineage import dataset_digest, write_run_file
 from rlhf_recipes.logged_model import describe_model
-from rlhf_recipes.preemption import TerminatedError, terminate
 from rlhf_recipes.run_config import redact
 from rlhf_recipes.run_store import end_run, open_run, system_metrics, tracking_uri
 from rlhf_recipes.samples import SAMPLES_DIRECTORY, tables_of_step
+from rlhf_recipes.termination import TerminatedError, terminate
 
 SHOWN_TABLES = 60  # that MLflow's page shows as tables, the latest: a tag holds no more than 8,000 characters
 logger = logging.getLogger(__name__)
@@ -163,6 +163,9 @@ def sigterm_as_exception() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except TerminatedError:
+        before = signal.SIG_IGN  # the process ends: a launcher's next signal must not cut short the record of it
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

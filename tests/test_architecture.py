@@ -22,6 +22,8 @@ LAYERS = {
     "advantages": 0,
     "losses": 0,
     "float32_linear": 0,
+    "termination": 0,
+    "launch": 1,
     "configs": 1,
     "arguments": 1,
     "normalization": 1,
@@ -115,7 +117,6 @@ SAME_LAYER_EDGES = {
     ("report", "plots"),
     ("tracking", "run_store"),
     ("tracking", "samples"),
-    ("tracking", "preemption"),
     # What is checked before a run, and how it is said.
     ("schedule", "configs"),
     ("data_checks", "schedule"),

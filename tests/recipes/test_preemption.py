@@ -16,6 +16,7 @@ from processes import environment_of_a_user, free_port, run_script, start_script
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
+LAUNCH = Path(sys.executable).with_name("rlhf-launch")
 TIMES = ("step_time", "runtime", "per_second")
 REWARDS = """
 import os, signal, time
@@ -212,6 +213,31 @@ def test_a_second_signal_ends_the_process_at_once(directory):
     assert process.exitcode == 143
 
 
+def test_a_launcher_of_one_process_passes_the_signal_and_the_exit_code_on(directory):
+    """`accelerate launch` would die of the signal, leave the recipe alone, and end with 1 in any case."""
+    config = _config(directory, reward_functions=["my_rewards:slow"])
+    (directory / "my_rewards.py").write_text(
+        REWARDS
+        + """
+def slow(completions, **kwargs):
+    Path("sampling").touch()
+    time.sleep(3)
+    return length(completions)
+"""
+    )
+    command = [str(part) for part in (LAUNCH, ROOT / "recipes" / "ppo.py", "--config", config)]
+    options = {"cwd": directory, "env": environment_of_a_user(OMP_NUM_THREADS="1"), "text": True}
+    process = subprocess.Popen(command, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    _wait_for(directory / "sampling")
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output[-5000:]
+    assert [path.name for path in (directory / "out").glob("*checkpoint*")] == ["checkpoint-1"]
+    wrong = subprocess.run([*command, "--no_such_option", "1"], **options, capture_output=True, check=False)
+    assert wrong.returncode == 1
+    assert "CalledProcessError" not in wrong.stderr, "the recipe has said what is wrong"
+
+
 @pytest.mark.distributed
 def test_a_launcher_passes_the_signal_on_and_all_ranks_stop_at_one_step(directory):
     """Rank 1 alone is signalled by the reward; then both, by the launcher, of the run that resumes."""
@@ -230,7 +256,7 @@ def rank_one(completions, **kwargs):
 """
     )
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        LAUNCH, "--config_file",
         ROOT / "accelerate_configs" / "multi_gpu.yaml", "--num_processes", 2, "--mixed_precision", "no",
         "--main_process_port", free_port(), ROOT / "recipes" / "ppo.py", "--config", config,
     ]  # fmt: skip
@@ -238,7 +264,7 @@ def rank_one(completions, **kwargs):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     command = [str(part) for part in command]
     first = subprocess.run(command, **options, **pipes, timeout=240, check=False)
-    assert first.returncode != 0
+    assert first.returncode == 75
     assert "Stopped by a signal at step 1, with a checkpoint in out." in first.stdout, first.stdout[-5000:]
     assert [path.name for path in (directory / "out").glob("*checkpoint*")] == ["checkpoint-1"]
 
@@ -247,7 +273,10 @@ def rank_one(completions, **kwargs):
     _wait_for(directory / "sampling")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
     assert "Stopped by a signal at step 5, with a checkpoint in out." in output, output[-5000:]
+    (run,) = mlflow.MlflowClient(f"sqlite:///{directory}/mlflow.db").search_runs(["1"])
+    assert run.info.status == "KILLED", "the other rank's end has not cut short the record"
     (directory / "wait").unlink()
     last = subprocess.run(command, **options, **pipes, timeout=240, check=False)
     assert last.returncode == 0, last.stdout[-5000:]
