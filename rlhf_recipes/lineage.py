@@ -44,10 +44,11 @@ def environment_tags(*configs: Any) -> dict[str, str]:
 
 
 def git_tags() -> dict[str, str]:
-    """Return the commit of the working directory and whether tracked files differ from it; nothing outside git."""
+    """Return the commit of the working directory and whether tracked files differ from it; in an image the one built."""
     commit = _git("rev-parse", "HEAD")
     if not commit:
-        return {}
+        built = os.environ.get("RLHF_RECIPES_COMMIT")
+        return {"git.commit": built} if built else {}
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {"git.commit": commit} | ({} if changed is None else {"git.dirty": str(bool(changed)).lower()})
 

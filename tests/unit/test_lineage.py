@@ -40,7 +40,10 @@ def test_a_digest_depends_on_the_names_of_the_columns():
 def test_a_checkout_has_a_commit_and_may_be_dirty(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("RLHF_RECIPES_COMMIT", raising=False)
     assert git_tags() == {}
+    monkeypatch.setenv("RLHF_RECIPES_COMMIT", "built")  # by the image
+    assert git_tags() == {"git.commit": "built"}
     (tmp_path / "code.py").write_text("x = 1\n")
     for command in (
         ["init", "-q"], ["add", "code.py"],

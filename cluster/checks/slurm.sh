@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# The shipped Slurm job on a real Slurm of two nodes, which are two daemons of this machine: preempted, requeued, compared.
+#
+#   apt install slurm-wlm munge && make demo
+#   sudo cluster/checks/slurm.sh [DIRECTORY]
+#
+# Needs root for the daemons, and 127.0.0.1 as n1 and n2 in /etc/hosts. Everything is written into DIRECTORY, and the
+# daemons are ended. Prints one line per claim, and exits with 1 at the first that does not hold.
+set -euo pipefail
+checkout=$(cd "$(dirname "$0")/../.." && pwd)
+work=$(mkdir -p "${1:-$checkout/runs/slurm_check}" && cd "${1:-$checkout/runs/slurm_check}" && pwd)
+steps=48
+export SLURM_CONF=$work/slurm.conf OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true
+getent hosts n1 n2 >/dev/null || { echo "add '127.0.0.1 n1 n2' to /etc/hosts" >&2; exit 2; }
+
+start_cluster() {
+    mkdir -p "$work"/{state,spool-n1,spool-n2,munge}
+    dd if=/dev/urandom of="$work/munge/key" bs=1 count=1024 status=none
+    chmod 700 "$work/munge" && chmod 400 "$work/munge/key"
+    munged --force --key-file "$work/munge/key" --socket "$work/munge/socket" --pid-file "$work/munge/pid" \
+        --log-file "$work/munge/log" --seed-file "$work/munge/seed"
+    cat >"$SLURM_CONF" <<EOF
+ClusterName=check
+SlurmctldHost=$(hostname)(127.0.0.1)
+SlurmctldPort=17000
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket=$work/munge/socket
+CredType=cred/munge
+StateSaveLocation=$work/state
+SlurmdSpoolDir=$work/spool-%n
+SlurmctldPidFile=$work/slurmctld.pid
+SlurmdPidFile=$work/slurmd-%n.pid
+SlurmctldLogFile=$work/slurmctld.log
+SlurmdLogFile=$work/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=5
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+KillWait=60
+MinJobAge=3600
+NodeName=n1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17001 CPUs=2 RealMemory=4000
+NodeName=n2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17002 CPUs=2 RealMemory=4000
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
+EOF
+    slurmctld
+    slurmd -N n1
+    slurmd -N n2
+    for _ in {1..60}; do
+        [[ $(sinfo --noheader --Node --format %t | sort -u) == idle ]] && return
+        sleep 1
+    done
+    sinfo && exit 1
+}
+
+stop_cluster() {
+    scancel --state RUNNING,PENDING --user root 2>/dev/null || true
+    sleep 2
+    for daemon in slurmd-n1 slurmd-n2 slurmctld munge/pid; do
+        [[ ! -f $work/${daemon%.pid}.pid ]] || kill "$(cat "$work/${daemon%.pid}.pid")" || true
+    done
+    [[ ! -f $work/munge/pid ]] || kill "$(cat "$work/munge/pid")" || true
+}
+
+# submit NODES OUTPUT_DIR [OPTION OF SBATCH...]: the shipped job with the quickstart's PPO; prints the job's number.
+submit() {
+    sbatch --parsable --nodes "$1" --gpus-per-node 0 --cpus-per-task 1 --time 60 "${@:3}" cluster/slurm/train.slurm \
+        --config_file accelerate_configs/multi_gpu.yaml --mixed_precision no \
+        recipes/ppo.py --config recipes/configs/quickstart/ppo.yaml --output_dir "$2" --run_name "$2" \
+        --per_device_train_batch_size $((64 / $1)) --max_steps "$steps" --save_steps 40 --logging_steps 2 --eval_steps 24 \
+        --experiment_name slurm_check
+}
+
+state_of() { scontrol show job "$1" | grep -o 'JobState=[A-Z_]*' | sort -u | cut -d= -f2; }
+
+wait_for_end() {
+    while [[ $(state_of "$1") =~ PENDING|RUNNING|COMPLETING|REQUEUED ]]; do sleep 1; done
+    [[ $(state_of "$1") == COMPLETED ]] || { tail -n 40 "rlhf-$1.out"; exit 1; }
+}
+
+wait_for_step() { # of a run, by the lines of its log
+    until grep -qs "'num_tokens'" "rlhf-$1.out" && (($(grep -o "'num_tokens'" "rlhf-$1.out" | wc -l) >= $2)); do
+        [[ $(state_of "$1") =~ PENDING|RUNNING|CONFIGURING ]] || { tail -n 40 "rlhf-$1.out"; exit 1; }
+        sleep 0.2
+    done
+}
+
+say() { printf '%s  %s\n' "$(date +%T)" "$1"; }
+
+# A clone, so that the jobs run where nothing else does.
+rm -rf "$work/checkout" && git clone --quiet "$checkout" "$work/checkout" && cd "$work/checkout"
+ln -s "$checkout/.venv" .venv
+export PYTHONPATH=$PWD
+mkdir -p runs && cp -r "$checkout/runs/quickstart" runs/
+trap stop_cluster EXIT
+start_cluster
+say "Slurm $(slurmctld -V | cut -d' ' -f2) runs with $(sinfo --noheader --Node | wc -l) nodes"
+
+sbatch --test-only --nodes 2 --gpus-per-node 0 --cpus-per-task 1 cluster/slurm/train_vllm.slurm POLICY 2>&1 | tail -n 1
+
+whole=$(submit 2 runs/whole)
+wait_for_end "$whole"
+say "two nodes, left alone: job $whole has ended"
+
+requeued=$(submit 2 runs/requeued)
+wait_for_step "$requeued" 6
+scontrol requeue "$requeued"
+say "two nodes: job $requeued is requeued in the middle"
+until grep -q "Stopped by a signal" "rlhf-$requeued.out"; do sleep 1; done
+say "  $(grep -m 1 -o 'Stopped by a signal at step [0-9]*, with a checkpoint' "rlhf-$requeued.out")"
+wait_for_end "$requeued"
+[[ $(scontrol show job "$requeued" | grep -o 'Restarts=[0-9]*') == Restarts=1 ]]
+for file in model.safetensors value_head.safetensors; do
+    cmp "runs/whole/$file" "runs/requeued/$file"
+    say "  $file is the same, bit for bit, as that of the run left alone"
+done
+
+timed=$(submit 1 runs/timed --time 2 --signal USR1@75)
+until grep -qs "Stopped by a signal" "rlhf-$timed.out"; do
+    [[ $(state_of "$timed") =~ PENDING|RUNNING|CONFIGURING ]] || exit 1
+    sleep 1
+done
+say "one node: job $timed gives way before its time is over, and puts itself back into the queue"
+scontrol update JobId="$timed" TimeLimit=60
+wait_for_end "$timed"
+say "  and has ended after $(scontrol show job "$timed" | grep -o 'Restarts=[0-9]*')"
+
+array=$(submit 1 unused --array 0-1)
+until [[ $(state_of "$array") == COMPLETED ]]; do
+    [[ ! $(state_of "$array") =~ FAILED|CANCELLED|TIMEOUT ]] || exit 1
+    sleep 1
+done
+say "an array of two seeds: job $array has ended"
+.venv/bin/python recipes/compare.py --experiment slurm_check --output_dir runs/compare
+say "compared: $PWD/runs/compare"
