@@ -16,14 +16,15 @@ export HF_HOME=${HF_HOME:-$PWD/runs/hf_home}
 # EDIT: the network between the nodes, if NCCL or Gloo picks another.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# Write down what this job runs with, beside its log; nothing that is named like a secret.
+# Write down what this job runs with, beside its log; no variable that is named like a secret, no password of an address.
 describe_job() {
     {
         date --iso-8601=seconds
         scontrol show job "$SLURM_JOB_ID"
         git log -1 --format='commit %H' || true
         git status --short --untracked-files=no || true
-        env | grep -aviE '^[^=]*(token|key|secret|passw|credential)[^=]*=' | sort
+        env --null | grep -zaviE '^[^=]*(token|key|secret|passw|credential)[^=]*=' | sort -z | tr '\0' '\n' \
+            | sed -E 's#://[^/@ ]*@#://***@#'
         python -m pip freeze || true
         nvidia-smi || true
     } >>"$SLURM_JOB_NAME-$SLURM_JOB_ID.env" 2>&1
