@@ -44,7 +44,7 @@ def environment_tags(*configs: Any) -> dict[str, str]:
 
 
 def git_tags() -> dict[str, str]:
-    """Return the commit of the working directory and whether tracked files differ from it; in an image the one built."""
+    """Return the commit of the working directory and whether its files differ from it; in an image that one's."""
     commit = _git("rev-parse", "HEAD")
     if not commit:
         built = os.environ.get("RLHF_RECIPES_COMMIT")

@@ -101,7 +101,7 @@ def write_report(
 
 def _number(value: float | None, digits: int = 2) -> str:
     """Return a number as text; one that is unknown or no number as a dash."""
-    return MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    return MISSING if value is None or not math.isfinite(value) else f"{value:z.{digits}f}"
 
 
 def _costs(run: TrackedRun) -> list[str]:

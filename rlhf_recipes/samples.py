@@ -72,3 +72,9 @@ def write_table(rows: list[dict[str, Any]], output_dir: str | Path, kind: str, s
 def tables_of_step(output_dir: str | Path, step: int) -> list[Path]:
     """Return the tables that a run has written at a step."""
     return sorted(Path(output_dir, SAMPLES_DIRECTORY).glob(f"*-{step:06d}.json"))
+
+
+def tables_until(output_dir: str | Path, step: int) -> list[Path]:
+    """Return the tables that a run has written up to a step, in their order."""
+    steps = {table: int(table.stem.split("-")[-1]) for table in Path(output_dir, SAMPLES_DIRECTORY).glob("*-*.json")}
+    return sorted((table for table in steps if steps[table] <= step), key=lambda table: (steps[table], table))

@@ -32,7 +32,7 @@ from rlhf_recipes.lineage import dataset_digest, write_run_file
 from rlhf_recipes.logged_model import describe_model
 from rlhf_recipes.run_config import redact
 from rlhf_recipes.run_store import end_run, open_run, system_metrics, tracking_uri
-from rlhf_recipes.samples import SAMPLES_DIRECTORY, tables_of_step
+from rlhf_recipes.samples import SAMPLES_DIRECTORY, tables_of_step, tables_until
 from rlhf_recipes.termination import TerminatedError, terminate
 
 SHOWN_TABLES = 60  # that MLflow's page shows as tables, the latest: a tag holds no more than 8,000 characters
@@ -55,6 +55,11 @@ class RunCallback(MLflowCallback):
         """Leave the run and its parameters alone: they are recorded before training."""
         self._async_log = False  # as far as transformers is concerned: a delivery returns at once
         self._initialized = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Know the tables that the run has sent before it was interrupted: the tag that shows tables holds all."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._tables = tables_until(self._output_dir, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any = None, **kwargs: Any) -> None:
         """Send the figures, and the tables of completions that the trainer has written at this step."""

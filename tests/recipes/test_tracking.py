@@ -324,6 +324,9 @@ def test_a_resume_continues_the_same_run(world, directory):
     assert run.data.tags["resume.max_steps"] == "12"
     assert run.data.tags["resume.recorded_until"] == "8"
     assert yaml.safe_load(_artifact(uri, run, "config.yaml"))["PPOConfig"]["max_steps"] == 12
+    shown = [entry["path"] for entry in json.loads(run.data.tags["mlflow.loggedArtifacts"])]
+    steps = [int(path[-11:-5]) for path in shown if "evaluation" in path]
+    assert steps == [0, 4, 8, 12], "also those of the first attempt"
 
 
 def test_a_checkpoint_of_another_store_begins_a_new_run(world, directory):

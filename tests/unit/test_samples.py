@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_recipes.metrics import repeated_ngrams
-from rlhf_recipes.samples import as_text, sample_rows, tables_of_step, write_table
+from rlhf_recipes.samples import as_text, sample_rows, tables_of_step, tables_until, write_table
 
 
 def _repeated(ids, n):
@@ -52,6 +52,8 @@ def test_a_table_is_read_back_as_it_was(tmp_path):
     assert table[["kl", "length", "stop"]].to_numpy().tolist() == [[0.25, 2, "eos"], [0.5, 3, "length"]]
     assert tables_of_step(tmp_path, 40) == [file]
     assert not tables_of_step(tmp_path, 4)
+    assert tables_until(tmp_path, 40) == [file]
+    assert not tables_until(tmp_path, 39)
 
 
 def test_an_answer_of_several_messages_keeps_its_roles():
