@@ -16,6 +16,8 @@ postgres=$(find /usr/lib/postgresql -mindepth 3 -maxdepth 3 -path '*/bin/initdb'
 postgres=$(dirname "${postgres:-$(command -v initdb || true)}")
 [ -x "$postgres/initdb" ] || { echo "PostgreSQL is not installed: apt install postgresql" >&2; exit 1; }
 "$python" -c 'import mlflow, psycopg2, yaml' || { echo "PYTHON=$python lacks a module that is named above" >&2; exit 1; }
+"$python" -c 'import socket, sys; [socket.create_server(("127.0.0.1", int(port))).close() for port in sys.argv[1:]]' \
+    "$port" "$database_port" || { echo "PORT=$port or DATABASE_PORT=$database_port is taken" >&2; exit 1; }
 
 directory=$(mktemp -d)
 as_user=()
@@ -31,7 +33,9 @@ finish() {
         kill "$server" 2>/dev/null || true
         wait "$server" || true
     fi
-    "${as_user[@]}" "$postgres/pg_ctl" --pgdata="$directory/data" --mode=fast --silent stop || true
+    if [ -e "$directory/data/postmaster.pid" ]; then
+        "${as_user[@]}" "$postgres/pg_ctl" --pgdata="$directory/data" --mode=fast --silent stop || true
+    fi
     if [ "${KEEP:-}" = 1 ]; then echo "Kept: $directory"; else rm -rf "$directory"; fi
     exit "$status"
 }
@@ -45,8 +49,10 @@ password_file=$directory/password
 "${as_user[@]}" "$postgres/initdb" --pgdata="$directory/data" --username=mlflow --pwfile="$password_file" \
     --auth=scram-sha-256 --encoding=UTF8 --locale=C.UTF-8 >"$directory/initdb.log"
 "${as_user[@]}" "$postgres/pg_ctl" --pgdata="$directory/data" --log="$directory/postgres.log" --wait --silent \
-    --options="-c listen_addresses=127.0.0.1 -c port=$database_port -c unix_socket_directories=$directory" start
-PGPASSWORD=$(cat "$password_file") "$postgres/createdb" --host=127.0.0.1 --port="$database_port" --username=mlflow mlflow
+    --options="-c listen_addresses=127.0.0.1 -c port=$database_port -c unix_socket_directories=$directory" start ||
+    { cat "$directory/postgres.log" >&2; exit 1; }
+PGPASSWORD=$(cat "$password_file") "$postgres/createdb" --host=127.0.0.1 --port="$database_port" \
+    --username=mlflow mlflow
 
 # The command of the service itself, so that it is what is tried out; only addresses and paths differ.
 mapfile -t command < <("$python" - "$root/docker-compose.yml" "$port" "$database_port" "$directory" <<'PYTHON'
