@@ -59,13 +59,14 @@ mlflow-ui: install ## Compare the tracked runs in a browser
 docker-lint: install ## Lint the Dockerfile
 	$(BIN)/hadolint Dockerfile
 
-# In an environment of its own: SkyPilot alone would add fifty packages. kubectl is used if it is there.
+# In an environment of its own: it would add nearly a hundred packages. kubectl is used if it is there.
 cluster-check: .cluster/.installed ## Check images, manifests and job files against their schemas and one another
 	.cluster/bin/python -m pytest -c cluster/tests/pytest.ini cluster/tests
 
-.cluster/.installed: cluster/tests/requirements.txt
+.cluster/.installed: cluster/tests/requirements.txt cluster/tests/constraints.txt
 	$(PYTHON) -m venv .cluster
-	.cluster/bin/python -m pip install --quiet --no-compile --requirement cluster/tests/requirements.txt
+	.cluster/bin/python -m pip install --quiet --no-compile \
+		-c cluster/tests/constraints.txt -r cluster/tests/requirements.txt
 	@touch $@
 
 # In an environment of its own: it would add a dozen packages. `--strict`: a package that cannot be looked up fails it.

@@ -13,7 +13,7 @@ BIN = Path(sys.executable).parent
 
 def hadolint(text):
     """Return hadolint's verdict on a Dockerfile."""
-    return subprocess.run([BIN / "hadolint", "-"], input=text, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([BIN / "hadolint", "--no-color", "-"], input=text, cwd=ROOT, capture_output=True, text=True)
 
 
 def shellcheck(text, *options):

@@ -11,7 +11,8 @@ from schemas import LATEST, OLDEST, check_compose, check_manifest, check_task
 # Mappings whose keys are the user's.
 FREE = {
     *("labels", "annotations", "matchLabels", "nodeSelector", "selector", "requests", "limits", "data"),
-    *("envs", "secrets", "file_mounts", "services", "volumes", "networks", "environment", "accelerators"),
+    *("envs", "secrets", "file_mounts", "services", "volumes", "networks", "environment", "depends_on"),
+    *("args", "configs", "options", "driver_opts", "sysctls", "ulimits"),
 }
 MANIFESTS = [pytest.param(document, id=f"{name(path)}-{document['kind']}") for path, document in manifests()]
 EXAMPLE = {"services": {"mlflow": {"image": "mlflow", "ports": ["127.0.0.1:5000:5000"], "restart": "unless-stopped"}}}
@@ -21,6 +22,8 @@ def places(node, path=(), free=False):
     """Yield the path of every key that a schema knows."""
     if isinstance(node, dict):
         for key, value in node.items():
+            if key.startswith("x-"):  # Compose's extensions
+                continue
             if not free:
                 yield (*path, key)
             # `selector` is free in a Service, but holds `matchLabels` in a Deployment; `volumes` is a list in a pod.
