@@ -300,6 +300,14 @@ def test_every_check_has_a_mistake_that_it_notices():
     assert MISTAKES.keys() == {value for word, value in globals().items() if word.startswith("check_that")}
 
 
+@pytest.mark.parametrize("path", [KUBERNETES / "job/job.yaml", KUBERNETES / "overlays/multi-node/job.yaml"], ids=name)
+def test_a_grace_period_is_the_sum_of_its_comment(path):
+    text = path.read_text(encoding="utf-8")
+    ((terms, total),) = re.findall(r"#   (rollout .*) = (\d+) s\.", text)
+    assert sum(int(seconds) for seconds in re.findall(r"(\d+) s\b", terms)) == int(total)
+    assert f"terminationGracePeriodSeconds: {total}\n" in text
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_image_is_set_in_one_place(overlay, tmp_path):
     shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
