@@ -183,7 +183,7 @@ def check_that_giving_way_is_no_failure(docs):
             }
             codes = {"containerName": container["name"], "operator": "In", "values": [EXIT_CODE]}
             assert gave_way == {"action": "Ignore", "onExitCodes": codes}
-            assert pod["restartPolicy"] == "Never"
+            assert (pod["restartPolicy"], owner["spec"]["podReplacementPolicy"]) == ("Never", "Failed")
         assert 120 <= pod["terminationGracePeriodSeconds"] <= HOUR
 
 
@@ -265,6 +265,7 @@ MISTAKES = {
         ("single-gpu", "- 75", "- 74"),
         ("single-gpu", "containerName: trainer", "containerName: ppo"),
         ("single-gpu", "restartPolicy: Never", "restartPolicy: OnFailure"),
+        ("multi-node", "ReplacementPolicy: Failed", "ReplacementPolicy: TerminatingOrFailed"),
         ("multi-node-trainjob", "PeriodSeconds: 600", "PeriodSeconds: 30"),
     ],
     check_that_nothing_is_privileged: [
