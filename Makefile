@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format learning smollm2 mlflow-ui docker-lint audit clean
+.PHONY: help install demo test check format learning smollm2 mlflow-ui docker-lint cluster-check audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,16 @@ mlflow-ui: install ## Compare the tracked runs in a browser
 docker-lint: install ## Lint the Dockerfile
 	$(BIN)/hadolint Dockerfile
 
+# In an environment of its own: it would add nearly a hundred packages. kubectl is used if it is there.
+cluster-check: .cluster/.installed ## Check images, manifests and job files against their schemas and one another
+	.cluster/bin/python -m pytest -c cluster/tests/pytest.ini cluster/tests
+
+.cluster/.installed: cluster/tests/requirements.txt cluster/tests/constraints.txt
+	$(PYTHON) -m venv .cluster
+	.cluster/bin/python -m pip install --quiet --no-compile \
+		-c cluster/tests/constraints.txt -r cluster/tests/requirements.txt
+	@touch $@
+
 # In an environment of its own: it would add a dozen packages. `--strict`: a package that cannot be looked up fails it.
 audit: ## Look the pinned versions up in PyPI's list of known vulnerabilities
 	$(PYTHON) -m venv .audit
@@ -66,5 +76,5 @@ audit: ## Look the pinned versions up in PyPI's list of known vulnerabilities
 	.audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt
 
 clean: ## Delete caches and build products; runs/, mlflow.db and the environment stay
-	rm -rf .audit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .audit .cluster build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . \( -path ./.git -o -path ./runs -o -path './$(VENV)' \) -prune -o -name __pycache__ -prune -exec rm -rf {} +

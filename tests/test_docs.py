@@ -16,7 +16,10 @@ from rlhf_recipes.data import require_path
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-YAMLS = sorted((RECIPES / "configs").rglob("*.yaml"))
+IN_CLUSTERS = [
+    path for stage in ("ppo", "reward_modeling") for path in (ROOT / "cluster/kubernetes").rglob(f"{stage}.yaml")
+]
+YAMLS = sorted([*(RECIPES / "configs").rglob("*.yaml"), *IN_CLUSTERS])
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *RECIPES.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 PARSERS = {
     "sft": (
