@@ -42,7 +42,7 @@ until grep -q "'num_tokens'" "$work/ppo.log"; do
     kill -0 $! || { tail -n 20 "$work/ppo.log"; exit 1; }
     sleep 0.2
 done
-pkill -TERM --full "/opt/venv/bin/$entrypoint recipes/ppo.py"
+pkill -TERM --full "^/opt/venv/bin/python[0-9.]* /opt/venv/bin/$entrypoint recipes/ppo.py" # not buildah, which has the same words
 sent=$SECONDS code=0
 wait $! || code=$?
 [[ $code == 75 ]]
