@@ -34,9 +34,10 @@ describe_job() {
 launch_on() {
     local hosts processes=${SLURM_GPUS_ON_NODE:-1}
     mapfile -t hosts < <(scontrol show hostnames "$1")
-    # Jobs that share a node do not share a port. In single quotes: a node must put in its own rank; here it is 0 for all.
+    # The first node may have results to send when the others are done: 600 s for that. Jobs that share a node do not
+    # share a port. In single quotes: a node must put in its own rank; here it is 0 for all.
     # shellcheck disable=SC2016
-    srun --nodes "${#hosts[@]}" --nodelist "$1" --ntasks-per-node 1 --wait 60 \
+    srun --nodes "${#hosts[@]}" --nodelist "$1" --ntasks-per-node 1 --cpus-per-task "$SLURM_CPUS_PER_TASK" --wait 600 \
         bash -c 'launch --machine_rank "$SLURM_PROCID" "$@"' launch \
         --num_machines "${#hosts[@]}" --num_processes $((processes * ${#hosts[@]})) \
         --main_process_ip "${hosts[0]}" --main_process_port $((20000 + SLURM_JOB_ID % 10000)) "${@:2}"
