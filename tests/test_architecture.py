@@ -95,6 +95,7 @@ SAME_LAYER_EDGES = {
     ("reward_server", "remote_reward"),
     ("reward_server", "rewards"),
     ("reward_adapter", "rewards"),
+    ("run_identity", "remote_reward"),
     ("alarms", "curves"),
     ("rollout", "completion_forward"),
     ("metrics", "rollout"),

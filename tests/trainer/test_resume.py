@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 
+from rlhf_recipes.run_identity import RunIdentity, facts_of_run
+
 TIMES = ("step_time", "runtime", "per_second")
 SEVERAL_EPOCHS = {"max_steps": 20, "logging_steps": 3, "save_strategy": "steps"}
 """Twenty prompts are two rollouts of four steps each, and a rest that is dropped; logs lie across rollouts."""
@@ -105,9 +107,19 @@ def test_a_resume_of_another_run_is_refused_with_the_difference(tmp_path, caplog
     assert re.search(f"The checkpoint is of another run: .*{message}.*Resumed all the same", caplog.text)
 
 
+def test_another_number_of_processes_is_another_run(tmp_path, monkeypatch):
+    args = tiny.ppo_config(tmp_path)
+    given = {"policy": "policy", "rewards": [], "functions": [], "train_dataset": tiny.prompts()}
+    one = facts_of_run(args, **given)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ValueError, match="the number of processes was 1, is 2"):
+        RunIdentity(facts_of_run(args, **given), allow_changes=False).load_state_dict(one)
+
+
 def test_what_changes_no_number_may_change(tmp_path):
     _short(tmp_path / "first", lr_scheduler_type="constant").train()
     changes = {"logging_steps": 2, "save_steps": 2, "max_steps": 8, "eval_strategy": "no", "run_name": "again"}
+    changes |= {"reward_timeout": 5.0, "reward_retries": 1, "failed_rewards": "mask"}
     resumed = _short(tmp_path / "second", lr_scheduler_type="constant", **changes)
     resumed.train(str(tmp_path / "first" / "checkpoint-4"))
     assert resumed.state.global_step == 8
