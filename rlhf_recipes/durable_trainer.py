@@ -19,6 +19,7 @@ class DurableTrainer(Trainer):
     """Write a checkpoint beside the others and rename it when it is whole; resume only from one that is."""
 
     _staging: str | None = None  # folder in which a checkpoint is being written
+    _resumed_from: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does.
@@ -29,9 +30,11 @@ class DurableTrainer(Trainer):
             kwargs: Passed on.
 
         Raises:
-            ValueError: If the checkpoint is not whole.
+            ValueError: If the checkpoint is not whole, or holds nothing but the model.
         """
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._resumed_from = checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            _refuse_weights_alone(checkpoint)
         self.args.restore_callback_states_from_checkpoint = True  # early stopping counts on
         return super().train(checkpoint, *args, **kwargs)
 
@@ -43,8 +46,9 @@ class DurableTrainer(Trainer):
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
-        if skip_scheduler and self.state.global_step > 0:  # at the start of a run that resumes: it was due before
-            self._determine_best_metric(metrics, trial)
+        at_resume = skip_scheduler and self.state.global_step > 0  # it was due before
+        if at_resume and self._determine_best_metric(metrics, trial):
+            self.state.best_model_checkpoint = self._resumed_from  # which was written before it was known as the best
         return metrics
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -82,3 +86,13 @@ class DurableTrainer(Trainer):
 
     def _save_progress(self, folder: Path) -> None:
         """Write what transformers does not know of into a checkpoint. Every rank makes the call."""
+
+
+def _refuse_weights_alone(checkpoint: str) -> None:
+    """Refuse what transformers would go on from in silence, with an optimiser and a schedule that begin anew."""
+    if not any(Path(checkpoint).glob("rng_state*.pth")):  # beside the optimiser, whose files differ by the backend
+        raise ValueError(
+            f"`resume_from_checkpoint` {checkpoint} was written with `save_only_model: true`: it has no optimiser, "
+            "schedule and random states to go on with. Name a checkpoint that has them, or start a run from its "
+            f"weights: `model_name_or_path: {checkpoint}`, another `output_dir`, no `resume_from_checkpoint`."
+        )
