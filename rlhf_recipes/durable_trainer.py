@@ -4,6 +4,8 @@ Layer L3. Overrides only, on `transformers.Trainer`, to be mixed into TRL's trai
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rlhf_recipes.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
+from rlhf_recipes.run_config import keep_token_out_of_files, without_secrets
 
 
 class DurableTrainer(Trainer):
     """Write a checkpoint beside the others and rename it when it is whole; resume only from one that is."""
 
+    args: Any
     _staging: str | None = None  # folder in which a checkpoint is being written
     _resumed_from: str | None = None
 
@@ -83,6 +87,24 @@ class DurableTrainer(Trainer):
         if self.args.should_save:
             remove_old(run_dir, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with self._secrets_kept_out():
+            super()._save(output_dir, state_dict=state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with self._secrets_kept_out():
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextmanager
+    def _secrets_kept_out(self) -> Iterator[None]:
+        """Give transformers options without secrets while it writes a pickle of them beside the weights."""
+        keep_token_out_of_files(self.args)
+        args, self.args = self.args, without_secrets(self.args)
+        try:
+            yield
+        finally:
+            self.args = args
 
     def _save_progress(self, folder: Path) -> None:
         """Write what transformers does not know of into a checkpoint. Every rank makes the call."""
