@@ -354,12 +354,13 @@ def test_a_run_killed_after_going_back_is_not_taken_up_from_what_it_went_back_fr
 
 def test_a_run_goes_back_to_nothing_that_it_went_back_from(tmp_path):
     guard = TrainingGuard(tiny.ppo_config(tmp_path, max_kl=1.0), is_main=True)
-    for step in (4, 8):
-        (tmp_path / "staged" / str(step)).mkdir(parents=True)
-        publish(tmp_path / "staged" / str(step), tmp_path / f"checkpoint-{step}")
-    guard._saved_steps = {4, 8}
+    (tmp_path / "staged" / "8").mkdir(parents=True)
+    publish(tmp_path / "staged" / "8", tmp_path / "checkpoint-8")
+    guard._saved_steps = {8}
+    assert guard._last_good_checkpoint(12) == (8, str(tmp_path / "checkpoint-8"))
     abandon(tmp_path / "checkpoint-8", "the KL")
-    assert guard.roll_back(RollbackError("", "", 12)) == str(tmp_path / "checkpoint-4")
+    with pytest.raises(DivergedError, match="no checkpoint from before that"):
+        guard.roll_back(RollbackError("", "", 12))
 
 
 def test_a_kl_out_of_hand_without_an_earlier_checkpoint_ends_the_run(tmp_path):
