@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from rlhf_recipes import PPOConfig, PPOTrainer, RewardModelTrainer
+from rlhf_recipes import PPOConfig, PPOTrainer, RewardModelTrainer, tracked_runs
 from rlhf_recipes.arguments import PPOArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.models import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.reward_adapter import RewardAdapterScorer
@@ -171,6 +171,20 @@ def test_a_yaml_cannot_run_code(tmp_path, option):
     with pytest.raises(yaml.constructor.ConstructorError, match="could not determine a constructor"):
         parser.parse_args_and_config(["--config", str(file)])
     assert not mark.exists()
+    yaml.unsafe_load(file.read_text())
+    assert mark.exists(), "else this would prove nothing"
+
+
+def test_the_configuration_of_a_run_in_a_store_cannot_run_code(tmp_path, monkeypatch):
+    """`recipes/compare.py` reads what others have recorded."""
+    mark = tmp_path / "executed"
+    text = f"PPOConfig: !!python/object/apply:os.mknod ['{mark}']"
+    monkeypatch.setattr(tracked_runs, "_read_artifact", lambda *args: text)
+    with pytest.raises(yaml.constructor.ConstructorError, match="could not determine a constructor"):
+        tracked_runs._read_options(None, "run", "sqlite://")
+    assert not mark.exists()
+    yaml.unsafe_load(text)
+    assert mark.exists(), "else this would prove nothing"
 
 
 TOKEN, PASSWORD = "hf_" + "a" * 30, "pa55word"
