@@ -290,6 +290,12 @@ def test_recipes_stay_short_and_straight(path):
     assert not loops or path.stem in DRIVERS, f"loops belong in the library: lines {loops}"
 
 
+@each_recipe
+def test_recipes_read_a_split_once(path):
+    read = [n.attr for n in ast.walk(tree_of(path)) if isinstance(n, ast.Attribute) and n.attr.endswith("_split")]
+    assert len(set(read)) == len(read), "pass on what was loaded"
+
+
 @pytest.mark.parametrize("folder", [PACKAGE, "recipes", "tests", "benchmarks"])
 def test_no_file_is_named_after_nothing(folder):
     named = [p for p in (ROOT / folder).rglob("*") if p.stem.lower() in FORBIDDEN_STEMS]
