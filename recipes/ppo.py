@@ -17,7 +17,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.arguments import PPOArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
-from rlhf_recipes.data import load_prompts, load_split
+from rlhf_recipes.data import load_prompts, load_split, without_answers
 from rlhf_recipes.models import load_tokenizer, model_init_kwargs
 from rlhf_recipes.preemption import PreemptionCallback
 from rlhf_recipes.preflight import preflight
@@ -42,7 +42,8 @@ def main(
     with track_run(recorded, run_name, "ppo", script_args, training_args, model_args) as callbacks:
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code, padding_side="left")
-        train, evaluation = load_prompts(script_args, script_args.dataset_train_split), None
+        answered = load_split(script_args, script_args.dataset_train_split)
+        train, evaluation = without_answers(answered), None
         if training_args.eval_strategy != "no":
             evaluation = load_prompts(script_args, script_args.dataset_test_split)
         log_datasets(script_args.dataset_name, training=train, evaluation=evaluation)
@@ -72,8 +73,7 @@ def main(
             callbacks=[*callbacks, PreemptionCallback()],
         )
 
-        answers = load_split(script_args, script_args.dataset_train_split)
-        preflight(trainer, train, evaluation, preflight_args, tracking_args, with_answers=answers)
+        preflight(trainer, train, evaluation, preflight_args, tracking_args, with_answers=answered)
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
 
         trainer.save_model(training_args.output_dir)

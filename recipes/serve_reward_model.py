@@ -21,6 +21,7 @@ from rlhf_recipes.registry import require_model
 from rlhf_recipes.remote_reward import TOKEN_VARIABLE
 from rlhf_recipes.reward_server import reward_app
 from rlhf_recipes.rewards import RewardModelScorer
+from rlhf_recipes.run_identity import fingerprint
 
 
 def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
@@ -33,7 +34,7 @@ def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
 
     token = os.environ.get(TOKEN_VARIABLE)
     limits = {"max_request_bytes": script_args.max_request_bytes, "max_waiting": script_args.max_waiting}
-    app = reward_app(scorer, token=token, **limits)
+    app = reward_app(scorer, weights=fingerprint(path), token=token, **limits)
 
     who = "Only those who know the token are answered." if token else f"{TOKEN_VARIABLE} is not set: all are answered."
     print_lines(f"Serving {path} at http://{script_args.host}:{script_args.port}. {who}")

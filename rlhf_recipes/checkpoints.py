@@ -19,7 +19,8 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 MANIFEST_FILE = "manifest.json"
-STAGING = "unfinished"  # folder of the output directory in which checkpoints are written
+ABANDONED_FILE = "abandoned.txt"  # in a checkpoint that a run went back from: why
+STAGING = "_unfinished"  # folder of the output directory in which checkpoints are written; a push leaves out `_*`
 HASHING_THREADS = 8
 logger = logging.getLogger(__name__)
 
@@ -89,15 +90,27 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def abandon(checkpoint: Path, reason: str) -> None:
+    """Mark a checkpoint as one that a run went back from: it stays, and is taken up by its name only."""
+    (checkpoint / ABANDONED_FILE).write_text(f"{reason}\n", encoding="utf-8")
+    for path in (checkpoint / ABANDONED_FILE, checkpoint):
+        _to_disk(path)
+
+
+def is_abandoned(checkpoint: Path) -> bool:
+    """Return whether `abandon` has marked a checkpoint."""
+    return (checkpoint / ABANDONED_FILE).exists()
+
+
 def checkpoints_by_age(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoints of a run, the latest written last.
+    """Return the checkpoints of a run, the latest written last, and those that it went back from first.
 
     A run that went back to an earlier checkpoint writes lower steps later: the step does not tell.
     """
     found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in found if path.is_dir()}
     numbered = {path: int(step) for path, step in steps.items() if step.isdecimal()}
-    return sorted(numbered, key=lambda path: (_written(path), numbered[path]))
+    return sorted(numbered, key=lambda path: (not is_abandoned(path), _written(path), numbered[path]))
 
 
 def _written(checkpoint: Path) -> float:
@@ -108,7 +121,7 @@ def _written(checkpoint: Path) -> float:
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """Return the latest checkpoint that is whole, saying which ones are not; `None` if there is none."""
     for checkpoint in reversed(checkpoints_by_age(output_dir)):
-        defect = find_defect(checkpoint)
+        defect = "was left behind when the run went back" if is_abandoned(checkpoint) else find_defect(checkpoint)
         if defect is None:
             return str(checkpoint)
         logger.warning(f"{checkpoint} {defect}: it is passed over, and the one before is used.")

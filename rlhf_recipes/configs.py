@@ -11,7 +11,7 @@ from typing import Any, Literal
 from trl import GRPOConfig, RewardConfig
 
 from rlhf_recipes.option_types import check_types
-from rlhf_recipes.run_config import keep_token_out_of_files
+from rlhf_recipes.run_config import holds_credentials, keep_token_out_of_files
 
 
 class _SingleGeneration(int):
@@ -228,6 +228,7 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
         check_types(self)
         keep_token_out_of_files(self)
         self._check_owned_by_ppo()
+        self._check_addresses()
         self._check_inherited_ranges()
         self.temperature: float = float(self.temperature)  # transformers refuses to sample with the whole number 1
         if self.eval_strategy != "no" and self.metric_for_best_model is None:
@@ -259,6 +260,14 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
             raise ValueError(f"`loss_type` must be one of 'grpo', 'dapo', 'dr_grpo', got {self.loss_type!r}.")
         if self.importance_sampling_level != "token":
             raise ValueError("`importance_sampling_level` must be 'token': PPO's advantages are per token.")
+
+    def _check_addresses(self) -> None:
+        """Refuse what TRL's messages about a server that does not answer would show."""
+        if holds_credentials(self.vllm_server_base_url):
+            raise ValueError(
+                "`vllm_server_base_url` holds a password, which messages would show. Write it into `~/.netrc`, where "
+                "the client looks for it by the name of the host."
+            )
 
     def _check_inherited_ranges(self) -> None:
         """Refuse values that TRL and transformers would stumble over later, without naming the option."""

@@ -85,7 +85,15 @@ def load_prompts(script_args: ScriptArguments, split: str) -> Dataset:
     Raises:
         ValueError: See `load_split` and `check_columns`.
     """
-    dataset = load_split(script_args, split)
+    return without_answers(load_split(script_args, split))
+
+
+def without_answers(dataset: Dataset) -> Dataset:
+    """Return a split's prompts, with what a reward function may want to know.
+
+    Raises:
+        ValueError: See `check_columns`.
+    """
     check_columns(dataset, ("prompt",), "dataset_name")
     answers = [column for column in ("completion", "chosen", "rejected") if column in dataset.column_names]
     return dataset.remove_columns(answers)

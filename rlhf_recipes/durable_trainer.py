@@ -4,6 +4,8 @@ Layer L3. Overrides only, on `transformers.Trainer`, to be mixed into TRL's trai
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rlhf_recipes.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
+from rlhf_recipes.run_config import keep_token_out_of_files, without_secrets
 
 
 class DurableTrainer(Trainer):
     """Write a checkpoint beside the others and rename it when it is whole; resume only from one that is."""
 
+    args: Any
     _staging: str | None = None  # folder in which a checkpoint is being written
+    _resumed_from: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does.
@@ -29,9 +34,11 @@ class DurableTrainer(Trainer):
             kwargs: Passed on.
 
         Raises:
-            ValueError: If the checkpoint is not whole.
+            ValueError: If the checkpoint is not whole, or holds nothing but the model.
         """
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._resumed_from = checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            _refuse_weights_alone(checkpoint)
         self.args.restore_callback_states_from_checkpoint = True  # early stopping counts on
         return super().train(checkpoint, *args, **kwargs)
 
@@ -43,8 +50,9 @@ class DurableTrainer(Trainer):
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
-        if skip_scheduler and self.state.global_step > 0:  # at the start of a run that resumes: it was due before
-            self._determine_best_metric(metrics, trial)
+        at_resume = skip_scheduler and self.state.global_step > 0  # it was due before
+        if at_resume and self._determine_best_metric(metrics, trial):
+            self.state.best_model_checkpoint = self._resumed_from  # which was written before it was known as the best
         return metrics
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -80,5 +88,33 @@ class DurableTrainer(Trainer):
             remove_old(run_dir, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
         self.accelerator.wait_for_everyone()
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with self._secrets_kept_out():
+            super()._save(output_dir, state_dict=state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with self._secrets_kept_out():
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextmanager
+    def _secrets_kept_out(self) -> Iterator[None]:
+        """Give transformers options without secrets while it writes a pickle of them beside the weights."""
+        keep_token_out_of_files(self.args)
+        args, self.args = self.args, without_secrets(self.args)
+        try:
+            yield
+        finally:
+            self.args = args
+
     def _save_progress(self, folder: Path) -> None:
         """Write what transformers does not know of into a checkpoint. Every rank makes the call."""
+
+
+def _refuse_weights_alone(checkpoint: str) -> None:
+    """Refuse what transformers would go on from in silence, with an optimiser and a schedule that begin anew."""
+    if not any(Path(checkpoint).glob("rng_state*.pth")):  # beside the optimiser, whose files differ by the backend
+        raise ValueError(
+            f"`resume_from_checkpoint` {checkpoint} was written with `save_only_model: true`: it has no optimiser, "
+            "schedule and random states to go on with. Name a checkpoint that has them, or start a run from its "
+            f"weights: `model_name_or_path: {checkpoint}`, another `output_dir`, no `resume_from_checkpoint`."
+        )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from rlhf_recipes.alarms import alarms_of_log
-from rlhf_recipes.checkpoints import checkpoints_by_age, find_defect
+from rlhf_recipes.checkpoints import abandon, checkpoints_by_age, find_defect, is_abandoned
 from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.samples import SAMPLES_DIRECTORY
 
@@ -200,6 +200,8 @@ class TrainingGuard(TrainerCallback):
         saved_at, checkpoint = found
         self.rollbacks += 1
         self.learning_rate_factor *= args.rollback_learning_rate_factor
+        if self._is_main:
+            self._abandon_after(saved_at, error.reason)
         self._saved_steps = {step for step in self._saved_steps if step <= saved_at}
         self._in_a_row, self.retries = 0, True
         self._clear_step()
@@ -209,12 +211,24 @@ class TrainingGuard(TrainerCallback):
         )
         return checkpoint
 
+    def _abandon_after(self, saved_at: int, reason: str) -> None:
+        """Mark what this run has written since: killed before its next checkpoint, it would be taken up from there."""
+        here, own = _checkpoints_in(self.args.output_dir), self._saved_steps | {step for step, _ in self._earlier}
+        later = [checkpoint for step, checkpoint in here if step > saved_at and step in own]
+        for checkpoint in later:
+            abandon(checkpoint, reason)
+        if later:
+            logger.warning(
+                f"{', '.join(map(str, later))} stays for a look, until it is replaced or cleared by "
+                "`save_total_limit`, and `resume_from_checkpoint: true` passes it over."
+            )
+
     def _last_good_checkpoint(self, latest: int) -> tuple[int, str] | None:
         """Return step and path of the latest whole checkpoint of this run, up to a step."""
         # The directory may hold those of an earlier run.
         saved = [entry for entry in _checkpoints_in(self.args.output_dir) if entry[0] in self._saved_steps]
         for step, checkpoint in reversed(self._earlier + saved):
-            if step <= latest and find_defect(checkpoint) is None:
+            if step <= latest and not is_abandoned(checkpoint) and find_defect(checkpoint) is None:
                 return step, str(checkpoint)
         return None
 

@@ -60,7 +60,7 @@ from rlhf_recipes.rewards import (
     weighted_scores,
 )
 from rlhf_recipes.rollout import estimate_advantages
-from rlhf_recipes.run_identity import RunIdentity, data_fingerprint, fingerprint, options_that_count
+from rlhf_recipes.run_identity import RunIdentity, facts_of_run
 from rlhf_recipes.samples import sample_rows
 from rlhf_recipes.value_head import CriticWarmupCallback, attach_value_head
 
@@ -128,11 +128,9 @@ class PPOTrainer(ActorCriticTrainer):
         train_dataset = add_separator(train_dataset, args.response_separator)
         eval_dataset = add_separator(eval_dataset, args.response_separator)
         check_prompts_fit(train_dataset, processing_class, model.config, args.max_completion_length)
-        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        facts = {"the policy to start from": fingerprint(start), "the rewards": [fingerprint(x) for x in rewards]}
-        facts |= {"the reward adapter": fingerprint(args.reward_adapter)} if args.reward_adapter else {}
-        facts["the training data"] = data_fingerprint(train_dataset)
-        reward_funcs = as_reward_functions(reward_funcs, reward_processing_classes, **shared)
+        given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
+        reward_funcs = as_reward_functions(given, reward_processing_classes, **shared)
+        facts = facts_of_run(args, policy=start, rewards=given, functions=reward_funcs, train_dataset=train_dataset)
         if args.reward_adapter is not None:
             reward_funcs.append(RewardAdapterScorer(args.reward_adapter))
         check_reward_functions(reward_funcs, dataset=train_dataset, response_separator=args.response_separator)
@@ -179,7 +177,6 @@ class PPOTrainer(ActorCriticTrainer):
             fsdp=self.is_fsdp_enabled,
         )
         self.kl_controller = make_kl_controller(args.kl_controller, args.kl_coef, args.target_kl, args.kl_horizon)
-        facts |= {"the number of processes": self.accelerator.num_processes} | options_that_count(args)
         self._stateful = {
             "run": RunIdentity(facts, allow_changes=args.allow_changes_on_resume),
             "reward_normalizer": self.reward_normalizer,

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 class PreemptionCallback(TrainerCallback, ExportableState):
     """Answer a signal to any rank with a checkpoint of all at the end of the optimiser step, and exit with 75.
 
-    An evaluation that is due at that step is left to the run that resumes. A second signal ends the process at once.
+    An evaluation that is due at that step is left to the run that resumes; the checkpoint is whole also with
+    `save_only_model`. A second signal ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -68,6 +69,7 @@ class PreemptionCallback(TrainerCallback, ExportableState):
         if global_max(torch.tensor(number, device=args.device)).item():
             self._preempted = control.should_save = control.should_training_stop = True
             self.evaluation_due, control.should_evaluate = control.should_evaluate, False
+            args.save_only_model = False  # nothing could go on from the weights alone
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop listening, and leave.

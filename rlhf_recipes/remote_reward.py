@@ -81,6 +81,7 @@ class RemoteRewardModel:
             info = retrying(retries, self._note_waiting)(self._request, "GET", "/", timeout=CONNECT_SECONDS)
             self.__name__ = str(info["name"])
             self.card = None if info["card"] is None else RewardModelCard(**info["card"])
+            self.weights: str | None = info.get("weights")  # a fingerprint, by which a resumed run knows the model
         except (KeyError, TypeError, RewardCallError, PermanentRewardError) as error:
             raise ValueError(
                 f"No reward model is served at {self.url} ({error}). Start it there: "

@@ -2,7 +2,8 @@
 
 Layer L2.
 
-    GET /        {"name": .., "card": ..}: the reward model card, `null` without one
+    GET /        {"name": .., "card": .., "weights": ..}: the reward model card and a fingerprint of the weights, each
+                 `null` without one
     GET /health  {"status": "ok"}, without a token
     POST /score  {"prompts": [..], "completions": [..], "finished": [..]} -> {"scores": [..]}, `null` for NaN
 
@@ -128,12 +129,19 @@ class ScoringQueue:
 
 
 def reward_app(
-    scorer: RewardModelScorer, *, max_request_bytes: int = 2**24, max_waiting: int = 64, token: str | None = None
+    scorer: RewardModelScorer,
+    *,
+    weights: str | None = None,
+    max_request_bytes: int = 2**24,
+    max_waiting: int = 64,
+    token: str | None = None,
 ) -> FastAPI:
     """Return the application that serves a reward model.
 
     Args:
         scorer: The reward model.
+        weights: Fingerprint of its weights, by which a resumed run knows them at another address too; without one
+            the address stands for them.
         max_request_bytes: Larger requests are refused before they are read to their end.
         max_waiting: Requests that wait at most.
         token: That clients must send.
@@ -155,7 +163,7 @@ def reward_app(
 
     @app.get("/", dependencies=authorized)
     async def info() -> dict[str, Any]:
-        return {"name": scorer.__name__, "card": None if card is None else asdict(card)}
+        return {"name": scorer.__name__, "card": None if card is None else asdict(card), "weights": weights}
 
     @app.post("/score", dependencies=authorized)
     async def score(request: Request) -> dict[str, list[float | None]]:

@@ -3,6 +3,7 @@
 Layer L1.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -37,9 +38,33 @@ def without_credentials(uri: str) -> str:
 
 
 def keep_token_out_of_files(args: Any) -> None:
-    """Hand `hub_token` to huggingface_hub by the environment, in place: every checkpoint holds a pickle of `args`."""
+    """Hand `hub_token` to huggingface_hub by the environment, in place: every checkpoint holds a pickle of `args`.
+
+    What is asked for by an option goes before what the environment of this process has held.
+    """
     if args.hub_token is not None:
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
+
+
+def without_secrets(args: Any) -> Any:
+    """Return a copy of a trainer's options for files: what is a secret by its name or its form is not in it."""
+    shown = copy.copy(args)
+    vars(shown).update(_without_secrets(vars(args)))
+    return shown
+
+
+def _without_secrets(value: Any) -> Any:
+    # Plain types alone: what else an option can be, an enumeration say, must stay what it is.
+    if type(value) is dict:
+        return {name: None if _is_secret(str(name)) else _without_secrets(entry) for name, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_without_secrets(entry) for entry in value)
+    return redact(value) if type(value) is str else value
+
+
+def holds_credentials(uri: str | None) -> bool:
+    """Return whether an address has a user and a password in it."""
+    return uri is not None and without_credentials(uri) != redact(uri)
 
 
 def public_options(configs: tuple[Any, ...]) -> dict[str, dict[str, Any]]:

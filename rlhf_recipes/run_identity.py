@@ -15,6 +15,7 @@ from torch import nn
 
 from rlhf_recipes.fingerprint import base_fingerprint, weights_fingerprint
 from rlhf_recipes.lineage import dataset_digest
+from rlhf_recipes.remote_reward import RemoteRewardModel
 from rlhf_recipes.reward_model import is_adapter
 from rlhf_recipes.run_config import public_options
 
@@ -27,6 +28,8 @@ FREE_OPTIONS = (
     *("include", "skip_memory", "debug", "dataloader", "ddp", "deepspeed", "fsdp", "accelerator_config", "local_rank"),
     *("gradient_checkpointing", "activation_checkpointing", "torch_empty_cache", "ds3", "vllm_server", "vllm_group"),
     *("vllm_gpu", "vllm_enable", "vllm_tensor", "trust_remote_code", "remove_unused", "label_names", "reward_adapter"),
+    # How long a reward is waited for, and what becomes of a completion whose reward never came.
+    *("reward_timeout", "reward_retries", "failed_rewards"),
 )
 SAMPLED_VALUES = 256  # of every tensor of a model that was given as an instance
 logger = logging.getLogger(__name__)
@@ -68,6 +71,30 @@ class RunIdentity:
         logger.warning(f"{told} Resumed all the same, as `allow_changes_on_resume` says.")
 
 
+def facts_of_run(
+    args: Any, *, policy: Any, rewards: list[Any], functions: list[Any], train_dataset: Any
+) -> dict[str, Any]:
+    """Return what must be the same when a run is resumed, by name.
+
+    Args:
+        args: Options.
+        policy: As it was given, before anything is added to it.
+        rewards: Reward models and functions, as they were given.
+        functions: What is called for each: it knows the weights behind an address.
+        train_dataset: As it is trained on.
+    """
+    pairs = zip(rewards, functions, strict=True)
+    facts = {
+        "the policy to start from": fingerprint(policy),
+        "the rewards": [fingerprint(f if isinstance(f, RemoteRewardModel) else given) for given, f in pairs],
+        "the training data": data_fingerprint(train_dataset),
+        "the number of processes": args.world_size,
+    }
+    if args.reward_adapter is not None:
+        facts["the reward adapter"] = fingerprint(args.reward_adapter)
+    return facts | options_that_count(args)
+
+
 def options_that_count(args: Any) -> dict[str, Any]:
     """Return the options of a trainer that its numbers depend on.
 
@@ -84,8 +111,10 @@ def fingerprint(model: Any) -> str:
     """Return what identifies a model or a reward function.
 
     Of a path a hash of its files, those of an adapter's base included; of an instance a hash of sampled weights; of
-    a function its name, whatever it does.
+    a function its name, whatever it does; of a served model what its server says of its files, wherever it is served.
     """
+    if isinstance(model, RemoteRewardModel):
+        return model.weights or model.url  # of a server that does not know its files
     if isinstance(model, nn.Module):
         return _sampled(model)
     if not isinstance(model, str):

@@ -97,6 +97,7 @@ SAME_LAYER_EDGES = {
     ("reward_server", "remote_reward"),
     ("reward_server", "rewards"),
     ("reward_adapter", "rewards"),
+    ("run_identity", "remote_reward"),
     ("alarms", "curves"),
     ("rollout", "completion_forward"),
     ("metrics", "rollout"),
@@ -288,6 +289,12 @@ def test_recipes_stay_short_and_straight(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_RECIPE_LINES
     loops = [node.lineno for node in ast.walk(tree_of(path)) if isinstance(node, (ast.For, ast.AsyncFor, ast.While))]
     assert not loops or path.stem in DRIVERS, f"loops belong in the library: lines {loops}"
+
+
+@each_recipe
+def test_recipes_read_a_split_once(path):
+    read = [n.attr for n in ast.walk(tree_of(path)) if isinstance(n, ast.Attribute) and n.attr.endswith("_split")]
+    assert len(set(read)) == len(read), "pass on what was loaded"
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, "recipes", "tests", "benchmarks"])

@@ -37,7 +37,7 @@ def dying(completions, **kwargs):
     # SIGKILL twice: inside a rollout's sampling, and while a checkpoint is being written.
     import threading
     def watch():
-        while not Path("out/unfinished/checkpoint-7/optimizer.pt").exists():
+        while not Path("out/_unfinished/checkpoint-7/optimizer.pt").exists():
             time.sleep(0.0005)
         Path("killed in saving").touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_left_alone(directory):
         code, output = _run(directory, {}, reward_functions=["my_rewards:dying"], **options)
         codes.append(code)
         if (directory / "killed in saving").exists() and len(codes) == 2:
-            assert (directory / "out" / "unfinished" / "checkpoint-7").is_dir(), "killed in the middle"
+            assert (directory / "out" / "_unfinished" / "checkpoint-7").is_dir(), "killed in the middle"
             assert not (directory / "out" / "checkpoint-7").exists()
     assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0], output[-3000:]
     code, output = _run(directory, {}, reward_functions=["my_rewards:dying"], output_dir="whole", **options)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import socket
 import threading
 import time
@@ -22,9 +23,10 @@ from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.arguments import JudgeArguments, ServeArguments
 from rlhf_recipes.remote_reward import TOKEN_VARIABLE, RemoteRewardModel
 from rlhf_recipes.reward_calls import PermanentRewardError, RewardCallError, RewardCalls
-from rlhf_recipes.reward_card import RewardModelCard
+from rlhf_recipes.reward_card import CARD_FILE, RewardModelCard
 from rlhf_recipes.reward_server import ScoreRequest, ScoringQueue, reward_app
 from rlhf_recipes.rewards import RewardModelScorer, load_judges
+from rlhf_recipes.run_identity import fingerprint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TOKEN = "a-token-that-nobody-may-see"
@@ -135,6 +137,28 @@ def test_a_trainer_takes_it_like_a_local_one(directory, server, tmp_path):
     assert (fresh.reward_normalizer.mean, fresh.reward_funcs[0].timeout) == (pytest.approx(card.score_mean), 300.0)
     assert remote.reward_funcs[0].timeout == 77.0
     assert remote.reward_funcs[0].policy_eos_token_ids == tiny.END_IDS
+
+
+def test_a_run_goes_on_with_the_same_weights_wherever_they_are_served(directory, server, tmp_path):
+    other = tiny.save(tiny.reward_model(tiny.tokenizer(), seed=2), directory / "elsewhere" / "rm")
+    shutil.copy(directory / "rm" / CARD_FILE, other)
+    options = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
+    _trainer(tmp_path, server, **options).train()
+    port = free_port()
+    with _served(directory, port):
+        for path in (str(directory / "rm"), f"http://127.0.0.1:{port}"):
+            resumed = _trainer(tmp_path / "again", path, max_steps=8, **options)
+            resumed.train(str(tmp_path / "checkpoint-4"))
+            assert resumed.state.global_step == 8
+    with _served(directory, port, "--model_name_or_path", other):
+        changed = _trainer(tmp_path / "again", f"http://127.0.0.1:{port}", max_steps=12, **options)
+        with pytest.raises(ValueError, match=r"of another run: the rewards was .'[0-9a-f]{16}'., is .'[0-9a-f]{16}'."):
+            changed.train(str(tmp_path / "again" / "checkpoint-8"))
+
+
+def test_a_server_that_does_not_know_its_weights_is_known_by_its_address():
+    with _answers(GOOD) as url:
+        assert fingerprint(RemoteRewardModel(url)) == url
 
 
 def _logged(trainer, name):

@@ -9,6 +9,7 @@ import torch
 from tolerances import EXACT, assert_close
 from transformers import TrainerCallback
 
+from rlhf_recipes.checkpoints import abandon, checkpoints_by_age, find_defect, is_abandoned, last_checkpoint, publish
 from rlhf_recipes.guards import DivergedError, RollbackError, TrainingGuard
 from rlhf_recipes.tracking import RunCallback
 
@@ -312,6 +313,54 @@ def test_a_kl_out_of_hand_goes_back_before_the_policy_that_has_it(tmp_path, peft
     (line,) = [m for m in caplog.messages if "Going back" in m]
     assert line.startswith("Step 8: the KL to the reference is ")
     assert f"over `max_kl` (15). Going back to {tmp_path}/checkpoint-4 with 0.5" in line
+
+
+class _Interrupt(TrainerCallback):
+    """Ends the run at the first step after it went back."""
+
+    def __init__(self, guard):
+        self._guard = guard
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._guard.rollbacks:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["its own", "of the run that it resumes"])
+def test_a_run_killed_after_going_back_is_not_taken_up_from_what_it_went_back_from(tmp_path, resumed, caplog):
+    """The checkpoint of step 8 holds the policy whose KL is out of hand, and is the latest till step 8 comes again."""
+    options = {**CHECKPOINTS, "max_kl": 15.0, "lr_scheduler_type": "constant"}
+    stranger = tmp_path / "checkpoint-99"  # of some other run
+    stranger.mkdir()
+    if resumed:
+        _trainer(tmp_path, **{**options, "max_steps": 8}).train()
+    trainer = _trainer(tmp_path, **options)
+    _explode(trainer, step=8)
+    trainer.add_callback(_Interrupt(trainer.guard))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=resumed)
+    assert find_defect(tmp_path / "checkpoint-8") is None, "whoever wants it has it"
+    assert f"{tmp_path}/checkpoint-8 stays for a look" in caplog.text
+    assert not is_abandoned(stranger)
+    stranger.rmdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+    trainer = _trainer(tmp_path, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 12
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
+    assert not any(map(is_abandoned, checkpoints_by_age(tmp_path)))
+
+
+def test_a_run_goes_back_to_nothing_that_it_went_back_from(tmp_path):
+    guard = TrainingGuard(tiny.ppo_config(tmp_path, max_kl=1.0), is_main=True)
+    (tmp_path / "staged" / "8").mkdir(parents=True)
+    publish(tmp_path / "staged" / "8", tmp_path / "checkpoint-8")
+    guard._saved_steps = {8}
+    assert guard._last_good_checkpoint(12) == (8, str(tmp_path / "checkpoint-8"))
+    abandon(tmp_path / "checkpoint-8", "the KL")
+    with pytest.raises(DivergedError, match="no checkpoint from before that"):
+        guard.roll_back(RollbackError("", "", 12))
 
 
 def test_a_kl_out_of_hand_without_an_earlier_checkpoint_ends_the_run(tmp_path):

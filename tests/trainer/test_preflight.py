@@ -11,7 +11,7 @@ from trl import ScriptArguments
 
 from rlhf_recipes import RewardModelTrainer, preflight
 from rlhf_recipes.arguments import PreflightArguments, TrackingArguments
-from rlhf_recipes.data import load_prompts, load_split
+from rlhf_recipes.data import load_split, without_answers
 from rlhf_recipes.policy_checks import answers_of
 from rlhf_recipes.resources import SMALL_FILES, checkpoint_bytes, parameter_bytes, training_sizes
 from rlhf_recipes.reward_card import RewardModelCard, tokenizer_fingerprint
@@ -275,11 +275,10 @@ def test_pairs_that_are_all_too_long(tmp_path, capsys):
         _say(trainer, capsys, pairs)
 
 
-def test_an_answer_column_is_found_where_prompts_are_loaded(tmp_path):
-    """`load_prompts` leaves answers out of what trains; the recipe loads them again, in the same order."""
+def test_answers_are_kept_from_what_trains_and_found_by_the_preflight(tmp_path):
     tiny.preferences().to_json(tmp_path / "train.jsonl")
-    arguments = ScriptArguments(dataset_name=str(tmp_path))
-    prompts, answers = load_prompts(arguments, "train"), load_split(arguments, "train")
+    answered = load_split(ScriptArguments(dataset_name=str(tmp_path)), "train")
+    prompts = without_answers(answered)
     assert prompts.column_names == ["prompt"]
-    assert prompts["prompt"] == answers["prompt"]
-    assert answers_of(answers) == tiny.preferences()["chosen"][:8]
+    assert prompts["prompt"] == answered["prompt"]
+    assert answers_of(answered) == tiny.preferences()["chosen"][:8]

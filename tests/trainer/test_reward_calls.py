@@ -18,7 +18,13 @@ from accelerate import PartialState
 from tolerances import EXACT, assert_close
 
 from rlhf_recipes import PPOConfig
-from rlhf_recipes.reward_calls import PermanentRewardError, RewardCallError, RewardCalls, checked_rewards
+from rlhf_recipes.reward_calls import (
+    PermanentRewardError,
+    RewardCallError,
+    RewardCalls,
+    checked_rewards,
+    retrying,
+)
 
 ROWS = {"prompts": ["a", "b", "c"], "completions": ["x", "yy", "zzz"]}
 HUNG = """
@@ -368,12 +374,39 @@ def test_options(tmp_path, options, message):
         tiny.ppo_config(tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("timeout", "retries", "seconds"), [(10.0, 0, 10), (10.0, 3, 4 * 10 + 7), (1.0, 8, 9 + 63 + 2 * 60)]
+)
+def test_the_longest_call_is_all_attempts_and_the_pauses_that_are_made(
+    tmp_path, monkeypatch, timeout, retries, seconds
+):
+    pauses = []
+    monkeypatch.setattr(tenacity.nap, "time", SimpleNamespace(sleep=pauses.append))
+
+    def failing():
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        retrying(retries, lambda state: None)(failing)
+    config = tiny.ppo_config(tmp_path, reward_timeout=timeout, reward_retries=retries)
+    assert config.longest_call() == seconds == (1 + retries) * timeout + sum(pauses)
+
+
+def test_without_a_limit_a_call_may_take_for_ever(tmp_path):
+    assert tiny.ppo_config(tmp_path, reward_timeout=None).longest_call() == math.inf
+
+
 def test_others_wait_long_enough_for_a_call(tmp_path, monkeypatch):
+    options = {"reward_timeout": 600.0, "reward_retries": 2}
+    tiny.ppo_config(tmp_path, **options)  # nobody waits
     monkeypatch.setattr(PPOConfig, "world_size", 2)
     tiny.ppo_config(tmp_path)
     with pytest.raises(ValueError, match="take 1803 s, and the other processes wait for 1800 s only"):
-        tiny.ppo_config(tmp_path, reward_timeout=600.0, reward_retries=2)
-    tiny.ppo_config(tmp_path, reward_timeout=600.0, reward_retries=2, ddp_timeout=3600)
+        tiny.ppo_config(tmp_path, **options)
+    with pytest.raises(ValueError, match="lower these, or raise `ddp_timeout`"):
+        tiny.ppo_config(tmp_path, **options, ddp_timeout=1803)
+    tiny.ppo_config(tmp_path, **options, ddp_timeout=1804)
+    tiny.ppo_config(tmp_path, reward_timeout=None)
 
 
 def _on_one_rank_only(rank, world_size, failed):

@@ -6,21 +6,24 @@ import json
 import os
 import pickle
 import zipfile
+from concurrent.futures import Future
+from dataclasses import fields
 
 import pytest
 import tiny
 import torch
 import yaml
+from datasets import Dataset
 from peft import get_peft_model
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from rlhf_recipes import PPOConfig, PPOTrainer, RewardModelTrainer
+from rlhf_recipes import PPOConfig, PPOTrainer, RewardModelTrainer, tracked_runs
 from rlhf_recipes.arguments import PPOArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.models import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.reward_adapter import RewardAdapterScorer
 from rlhf_recipes.reward_model import load_reward_model, load_reward_model_base
 from rlhf_recipes.rewards import RewardModelScorer
-from rlhf_recipes.run_config import keep_token_out_of_files
+from rlhf_recipes.sft_trainer import SFTTrainer
 
 CODE = """
 from pathlib import Path
@@ -168,6 +171,20 @@ def test_a_yaml_cannot_run_code(tmp_path, option):
     with pytest.raises(yaml.constructor.ConstructorError, match="could not determine a constructor"):
         parser.parse_args_and_config(["--config", str(file)])
     assert not mark.exists()
+    yaml.unsafe_load(file.read_text())
+    assert mark.exists(), "else this would prove nothing"
+
+
+def test_the_configuration_of_a_run_in_a_store_cannot_run_code(tmp_path, monkeypatch):
+    """`recipes/compare.py` reads what others have recorded."""
+    mark = tmp_path / "executed"
+    text = f"PPOConfig: !!python/object/apply:os.mknod ['{mark}']"
+    monkeypatch.setattr(tracked_runs, "_read_artifact", lambda *args: text)
+    with pytest.raises(yaml.constructor.ConstructorError, match="could not determine a constructor"):
+        tracked_runs._read_options(None, "run", "sqlite://")
+    assert not mark.exists()
+    yaml.unsafe_load(text)
+    assert mark.exists(), "else this would prove nothing"
 
 
 TOKEN, PASSWORD = "hf_" + "a" * 30, "pa55word"
@@ -196,13 +213,49 @@ def test_no_checkpoint_holds_the_hub_token(tmp_path, monkeypatch, kind):
         assert PASSWORD.encode() not in content, file
 
 
-def test_sft_hands_its_token_over_too(tmp_path, monkeypatch):
+class _Hub:
+    """Takes what is pushed."""
+
+    def upload_folder(self, **kwargs):
+        return Future()
+
+
+def test_what_sft_saves_and_pushes_holds_no_secret(tmp_path, monkeypatch):
+    """TRL's own configuration: nothing takes its secrets out before they are written."""
     monkeypatch.setenv("HF_TOKEN", "before")
-    args = SFTConfig(str(tmp_path), hub_token=TOKEN, use_cpu=True, bf16=False)
-    keep_token_out_of_files(args)
-    torch.save(args, tmp_path / "training_args.bin")
-    assert TOKEN.encode() not in (tmp_path / "training_args.bin").read_bytes()
-    assert os.environ["HF_TOKEN"] == TOKEN
+    monkeypatch.setattr("transformers.trainer.hf_api", _Hub)
+    options = {name: value for name, value in tiny.QUIET.items() if name != "save_strategy"}
+    address = f"https://me:{PASSWORD}@hub.example/a"
+    args = SFTConfig(
+        str(tmp_path), hub_token=TOKEN, max_steps=1, save_steps=1, run_name=address, trackio_space_id=TOKEN,
+        model_init_kwargs={"token": PASSWORD, "revision": address}, lr_scheduler_kwargs={}, **options,
+    )  # fmt: skip
+    path = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    data = Dataset.from_dict({"text": tiny.TEXTS})
+    trainer = SFTTrainer(path, args=args, train_dataset=data, processing_class=tiny.tokenizer())
+    trainer.train()
+    trainer.hub_model_id, trainer.push_in_progress = "me/policy", None
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert os.environ["HF_TOKEN"] == TOKEN, "where huggingface_hub looks for it"
+    assert trainer.args is args
+    assert args.run_name == address, "the run itself goes on with what it was given"
+    for written in (tmp_path / "training_args.bin", tmp_path / "checkpoint-1" / "training_args.bin"):
+        saved = torch.load(written, weights_only=False)
+        assert (saved.run_name, saved.trackio_space_id) == ("https://***@hub.example/a", "***")
+        assert saved.model_init_kwargs == {"token": None, "revision": "https://***@hub.example/a"}
+        assert saved.save_strategy is args.save_strategy, "all others as they are"
+        changed = {f.name for f in fields(args) if getattr(saved, f.name) != getattr(args, f.name)}
+        assert changed == {"run_name", "trackio_space_id", "model_init_kwargs"}
+        assert TOKEN.encode() not in written.read_bytes()
+        assert PASSWORD.encode() not in written.read_bytes()
+
+
+def test_a_password_in_the_address_of_a_vllm_server_is_refused(tmp_path):
+    """TRL names the address when the server does not answer."""
+    with pytest.raises(ValueError, match=r"`vllm_server_base_url` holds a password, .*`~/.netrc`") as error:
+        tiny.ppo_config(tmp_path, vllm_server_base_url=f"http://me:{PASSWORD}@host:8000")
+    assert PASSWORD not in str(error.value)
+    tiny.ppo_config(tmp_path, vllm_server_base_url="http://host:8000/@me")
 
 
 def test_a_token_of_the_environment_stays(tmp_path, monkeypatch):

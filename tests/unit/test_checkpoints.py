@@ -9,6 +9,7 @@ import pytest
 from rlhf_recipes.checkpoints import (
     MANIFEST_FILE,
     STAGING,
+    abandon,
     checkpoint_to_resume,
     checkpoints_by_age,
     find_defect,
@@ -124,6 +125,21 @@ def test_the_latest_is_the_one_written_last(tmp_path):
     abandoned, latest = _write(tmp_path, 12), _write(tmp_path, 8)
     _set_written(abandoned, 1.0)
     assert last_checkpoint(tmp_path) == str(latest)
+
+
+def test_what_a_run_went_back_from_is_taken_up_by_name_only(tmp_path, caplog):
+    good, left = _write(tmp_path, 4), _write(tmp_path, 8)
+    abandon(left, "the KL")
+    assert last_checkpoint(tmp_path) == str(good)
+    assert checkpoint_to_resume(str(left), str(tmp_path)) == str(left)
+    (good / "model.safetensors").unlink()
+    assert last_checkpoint(tmp_path) is None
+    assert f"{left} was left behind when the run went back: it is passed over" in caplog.text
+    assert checkpoints_by_age(tmp_path) == [left, good]
+    remove_old(tmp_path, 1, keep=[])
+    assert not left.exists()
+    _write(tmp_path, 8)
+    assert last_checkpoint(tmp_path) == str(left), "it is another one"
 
 
 def test_the_oldest_beyond_the_limit_go(tmp_path):
