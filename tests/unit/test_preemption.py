@@ -34,9 +34,17 @@ def test_the_echo_of_a_launcher_is_no_second_signal(clock, later, ends):
     assert error.value.code == 128 + signal.SIGTERM
 
 
+@pytest.fixture
+def handlers():
+    """Those of the tests, which get them back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield list(before.values())
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signals_are_listened_to_while_training_and_no_longer(number):
-    before = [signal.getsignal(n) for n in SIGNALS]
+def test_a_process_that_has_given_way_is_not_cut_short_by_the_next_signal(handlers, number):
     callback, control, state = PreemptionCallback(), TrainerControl(), TrainerState(is_world_process_zero=True)
     callback.on_train_begin(ARGS, state, control)
     signal.raise_signal(number)
@@ -44,14 +52,16 @@ def test_signals_are_listened_to_while_training_and_no_longer(number):
     with pytest.raises(TerminatedError) as error:
         callback.on_train_end(ARGS, state, control)
     assert error.value.code == EXIT_CODE
-    assert [signal.getsignal(n) for n in SIGNALS] == before
+    assert [signal.getsignal(n) for n in SIGNALS] == [signal.SIG_IGN, signal.SIG_IGN]
 
 
-def test_a_run_without_a_signal_ends_like_any_other():
+def test_a_run_without_a_signal_ends_like_any_other(handlers):
     callback, control, state = PreemptionCallback(), TrainerControl(should_evaluate=True), TrainerState()
     callback.on_train_begin(ARGS, state, control)
     callback.on_step_end(ARGS, state, control)
+    assert [signal.getsignal(n) for n in SIGNALS] == [callback._note, callback._note]
     callback.on_train_end(ARGS, state, control)
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
     assert not control.should_save
     assert not control.should_training_stop
     assert control.should_evaluate
