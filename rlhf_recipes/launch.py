@@ -10,6 +10,7 @@ processes, which take the time that a checkpoint needs, and the exit code is the
 import signal
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from subprocess import CalledProcessError
 from types import FrameType
 
@@ -40,7 +41,8 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
     if not processes:
         terminate(number, frame)
     for process in processes:
-        process.send_signal(number)
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            process.send_signal(number)
 
 
 def exit_code(codes: Iterable[int]) -> int:

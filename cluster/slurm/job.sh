@@ -5,7 +5,7 @@
 # shellcheck source=/dev/null
 source .venv/bin/activate
 launch() { exec rlhf-launch "$@"; }
-# ... or a container:
+# ... or a container, which sees of this directory only `runs`, so that configurations lie there too:
 # launch() { exec apptainer exec --nv --pwd /app --bind "$PWD/runs:/app/runs" rlhf_recipes.sif rlhf-launch "$@"; }
 export -f launch
 
