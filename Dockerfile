@@ -41,7 +41,10 @@ LABEL org.opencontainers.image.title="rlhf_recipes" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"
-ENV PATH=/opt/venv/bin:$PATH \
+# The first two let GPUs in on bases that are not CUDA's.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/cache/hf \
     MLFLOW_TRACKING_URI=sqlite:////app/runs/mlflow.db \

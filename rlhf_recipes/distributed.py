@@ -1,11 +1,17 @@
-"""Statistics over all ranks.
+"""Statistics over all ranks, and their common end.
 
 Layer L1. Every rank must make each call. On one process these are the local statistics.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor
+
+from rlhf_recipes.termination import EXIT_CODE, TerminatedError
 
 
 def global_sum(values: Tensor) -> Tensor:
@@ -61,3 +67,18 @@ def global_means(mask: Tensor, *values: Tensor) -> tuple[float, list[float]]:
     totals = [torch.where(mask.bool(), value, 0).float().sum() for value in values]
     count, *sums = global_sum(torch.stack([mask.sum().float(), *totals])).tolist()
     return count, [total / max(count, 1.0) for total in sums]
+
+
+@contextmanager
+def leave_together() -> Iterator[None]:
+    """Let processes that give way wait for the one that has a record to close.
+
+    A launcher that sees one of them gone gives the others 30 seconds.
+    """
+    try:
+        yield
+    except TerminatedError as error:
+        if error.code == EXIT_CODE:  # of all, at the same step; another code may be of this process alone
+            PartialState().wait_for_everyone()
+            PartialState().destroy_process_group()
+        raise

@@ -4,8 +4,10 @@ Layer L3. Overrides only, on `transformers.Trainer`, to be mixed into TRL's trai
 """
 
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rlhf_recipes.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
 from rlhf_recipes.run_config import keep_token_out_of_files, without_secrets
+from rlhf_recipes.termination import SIGNALS
 
 
 class DurableTrainer(Trainer):
@@ -54,6 +57,14 @@ class DurableTrainer(Trainer):
         if at_resume and self._determine_best_metric(metrics, trial):
             self.state.best_model_checkpoint = self._resumed_from  # which was written before it was known as the best
         return metrics
+
+    def get_train_dataloader(self) -> Any:
+        """Return TRL's, whose worker processes do not end of the signal that a scheduler sends to all of a job."""
+        return _undisturbed(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return TRL's, likewise."""
+        return _undisturbed(super().get_eval_dataloader(eval_dataset))
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -108,6 +119,19 @@ class DurableTrainer(Trainer):
 
     def _save_progress(self, folder: Path) -> None:
         """Write what transformers does not know of into a checkpoint. Every rank makes the call."""
+
+
+def _undisturbed(loader: Any) -> Any:
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's is around torch's
+    inner.worker_init_fn = partial(_ignore_signals, inner.worker_init_fn)
+    return loader
+
+
+def _ignore_signals(initialize: Any, worker: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if initialize is not None:
+        initialize(worker)
 
 
 def _refuse_weights_alone(checkpoint: str) -> None:

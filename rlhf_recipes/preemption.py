@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -87,5 +86,4 @@ class PreemptionCallback(TrainerCallback, ExportableState):
                 f"Stopped by a signal at step {state.global_step}, with a checkpoint in {args.output_dir}. The same "
                 "command with `--resume_from_checkpoint true` goes on from there."
             )
-        PartialState().destroy_process_group()
         raise TerminatedError(EXIT_CODE)

@@ -28,12 +28,13 @@ from rlhf_recipes.alarms import alarms_of_log
 from rlhf_recipes.arguments import TrackingArguments
 from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.delivery import Delivery
+from rlhf_recipes.distributed import leave_together
 from rlhf_recipes.lineage import dataset_digest, write_run_file
 from rlhf_recipes.logged_model import describe_model
 from rlhf_recipes.run_config import redact
 from rlhf_recipes.run_store import end_run, open_run, system_metrics, tracking_uri
 from rlhf_recipes.samples import SAMPLES_DIRECTORY, tables_of_step, tables_until
-from rlhf_recipes.termination import TerminatedError, terminate
+from rlhf_recipes.termination import SIGNALS, TerminatedError, terminate
 
 SHOWN_TABLES = 60  # that MLflow's page shows as tables, the latest: a tag holds no more than 8,000 characters
 logger = logging.getLogger(__name__)
@@ -126,27 +127,28 @@ def track_run(
     for config in configs:
         if hasattr(config, "report_to"):
             config.report_to = [name for name in config.report_to if name != "mlflow"]
-    if not tracking.tracking or not PartialState().is_main_process:
-        yield []
-        return
-    output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
-    note, last_steps = open_run(tracking, run_name, stage, configs)
-    delivery = Delivery(note["run_id"], note["tracking_uri"], output_dir, last_steps)
-    callback = RunCallback(delivery, output_dir, note)
-    outer = _open.set(callback)
-    status = "FAILED"
-    try:
-        with system_metrics(note["run_id"], resumed=bool(last_steps)), sigterm_as_exception():
-            yield [callback]
-        if not callback.has_noted:  # else the model's id may stand there already
-            callback.note()
-        status = "FINISHED"
-    except BaseException as error:
-        status = outcome(error)
-        raise
-    finally:
-        _open.reset(outer)
-        delivery.close(status)
+    with leave_together():
+        if not tracking.tracking or not PartialState().is_main_process:
+            yield []
+            return
+        output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
+        note, last_steps = open_run(tracking, run_name, stage, configs)
+        delivery = Delivery(note["run_id"], note["tracking_uri"], output_dir, last_steps)
+        callback = RunCallback(delivery, output_dir, note)
+        outer = _open.set(callback)
+        status = "FAILED"
+        try:
+            with system_metrics(note["run_id"], resumed=bool(last_steps)), signals_as_exceptions():
+                yield [callback]
+            if not callback.has_noted:  # else the model's id may stand there already
+                callback.note()
+            status = "FINISHED"
+        except BaseException as error:
+            status = outcome(error)
+            raise
+        finally:
+            _open.reset(outer)
+            delivery.close(status)
 
 
 def outcome(error: BaseException) -> str:
@@ -157,22 +159,23 @@ def outcome(error: BaseException) -> str:
 
 
 @contextmanager
-def sigterm_as_exception() -> Iterator[None]:
-    """Let SIGTERM unwind what is inside, as Ctrl-C does; the exit code is the shell's, 143.
+def signals_as_exceptions() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 unwind what is inside, as Ctrl-C does; the exit code is the shell's, 143 or 138.
 
     While a trainer trains, `PreemptionCallback` answers first.
     """
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    before: dict[int, Any] = {number: signal.signal(number, terminate) for number in SIGNALS}
     try:
         yield
     except TerminatedError:
-        before = signal.SIG_IGN  # the process ends: a launcher's next signal must not cut short the record of it
+        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)  # the next signal must not cut short the record of the end
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def log_results(metrics: dict[str, float], *files: Path) -> None:
@@ -242,7 +245,7 @@ def track_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> Ite
     note = _in_own_process(_open_pipeline, tracking, run_name, seed)
     status = "FAILED"
     try:
-        with sigterm_as_exception():
+        with signals_as_exceptions():
             yield ["--parent_run_id", note["run_id"]]
         status = "FINISHED"
     except BaseException as error:

@@ -74,7 +74,8 @@ def _rank_main(rank, world_size, port, file, name, folder, args):
         spec.loader.exec_module(module)
         torch.save(getattr(module, name)(rank, world_size, *args), _result_path(folder, rank))
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the function may have ended it
+            dist.destroy_process_group()
 
 
 def _result_path(folder, rank):

@@ -77,9 +77,9 @@ submit() {
 
 state_of() { scontrol show job "$1" | grep -o 'JobState=[A-Z_]*' | sort -u | cut -d= -f2; }
 
-wait_for_end() {
+wait_for_end() { # of a job, or of all of an array; the second argument is its log
     while [[ $(state_of "$1") =~ PENDING|RUNNING|COMPLETING|REQUEUED ]]; do sleep 1; done
-    [[ $(state_of "$1") == COMPLETED ]] || { tail -n 40 "rlhf-$1.out"; exit 1; }
+    [[ $(state_of "$1") == COMPLETED ]] || { tail -n 40 "${2:-rlhf-$1.out}"; exit 1; }
 }
 
 wait_for_step() { # of a run, by the lines of its log
@@ -100,7 +100,29 @@ trap stop_cluster EXIT
 start_cluster
 say "Slurm $(slurmctld -V | cut -d' ' -f2) runs with $(sinfo --noheader --Node | wc -l) nodes"
 
-sbatch --test-only --nodes 2 --gpus-per-node 0 --cpus-per-task 1 cluster/slurm/train_vllm.slurm POLICY 2>&1 | tail -n 1
+# What needs no training runs around stand-ins, which say how they were called.
+mkdir -p "$work/stand_in/.venv/bin" && cp -r cluster "$work/stand_in/"
+echo "PATH=$work/stand_in/.venv/bin:\$PATH" >"$work/stand_in/.venv/bin/activate"
+cat >"$work/stand_in/.venv/bin/rlhf-launch" <<'EOF'
+#!/bin/sh
+echo "launched: $*"
+[ "$1 $2" = "--machine_rank 0" ] || exit 3
+case "$* ${SLURM_RESTART_COUNT:-0}" in *"--seed 1 "*0) sleep 5; exit 75 ;; esac
+EOF
+printf '#!/bin/sh\necho "served: $*"; sleep 300\n' >"$work/stand_in/.venv/bin/trl"
+chmod +x "$work"/stand_in/.venv/bin/*
+stand_in() { (cd "$work/stand_in" && sbatch --parsable --gpus-per-node 0 --cpus-per-task 1 "$@"); }
+
+served=$(stand_in --nodes 2 cluster/slurm/train_vllm.slurm POLICY recipes/ppo.py)
+wait_for_end "$served" "$work/stand_in/rlhf-vllm-$served.out"
+grep -q "launched: --machine_rank 0 --num_machines 1 .*vllm_server_base_url http://n2:8000" "$work/stand_in/rlhf-vllm-$served.out"
+grep -q "served: vllm-serve --model POLICY" "$work/stand_in/rlhf-vllm-$served-vllm.out"
+say "two nodes: one trains, the other serves vLLM (stand-ins for both)"
+
+elements=$(stand_in --array 0-2 cluster/slurm/train.slurm recipes/ppo.py)
+wait_for_end "$elements" "$work/stand_in/rlhf-$elements.out"
+[[ $(scontrol show job "$elements" | grep -o 'Restarts=[0-9]*' | sort | uniq -c | xargs) == "2 Restarts=0 1 Restarts=1" ]]
+say "an array of three: the one that gives way is requeued, and no other (stand-in)"
 
 whole=$(submit 2 runs/whole)
 wait_for_end "$whole"
@@ -130,10 +152,7 @@ wait_for_end "$timed"
 say "  and has ended after $(scontrol show job "$timed" | grep -o 'Restarts=[0-9]*')"
 
 array=$(submit 1 unused --array 0-1)
-until [[ $(state_of "$array") == COMPLETED ]]; do
-    [[ ! $(state_of "$array") =~ FAILED|CANCELLED|TIMEOUT ]] || exit 1
-    sleep 1
-done
+wait_for_end "$array"
 say "an array of two seeds: job $array has ended"
 .venv/bin/python recipes/compare.py --experiment slurm_check --output_dir runs/compare
 say "compared: $PWD/runs/compare"

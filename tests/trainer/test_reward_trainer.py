@@ -2,6 +2,9 @@
 
 import json
 import math
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -35,6 +38,19 @@ def _trainer(model, tmp_path, *, chat=False, peft=None, margin=False, eval_datas
         processing_class=tiny.tokenizer(),
         peft_config=peft,
     )
+
+
+@pytest.mark.parametrize("name", ["get_train_dataloader", "get_eval_dataloader"])
+def test_a_signal_to_all_processes_of_a_job_ends_no_data_loader(base, tmp_path, name):
+    """Of a worker that ends, torch makes an error: there would be no checkpoint."""
+    options = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 1}
+    trainer = _trainer(base, tmp_path, **options)
+    batches = iter(getattr(trainer, name)())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == len(trainer.train_dataset if "train" in name else trainer.eval_dataset) - 1
 
 
 @pytest.mark.parametrize("margin", [False, True])

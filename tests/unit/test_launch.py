@@ -17,7 +17,10 @@ from rlhf_recipes.launch import exit_code
         ([75], 75),
         ([-signal.SIGTERM, 75], 75),
         ([-signal.SIGKILL, 1], 137),
-        ([-signal.SIGTERM], 143),
+        ([-signal.SIGTERM], 75),
+        ([128 + signal.SIGUSR1], 75),
+        ([1, -signal.SIGTERM], 1),
+        ([-signal.SIGSEGV], 139),
     ],
 )
 def test_one_exit_code_for_all_processes(codes, expected):

@@ -52,6 +52,7 @@ def test_a_table_is_read_back_as_it_was(tmp_path):
     assert table[["kl", "length", "stop"]].to_numpy().tolist() == [[0.25, 2, "eos"], [0.5, 3, "length"]]
     assert tables_of_step(tmp_path, 40) == [file]
     assert not tables_of_step(tmp_path, 4)
+    file.with_name("my-notes.json").touch()
     assert tables_until(tmp_path, 40) == [file]
     assert not tables_until(tmp_path, 39)
 
