@@ -207,7 +207,7 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
     metric_for_best_model: str | None = field(
         default=None,
         metadata={
-            "help": "Figure to choose a checkpoint by. Default: `win_rate_low`, the lower end of the win rate's 95 % "
+            "help": "Figure to choose a checkpoint by. Default: `win_rate_low`, the lower end of the win rate's 95 %% "
             "interval, by the first judge, or else by the trained score."
         },
     )

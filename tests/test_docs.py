@@ -161,6 +161,13 @@ def test_every_option_explains_itself(cls):
             assert field.metadata.get("help"), f"{cls.__name__}.{field.name} has no help text"
 
 
+@pytest.mark.parametrize("stage", PARSERS)
+def test_help_can_be_printed(stage):
+    text = TrlParser(PARSERS[stage]).format_help()  # in which a lone percent sign is an error
+    assert "%%" not in text
+    assert f"--{dataclasses.fields(PARSERS[stage][0])[0].name}" in text
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_paths_in_the_documentation_exist(document):
     text = document.read_text()
