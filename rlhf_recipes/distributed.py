@@ -71,9 +71,9 @@ def global_means(mask: Tensor, *values: Tensor) -> tuple[float, list[float]]:
 
 @contextmanager
 def leave_together() -> Iterator[None]:
-    """Let processes that give way wait for the one that has a record to close.
+    """Let processes that have ended their work, or give way, wait for the one that has a record to close.
 
-    A launcher that sees one of them gone gives the others 30 seconds.
+    A launcher that sees one of them fail, or give way, gives the others 30 seconds.
     """
     try:
         yield
@@ -82,3 +82,5 @@ def leave_together() -> Iterator[None]:
             PartialState().wait_for_everyone()
             PartialState().destroy_process_group()
         raise
+    else:
+        PartialState().wait_for_everyone()
