@@ -39,7 +39,9 @@ def main() -> None:
     except ChildFailedError as error:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
         code = exit_code(failure.exitcode for failure in failures)
-        sys.exit(code if code == EXIT_CODE else _told(error, code))
+        if code != EXIT_CODE:
+            sys.stderr.write(f"{error}\n")
+        sys.exit(code)
     except SignalException as error:
         sys.exit(128 + error.sigval)
 
@@ -65,11 +67,6 @@ def _pass_on(receiver: socket.socket) -> None:
         for process in processes:
             with suppress(psutil.NoSuchProcess):  # it has just ended
                 process.send_signal(number)
-
-
-def _told(error: Exception, code: int) -> int:
-    sys.stderr.write(f"{error}\n")
-    return code
 
 
 def exit_code(codes: Iterable[int]) -> int:

@@ -46,7 +46,7 @@ launch_on() {
         --main_process_ip "${hosts[0]}" --main_process_port $((20000 + SLURM_JOB_ID % 10000)) "${@:2}"
 }
 
-# end_job CODE: 75 says that a signal has come and a checkpoint is written, so the job is put back into the queue.
+# end_job CODE: 75 says that a signal has come, and what was trained is saved: the job is put back into the queue.
 end_job() {
     local job=$SLURM_JOB_ID
     # One job of an array has the array's own number, which would stand for all of them.
