@@ -3,6 +3,7 @@
 Layer L1. Every rank must make each call. On one process these are the local statistics.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 from rlhf_recipes.termination import EXIT_CODE, TerminatedError
+
+GLOO_SECONDS = 0.5  # a thread that can run needs milliseconds, even with many times more threads than cores
 
 
 def global_sum(values: Tensor) -> Tensor:
@@ -69,6 +72,17 @@ def global_means(mask: Tensor, *values: Tensor) -> tuple[float, list[float]]:
     return count, [total / max(count, 1.0) for total in sums]
 
 
+def wait_to_end() -> None:
+    """Wait until every process is here and this one may end: the last collective of a program.
+
+    A thread of gloo may still be letting go of the last tensors. It needs the interpreter for that, and aborts a
+    process whose interpreter is closing (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    PartialState().wait_for_everyone()
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
+        time.sleep(GLOO_SECONDS)
+
+
 @contextmanager
 def leave_together() -> Iterator[None]:
     """Let processes that have ended their work, or give way, wait for the one that has a record to close.
@@ -79,8 +93,8 @@ def leave_together() -> Iterator[None]:
         yield
     except TerminatedError as error:
         if error.code == EXIT_CODE:  # of all, at the same step; another code may be of this process alone
-            PartialState().wait_for_everyone()
+            wait_to_end()
             PartialState().destroy_process_group()
         raise
     else:
-        PartialState().wait_for_everyone()
+        wait_to_end()

@@ -17,6 +17,7 @@ from rlhf_recipes.arguments import PreflightArguments, TrackingArguments
 from rlhf_recipes.configs import PPOConfig
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.data_checks import NEGLIGIBLE, check_preferences, check_prompts, longer_chosen, texts
+from rlhf_recipes.distributed import wait_to_end
 from rlhf_recipes.policy_checks import (
     PROBES,
     answers_of,
@@ -114,6 +115,7 @@ def preflight(
     if state.num_processes > 1:
         broadcast_object_list(errors)
     if preflight_args.preflight_only:
+        wait_to_end()
         trainer.end()
         raise SystemExit(1 if errors[0] else 0)
     if errors[0]:
