@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format learning smollm2 mlflow-ui docker-lint cluster-check audit clean
+.PHONY: help install demo test check format learning smollm2 mlflow-ui cluster-check audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,9 +55,6 @@ smollm2: install ## Write SmolLM2-135M-Instruct to runs/smollm2_135m/base
 
 mlflow-ui: install ## Compare the tracked runs in a browser
 	$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
-
-docker-lint: install ## Lint the Dockerfile
-	$(BIN)/hadolint Dockerfile
 
 # In an environment of its own: it would add nearly a hundred packages. kubectl is used if it is there.
 cluster-check: .cluster/.installed ## Check images, manifests and job files against their schemas and one another
