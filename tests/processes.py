@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from rlhf_recipes.distributed import GLOO_SECONDS
+
 TIMEOUT_SECONDS = 240
 EXPORTED_BY_MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
 """What `mlflow.set_tracking_uri` and `set_experiment` leave in the environment of the test's own process."""
@@ -75,6 +77,7 @@ def _rank_main(rank, world_size, port, file, name, folder, args):
         torch.save(getattr(module, name)(rank, world_size, *args), _result_path(folder, rank))
     finally:
         if dist.is_initialized():  # the function may have ended it
+            time.sleep(GLOO_SECONDS)
             dist.destroy_process_group()
 
 

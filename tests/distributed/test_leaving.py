@@ -29,6 +29,7 @@ def _leave_a_tensor(rank, world_size):
         time.sleep(rank)  # so that rank 0 has let go before its work ends
         work = dist.all_reduce(tensor, group=group, async_op=True)
         del tensor, work
+    PartialState().destroy_process_group()
 
 
 def test_a_tensor_that_gloo_still_holds_does_not_abort_the_end():
