@@ -58,13 +58,12 @@ class DurableTrainer(Trainer):
             self.state.best_model_checkpoint = self._resumed_from  # which was written before it was known as the best
         return metrics
 
-    def get_train_dataloader(self) -> Any:
+    def _get_dataloader(self, *args: Any, **options: Any) -> Any:
         """Return TRL's, whose worker processes do not end of the signal that a scheduler sends to all of a job."""
-        return _undisturbed(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return TRL's, likewise."""
-        return _undisturbed(super().get_eval_dataloader(eval_dataset))
+        loader = super()._get_dataloader(*args, **options)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's is around torch's
+        inner.worker_init_fn = partial(_ignore_signals, inner.worker_init_fn)
+        return loader
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -119,12 +118,6 @@ class DurableTrainer(Trainer):
 
     def _save_progress(self, folder: Path) -> None:
         """Write what transformers does not know of into a checkpoint. Every rank makes the call."""
-
-
-def _undisturbed(loader: Any) -> Any:
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate's is around torch's
-    inner.worker_init_fn = partial(_ignore_signals, inner.worker_init_fn)
-    return loader
 
 
 def _ignore_signals(initialize: Any, worker: int) -> None:

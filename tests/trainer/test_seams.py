@@ -31,6 +31,9 @@ SIGNATURES = {
     (RewardTrainer, "compute_loss"): ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     (RewardTrainer, "_prepare_dataset"): ["self", "dataset", "processing_class", "args", "dataset_name"],
     (RewardTrainer, "_save"): ["self", "output_dir", "state_dict"],
+    (Trainer, "_get_dataloader"): [
+        "self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key",
+    ],
     (Trainer, "_get_output_dir"): ["self", "trial"],
     (Trainer, "_save_checkpoint"): ["self", "model", "trial"],
     (Trainer, "_evaluate"): ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
