@@ -76,6 +76,6 @@ def tables_of_step(output_dir: str | Path, step: int) -> list[Path]:
 
 def tables_until(output_dir: str | Path, step: int) -> list[Path]:
     """Return the tables that a run has written up to a step, in their order."""
-    found = {table: table.stem.split("-")[-1] for table in Path(output_dir, SAMPLES_DIRECTORY).glob("*-*.json")}
-    steps = {table: int(number) for table, number in found.items() if number.isdecimal()}
+    tables = Path(output_dir, SAMPLES_DIRECTORY).glob("*-*.json")
+    steps = {table: int(number) for table in tables if (number := table.stem.split("-")[-1]).isdecimal()}
     return sorted((table for table in steps if steps[table] <= step), key=lambda table: (steps[table], table))
