@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import PPOTrainer
-from rlhf_recipes.checkpoints import checkpoints_by_age
+from rlhf_recipes.durability.checkpoints import checkpoints_by_age
 
 ROOT = Path(__file__).resolve().parents[1]
 

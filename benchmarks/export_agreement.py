@@ -17,8 +17,8 @@ import torch
 from datasets import load_dataset
 from transformers import pipeline
 
-from rlhf_recipes.models import load_policy, load_tokenizer
-from rlhf_recipes.quantization import saved_quantization
+from rlhf_recipes.models.loading import load_policy, load_tokenizer
+from rlhf_recipes.models.quantization import saved_quantization
 
 
 def live_answers(directory: str, prompts: list, max_new_tokens: int, dtype: torch.dtype) -> list[str]:

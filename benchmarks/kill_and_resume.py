@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from rlhf_recipes.checkpoints import checkpoints_by_age
+from rlhf_recipes.durability.checkpoints import checkpoints_by_age
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("sampling", "updating", "saving")
@@ -179,7 +179,7 @@ def main() -> int:
     random.seed(options.seed)
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["rlhf_recipes.ppo_trainer", "rlhf_recipes.tracking"]
+        ["rlhf_recipes.trainers.ppo", "rlhf_recipes.tracking.session"]
     )
     directory = options.directory.resolve()
     shutil.rmtree(directory, ignore_errors=True)

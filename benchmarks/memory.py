@@ -47,7 +47,7 @@ def write_models(setup: str, size: str, dtype: str, bits, base: str, rm: str) ->
         PreTrainedTokenizerFast,
     )
 
-    from rlhf_recipes.quantization import save_quantization
+    from rlhf_recipes.models.quantization import save_quantization
 
     torch.set_num_threads(1)
     hidden, layers, heads, vocabulary = SIZES[size]

@@ -211,7 +211,7 @@ def make_trainer(kind: str, scenario: dict, device: str, folder: str):
     model = parts["policy"]
     if kind in ("ours", "padded"):
         from rlhf_recipes import PPOConfig, PPOTrainer
-        from rlhf_recipes.completion_forward import CompletionForward
+        from rlhf_recipes.models.forward import CompletionForward
 
         if kind == "padded":
             CompletionForward._columns = lambda self, attention_mask: (0, attention_mask.size(1))

@@ -71,9 +71,9 @@ def train_control(seed: int) -> None:
     from trl import ModelConfig, TrlParser
 
     from rlhf_recipes import PPOConfig, PPOTrainer
-    from rlhf_recipes.arguments import PPOArguments, TrackingArguments
     from rlhf_recipes.console import quiet_start
-    from rlhf_recipes.data import load_split
+    from rlhf_recipes.data.loading import load_split
+    from rlhf_recipes.options.recipes import PPOArguments, TrackingArguments
 
     class WithoutAdvantages(PPOTrainer):
         def _add_advantages(self, batch, state_values):

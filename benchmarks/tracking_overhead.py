@@ -29,9 +29,9 @@ from urllib.request import urlopen
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from rlhf_recipes import actor_critic_trainer
-from rlhf_recipes.delivery import Delivery
-from rlhf_recipes.tracking import RunCallback
+from rlhf_recipes.tracking.delivery import Delivery
+from rlhf_recipes.tracking.session import RunCallback
+from rlhf_recipes.trainers import actor_critic as actor_critic_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 CALLBACKS = ("on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end")

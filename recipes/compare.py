@@ -11,12 +11,11 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from rlhf_recipes.arguments import ComparisonArguments, TrackingArguments
-from rlhf_recipes.comparison import group_runs, rank_groups
+from rlhf_recipes.comparison.ranking import group_runs, rank_groups
+from rlhf_recipes.comparison.report import write_report
+from rlhf_recipes.comparison.runs import read_experiment
 from rlhf_recipes.console import print_lines, print_table, quiet_start
-from rlhf_recipes.report import write_report
-from rlhf_recipes.run_store import tracking_uri
-from rlhf_recipes.tracked_runs import read_experiment
+from rlhf_recipes.options.recipes import ComparisonArguments, TrackingArguments, tracking_uri
 
 
 def main(script_args: ComparisonArguments) -> dict[str, float]:

@@ -15,16 +15,17 @@ from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
-from rlhf_recipes.arguments import EvaluationArguments, TrackingArguments
 from rlhf_recipes.console import completions_table, print_table, quiet_start
-from rlhf_recipes.data import add_separator, check_prompts_fit, load_prompts
-from rlhf_recipes.evaluation import compare_policies, eos_token_ids
-from rlhf_recipes.models import load_policy, load_tokenizer, model_init_kwargs
-from rlhf_recipes.quantization import saved_quantization
-from rlhf_recipes.registry import require_model
-from rlhf_recipes.reward_calls import RewardCalls
-from rlhf_recipes.rewards import load_judges
-from rlhf_recipes.tracking import log_datasets, log_results, track_run
+from rlhf_recipes.data.loading import load_prompts
+from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
+from rlhf_recipes.evaluation.policies import compare_policies, eos_token_ids
+from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
+from rlhf_recipes.models.quantization import saved_quantization
+from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments
+from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.judges import load_judges
+from rlhf_recipes.tracking.registry import require_model
+from rlhf_recipes.tracking.session import log_datasets, log_results, track_run
 
 
 def main(

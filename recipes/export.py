@@ -8,11 +8,11 @@ behind; tokenizer, chat template and the tokens that end an answer come along.
 
 from trl import ModelConfig, TrlParser
 
-from rlhf_recipes.arguments import ExportArguments
 from rlhf_recipes.console import print_lines, quiet_start
-from rlhf_recipes.evaluation import eos_token_ids
-from rlhf_recipes.models import check_output_dir, load_policy, load_tokenizer, model_init_kwargs
-from rlhf_recipes.registry import require_model
+from rlhf_recipes.evaluation.policies import eos_token_ids
+from rlhf_recipes.models.loading import check_output_dir, load_policy, load_tokenizer, model_init_kwargs
+from rlhf_recipes.options.recipes import ExportArguments
+from rlhf_recipes.tracking.registry import require_model
 
 
 def main(script_args: ExportArguments, model_args: ModelConfig) -> None:

@@ -15,15 +15,16 @@ from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.arguments import PPOArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
-from rlhf_recipes.data import load_prompts, load_split, without_answers
-from rlhf_recipes.models import load_tokenizer, model_init_kwargs
-from rlhf_recipes.preemption import PreemptionCallback
-from rlhf_recipes.preflight import preflight
-from rlhf_recipes.registry import require_model
-from rlhf_recipes.rewards import import_function, load_judges
-from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
+from rlhf_recipes.data.loading import load_prompts, load_split, without_answers
+from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
+from rlhf_recipes.options.recipes import PPOArguments, PreflightArguments, TrackingArguments
+from rlhf_recipes.preflight.preflight import preflight
+from rlhf_recipes.rewards.functions import import_function
+from rlhf_recipes.rewards.judges import load_judges
+from rlhf_recipes.tracking.registry import require_model
+from rlhf_recipes.tracking.session import log_datasets, log_model, log_results, track_run
 
 QUICKSTART = str(Path(__file__).parent / "configs" / "quickstart" / "ppo.yaml")
 

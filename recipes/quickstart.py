@@ -20,15 +20,17 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import set_seed
 
-from rlhf_recipes.arguments import TrackingArguments
+from rlhf_recipes.comparison.plots import plot_training
 from rlhf_recipes.console import print_lines, print_table, quiet_start
-from rlhf_recipes.data import add_separator, require_path
-from rlhf_recipes.evaluation import generate_completions
-from rlhf_recipes.models import load_policy, load_tokenizer
-from rlhf_recipes.plots import plot_training
-from rlhf_recipes.run_store import ui_command
-from rlhf_recipes.text_world import gold_score, sample_preferences, write_world
-from rlhf_recipes.tracking import track_pipeline
+from rlhf_recipes.data.prompts import add_separator
+from rlhf_recipes.evaluation.policies import generate_completions
+from rlhf_recipes.models.loading import load_policy, load_tokenizer
+from rlhf_recipes.options.paths import require_path
+from rlhf_recipes.options.recipes import TrackingArguments
+from rlhf_recipes.quickstart.build import sample_preferences, write_world
+from rlhf_recipes.quickstart.world import gold_score
+from rlhf_recipes.tracking.session import track_pipeline
+from rlhf_recipes.tracking.store import ui_command
 
 RECIPES = Path(__file__).resolve().parent
 STAGES = ("world", "sft", "preferences", "reward_modeling", "ppo", "evaluate")

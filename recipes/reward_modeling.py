@@ -10,15 +10,15 @@ from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from rlhf_recipes import RewardModelConfig, RewardModelTrainer
-from rlhf_recipes.arguments import PreflightArguments, TrackingArguments
 from rlhf_recipes.console import print_table, quiet_start
-from rlhf_recipes.data import load_split
-from rlhf_recipes.models import load_tokenizer, model_init_kwargs
-from rlhf_recipes.preemption import PreemptionCallback
-from rlhf_recipes.preflight import preflight
-from rlhf_recipes.registry import require_model
-from rlhf_recipes.reward_card import CARD_FILE
-from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
+from rlhf_recipes.data.loading import load_split
+from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
+from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
+from rlhf_recipes.preflight.preflight import preflight
+from rlhf_recipes.rewards.card import CARD_FILE
+from rlhf_recipes.tracking.registry import require_model
+from rlhf_recipes.tracking.session import log_datasets, log_model, log_results, track_run
 
 
 def main(

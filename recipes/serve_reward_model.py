@@ -14,14 +14,14 @@ import uvicorn
 from accelerate import PartialState
 from trl import ModelConfig, TrlParser
 
-from rlhf_recipes.arguments import ServeArguments
 from rlhf_recipes.console import print_lines, quiet_start
-from rlhf_recipes.models import model_init_kwargs
-from rlhf_recipes.registry import require_model
-from rlhf_recipes.remote_reward import TOKEN_VARIABLE
-from rlhf_recipes.reward_server import reward_app
-from rlhf_recipes.rewards import RewardModelScorer
-from rlhf_recipes.run_identity import fingerprint
+from rlhf_recipes.models.loading import model_init_kwargs
+from rlhf_recipes.options.recipes import ServeArguments
+from rlhf_recipes.rewards.client import TOKEN_VARIABLE
+from rlhf_recipes.rewards.scorer import RewardModelScorer
+from rlhf_recipes.rewards.server import reward_app
+from rlhf_recipes.tracking.registry import require_model
+from rlhf_recipes.trainers.run_identity import fingerprint
 
 
 def main(script_args: ServeArguments, model_args: ModelConfig) -> None:

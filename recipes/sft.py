@@ -7,16 +7,16 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/sft.py
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 
-from rlhf_recipes.arguments import BoundaryArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.console import quiet_start
-from rlhf_recipes.data import load_demonstrations
-from rlhf_recipes.models import check_output_dir, load_tokenizer, model_init_kwargs
-from rlhf_recipes.preemption import PreemptionCallback
-from rlhf_recipes.preflight import preflight
-from rlhf_recipes.registry import require_model
-from rlhf_recipes.run_config import keep_token_out_of_files
-from rlhf_recipes.sft_trainer import SFTTrainer
-from rlhf_recipes.tracking import log_datasets, log_model, log_results, track_run
+from rlhf_recipes.data.loading import load_demonstrations
+from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.models.loading import check_output_dir, load_tokenizer, model_init_kwargs
+from rlhf_recipes.options.recipes import BoundaryArguments, PreflightArguments, TrackingArguments
+from rlhf_recipes.options.secrets import keep_token_out_of_files
+from rlhf_recipes.preflight.preflight import preflight
+from rlhf_recipes.tracking.registry import require_model
+from rlhf_recipes.tracking.session import log_datasets, log_model, log_results, track_run
+from rlhf_recipes.trainers.sft import SFTTrainer
 
 
 def main(

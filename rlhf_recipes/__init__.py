@@ -4,17 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_recipes.configs import PPOConfig, RewardModelConfig
-    from rlhf_recipes.ppo_trainer import PPOTrainer
-    from rlhf_recipes.reward_trainer import RewardModelTrainer
+    from rlhf_recipes.options.ppo import PPOConfig
+    from rlhf_recipes.options.reward_modeling import RewardModelConfig
+    from rlhf_recipes.trainers.ppo import PPOTrainer
+    from rlhf_recipes.trainers.reward_modeling import RewardModelTrainer
 
 __all__ = ["PPOConfig", "PPOTrainer", "RewardModelConfig", "RewardModelTrainer"]
 __version__ = "0.1.0"
-HOMES = {"PPOTrainer": "ppo_trainer", "RewardModelTrainer": "reward_trainer"}
+HOMES = {
+    "PPOConfig": "options.ppo",
+    "PPOTrainer": "trainers.ppo",
+    "RewardModelConfig": "options.reward_modeling",
+    "RewardModelTrainer": "trainers.reward_modeling",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is asked for: the launcher needs no trainer, and they take seconds."""
-    if name not in __all__:
+    if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{HOMES.get(name, 'configs')}"), name)
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -1,7 +1,4 @@
-"""What a user sees in the terminal: results, and no noise that is ours to remove.
-
-Layer L2.
-"""
+"""What a user sees in the terminal: results, and no noise that is ours to remove."""
 
 import logging
 import os
@@ -42,7 +39,7 @@ def quiet_start() -> None:
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Keep the traceback of everything but the errors that this library raises about its input."""
     raised_in = Path(traceback.extract_tb(trace)[-1].filename) if trace is not None else Path()
-    if isinstance(error, ValueError | OSError) and raised_in.parent == Path(__file__).parent:
+    if isinstance(error, ValueError | OSError) and raised_in.is_relative_to(Path(__file__).parent):
         sys.stderr.write(f"Error: {error}\n")
     else:
         sys.__excepthook__(kind, error, trace)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rlhf_recipes.distributed import GLOO_SECONDS
+from rlhf_recipes.durability.ending import GLOO_SECONDS
 
 TIMEOUT_SECONDS = 240
 EXPORTED_BY_MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
@@ -93,7 +93,9 @@ def free_port():
 
 # A recipe spends ten seconds on imports: this server does them once, and every recipe is a fork of it.
 _recipes = multiprocessing.get_context("forkserver")
-_recipes.set_forkserver_preload(["rlhf_recipes.ppo_trainer", "rlhf_recipes.reward_trainer", "rlhf_recipes.tracking"])
+_recipes.set_forkserver_preload(
+    ["rlhf_recipes.trainers.ppo", "rlhf_recipes.trainers.reward_modeling", "rlhf_recipes.tracking.session"]
+)
 
 
 def start_script(script, *arguments, directory, **environment):

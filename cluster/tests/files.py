@@ -67,6 +67,6 @@ def rendered(overlay):
 
 def assignment(name):
     """Return the number that the library assigns to a constant."""
-    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "rlhf_recipes").glob("*.py"))
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "rlhf_recipes").rglob("*.py"))
     (value,) = {int(found) for source in sources for found in re.findall(rf"^{name} = (\d+)\b", source, re.MULTILINE)}
     return value

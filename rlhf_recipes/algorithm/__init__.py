@@ -1,0 +1,1 @@
+"""PPO's formulas, a page each: PyTorch and nothing else."""

@@ -1,0 +1,42 @@
+"""Per-token estimators of the KL divergence to the reference policy.
+
+Pure torch, stateless. Says nothing about where the estimate is used; see `estimate_kl` for which kind fits.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+def estimate_kl(per_token_logps: Tensor, ref_per_token_logps: Tensor, kind: KLEstimator = "k1") -> Tensor:
+    """Return a per-token estimate of KL(pi || ref) for tokens sampled from pi.
+
+    With `d = log pi - log ref`:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d.
+
+    k1 is unbiased and signed; k3 is unbiased and non-negative; k2 is biased and non-negative. As a *reward*, k1
+    gives the gradient of the KL, while the gradient of k3 vanishes near the reference; k3 is the one to watch.
+
+    Args:
+        per_token_logps: Log-probabilities under pi, `(B, T)`, nats.
+        ref_per_token_logps: Log-probabilities of the same tokens under the reference, `(B, T)`, nats.
+        kind: `"k1"`, `"k2"` or `"k3"`.
+
+    Returns:
+        `(B, T)`, nats.
+
+    Raises:
+        ValueError: If `kind` is unknown.
+
+    Source: Schulman 2020, "Approximating KL Divergence".
+    """
+    log_ratio = per_token_logps - ref_per_token_logps
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return log_ratio**2 / 2
+    if kind == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"`kl_estimator` must be one of 'k1', 'k2', 'k3', got {kind!r}.")

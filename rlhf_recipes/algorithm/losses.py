@@ -1,0 +1,99 @@
+"""The losses that TRL does not have: the clipped value loss, and how token losses are averaged.
+
+Pure torch, stateless. The policy's clipped surrogate is TRL's own, called by the trainer; its definition is
+repeated only in the tests.
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf_recipes.algorithm.masked import masked_mean
+
+
+def per_token_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange: float) -> Tensor:
+    """Return the clipped squared error of the critic, elementwise.
+
+    0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
+
+    The maximum removes the reward for moving further than `cliprange` away from the rollout's critic.
+
+    Args:
+        values: Current values, any shape; the only differentiated argument.
+        old_values: Values at rollout time, same shape.
+        returns: Targets, same shape.
+        cliprange: c above, in units of the return.
+
+    Source: Schulman et al. 2017 reference code; Huang et al. 2022, "The 37 implementation details of PPO", detail 9.
+    """
+    old_values, returns = old_values.detach(), returns.detach()
+    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def aggregate_token_loss(
+    per_token_loss: Tensor,
+    mask: Tensor,
+    *,
+    loss_type: str = "grpo",
+    num_items: Tensor | float | None = None,
+    max_completion_length: int | None = None,
+) -> Tensor:
+    """Average a token loss as TRL averages the policy loss of the same `loss_type`.
+
+    grpo: mean over a sequence's tokens, then over sequences.  dapo: sum over tokens / `num_items`.
+    dr_grpo: sum over tokens / (B * `max_completion_length`).
+    None of the three depends on how a batch of whole sequences is cut into equal micro-batches.
+
+    Args:
+        per_token_loss: `(B, T)`.
+        mask: Valid completion tokens, `(B, T)`; a row without any counts as 0.
+        loss_type: `"grpo"`, `"dapo"` or `"dr_grpo"`.
+        num_items: Number of tokens to divide by, for `"dapo"`.
+        max_completion_length: Number of tokens per sequence to divide by, for `"dr_grpo"`.
+
+    Raises:
+        ValueError: If `loss_type` is unknown, or its denominator is missing.
+
+    Source: DeepSeekMath, arXiv:2402.03300, eq. 1 (grpo); arXiv:2503.14476, eq. 8 (dapo); arXiv:2503.20783 (dr_grpo).
+    """
+    if loss_type == "grpo":
+        return masked_mean(per_token_loss, mask, dim=1).mean()
+    total = torch.where(mask.bool(), per_token_loss, 0).sum()
+    if loss_type == "dapo" and num_items is not None:
+        return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
+    if loss_type == "dr_grpo" and max_completion_length is not None:
+        return total / (per_token_loss.size(0) * max_completion_length)
+    raise ValueError(
+        f"`loss_type` must be 'grpo', 'dapo' (with `num_items`) or 'dr_grpo' (with `max_completion_length`), got "
+        f"{loss_type!r}."
+    )
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, cliprange: float
+) -> Tensor:
+    """Return the clipped value loss, averaged over each sequence's tokens and then over sequences.
+
+    Args:
+        values: Current values, `(B, T)`; the only differentiated argument.
+        old_values: Values at rollout time, `(B, T)`.
+        returns: Targets, `(B, T)`.
+        mask: Valid completion tokens, `(B, T)`.
+        cliprange: Trust region of the critic, in units of the return.
+
+    Returns:
+        A scalar.
+    """
+    # The fill comes before the squares: a NaN in the padding would reach the gradient through them.
+    values, old_values, returns = (torch.where(mask.bool(), x, 0) for x in (values, old_values, returns))
+    return aggregate_token_loss(per_token_value_loss(values, old_values, returns, cliprange=cliprange), mask)
+
+
+def is_value_clipped(values: Tensor, old_values: Tensor, *, cliprange: float) -> Tensor:
+    """Return 1 where a value moved further than `cliprange` since the rollout, else 0; elementwise."""
+    return ((values - old_values).abs() > cliprange).to(values.dtype)
+
+
+def l2_penalty(scores: Tensor) -> Tensor:
+    """Return the mean squared score: with weight decay, what keeps an unnormalised reward model bounded."""
+    return (scores**2).mean()

@@ -1,0 +1,65 @@
+"""Masked reductions: the only place where padding meets arithmetic.
+
+Pure torch, stateless. Cells whose mask is 0 may hold anything, NaN included.
+Does not reduce over ranks; `rlhf_recipes.algorithm.distributed` does.
+"""
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Return the mean of the cells whose mask is 1.
+
+    An empty mask has mean 0, so that a fully masked row adds nothing.
+
+    Args:
+        values: Any shape.
+        mask: Same shape, 1 = counts.
+        dim: Dimension to reduce; all of them when `None`.
+
+    Returns:
+        A scalar, or `values` without `dim`.
+    """
+    mask = mask.bool()
+    total = torch.where(mask, values, 0).sum() if dim is None else torch.where(mask, values, 0).sum(dim)
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return total / count.clamp(min=1)
+
+
+def masked_var(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the population variance of the cells whose mask is 1; 0 for an empty mask.
+
+    Population, not sample: the statistic normalises this batch, it does not estimate another one.
+    """
+    return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+
+
+def masked_whiten(
+    values: Tensor,
+    mask: Tensor,
+    *,
+    center: bool = True,
+    mean: Tensor | float | None = None,
+    var: Tensor | float | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Scale the masked cells to unit variance and, with `center`, to mean zero.
+
+    Args:
+        values: Any shape.
+        mask: Same shape, 1 = counts.
+        center: Whether the output has mean zero; otherwise the mean is put back after scaling.
+        mean: Statistic to use instead of this tensor's own, for example over all ranks.
+        var: Population variance to use instead of this tensor's own.
+        eps: Added to the variance.
+
+    Returns:
+        Same shape as `values`, zero where `mask` is 0.
+    """
+    mean = masked_mean(values, mask) if mean is None else torch.as_tensor(mean, device=values.device)
+    var = masked_var(values, mask) if var is None else torch.as_tensor(var, device=values.device)
+    whitened = (values - mean) * torch.rsqrt(var + eps)
+    if not center:
+        whitened = whitened + mean
+    return torch.where(mask.bool(), whitened, 0).to(values.dtype)

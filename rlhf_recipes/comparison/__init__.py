@@ -1,0 +1,1 @@
+"""Several runs, read back and ranked on one page."""

@@ -1,0 +1,126 @@
+"""Final policies against each other, from what their evaluations have sampled on the same held-out prompts.
+
+Reads completions and scores that are there already; generates and judges nothing.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_recipes.comparison.runs import Evaluation
+from rlhf_recipes.evaluation.statistics import win_rate
+
+
+@dataclass(frozen=True)
+class WinMatrix:
+    """How often the policy of a row beats that of a column: `(share, low, high)`, or None without common prompts."""
+
+    judge: str
+    names: list[str]
+    cells: list[list[tuple[float, float, float] | None]]
+    num_prompts: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion of a prompt: whose, the text, and the scores of the judges."""
+
+    name: str
+    text: str
+    scores: dict[str, float | None]
+
+
+def judges_of(evaluations: Iterable[Evaluation]) -> list[str]:
+    """Return the judges of some evaluations, held-out ones before `reward_model`, which PPO was trained on."""
+    columns = {name for evaluation in evaluations for row in evaluation.rows[:1] for name in row}
+    judges = {name.removeprefix("policy_") for name in columns if name.startswith("policy_")} - {"completion"}
+    return sorted(judges, key=lambda judge: (judge == "reward_model", judge))
+
+
+def win_matrices(policies: dict[str, Evaluation]) -> list[WinMatrix]:
+    """Compare every two policies, and each with its baseline, on the prompts that both have answered.
+
+    Scores of `reward_model` compare between evaluations with the same reward model only.
+
+    Args:
+        policies: Evaluations by the name of the policy.
+
+    Returns:
+        One matrix per judge. Its last column is the policy's own baseline.
+    """
+    return [_win_matrix(judge, policies) for judge in judges_of(policies.values())]
+
+
+def _win_matrix(judge: str, policies: dict[str, Evaluation]) -> WinMatrix:
+    scores = {name: _scores_by_prompt(evaluation, f"policy_{judge}") for name, evaluation in policies.items()}
+    baselines = {name: _scores_by_prompt(evaluation, f"baseline_{judge}") for name, evaluation in policies.items()}
+    cells = []
+    for name, evaluation in policies.items():
+        row = [
+            None if other == name or not _one_scale(judge, evaluation, rival) else _beats(scores[name], scores[other])
+            for other, rival in policies.items()
+        ]
+        cells.append([*row, _beats(scores[name], baselines[name])])
+    return WinMatrix(judge, list(policies), cells, max(len(known) for known in scores.values()))
+
+
+def _one_scale(judge: str, evaluation: Evaluation, rival: Evaluation) -> bool:
+    return judge != "reward_model" or evaluation.reward_model == rival.reward_model
+
+
+def _scores_by_prompt(evaluation: Evaluation, column: str) -> dict[str, list[float]]:
+    """Return the scores of all samples of each prompt; a missing one is NaN."""
+    scores: dict[str, list[float]] = {}
+    for row in evaluation.rows:
+        value = row.get(column)
+        scores.setdefault(prompt_key(row), []).append(math.nan if value is None else float(value))
+    return scores
+
+
+def prompt_key(row: dict[str, Any]) -> str:
+    """Return what identifies a prompt, plain or chat."""
+    return json.dumps(row["prompt"], sort_keys=True)
+
+
+def _beats(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> tuple[float, float, float] | None:
+    common = [prompt for prompt in ours if prompt in theirs]
+    if not common:
+        return None
+    width = max(len(scores[prompt]) for scores in (ours, theirs) for prompt in common)
+    padded = [[s[prompt] + [math.nan] * (width - len(s[prompt])) for prompt in common] for s in (ours, theirs)]
+    outcome = win_rate(*padded)
+    if math.isnan(outcome["win_rate"]):
+        return None
+    return outcome["win_rate"], outcome["win_rate_low"], outcome["win_rate_high"]
+
+
+def shared_answers(policies: dict[str, Evaluation], num_prompts: int) -> list[tuple[Any, list[Answer]]]:
+    """Return some prompts with the answers of the baseline and of every policy, the first sample of each.
+
+    Prompts that most policies have answered come first; among equals, they are spread over the data.
+    """
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, evaluation in policies.items():
+        for row in evaluation.rows:
+            rows.setdefault(prompt_key(row), {}).setdefault(name, row)
+    most = max((len(answers) for answers in rows.values()), default=0)
+    shared = [answers for answers in rows.values() if len(answers) == most]
+    shown = shared[:: max(len(shared) // max(num_prompts, 1), 1)][:num_prompts]
+    judges = judges_of(policies.values())
+    return [(next(iter(answers.values()))["prompt"], _answers(answers, judges)) for answers in shown]
+
+
+def _answers(rows: dict[str, dict[str, Any]], judges: list[str]) -> list[Answer]:
+    """Return the baseline's answer, once if all baselines say the same, then the policies'."""
+
+    def answer(name: str, side: str, row: dict[str, Any]) -> Answer:
+        scores = {judge: row[f"{side}_{judge}"] for judge in judges if f"{side}_{judge}" in row}
+        return Answer(name, str(row[f"{side}_completion"]), scores)
+
+    one_baseline = len({row["baseline_completion"] for row in rows.values()}) == 1
+    baselines = [
+        answer("baseline" if one_baseline else f"baseline of {name}", "baseline", row) for name, row in rows.items()
+    ]
+    return [*baselines[: 1 if one_baseline else None], *(answer(name, "policy", row) for name, row in rows.items())]

@@ -1,0 +1,254 @@
+"""The PPO runs of an MLflow experiment, read back: curves, options, lineage, cost, and evaluations.
+
+Reads a store through MLflow's client and writes nothing to it; what a run did not record is absent, not an
+error.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import mlflow
+import pandas as pd
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+# Everything that the comparison draws, tabulates or raises an alarm from.
+CURVES = (
+    *("episode", "num_tokens", "objective/scores", "objective/kl", "entropy"),
+    *("completions/mean_length", "completions/clipped_ratio", "val/explained_variance"),
+    "completions/repeated_ngrams",
+)
+# MLflow's SQL stores keep an infinity as the largest double.
+STORED_INFINITY = 1.7e308
+MEMORY = re.compile(r"system/(?:.*/)?(system|gpu_\d+)_memory_usage_megabytes")
+COMMIT_TAGS = ("git.commit", "mlflow.source.git.commit")  # ours, and what MLflow finds by itself
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One policy against its baseline on held-out prompts.
+
+    Args:
+        run_id: Of the evaluation's own run.
+        name: Of that run.
+        metrics: As of `evaluation.compare_policies`.
+        rows: One per completion: `prompt`, `policy_completion`, `baseline_completion`, `policy_<judge>`,
+            `baseline_<judge>`.
+        reward_model: What the judge `reward_model` was; its scores compare with those of the same one only.
+    """
+
+    run_id: str
+    name: str
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+    reward_model: str
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """One PPO run.
+
+    Args:
+        run_id: MLflow's.
+        name: Shown in MLflow.
+        status: RUNNING, FINISHED, FAILED or KILLED.
+        seed: As text; empty if unknown.
+        options: The resolved configuration, by option; empty if the run recorded none.
+        metrics: Last value of every metric.
+        curves: Of `CURVES` those that were logged, each indexed by step.
+        lineage: Names and short ids of the runs that this one stands on, by role.
+        commit: Of the code; empty if unknown.
+        link: Page of the run; empty for a store without a server.
+        hours: Wall time so far; None if MLflow has none.
+        peak_memory: Gigabytes by device, from the system metrics.
+        evaluation: The latest finished one, if any.
+    """
+
+    run_id: str
+    name: str
+    status: str
+    seed: str
+    options: dict[str, Any]
+    metrics: dict[str, float]
+    curves: dict[str, pd.Series]
+    lineage: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+    link: str = ""
+    hours: float | None = None
+    peak_memory: dict[str, float] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run stopped before its end."""
+        return self.status in ("FAILED", "KILLED")
+
+    @property
+    def reward(self) -> str:
+        """What scored the run: two runs' scores have one unit only if this is equal."""
+        model = self.lineage.get("reward model") or self.options.get("reward_model_path")
+        return str((model, self.options.get("reward_adapter"), self.options.get("reward_functions")))
+
+
+def read_experiment(experiment: str, run_ids: Iterable[str], tracking_uri: str) -> list[TrackedRun]:
+    """Return the PPO runs of an experiment, oldest first, each with its curves and its evaluation.
+
+    Args:
+        experiment: Name.
+        run_ids: Ids, beginnings of ids, or names of the runs to read; empty for all.
+        tracking_uri: MLflow store.
+
+    Raises:
+        FileNotFoundError: If the store is a SQLite file that does not exist.
+        ValueError: If the store cannot be read, or has no such experiment or run; the message names what exists.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's own 7 wait for minutes
+    _check_file(tracking_uri)
+    try:
+        client = MlflowClient(tracking_uri)
+        runs = list(_runs(client, experiment, tracking_uri))
+        trained = _selected([run for run in runs if run.data.tags.get("stage") == "ppo"], runs, experiment, run_ids)
+        evaluations = _latest_evaluations(runs)
+        return [_read_run(client, run, evaluations.get(run.info.run_id), tracking_uri) for run in trained]
+    except MlflowException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`tracking_uri` {public_uri(tracking_uri)} cannot be read: {reason}") from error
+
+
+def public_uri(uri: str) -> str:
+    """Return a store's address without user and password."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def _check_file(tracking_uri: str) -> None:
+    """Refuse a SQLite file that is not there, which MLflow would create."""
+    path = tracking_uri.removeprefix("sqlite:///")
+    if path != tracking_uri and not Path(path).is_file():
+        raise FileNotFoundError(
+            f"`tracking_uri` is {tracking_uri}, which does not exist: start from the directory of the runs, or set "
+            "`--tracking_uri` or MLFLOW_TRACKING_URI to their store."
+        )
+
+
+def _runs(client: MlflowClient, experiment: str, tracking_uri: str) -> Iterator[Run]:
+    found = client.get_experiment_by_name(experiment)
+    if found is None or found.lifecycle_stage == "deleted":
+        names = ", ".join(sorted(e.name for e in client.search_experiments()))
+        raise ValueError(f"`experiment` {experiment!r} is not in {public_uri(tracking_uri)}, which has: {names}.")
+    token = None
+    while True:
+        page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _selected(trained: list[Run], runs: list[Run], experiment: str, wanted: Iterable[str]) -> list[Run]:
+    if not trained:
+        stages = pd.Series([run.data.tags.get("stage", "without a stage") for run in runs], dtype=str).value_counts()
+        others = ", ".join(f"{count} {stage}" for stage, count in stages.items()) or "none"
+        raise ValueError(
+            f"`experiment` {experiment!r} has no PPO run (runs there: {others}): train with "
+            f"`recipes/ppo.py --experiment_name {experiment}`, or choose another experiment."
+        )
+    chosen: list[Run] = []
+    for name in wanted:
+        matches = [run for run in trained if run.info.run_id.startswith(name) or run.info.run_name == name]
+        if not matches:
+            known = ", ".join(f"{run.info.run_id[:8]} ({run.info.run_name})" for run in trained)
+            raise ValueError(f"`runs`: no PPO run {name!r} in experiment {experiment!r}, which has: {known}.")
+        chosen += matches
+    ids = {run.info.run_id for run in chosen}
+    return [run for run in trained if not ids or run.info.run_id in ids]
+
+
+def _latest_evaluations(runs: list[Run]) -> dict[str, Run]:
+    """Return the last finished evaluation of each policy by the id of the run that made the policy."""
+    return {
+        run.data.tags["lineage.policy"]: run
+        for run in runs
+        if run.data.tags.get("stage") == "evaluation"
+        and run.info.status == "FINISHED"
+        and "lineage.policy" in run.data.tags
+    }
+
+
+def _read_run(client: MlflowClient, run: Run, evaluation: Run | None, tracking_uri: str) -> TrackedRun:
+    info, tags, metrics = run.info, run.data.tags, run.data.metrics
+    options = _read_options(client, info.run_id, tracking_uri)
+    is_server = urlsplit(tracking_uri).scheme in ("http", "https")
+    page = f"{public_uri(tracking_uri).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+    memory = [(match[1], name) for name in metrics if (match := MEMORY.fullmatch(name))]
+    peaks = pd.Series([_history(client, info.run_id, name).max() / 1e3 for _, name in memory], dtype=float)
+    lineage = {"started from": tags.get("lineage.policy"), "reward model": tags.get("lineage.reward_model")}
+    return TrackedRun(
+        run_id=info.run_id,
+        name=info.run_name,
+        status=info.status,
+        seed=tags.get("seed") or str(options.get("seed", "")),
+        options=options,
+        metrics=metrics,
+        curves={name: _history(client, info.run_id, name) for name in CURVES if name in metrics},
+        lineage={role: _run_title(client, run_id) for role, run_id in lineage.items() if run_id},
+        commit=next((tags[name] for name in COMMIT_TAGS if name in tags), ""),
+        link=page if is_server else "",
+        hours=(info.end_time - info.start_time) / 3.6e6 if info.end_time else None,
+        peak_memory=peaks.groupby([device for device, _ in memory]).max().to_dict() if memory else {},
+        evaluation=None if evaluation is None else _read_evaluation(client, evaluation, tracking_uri),
+    )
+
+
+def _history(client: MlflowClient, run_id: str, name: str) -> pd.Series:
+    """Return a metric by step. Of a step that was logged twice, by a resumed run, the later value counts."""
+    entries = sorted(client.get_metric_history(run_id, name), key=lambda entry: (entry.step, entry.timestamp))
+    curve = pd.Series({entry.step: entry.value for entry in entries}, dtype=float)
+    return curve.where(curve.abs() < STORED_INFINITY)
+
+
+def _run_title(client: MlflowClient, run_id: str) -> str:
+    try:
+        return f"{client.get_run(run_id).info.run_name} ({run_id[:8]})"
+    except MlflowException:  # deleted for good, or in another store
+        return run_id[:8]
+
+
+def _read_options(client: MlflowClient, run_id: str, tracking_uri: str) -> dict[str, Any]:
+    """Return the options of `config.yaml`, whichever class they belong to."""
+    text = _read_artifact(client, run_id, "config.yaml", tracking_uri)
+    classes = (yaml.safe_load(text) or {}).values() if text else []
+    return {option: value for options in classes for option, value in options.items()}
+
+
+def _read_evaluation(client: MlflowClient, run: Run, tracking_uri: str) -> Evaluation:
+    text = _read_artifact(client, run.info.run_id, "completions.jsonl", tracking_uri)
+    options = _read_options(client, run.info.run_id, tracking_uri)
+    return Evaluation(
+        run_id=run.info.run_id,
+        name=run.info.run_name,
+        metrics=run.data.metrics,
+        rows=[json.loads(line) for line in text.split("\n") if line],
+        reward_model=run.data.tags.get("lineage.reward_model") or str(options.get("reward_model_path")),
+    )
+
+
+def _read_artifact(client: MlflowClient, run_id: str, name: str, tracking_uri: str) -> str:
+    if name not in (artifact.path for artifact in client.list_artifacts(run_id)):
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = mlflow.artifacts.download_artifacts(
+            run_id=run_id, artifact_path=name, dst_path=folder, tracking_uri=tracking_uri
+        )
+        return Path(path).read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Rows, prompts, and the boundary between prompt and response."""

@@ -1,0 +1,70 @@
+"""Load the splits that a recipe names."""
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+from trl import ScriptArguments
+
+from rlhf_recipes.data.prompts import add_separator, check_columns
+from rlhf_recipes.options.paths import require_path
+
+
+def load_split(script_args: ScriptArguments, split: str) -> Dataset:
+    """Load one split of the dataset that a recipe names: a Hub name, or a directory of JSON lines, CSV or Parquet.
+
+    Raises:
+        ValueError: If no dataset is named, it cannot be loaded, or it has no such split or no rows in it.
+        FileNotFoundError: See `require_path`.
+    """
+    name = require_path("dataset_name", script_args.dataset_name)
+    if Path(name).is_file():
+        raise ValueError(f"`dataset_name` is the file {name}: name the directory that holds it.")
+    if script_args.dataset_streaming:
+        raise ValueError("`dataset_streaming` is not available in the recipes: leave it out.")
+    try:
+        dataset = load_dataset(name, script_args.dataset_config)
+    except (OSError, ValueError) as error:
+        where = "" if Path(name).exists() else " (not a directory here, so it was looked for on the Hub)"
+        raise ValueError(f"`dataset_name` {name!r} cannot be loaded{where}: {error}") from error
+    assert isinstance(dataset, DatasetDict)
+    if split not in dataset:
+        splits = ", ".join(map(repr, dataset))
+        raise ValueError(
+            f"{name} has no split {split!r}, only {splits}: set `dataset_train_split` or `dataset_test_split`."
+        )
+    if len(dataset[split]) == 0:
+        raise ValueError(f"The split {split!r} of {name} is empty.")
+    return dataset[split]
+
+
+def load_prompts(script_args: ScriptArguments, split: str) -> Dataset:
+    """Load the prompts of a split, without their answers but with what a reward function may want to know.
+
+    Raises:
+        ValueError: See `load_split` and `check_columns`.
+    """
+    return without_answers(load_split(script_args, split))
+
+
+def without_answers(dataset: Dataset) -> Dataset:
+    """Return a split's prompts, with what a reward function may want to know.
+
+    Raises:
+        ValueError: See `check_columns`.
+    """
+    check_columns(dataset, ("prompt",), "dataset_name")
+    answers = [column for column in ("completion", "chosen", "rejected") if column in dataset.column_names]
+    return dataset.remove_columns(answers)
+
+
+def load_demonstrations(script_args: ScriptArguments, split: str, separator: str) -> Dataset:
+    """Load a split for SFT: `prompt` and `completion`, joined by `separator` if plain, or TRL's `messages` or `text`.
+
+    Raises:
+        ValueError: See `load_split` and `check_columns`.
+    """
+    dataset = load_split(script_args, split)
+    if "prompt" not in dataset.column_names:
+        return dataset
+    check_columns(dataset, ("prompt", "completion"), "dataset_name")
+    return add_separator(dataset, separator)

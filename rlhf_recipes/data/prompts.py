@@ -1,0 +1,106 @@
+"""Datasets: loading, validation and the explicit boundary between prompt and response.
+
+Formats are TRL's: `prompt`; `prompt`, `chosen`, `rejected`; `prompt`, `completion`; plain text or messages.
+"""
+
+from typing import Any, TypeAlias, TypeVar
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+MaybeDataset = TypeVar("MaybeDataset", Dataset, IterableDataset, None)
+
+
+def column_names(dataset: AnyDataset) -> list[str]:
+    """Return the names of the columns, also of a stream that does not declare them."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def check_columns(dataset: AnyDataset | None, columns: tuple[str, ...], name: str) -> None:
+    """Check that a dataset has rows, and text in the columns that a trainer needs.
+
+    Args:
+        dataset: What the user passed; `None` passes.
+        columns: Names of the required columns.
+        name: Name of the argument, for the message.
+
+    Raises:
+        ValueError: If it is empty, lacks a column, mixes text and messages, or has an empty prompt or completion.
+    """
+    if dataset is None:
+        return
+    if isinstance(dataset, dict):
+        raise ValueError(f"`{name}` is a dictionary of {', '.join(map(repr, dataset))}: pass one of them.")
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"`{name}` is empty.")
+    missing = [column for column in columns if column not in first]
+    if missing:
+        raise ValueError(
+            f"`{name}` has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, first))}. Rename "
+            "or convert the columns (`dataset.rename_column`)."
+        )
+    kinds = {column: "text" if isinstance(first[column], str) else "messages" for column in columns}
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{column!r} is {kind}" for column, kind in kinds.items())
+        raise ValueError(
+            f"`{name}` mixes formats: {listed}. Convert all to one; if the messages of `chosen` and `rejected` hold "
+            "the prompt too, drop the column `prompt`."
+        )
+    if isinstance(dataset, Dataset):
+        for column in columns:
+            for row, text in enumerate(dataset[column]):
+                if _is_empty(text):
+                    raise ValueError(f"`{name}` has an empty {column!r} in row {row}. Remove that row.")
+
+
+def _is_empty(text: Any) -> bool:
+    if isinstance(text, list):
+        return not text or not text[-1].get("content")
+    return not isinstance(text, str) or not text.strip()
+
+
+def add_separator(dataset: MaybeDataset, separator: str) -> MaybeDataset:
+    """End every plain-text prompt with `separator`; chat prompts have their template and stay as they are."""
+    if dataset is None or separator == "" or is_conversational(next(iter(dataset))):
+        return dataset
+
+    def end_prompt(example: dict[str, Any]) -> dict[str, Any]:
+        prompt = example["prompt"]
+        return {"prompt": prompt if prompt.endswith(separator) else prompt + separator}
+
+    return dataset.map(end_prompt)
+
+
+def check_prompts_fit(
+    dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, config: Any, max_new_tokens: int
+) -> None:
+    """Check that every prompt leaves room for a completion in the model's context.
+
+    Args:
+        dataset: Prompts, plain or chat. A stream cannot be checked beforehand.
+        tokenizer: The policy's.
+        config: The model's; one without a limit on positions takes any prompt.
+        max_new_tokens: Tokens per completion.
+
+    Raises:
+        ValueError: If the longest prompt and a completion do not fit.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or not isinstance(dataset, Dataset):
+        return
+    longest, row = max((prompt_length(prompt, tokenizer), row) for row, prompt in enumerate(dataset["prompt"]))
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"The prompt in row {row} has {longest} tokens; with `max_completion_length` ({max_new_tokens}) it "
+            f"exceeds the model's {limit} positions. Shorten or drop long prompts, or lower `max_completion_length`."
+        )
+
+
+def prompt_length(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of tokens of a prompt as the policy sees it."""
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt)["input_ids"])
+    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])

@@ -1,0 +1,1 @@
+"""Is the policy better than before? Win rates, samples, alarms."""

@@ -1,0 +1,187 @@
+"""Alarms: signs in a run's own numbers that its reward is being exploited instead of earned.
+
+Pure: curves and evaluation metrics in, sentences out. An alarm is a reason to read completions, no proof.
+"""
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from transformers import TrainerCallback
+
+from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY
+
+logger = logging.getLogger(__name__)
+
+
+# Quarters of fewer points than two have no noise to compare a difference with.
+MIN_POINTS = 8
+# Standard errors by which the last quarter must differ from the first: by chance in one run of twenty.
+SIGNIFICANT = 2.0
+# Answers a quarter longer or shorter. The quickstart's healthy seeds move by at most 12 % (recipes/README.md).
+LENGTH_DRIFT = 0.25
+# KL over its target. The adaptive controller keeps the quickstart's seeds within 30 %; half again is out of hand.
+KL_OVER_TARGET = 1.5
+# Without a target: a KL that grows linearly in time is 7/3 times as large in the last quarter as in the second. More
+# means that it accelerates, while the score per nat is known to fall (Gao et al. 2023, arXiv:2210.10760).
+KL_ACCELERATION = 2.5
+# Nats. Below this the policy is still close to its reference, and the ratio of two small KLs is noise.
+KL_FLOOR = 1.0
+# Share of completions that end by themselves; a tenth of them is beyond sampling noise from 100 completions on.
+EOS_DRIFT = 0.1
+# Share of the 4-grams of an answer that it has said before.
+REPETITION_DRIFT = 0.1
+
+
+def find_alarms(
+    curves: Mapping[str, pd.Series],
+    evaluation: Mapping[str, float],
+    *,
+    target_kl: float | None = None,
+    rewards: Iterable[str] = ("reward_model",),
+) -> list[str]:
+    """Return one sentence per alarm.
+
+    Args:
+        curves: Logged metrics by name, each indexed by step. A NaN is a NaN that was logged.
+        evaluation: Metrics of the run's evaluation on held-out prompts, empty without one.
+        target_kl: What an adaptive controller steers to, nats; None with a fixed coefficient.
+        rewards: Judges of the evaluation that the run was trained on; all others are held out.
+    """
+    alarms = _broken(curves)
+    score = _first_and_last(curves.get("objective/scores"))
+    rising = score is not None and score[2] and score[1] > score[0]
+    if score is not None and rising:
+        drifts = (_length_drift(curves), _kl_drift(curves, target_kl), _eos_drift(curves), _repetition_drift(curves))
+        alarms += [f"The score rises ({score[0]:.2f} to {score[1]:.2f}) while {drift}." for drift in drifts if drift]
+    return alarms + _judge_disagreement(evaluation, frozenset(rewards), rising)
+
+
+def alarms_of_log(log_history: Iterable[Mapping[str, Any]], *, target_kl: float | None) -> list[str]:
+    """Return the alarms of a run from its trainer's log, with its latest evaluation during training.
+
+    Args:
+        log_history: Of transformers' `TrainerState`.
+        target_kl: As of `find_alarms`.
+    """
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    for record in log_history:
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                points[name][int(record["step"])] = float(value)
+    curves = {name: pd.Series(values).sort_index() for name, values in points.items()}
+    evaluation = {name.removeprefix("eval_"): x.iloc[-1] for name, x in curves.items() if name.startswith("eval_")}
+    return find_alarms(curves, evaluation, target_kl=target_kl, rewards=("score",))
+
+
+def _broken(curves: Mapping[str, pd.Series]) -> list[str]:
+    names = {"objective/scores": "score", "objective/kl": "KL", "entropy": "entropy"}
+    alarms = []
+    for metric, name in names.items():
+        curve = curves.get(metric, pd.Series(dtype=float))
+        lost = curve.index[~np.isfinite(curve.to_numpy(dtype=float))]
+        if len(lost):
+            alarms.append(f"The {name} is not a number at {len(lost)} of {len(curve)} steps, first at step {lost[0]}.")
+    return alarms
+
+
+def _first_and_last(curve: pd.Series | None) -> tuple[float, float, bool] | None:
+    """Return the means of the first and the last quarter, and whether they differ by more than noise.
+
+    The noise comes from the differences of successive points, which a trend hardly touches:
+    `sigma^2 = mean((x_i - x_{i-1})^2) / 2`.
+
+    Source: von Neumann 1941, The Annals of Mathematical Statistics 12(4).
+    """
+    points = finite(curve).to_numpy(dtype=float) if curve is not None else np.empty(0)
+    if len(points) < MIN_POINTS:
+        return None
+    quarter = len(points) // 4
+    first, last = points[:quarter].mean(), points[-quarter:].mean()
+    error = np.sqrt(np.mean(np.diff(points) ** 2) / 2 * 2 / quarter)
+    return float(first), float(last), bool(abs(last - first) > SIGNIFICANT * error)
+
+
+def _length_drift(curves: Mapping[str, pd.Series]) -> str:
+    length = _first_and_last(curves.get("completions/mean_length"))
+    if length is None or not length[2] or abs(length[1] - length[0]) < LENGTH_DRIFT * length[0]:
+        return ""
+    first, last, _ = length
+    change = "grow" if last > first else "shrink"
+    return f"answers {change} from {first:.0f} to {last:.0f} tokens: length itself may be what is rewarded"
+
+
+def _kl_drift(curves: Mapping[str, pd.Series], target_kl: float | None) -> str:
+    kl = _first_and_last(curves.get("objective/kl"))
+    if kl is None or kl[1] < KL_FLOOR:
+        return ""
+    last = kl[1]
+    if target_kl is not None:
+        over = f"the KL, {last:.1f} nats, is {last / target_kl:.1f} times its target of {target_kl:g}"
+        return f"{over}: the controller does not hold the policy" if last > KL_OVER_TARGET * target_kl else ""
+    points = finite(curves["objective/kl"]).to_numpy(dtype=float)
+    quarter = len(points) // 4
+    second = float(points[quarter : 2 * quarter].mean())
+    if last < KL_ACCELERATION * max(second, KL_FLOOR):
+        return ""
+    return f"the KL accelerates ({second:.1f} nats in the second quarter, {last:.1f} in the last): raise `kl_coef`"
+
+
+def _eos_drift(curves: Mapping[str, pd.Series]) -> str:
+    clipped = _first_and_last(curves.get("completions/clipped_ratio"))
+    if clipped is None or not clipped[2] or abs(clipped[1] - clipped[0]) < EOS_DRIFT:
+        return ""
+    first, last = 1 - clipped[0], 1 - clipped[1]
+    direction = "rises" if last > first else "falls"
+    return f"the share of answers that end by themselves {direction} from {first:.2f} to {last:.2f}"
+
+
+def _repetition_drift(curves: Mapping[str, pd.Series]) -> str:
+    repeated = _first_and_last(curves.get("completions/repeated_ngrams"))
+    if repeated is None or not repeated[2] or repeated[1] - repeated[0] < REPETITION_DRIFT:
+        return ""
+    return f"the share of repeated 4-grams in an answer grows from {repeated[0]:.2f} to {repeated[1]:.2f}"
+
+
+def _judge_disagreement(evaluation: Mapping[str, float], rewards: frozenset[str], rising: bool) -> list[str]:
+    """Name each held-out judge that puts the policy below the baseline while what it was trained on puts it above."""
+    judges = sorted(name.removesuffix("/win_rate") for name in evaluation if name.endswith("/win_rate"))
+    trained = [judge for judge in judges if judge in rewards and f"{judge}/baseline" in evaluation]
+    improved = any(evaluation[f"{judge}/policy"] > evaluation[f"{judge}/baseline"] for judge in trained)
+    if not (improved or (rising and not trained)):
+        return []
+    return [
+        f"The held-out judge {judge} prefers the baseline (win rate {evaluation[f'{judge}/win_rate']:.2f}, at most "
+        f"{evaluation[f'{judge}/win_rate_high']:.2f}) while the trained score rises: the reward is being exploited."
+        for judge in judges
+        if judge not in rewards and evaluation.get(f"{judge}/win_rate_high", 1.0) < 0.5
+    ]
+
+
+class AlarmCallback(TrainerCallback):
+    """Warn once of each sign of reward hacking, at the evaluation or the save after which it first shows."""
+
+    def __init__(self) -> None:
+        self._known = set[str]()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the figures so far."""
+        if not state.is_world_process_zero:
+            return
+        for alarm in alarms_of_log(state.log_history, target_kl=args.held_kl):
+            kind = re.sub(r"(?<!\w)-?\d+(\.\d+)?", "", alarm)  # a figure moves on while its alarm stays
+            if kind not in self._known:
+                logger.warning(f"{alarm} Read some completions: {Path(args.output_dir, SAMPLES_DIRECTORY)}")
+            self._known.add(kind)
+
+    on_save = on_train_end = on_evaluate
+
+
+def finite(curve: pd.Series) -> pd.Series:
+    """Return the points of a curve that are numbers."""
+    return curve[np.isfinite(curve.to_numpy(dtype=float))]

@@ -1,0 +1,187 @@
+"""Evaluation during training: the policy against the one that it started from, on the same held-out prompts.
+
+The answers of step 0 are the baseline: there the policy is the SFT policy, whether it is trained whole or by
+an adapter, sampled by transformers or by vLLM. Every rank must make each call of `finish`.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from rlhf_recipes.data.messages import as_message
+from rlhf_recipes.evaluation.statistics import mean_gain, preference_rate, swapped_preferences, win_rate
+from rlhf_recipes.rewards.calls import RewardCalls
+
+Judge = Callable[..., Any]
+TRAINED_SCORE = "score"
+JUDGED = "judge/"  # before the name of a judge, in a row
+
+
+class HeldOutComparison:
+    """Win rates and gains over the baseline, by each judge, with intervals over prompts.
+
+    Judged by the score that is trained on (`score`), and by judges that are not. Rows of one prompt are samples of it;
+    a prompt that the dataset repeats counts once.
+
+    Args:
+        judges: Functions of TRL's reward signature, by name.
+        pairwise_judges: Functions that see both answers, by name; see `swapped_preferences`.
+        seed: Of the bootstrap.
+        calls: How judges are called. Default: as `RewardCalls` does.
+
+    Raises:
+        ValueError: If two judges have one name, or that of the trained score.
+    """
+
+    def __init__(
+        self,
+        judges: dict[str, Judge] | None,
+        pairwise_judges: dict[str, Judge] | None,
+        *,
+        seed: int,
+        calls: RewardCalls | None = None,
+    ) -> None:
+        self.judges, self.pairwise_judges = judges or {}, pairwise_judges or {}
+        self._calls = calls or RewardCalls()
+        names = [TRAINED_SCORE, *self.judges, *self.pairwise_judges]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"A judge cannot be named as another, or `{TRAINED_SCORE}`, which is what is trained on: "
+                f"{', '.join(twice)}. Rename the function or the directory."
+            )
+        self._seed = seed
+        self._rows: list[dict[str, Any]] = []
+        self._baseline: dict[str, list[dict[str, Any]]] = {}
+
+    def add(
+        self,
+        rows: list[dict[str, Any]],
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+    ) -> None:
+        """Judge answers of this rank and keep them until `finish`.
+
+        Args:
+            rows: Of `samples.sample_rows`; judgements are added to them.
+            inputs: Rows of the dataset; judges see their other columns.
+            prompts: Text or messages.
+            completions: Likewise.
+            completion_ids: Without padding.
+        """
+        known = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", "completion")}
+        for name, judge in self._calls.guard_judges(self.judges).items():
+            scores = judge(prompts=prompts, completions=completions, completion_ids=completion_ids, **known)
+            for row, score in zip(rows, scores, strict=True):
+                row[JUDGED + name] = score
+        self._add_preferences(rows, prompts, completions, known)
+        self._rows += rows
+
+    def _add_preferences(self, rows: list[dict[str, Any]], prompts: Any, completions: Any, known: Any) -> None:
+        seen: dict[str, int] = defaultdict(int)
+        pairs = []
+        for index, row in enumerate(rows):
+            answers = self._baseline.get(row["prompt"], [])
+            sample = seen[row["prompt"]] % max(len(answers), 1)
+            seen[row["prompt"]] += 1
+            if answers:
+                pairs.append((index, answers[sample]["completion"]))
+        for name, judge in self._calls.guard_judges(self.pairwise_judges).items():
+            for row in rows:
+                row[JUDGED + name] = 0.5  # nothing to compare with yet: the policy is its own baseline
+            if not pairs:
+                continue
+            chosen = [index for index, _ in pairs]
+            theirs = [text if isinstance(prompts[i], str) else as_message(text) for i, text in pairs]
+            columns = {column: [values[i] for i in chosen] for column, values in known.items()}
+            asked, ours = ([values[i] for i in chosen] for values in (prompts, completions))
+            preferences = swapped_preferences(judge, asked, ours, theirs, **columns)
+            for index, preference in zip(chosen, preferences, strict=True):
+                rows[index][JUDGED + name] = preference
+
+    def finish(self, *, is_start: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Return the metrics of one evaluation, and the rows of all ranks.
+
+        Without a baseline there are no comparisons.
+
+        Args:
+            is_start: Whether nothing is trained yet: these answers are then the baseline.
+
+        Raises:
+            RewardCallError: See `RewardCalls.settle`.
+        """
+        calls = self._calls.settle()
+        rows, self._rows = gather_object(self._rows), []
+        answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in rows:
+            answers[row["prompt"]].append(row)
+        if is_start:
+            self._baseline = dict(answers)
+        prompts = [prompt for prompt in answers if prompt in self._baseline]
+        if not prompts:
+            return calls, rows
+        # The last batch may be filled up with prompts of the first, and the samples of one prompt are as many for all.
+        count = min(len(x[prompt]) for x in (answers, self._baseline) for prompt in prompts)
+        metrics = calls | {"prompts": float(len(prompts))}
+        columns = {TRAINED_SCORE: TRAINED_SCORE} | {name: JUDGED + name for name in self.judges}
+        for name, column in columns.items():
+            ours, theirs = (
+                np.array([[_number(row[column]) for row in x[prompt][:count]] for prompt in prompts])
+                for x in (answers, self._baseline)
+            )
+            outcome = win_rate(ours, theirs, seed=self._seed) | mean_gain(ours, theirs, seed=self._seed)
+            outcome |= {"policy": _mean(ours), "baseline": _mean(theirs)}
+            metrics |= {f"{name}/{key}": value for key, value in outcome.items()}
+        for name in self.pairwise_judges:
+            preferences = np.array([[row[JUDGED + name] for row in answers[prompt][:count]] for prompt in prompts])
+            metrics |= {f"{name}/{key}": value for key, value in preference_rate(preferences, seed=self._seed).items()}
+        # The figure to choose a checkpoint by: of the first judge that was not trained on, if there is one.
+        principal = next(iter((*self.judges, *self.pairwise_judges)), TRAINED_SCORE)
+        return metrics | {key: metrics[f"{principal}/{key}"] for key in ("win_rate", "win_rate_low")}, rows
+
+    def check_baseline(self, checkpoint: str) -> None:
+        """Check that a checkpoint has brought the answers to compare with.
+
+        Raises:
+            ValueError: If it has not.
+        """
+        if not self._baseline:
+            raise ValueError(
+                f"`eval_strategy` was `no` when {checkpoint} was written: the answers of the SFT policy, with which "
+                "the evaluation compares, are missing. Resume with `eval_strategy: no`, or start again."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the baseline's answers."""
+        return {"baseline": self._baseline}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._baseline = state["baseline"]
+
+
+def _number(score: float | None) -> float:
+    return math.nan if score is None else float(score)
+
+
+def _mean(scores: np.ndarray) -> float:
+    return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Sample inside from a seed, and leave torch's generators as they were: an evaluation then changes no training.
+
+    Every evaluation draws the same random numbers, which makes its difference from the baseline less noisy.
+    """
+    accelerator_devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerator_devices, device_type=device.type if accelerator_devices else "cuda"):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,179 @@
+"""Sample from two policies on held-out prompts, score both, and measure the KL between them."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_recipes.algorithm.kl import estimate_kl
+from rlhf_recipes.evaluation.statistics import mean_gain, preference_rate, swapped_preferences, win_rate
+
+
+@torch.no_grad()
+def generate_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Any],
+    *,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+) -> list[list[int]]:
+    """Sample one completion per prompt, as token ids that end with the EOS unless the completion was cut off.
+
+    Only temperature shapes the distribution, as in training: no top-k, top-p or penalty of the model's own
+    generation config. A temperature of 0 is greedy.
+
+    Args:
+        model: Causal LM.
+        tokenizer: Its tokenizer.
+        prompts: Plain text, ending with the separator, or messages.
+        max_completion_length: Tokens per completion.
+        temperature: Of the softmax.
+        batch_size: Prompts per call of `generate`.
+    """
+    end_ids = eos_token_ids(model, tokenizer)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    config = GenerationConfig(
+        max_new_tokens=max_completion_length,
+        eos_token_id=end_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **sampling,
+    )
+    original, model.generation_config = model.generation_config, config
+    completions: list[list[int]] = []
+    try:
+        for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):
+            batch = _tokenize_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
+            output = model.generate(**batch)[:, batch["input_ids"].size(1) :]
+            completions += [_cut_after_eos(row, end_ids) for row in output.tolist()]
+    finally:
+        model.generation_config = original
+    return completions
+
+
+def compare_policies(
+    policy: PreTrainedModel,
+    baseline: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    judges: dict[str, Callable[..., list[float]]],
+    *,
+    pairwise_judges: dict[str, Callable[..., list[float]]] | None = None,
+    num_samples: int = 1,
+    seed: int = 0,
+    **generation: Any,
+) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """Sample from two policies on the same prompts and let every judge score both.
+
+    Args:
+        policy: The trained one.
+        baseline: Usually the SFT policy it started from; the KL is measured against it.
+        tokenizer: Of both.
+        dataset: Held-out prompts in the column `prompt`, plain text ending with the separator, or messages; judges
+            see its other columns.
+        judges: Functions of TRL's reward signature, by name.
+        pairwise_judges: Functions that see both answers, by name; see `swapped_preferences`.
+        num_samples: Completions per prompt and policy.
+        seed: Of sampling, the same for both, and of the bootstrap.
+        generation: As for `generate_completions`.
+
+    Returns:
+        Metrics, and the completions and scores as columns.
+    """
+    end_ids = eos_token_ids(baseline, tokenizer)
+    results: dict[str, float] = {"prompts": float(len(dataset))}
+    known = {name: [value for value in dataset[name] for _ in range(num_samples)] for name in dataset.column_names}
+    prompts = known.pop("prompt")
+    columns: dict[str, list[Any]] = {"prompt": prompts}
+    scores: dict[tuple[str, str], np.ndarray] = {}
+    answers: list[list[Any]] = []
+    for name, model in (("policy", policy.eval()), ("baseline", baseline.eval())):
+        torch.manual_seed(seed)
+        ids = generate_completions(model, tokenizer, prompts, **generation)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        is_chat = not isinstance(prompts[0], str)
+        messages = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
+        answers.append(messages)
+        columns[f"{name}_completion"] = texts
+        results[f"{name}/length"] = float(np.mean([len(row) for row in ids]))
+        results[f"{name}/eos_rate"] = float(np.mean([row[-1] in end_ids for row in ids]))
+        if name == "policy":
+            temperature = generation.get("temperature", 1.0)
+            results["policy/kl"] = sequence_kl(policy, baseline, tokenizer, prompts, ids, temperature)
+        for judge_name, judge in judges.items():
+            judged = judge(prompts=prompts, completions=messages, completion_ids=ids, **known)
+            scores[judge_name, name] = np.array(judged, dtype=float)  # a judge's `None` becomes NaN
+            columns[f"{name}_{judge_name}"] = list(judged)
+            results[f"{judge_name}/{name}"] = float(np.nanmean(scores[judge_name, name]))
+    for judge_name in judges:
+        ours, theirs = (np.reshape(scores[judge_name, name], (-1, num_samples)) for name in ("policy", "baseline"))
+        outcome = win_rate(ours, theirs, seed=seed) | mean_gain(ours, theirs, seed=seed)
+        results |= {f"{judge_name}/{key}": value for key, value in outcome.items()}
+    for judge_name, judge in (pairwise_judges or {}).items():
+        preferences = swapped_preferences(judge, prompts, *answers, **known)
+        columns[f"preference_{judge_name}"] = preferences
+        outcome = preference_rate(np.reshape(preferences, (-1, num_samples)), seed=seed)
+        results |= {f"{judge_name}/{key}": value for key, value in outcome.items()}
+    return results, columns
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every id that ends a completion: the model's and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return ids if tokenizer.eos_token_id in ids else [tokenizer.eos_token_id, *ids]
+
+
+def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> Any:
+    if isinstance(prompts[0], str):
+        token_ids = tokenizer(prompts)["input_ids"]
+    else:
+        token_ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return tokenizer.pad({"input_ids": token_ids}, padding_side="left", return_tensors="pt")
+
+
+def _cut_after_eos(token_ids: list[int], end_ids: list[int]) -> list[int]:
+    end = next((i for i, token in enumerate(token_ids) if token in end_ids), len(token_ids))
+    return token_ids[: end + 1]
+
+
+@torch.no_grad()
+def sequence_kl(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Any],
+    completions: list[list[int]],
+    temperature: float = 1.0,
+) -> float:
+    """Return the mean over completions of the summed k1 estimate of KL(policy || reference), nats.
+
+    Args:
+        policy: The one that sampled the completions.
+        reference: Usually the SFT policy.
+        tokenizer: Of both.
+        prompts: As given to `generate_completions`.
+        completions: As returned by it.
+        temperature: At which they were sampled; greedy ones are measured at 1.
+    """
+    total = 0.0
+    for prompt, completion in tqdm(zip(prompts, completions, strict=True), desc="KL", total=len(prompts)):
+        prompt_ids = _tokenize_prompts(tokenizer, [prompt])["input_ids"].to(policy.device)
+        ids = torch.cat([prompt_ids, torch.tensor([completion], device=policy.device)], dim=1)
+        logps, ref_logps = (
+            _completion_logps(model, ids, len(completion), temperature or 1.0) for model in (policy, reference)
+        )
+        total += estimate_kl(logps, ref_logps, "k1").sum().item()
+    return total / len(completions) if completions else math.nan
+
+
+def _completion_logps(model: PreTrainedModel, ids: torch.Tensor, length: int, temperature: float) -> torch.Tensor:
+    logits = model(input_ids=ids, logits_to_keep=length + 1).logits[:, :-1].float() / temperature
+    return logits.log_softmax(-1).gather(-1, ids[:, -length:, None]).squeeze(-1)

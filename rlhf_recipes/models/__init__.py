@@ -1,0 +1,1 @@
+"""Networks loaded safely; one forward for log-probabilities and values; the value head attached."""

@@ -1,0 +1,146 @@
+"""One forward for log-probabilities and values, over the tokens that count.
+
+TRL pads every micro-batch to the longest prompt and the longest completion of the whole rollout, and where
+there is no Triton it projects the prompt to the vocabulary too. Here a forward sees no column that is padding in each
+of its rows, and only the completion reaches the LM head and the value head. The numbers are the same.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from rlhf_recipes.models.critic import VALUE_HEAD_NAME
+
+
+@dataclass
+class ActorCriticOutput(FusedCausalLMOutput):
+    """TRL's fused output, and the values of the states around each completion token, `(B, T + 1)`.
+
+    `state_values[:, t]` reads the hidden state that precedes completion token `t`; the last column, the final state.
+    """
+
+    state_values: Tensor | None = None
+
+
+def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone: bool = False) -> None:
+    """Let a causal LM take `completion_length=T`: its heads then see the last `T + 1` hidden states only.
+
+    It returns the log-probabilities of the last T tokens, given as `shift_labels`, and, if it has a value head, their
+    values: one forward of the backbone serves both. With `backbone_only=True` it returns the backbone's output, by
+    way of whatever wraps the model. Every other call, generation included, is left as it was. Call this after TRL has
+    added its fused LM head.
+
+    Args:
+        model: Causal LM on which TRL's `add_fused_lm_head` was called.
+        value_gradient_to_backbone: Whether the value loss may train the backbone, or only the head.
+    """
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        completion_length: int | None = None,
+        backbone_only: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if backbone_only:
+            return self.base_model(*args, **kwargs)
+        if completion_length is None:
+            return fused_forward(*args, **kwargs)
+        states: list[Tensor] = []
+
+        def keep_completion(module: nn.Module, inputs: Any, output: Any) -> Any:
+            states.append(output.last_hidden_state[:, -completion_length - 1 :])
+            output.last_hidden_state = states[-1][:, :-1]
+            return output
+
+        hook = self.base_model.register_forward_hook(keep_completion)
+        try:
+            output = fused_forward(*args, **kwargs)
+        finally:
+            hook.remove()
+        head = getattr(self, VALUE_HEAD_NAME, None)
+        if head is None:
+            return output
+        return ActorCriticOutput(
+            **output, state_values=head(states[-1] if value_gradient_to_backbone else states[-1].detach())
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+class CompletionForward:
+    """Stand in for a model inside TRL's log-probability method: trim its input, and keep its values.
+
+    TRL's method returns log-probabilities and entropies only. Recording outside the (wrapped) model leaves its outputs
+    and its gradient hooks alone.
+
+    Args:
+        model: Causal LM, wrapped or not, on which `add_completion_forward` was called.
+        completion_length: Columns of the input that are completion, T; the prompt lies before them.
+        pad_to_multiple_of: What the number of prompt and completion columns that remain is a multiple of, if it can.
+        takes_positions: Whether the model is told the position of each token, as `generate` does; without, a model of
+            absolute positions would number a row differently in each batch. One that also reads images counts its own.
+    """
+
+    def __init__(
+        self, model: nn.Module, completion_length: int, *, pad_to_multiple_of: int | None, takes_positions: bool
+    ) -> None:
+        self.model, self.completion_length = model, completion_length
+        self.pad_to_multiple_of, self.takes_positions = pad_to_multiple_of or 1, takes_positions
+        self.state_values: list[Tensor] = []
+
+    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **inputs: Any) -> Any:
+        """Return TRL's output for the completion alone, `(B, T)`."""
+        start, end = self._columns(attention_mask)
+        width = input_ids.size(1)
+        prompt_end = width - self.completion_length
+        trimmed = {
+            name: x[:, start:end] if isinstance(x, Tensor) and x.shape[:2] == input_ids.shape else x
+            for name, x in {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}.items()
+        }
+        if self.takes_positions:
+            trimmed["position_ids"] = (trimmed["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        output = self.model(**trimmed, shift_labels=labels[:, prompt_end:end], completion_length=end - prompt_end)
+        if getattr(output, "state_values", None) is not None:
+            self.state_values.append(_widen(output.state_values, width - end))
+        return FusedCausalLMOutput(
+            log_probs=_widen(output.log_probs, width - end),
+            entropy=None if output.entropy is None else _widen(output.entropy, width - end),
+            aux_loss=output.aux_loss,
+        )
+
+    def _columns(self, attention_mask: Tensor) -> tuple[int, int]:
+        """Return the columns to keep: those with a token, and at least one of the prompt and of the completion."""
+        width = attention_mask.size(1)
+        prompt_end = width - self.completion_length
+        used = attention_mask.any(dim=0).int()
+        first, last = torch.stack([used.argmax(), width - used.flip(0).argmax()]).tolist()  # one wait for the device
+        prompt, completion = (self._rounded(max(n, 1)) for n in (prompt_end - first, last - prompt_end))
+        return max(prompt_end - prompt, 0), min(prompt_end + completion, width)
+
+    def _rounded(self, columns: int) -> int:
+        return -(-columns // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+
+def rows_by_length(attention_mask: Tensor | None) -> tuple[Any, Any]:
+    """Return the index that brings rows of one length together, so that little is padded, and the one that undoes it.
+
+    Without a mask both leave every row where it is.
+    """
+    if attention_mask is None:
+        return slice(None), slice(None)
+    order = attention_mask.sum(dim=1).argsort()
+    return order, order.argsort()
+
+
+def _widen(x: Tensor, columns: int) -> Tensor:
+    """Append columns of zeros."""
+    return nn.functional.pad(x, (0, columns))

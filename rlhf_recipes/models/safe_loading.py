@@ -1,0 +1,49 @@
+"""Loading of weights from a directory that someone else may have written: data is read, code is not run.
+
+Transformers asks on the terminal whether to run a repository's code unless it is told, and falls back to
+pickled weights; here the answer is no, and weights are safetensors.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PICKLES = {"pytorch_model*.bin": "model*.safetensors", "adapter_model*.bin": "adapter_model*.safetensors"}
+
+
+def safe_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return `from_pretrained` options for weights with the safe defaults where they say nothing."""
+    return {"trust_remote_code": False, "use_safetensors": True, **kwargs}
+
+
+@contextmanager
+def safe_loading(*paths: str) -> Iterator[None]:
+    """Refuse pickled weights in these directories, and say in one line why something was refused inside.
+
+    Raises:
+        ValueError: If a directory holds weights as pickles only, or needs code of its own that was not asked for.
+    """
+    for path in paths:
+        _refuse_pickles(path)
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{' or '.join(dict.fromkeys(paths))} brings Python code of its own, which loading would run; it has not "
+            "been run. Read it, and if you trust it set `trust_remote_code: true`; reward models and judges of a run "
+            "never bring code."
+        ) from None
+
+
+def _refuse_pickles(path: str) -> None:
+    for pickles, tensors in PICKLES.items():
+        found = sorted(Path(path).glob(pickles)) if Path(path).is_dir() else []
+        if found and not any(Path(path).glob(tensors)):
+            raise ValueError(
+                f"{path} holds its weights as a pickle ({found[0].name}), which can run code when it is loaded. Where "
+                "that does no harm, load it by transformers or PEFT and write it anew by `save_pretrained`, as "
+                "safetensors."
+            )

@@ -1,0 +1,1 @@
+"""What a user may set, and which of it matters for what."""

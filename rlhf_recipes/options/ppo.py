@@ -1,0 +1,294 @@
+"""Options of `PPOTrainer`: TRL's, and those that TRL lacks.
+
+Everything that can be checked without a model or a dataset is checked here, before anything is loaded.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trl import GRPOConfig
+
+from rlhf_recipes.options.checks import check_choice, check_range, check_types
+from rlhf_recipes.options.reward_calls import RewardCallConfig
+from rlhf_recipes.options.secrets import holds_credentials, keep_token_out_of_files
+
+
+class _SingleGeneration(int):
+    """The number 1, for which `num_generations < 2` is False: the one check of GRPO that does not hold for PPO."""
+
+    def __lt__(self, other: Any) -> bool:
+        return False
+
+
+@dataclass
+class PPOConfig(RewardCallConfig, GRPOConfig):
+    """Options of `PPOTrainer`. Every option of `trl.GRPOConfig` applies; those below are new or have another default.
+
+    A rollout is `per_device_train_batch_size * processes * steps_per_generation` completions. It is used for
+    `num_iterations` epochs of `steps_per_generation / gradient_accumulation_steps` mini-batches each.
+    """
+
+    # TRL's fields, with PPO's defaults.
+    num_generations: int = field(default=1, metadata={"help": "Completions per prompt. PPO needs no group: 1."})
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = field(
+        default="grpo",
+        metadata={
+            "help": "How token losses are averaged. `grpo` is PPO's per-sequence mean; all three are independent of "
+            "how a batch is cut into micro-batches."
+        },
+    )
+    scale_rewards: str = field(
+        default="none", metadata={"help": "`none`: PPO scales scores by their moving statistics, see `reward_norm`."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "With dropout the ratio of an untouched policy would not be 1."}
+    )
+    adam_epsilon: float = field(
+        default=1e-5,
+        metadata={"help": "1e-8 lets the policy drift six times as fast in the first updates (arXiv:2403.17031)."},
+    )
+    # Value function.
+    value_head_size: int | None = field(
+        default=None, metadata={"help": "Width of the value head's hidden layer. Default: the model's hidden size."}
+    )
+    value_head_activation: Literal["silu", "gelu"] = field(
+        default="silu", metadata={"help": "Activation of the value head: `silu` or `gelu`; ReLU is refused."}
+    )
+    value_gradient_to_backbone: bool = field(
+        default=False,
+        metadata={"help": "Let the value loss train the backbone too. Known to pull the policy below SFT."},
+    )
+    value_head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the value head, under the policy's schedule. Default: ten times "
+            "`learning_rate`: a new head must follow the scores, at a rate that would tear a trained backbone."
+        },
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(
+        default=0.2, metadata={"help": "Trust region of the value function, in units of the normalised score."}
+    )
+    critic_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimiser steps at the start in which only the value head learns."}
+    )
+    # Advantages.
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    lam: float = field(default=0.95, metadata={"help": "GAE's lambda for the policy."})
+    value_lam: float | None = field(
+        default=None, metadata={"help": "GAE's lambda for the value targets. Default: `lam`."}
+    )
+    whiten_advantages: bool = field(
+        default=True, metadata={"help": "Scale advantages to mean 0 and variance 1 over the tokens of all ranks."}
+    )
+    # Reward.
+    response_separator: str = field(
+        default="\n\n",
+        metadata={
+            "help": "Boundary between a plain-text prompt and its response; must be the reward model's. Chat prompts "
+            "use the chat template's assistant header instead."
+        },
+    )
+    reward_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA reward model of the policy's own base, run on the policy's backbone: no second model in "
+            "memory. Added to the other rewards."
+        },
+    )
+    reward_norm: bool = field(default=True, metadata={"help": "Normalise scores by their moving mean and deviation."})
+    reward_norm_decay: float = field(default=0.99, metadata={"help": "Weight of the past, per rollout."})
+    reward_norm_clip: float = field(default=5.0, metadata={"help": "Bound on a normalised score, in deviations."})
+    truncated_completions: Literal["terminal", "bootstrap", "mask"] = field(
+        default="terminal",
+        metadata={
+            "help": "Completions cut by the length limit: `terminal` treats them as finished, `bootstrap` adds the "
+            "value of the state they stopped in, `mask` leaves them out of the loss."
+        },
+    )
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Subtracted from the normalised score of a truncated completion, in deviations."},
+    )
+    # KL to the reference policy.
+    kl_coef: float = field(default=0.05, metadata={"help": "(Initial) price of one nat, in normalised score."})
+    kl_estimator: Literal["k1", "k2", "k3"] = field(
+        default="k1", metadata={"help": "Estimator in the reward. Only k1 gives the gradient of the KL."}
+    )
+    kl_controller: Literal["fixed", "adaptive"] = field(
+        default="fixed", metadata={"help": "`adaptive` steers the KL per sequence towards `target_kl`."}
+    )
+    target_kl: float = field(default=6.0, metadata={"help": "KL per sequence that the controller holds, nats."})
+    kl_horizon: int = field(
+        default=10_000, metadata={"help": "Sequences over which the controller may change `kl_coef` by a fifth."}
+    )
+    # Guards: a rollout's update and a run that go wrong.
+    max_update_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL from the policy that sampled a rollout, nats per token, beyond which the rest of its "
+            "optimiser steps are left out. 0.05 is a usual limit. Default: none."
+        },
+    )
+    max_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL to the reference, nats per sequence, beyond which the run goes back to its checkpoint before "
+            "that, with a lower learning rate. Default: none."
+        },
+    )
+    max_skipped_steps: int = field(
+        default=3,
+        metadata={
+            "help": "Optimiser steps in a row with a loss or gradient that is not finite, which are left out, after "
+            "which the run goes back to its last checkpoint, with a lower learning rate."
+        },
+    )
+    max_rollbacks: int = field(
+        default=3, metadata={"help": "How often a run may go back to a checkpoint; 0 ends it the first time."}
+    )
+    rollback_learning_rate_factor: float = field(
+        default=0.5, metadata={"help": "What the learning rates are multiplied by each time that a run goes back."}
+    )
+
+    # Evaluation during training, on held-out prompts, against the policy that training started from.
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Figure to choose a checkpoint by. Default: `win_rate_low`, the lower end of the win rate's 95 %% "
+            "interval, by the first judge, or else by the trained score."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations in a row without a better one, after which training ends."}
+    )
+    allow_changes_on_resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although models, data or options are not those of the checkpoint; what differs is said."
+        },
+    )
+    logged_samples: int = field(
+        default=16, metadata={"help": "Completions of the latest rollout in the table that each log writes; 0: none."}
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        keep_token_out_of_files(self)
+        self._check_owned_by_ppo()
+        self._check_addresses()
+        self._check_inherited_ranges()
+        self.temperature: float = float(self.temperature)  # transformers refuses to sample with the whole number 1
+        if self.eval_strategy != "no" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "win_rate_low"
+        # TRL masks truncated completions itself.
+        self.mask_truncated_completions = self.truncated_completions == "mask"
+        if self.num_generations == 1:
+            self.num_generations = _SingleGeneration(1)
+        super().__post_init__()
+        self.num_generations = int(self.num_generations)
+        self.eval_on_start = self.eval_strategy != "no"  # the answers of step 0 are what later ones compare with
+        if self.value_head_learning_rate is None:
+            self.value_head_learning_rate = 10 * self.learning_rate
+        self._check_ranges()
+        self._check_reward_calls()
+        self._check_batches()
+
+    def _check_owned_by_ppo(self) -> None:
+        """Refuse TRL options whose place PPO takes."""
+        if self.mask_truncated_completions and self.truncated_completions != "mask":
+            raise ValueError("Use `truncated_completions: mask` instead of `mask_truncated_completions`.")
+        if self.sync_ref_model:
+            raise ValueError("`sync_ref_model` is not available: PPO's reference is the policy it started from.")
+        if self.scale_rewards not in ("none", False):
+            raise ValueError("`scale_rewards` must be 'none': PPO has no groups; see `reward_norm`.")
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError("`multi_objective_aggregation` must be 'sum_then_normalize': the sum is what PPO scales.")
+        if self.loss_type not in ("grpo", "dapo", "dr_grpo"):
+            raise ValueError(f"`loss_type` must be one of 'grpo', 'dapo', 'dr_grpo', got {self.loss_type!r}.")
+        if self.importance_sampling_level != "token":
+            raise ValueError("`importance_sampling_level` must be 'token': PPO's advantages are per token.")
+
+    def _check_addresses(self) -> None:
+        """Refuse what TRL's messages about a server that does not answer would show."""
+        if holds_credentials(self.vllm_server_base_url):
+            raise ValueError(
+                "`vllm_server_base_url` holds a password, which messages would show. Write it into `~/.netrc`, where "
+                "the client looks for it by the name of the host."
+            )
+
+    def _check_inherited_ranges(self) -> None:
+        """Refuse values that TRL and transformers would stumble over later, without naming the option."""
+        for name in ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps"):
+            check_range(self, name, lambda x: x > 0, "be positive")
+        for name in ("num_generations", "temperature"):
+            check_range(self, name, lambda x: x > 0, "be positive")
+        for name in ("learning_rate", "adam_epsilon", "weight_decay"):
+            check_range(self, name, lambda x: x >= 0, "not be negative")
+        check_range(self, "top_p", lambda x: 0 < x <= 1, "lie in (0, 1]")
+        check_range(self, "top_entropy_quantile", lambda x: 0 <= x <= 1, "lie in [0, 1]")
+        check_range(self, "reward_weights", lambda x: isinstance(x, list), "be a list, one number per reward")
+
+    def _check_ranges(self) -> None:
+        check_choice(self, "truncated_completions", ("terminal", "bootstrap", "mask"))
+        check_choice(self, "kl_estimator", ("k1", "k2", "k3"))
+        check_choice(self, "kl_controller", ("fixed", "adaptive"))
+        check_choice(
+            self, "value_head_activation", ("silu", "gelu"), " ReLU units die, and a dead head cannot follow."
+        )
+        for name in ("gamma", "lam", "value_lam"):
+            check_range(self, name, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]")
+        check_range(self, "reward_norm_decay", lambda x: 0.0 <= x < 1.0, "lie in [0, 1)")
+        check_range(self, "rollback_learning_rate_factor", lambda x: 0.0 < x <= 1.0, "lie in (0, 1]")
+        for name in ("cliprange_value", "reward_norm_clip", "target_kl", "kl_horizon", "max_update_kl", "max_kl"):
+            check_range(self, name, lambda x: x > 0, "be positive")
+        for name in ("num_iterations", "value_head_size", "max_completion_length", "early_stopping_patience"):
+            check_range(self, name, lambda x: x > 0, "be positive")
+        check_range(self, "max_skipped_steps", lambda x: x > 0, "be positive")
+        for name in (
+            "value_head_learning_rate",
+            "vf_coef",
+            "kl_coef",
+            "critic_warmup_steps",
+            "logged_samples",
+            "max_rollbacks",
+        ):
+            check_range(self, name, lambda x: x >= 0, "not be negative")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError(
+                "`early_stopping_patience` needs evaluations: set `eval_strategy: steps` and `eval_steps`."
+            )
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            raise ValueError("`kl_coef` must be positive with `kl_controller: adaptive`, which scales it.")
+        if self.missing_eos_penalty is not None and self.truncated_completions != "terminal":
+            raise ValueError(
+                f"`missing_eos_penalty` needs `truncated_completions: terminal`, got {self.truncated_completions!r}: "
+                "a completion that is bootstrapped or masked is not penalised as well."
+            )
+
+    def _check_reward_calls(self) -> None:
+        self.check_reward_calls()
+        if self.reward_timeout is not None and self.world_size > 1 and self.longest_call() >= self.ddp_timeout:
+            raise ValueError(
+                f"`reward_timeout` and `reward_retries` let a reward function take {self.longest_call():g} s, "
+                f"and the other processes wait for {self.ddp_timeout} s only: lower these, or raise `ddp_timeout`."
+            )
+
+    def _check_batches(self) -> None:
+        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                f"`steps_per_generation` ({self.steps_per_generation}) must be a multiple of "
+                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}), so that every optimiser step "
+                "stays inside one rollout."
+            )
+
+    @property
+    def held_kl(self) -> float | None:
+        """KL per sequence that a controller holds, nats; none with a fixed coefficient."""
+        return self.target_kl if self.kl_controller == "adaptive" else None
+
+    @property
+    def rollout_steps(self) -> int:
+        """Optimiser steps that a rollout is used for."""
+        return int(self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps)

@@ -1,0 +1,33 @@
+"""Options of `RewardModelTrainer`: TRL's, and those that TRL lacks."""
+
+from dataclasses import dataclass, field
+
+from trl import RewardConfig
+
+from rlhf_recipes.options.checks import check_range, check_types
+from rlhf_recipes.options.secrets import keep_token_out_of_files
+
+
+@dataclass
+class RewardModelConfig(RewardConfig):
+    """Options of `RewardModelTrainer`. Every option of `trl.RewardConfig` applies."""
+
+    weight_decay: float = field(
+        default=0.01, metadata={"help": "Keeps the scores, which are not normalised in training, bounded."}
+    )
+    l2_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of the mean squared score, added to the Bradley-Terry loss."}
+    )
+    response_separator: str = field(
+        default="\n\n",
+        metadata={
+            "help": "Boundary between a plain-text prompt and its response. Written to the reward model card; PPO "
+            "must use the same. Chat prompts use the chat template's assistant header instead."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        keep_token_out_of_files(self)
+        super().__post_init__()
+        check_range(self, "l2_coefficient", lambda x: x >= 0, "not be negative")

@@ -1,0 +1,1 @@
+"""What a run will do and need, printed before it starts."""

@@ -1,0 +1,202 @@
+"""Silent traps between a policy, its sampler and its reward model, found before the first rollout.
+
+Scores at most `2 * PROBES` answers, draws no random numbers, and changes nothing. What is refused when the
+trainer is built is not looked at again.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.preflight.finding import Finding
+from rlhf_recipes.rewards.scorer import RewardModelScorer
+
+PROBES = 8
+# Options of generation that make the sampled distribution another than the policy's; what they are without effect.
+DISTORTIONS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "top_p", "typical_p"), (None, 1.0)),
+    **dict.fromkeys(("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), (None, 0)),
+    **dict.fromkeys(("min_length", "min_new_tokens"), (None, 0)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), (None, [], {})),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), (None,)),
+}
+# By default the value may move by 0.2 deviations of the score per rollout. Four times as coarse or fine is far off.
+SPREAD_PER_CLIP = (1.25, 20.0)
+
+
+def sampling_options(args: PPOConfig, given: Iterable[str], model_config: Any) -> dict[str, tuple[Any, str]]:
+    """Return what makes the samples others than the policy's, each with where it comes from.
+
+    TRL's log-probabilities know the temperature and nothing else. Its sampler sets what `PPOConfig` names; what a
+    model's `generation_config.json` says beyond that stays in force, unseen.
+
+    Args:
+        args: Options of the run.
+        given: Names of the generation options that the trainer sets itself.
+        model_config: The policy's `GenerationConfig`, `None` where it has no say (vLLM).
+    """
+    asked = {name: getattr(args, name, None) for name in DISTORTIONS} | dict(args.generation_kwargs or {})
+    found = {name: (value, "the options of this run") for name, value in asked.items()}
+    if model_config is not None:
+        for name in DISTORTIONS.keys() - set(given):
+            found[name] = (getattr(model_config, name, None), "the policy's `generation_config.json`")
+    return {
+        name: value
+        for name, value in sorted(found.items())
+        if name in DISTORTIONS and value[0] not in DISTORTIONS[name]
+    }
+
+
+def sampling_findings(options: dict[str, tuple[Any, str]]) -> list[Finding]:
+    """Return a warning per option that `sampling_options` gives."""
+    return [
+        Finding(
+            "warning",
+            f"Answers are sampled with `{name}: {value}` ({source}), of which their log-probabilities know nothing: "
+            "KL and ratio are then wrong by an unknown amount. Remove it for training.",
+        )
+        for name, (value, source) in options.items()
+    ]
+
+
+def end_findings(
+    eos_token_ids: list[int | None], vocab_size: int, options: dict[str, tuple[Any, str]], max_completion_length: int
+) -> list[Finding]:
+    """Return whether a completion can end by itself.
+
+    Args:
+        eos_token_ids: What ends one.
+        vocab_size: Of the policy.
+        options: Of `sampling_options`.
+        max_completion_length: Tokens.
+    """
+    ids = {token for token in eos_token_ids if token is not None}
+    if not ids:
+        message = "The tokenizer has no EOS token, so that no answer can end. Set `eos_token` in its configuration."
+        return [Finding("error", message)]
+    if min(ids) >= vocab_size:
+        message = (
+            f"The tokens that end an answer ({_listed(ids)}) are outside the policy's vocabulary of {vocab_size}: no "
+            "answer can end. Use the policy's own tokenizer, or resize its embeddings before SFT."
+        )
+        return [Finding("error", message)]
+    values = {name: value for name, (value, _) in options.items()}
+    singles = {words[0] for words in values.get("bad_words_ids", ()) if len(words) == 1}
+    forced = values.get("min_new_tokens", 0)
+    if ids <= {*values.get("suppress_tokens", ()), *singles} or forced >= max_completion_length:
+        cause = "suppressed" if forced < max_completion_length else f"kept away by `min_new_tokens` ({forced})"
+        message = (
+            f"The tokens that end an answer ({_listed(ids)}) are {cause}: every answer is cut at "
+            f"`max_completion_length` ({max_completion_length})."
+        )
+        return [Finding("warning", message)]
+    return []
+
+
+def _listed(ids: set[int]) -> str:
+    return ", ".join(map(str, sorted(ids)))
+
+
+def card_findings(scorer: RewardModelScorer, args: PPOConfig, weight: float, *, alone: bool) -> list[Finding]:
+    """Return what a reward model's card says against it.
+
+    Args:
+        scorer: The reward model.
+        args: Options of the run.
+        weight: Of the reward model in the reward.
+        alone: Whether it is the only reward.
+    """
+    card, name, messages = scorer.card, scorer.__name__, []
+    if card is None:
+        return []
+    if card.eval_accuracy is not None and card.eval_accuracy <= 0.5:
+        messages.append(
+            f"The reward model {name} ranks {card.eval_accuracy:.0%} of its evaluation pairs as the annotators did, "
+            "no better than chance. Train it further before PPO."
+        )
+    if alone and not args.reward_norm and card.score_std:
+        spread = abs(weight) * card.score_std
+        low, high = (bound * args.cliprange_value for bound in SPREAD_PER_CLIP)
+        if not low <= spread <= high:
+            messages.append(
+                f"The scores of {name} have a deviation of {spread:.3g}, and `cliprange_value` is "
+                f"{args.cliprange_value:g} of the same unit: the critic would "
+                f"{'lag' if spread > high else 'overshoot'}. Set `reward_norm: true`, or "
+                f"`cliprange_value: {0.2 * spread:.2g}`."
+            )
+    return [Finding("warning", message) for message in messages]
+
+
+def probe(prompts: list[Any], answers: list[Any] | None) -> tuple[list[Any], list[Any], bool]:
+    """Return prompts and answers to score: first each prompt's own answer, if there is one, then another prompt's.
+
+    Args:
+        prompts: Text or messages.
+        answers: Of the same prompts and kind; without any, the text of another prompt stands in for a wrong answer.
+
+    Returns:
+        Prompts, answers, and whether the first half are own answers.
+    """
+    prompts = prompts[:PROBES]
+    if answers is None or not all(_fits(*row) for row in zip(prompts, answers[:PROBES], strict=True)):
+        texts = [p if isinstance(p, str) else [{"role": "assistant", "content": p[-1]["content"]}] for p in prompts]
+        return prompts, [*texts[1:], texts[0]], False
+    own = answers[:PROBES]
+    return [*prompts, *prompts], [*own, *own[1:], own[0]], True
+
+
+def _fits(prompt: Any, answer: Any) -> bool:
+    if isinstance(prompt, str) or isinstance(answer, str):
+        return isinstance(prompt, str) and isinstance(answer, str)
+    return bool(answer) and answer[0].get("role") == "assistant"  # else it holds the prompt too
+
+
+def answers_of(dataset: Dataset) -> list[Any] | None:
+    """Return some answers that a dataset gives to its prompts, the good ones of a pair; `None` without any."""
+    column = next((name for name in ("completion", "chosen") if name in dataset.column_names), None)
+    return None if column is None else list(dataset[:PROBES][column])
+
+
+def score_findings(scorer: RewardModelScorer, scores: list[float], own: bool, clip: float | None) -> list[Finding]:
+    """Return what is odd about a reward model's scores of what `probe` gives.
+
+    Args:
+        scorer: The reward model.
+        scores: In the order of `probe`.
+        own: Whether the first half belong to own answers.
+        clip: `reward_norm_clip` if the normaliser starts from the card, else `None`.
+    """
+    name, values = scorer.__name__, torch.tensor(scores, dtype=torch.float64)
+    lost = int((~values.isfinite()).sum())
+    if lost:
+        message = (
+            f"The reward model {name} gives no finite score to {lost} of {len(scores)} answers. Load it in another "
+            "`dtype` (`bfloat16` or `float32` instead of `float16`), or train it again."
+        )
+        return [Finding("error" if lost == len(scores) else "warning", message)]
+    if len(scores) > 1 and values.max() == values.min():
+        message = f"The reward model {name} gives {values[0]:.3g} to {len(scores)} different answers. Train it again."
+        return [Finding("warning", message)]
+    if not own:
+        return []
+    messages = []
+    good, wrong = values.chunk(2)
+    if (good > wrong).sum() * 2 < len(good):
+        messages.append(
+            f"The reward model {name} puts the dataset's answer above that to another prompt in only "
+            f"{int((good > wrong).sum())} of {len(good)} cases (mean {good.mean():.2f} and {wrong.mean():.2f}). Check "
+            "its training data and `response_separator`."
+        )
+    card = scorer.card
+    if clip and card is not None and card.score_mean is not None and card.score_std:
+        distance = (good.mean().item() - card.score_mean) / card.score_std
+        if abs(distance) > clip:
+            messages.append(
+                f"The dataset's answers score {good.mean():.2f} by {name}, {abs(distance):.0f} deviations from the "
+                f"mean of its card ({card.score_mean:.2f}): beyond `reward_norm_clip` ({clip:g}) all first scores are "
+                "clipped alike. Train the reward model on data like these."
+            )
+    return [Finding("warning", message) for message in messages]

@@ -1,0 +1,275 @@
+"""Preflight: what a run will do, need and run into, said before its first step.
+
+Warnings are printed, errors end the run on all processes; what is counted and checked lies in `schedule`,
+`data_checks`, `resources` and `policy_checks`. Reads only: a run trains the same weights with it or without.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, broadcast_object_list
+from datasets import Dataset
+from peft import PeftModel
+
+from rlhf_recipes.console import print_lines
+from rlhf_recipes.durability.ending import wait_to_end
+from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, tracking_uri
+from rlhf_recipes.preflight.dataset import NEGLIGIBLE, check_preferences, check_prompts, longer_chosen, texts
+from rlhf_recipes.preflight.finding import Finding
+from rlhf_recipes.preflight.policy import (
+    PROBES,
+    answers_of,
+    card_findings,
+    end_findings,
+    probe,
+    sampling_findings,
+    sampling_options,
+    score_findings,
+)
+from rlhf_recipes.preflight.resources import (
+    activation_bytes,
+    cache_bytes,
+    checkpoint_bytes,
+    disk_findings,
+    free_disk,
+    free_memory,
+    gigabytes,
+    memory_findings,
+    memory_to_come,
+    parameter_bytes,
+    planned_bytes,
+    training_sizes,
+)
+from rlhf_recipes.preflight.schedule import Schedule, kl_findings, ppo_schedule, schedule_findings, supervised_schedule
+from rlhf_recipes.rewards.card import tokenizer_fingerprint
+from rlhf_recipes.rewards.scorer import RewardModelScorer
+
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+LONGEST = 64  # prompts, by characters, of which the tokens are counted
+MEASURED = 10_000  # tokenised rows, of which the longest is looked up
+
+
+class Report:
+    """Lines and findings of one preflight."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, str] = {}
+        self.findings: list[Finding] = []
+
+    def write(self, title: str) -> None:
+        """Print the lines as a block, and what was found below it."""
+        block = [f"  {name:<12}{text}" for name, text in self.lines.items()]
+        found = [f"{finding.level.capitalize()}: {finding.message}" for finding in self.findings]
+        print_lines(title, *block, *found)
+
+    @property
+    def errors(self) -> list[str]:
+        """Messages of the errors."""
+        return [finding.message for finding in self.findings if finding.level == "error"]
+
+
+def preflight(
+    trainer: Any,
+    train: Dataset,
+    evaluation: Dataset | None,
+    preflight_args: PreflightArguments,
+    tracking: TrackingArguments,
+    *,
+    with_answers: Dataset | None = None,
+) -> None:
+    """Print what a run will do and what is odd about it. Every process must call this.
+
+    Args:
+        trainer: As it is about to train.
+        train: Its data, as loaded.
+        evaluation: Likewise.
+        preflight_args: Whether this is all.
+        tracking: Whether a copy of the model is kept.
+        with_answers: The prompts of `train` with the columns that PPO does not see, to try the reward model on.
+
+    Raises:
+        ValueError: If something is bound to stop or void the run.
+        SystemExit: If `preflight_only`: 1 with errors, else 0.
+    """
+    report, state = Report(), PartialState()
+    is_ppo = isinstance(trainer.args, PPOConfig)
+    if is_ppo:
+        _check_rewards(report, trainer, with_answers)  # a sharded reward model needs all processes
+    if state.is_main_process:
+        schedule = (_check_ppo if is_ppo else _check_supervised)(report, trainer, train, evaluation)
+        _check_disk(report, trainer, schedule, tracking)
+        _check_memory(report, trainer, train)
+        processes = _counted(state.num_processes, "process", "processes")
+        report.write(f"Preflight: {processes} on {state.device.type}, {schedule.steps:,} optimiser steps")
+    errors = [report.errors]
+    if state.num_processes > 1:
+        broadcast_object_list(errors)
+    if preflight_args.preflight_only:
+        wait_to_end()
+        trainer.end()
+        raise SystemExit(1 if errors[0] else 0)
+    if errors[0]:
+        raise ValueError(" ".join(errors[0]))
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
+
+
+def _check_ppo(report: Report, trainer: Any, train: Dataset, evaluation: Dataset | None) -> Schedule:
+    args, rewards = trainer.args, report.lines.pop("reward")
+    schedule = ppo_schedule(args, len(train))
+    per_prompt = f", {args.num_generations} per prompt" if args.num_generations > 1 else ""
+    report.lines["rollout"] = (
+        f"{schedule.rollout:,} completions ({args.per_device_train_batch_size} x "
+        f"{_counted(args.world_size, 'process', 'processes')} x {args.steps_per_generation} steps){per_prompt}"
+    )
+    report.lines["updates"] = (
+        f"{_counted(args.num_iterations, 'epoch', 'epochs')} of "
+        f"{_counted(schedule.mini_batches, 'mini-batch', 'mini-batches')} of {schedule.batch}: "
+        f"{_counted(args.rollout_steps, 'optimiser step', 'optimiser steps')} per rollout"
+    )
+    completions = schedule.rollouts * schedule.rollout
+    report.lines["run"] = (
+        f"{_counted(schedule.rollouts, 'rollout', 'rollouts')}, {completions:,} completions, at most "
+        f"{completions * args.max_completion_length:,} tokens"
+    )
+    report.lines["data"] = f"{len(train):,} prompts, {schedule.prompts:,} drawn ({schedule.passes:.2f} passes)"
+    _add_events(report, schedule, args, evaluation)
+    report.lines["reward"] = rewards
+    report.findings += schedule_findings(args, schedule, None if evaluation is None else len(evaluation))
+    report.findings += kl_findings(args, schedule) + check_prompts(train, evaluation)
+    options = sampling_options(
+        args,
+        getattr(trainer, "generation_kwargs", {}),
+        None if args.use_vllm else trainer.model.generation_config,
+    )
+    vocab_size = trainer.model.config.get_text_config().vocab_size
+    report.findings += end_findings(trainer.eos_token_ids, vocab_size, options, args.max_completion_length)
+    report.findings += sampling_findings(options)
+    return schedule
+
+
+def _check_supervised(report: Report, trainer: Any, train: Dataset, evaluation: Dataset | None) -> Schedule:
+    args, rows = trainer.args, len(trainer.train_dataset)
+    schedule = supervised_schedule(args, rows)
+    report.lines["updates"] = (
+        f"{schedule.batch:,} rows per optimiser step ({args.train_batch_size} x "
+        f"{_counted(args.world_size, 'process', 'processes')} x {args.gradient_accumulation_steps} accumulated)"
+    )
+    report.lines["data"] = f"{rows:,} rows, {schedule.passes:.2f} passes"
+    _add_events(report, schedule, args, evaluation)
+    report.findings += schedule_findings(args, schedule, None)
+    if "chosen" not in train.column_names:
+        return schedule
+    share = longer_chosen(texts(train, ["chosen", "rejected"]))
+    report.lines["data"] += "" if share is None else f"; the longer answer is chosen in {share:.0%}"
+    report.findings += check_preferences(train, evaluation)
+    if (dropped := len(train) - rows) > NEGLIGIBLE * len(train):
+        message = (
+            f"{dropped:,} of {len(train):,} pairs are longer than `max_length` ({args.max_length}) tokens and left "
+            "out. Raise `max_length`, or shorten them."
+        )
+        report.findings.append(Finding("warning" if rows else "error", message))
+    return schedule
+
+
+def _add_events(report: Report, schedule: Schedule, args: Any, evaluation: Dataset | None) -> None:
+    if schedule.evaluations and evaluation is not None:
+        report.lines["evaluation"] = f"{_counted(schedule.evaluations, 'time', 'times')} on {len(evaluation):,} rows"
+    kept = "" if not args.save_total_limit else f", the last {args.save_total_limit} kept"
+    report.lines["checkpoints"] = f"{schedule.checkpoints}{kept}, and the final model"
+
+
+def _check_rewards(report: Report, trainer: Any, with_answers: Dataset | None) -> None:
+    described, args, functions = [], trainer.args, trainer.reward_funcs
+    weights = trainer.reward_weights.tolist()
+    for name, function, weight in zip(trainer.reward_func_names, functions, weights, strict=True):
+        if not isinstance(function, RewardModelScorer):
+            described.append(name)
+            continue
+        described.append(_describe(function, trainer.processing_class))
+        report.findings += card_findings(function, args, weight, alone=len(functions) == 1)
+        if function.model is trainer.model and trainer.accelerator.distributed_type in SHARDED:
+            continue  # in shards that are put together only once training has begun
+        prompts, answers, own = probe(
+            trainer.train_dataset[:PROBES]["prompt"], None if with_answers is None else answers_of(with_answers)
+        )
+        clip = args.reward_norm_clip if args.reward_norm and len(functions) == 1 else None
+        report.findings += score_findings(function, function(prompts, answers), own, clip)
+    report.lines["reward"] = "; ".join(described)
+
+
+def _describe(scorer: RewardModelScorer, tokenizer: Any) -> str:
+    parts = [scorer.__name__]
+    if scorer.card is not None and scorer.card.eval_accuracy is not None:
+        parts.append(f"accuracy {scorer.card.eval_accuracy:.2f}")
+    if scorer.card is not None and scorer.card.score_mean is not None and scorer.card.score_std is not None:
+        parts.append(f"score {scorer.card.score_mean:.2f} ± {scorer.card.score_std:.2f}")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    if tokenizer_fingerprint(scorer.tokenizer) != tokenizer_fingerprint(tokenizer):
+        parts.append("tokenizer of its own")
+    return ", ".join(parts)
+
+
+def _check_disk(report: Report, trainer: Any, schedule: Schedule, tracking: TrackingArguments) -> None:
+    args = trainer.args
+    sizes = training_sizes(trainer.model, args, adapter=isinstance(trainer.model, PeftModel))
+    one = checkpoint_bytes(sizes, only_model=args.save_only_model)
+    final = checkpoint_bytes(sizes, only_model=True)
+    keeps_copy = tracking.tracking and tracking.log_model and not tracking_uri(tracking).startswith("http")
+    planned = planned_bytes(one, final, schedule.checkpoints, args.save_total_limit, 1 + keeps_copy)
+    free = free_disk(args.output_dir)
+    report.lines["disk"] = f"up to {gigabytes(planned)} to be written, {gigabytes(free)} free"
+    first = one if schedule.checkpoints else final
+    report.findings += disk_findings(args.output_dir, free, first, planned)
+
+
+def _check_memory(report: Report, trainer: Any, train: Dataset) -> None:
+    args, model = trainer.args, trainer.model
+    config, device = model.config.get_text_config(), args.device
+    scorers = [f.model for f in getattr(trainer, "reward_funcs", ()) if isinstance(f, RewardModelScorer)]
+    frozen = [m for m in (getattr(trainer, "ref_model", None), *scorers) if isinstance(m, torch.nn.Module)]
+    width = 2 if args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16) else 4
+    sequence, rows, generation = _longest(trainer, train), args.per_device_train_batch_size, 0
+    if isinstance(args, PPOConfig):
+        sequence += args.max_completion_length
+        sampled = 0 if args.use_vllm else rows * args.steps_per_generation
+        generation = cache_bytes(config, sampled * sequence, width=width) + 4 * sampled * config.vocab_size
+    elif "chosen" in train.column_names:
+        rows *= 2
+    activations = activation_bytes(config, rows * sequence, width=width, checkpointing=args.gradient_checkpointing)
+    to_come = memory_to_come(
+        training_sizes(model, args, adapter=False),
+        activations,
+        generation,
+        processes=args.world_size,
+        sharded=trainer.accelerator.distributed_type in SHARDED,
+    )
+    free = free_memory(device) // (args.world_size if device.type == "cpu" else 1)
+    report.lines["memory"] = (
+        f"{gigabytes(parameter_bytes([model, *frozen]))} of weights loaded, about {gigabytes(to_come)} to come, "
+        f"{gigabytes(free)} free (estimate)"
+    )
+    report.findings += memory_findings(to_come, free, str(device))
+
+
+def _longest(trainer: Any, train: Dataset) -> int:
+    """Return about the most tokens of a row of what is trained on."""
+    return max(_lengths(trainer, train), default=0)
+
+
+def _lengths(trainer: Any, train: Dataset) -> Iterator[int]:
+    if isinstance(trainer.args, PPOConfig):
+        prompts = texts(train, ["prompt"])["prompt"]
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        for text in prompts.loc[prompts.str.len().nlargest(LONGEST).index]:
+            yield len(tokenizer(text)["input_ids"])
+        return
+    tokenised = trainer.train_dataset
+    for column in {"chosen_ids", "rejected_ids", "input_ids"} & set(tokenised.column_names):
+        rows = tokenised.select(range(min(len(tokenised), MEASURED))).with_format("arrow")[:][column]
+        yield max((len(row) for row in rows), default=0)

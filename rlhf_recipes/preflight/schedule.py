@@ -1,0 +1,166 @@
+"""What a run will do, counted before it starts: batches, steps, evaluations, checkpoints.
+
+Pure: options and the number of rows in, whole numbers and findings about them out.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.preflight.finding import Finding
+
+# Half the width of a 95 % interval of a win rate near 1/2 is 0.98 / sqrt(prompts): 0.18 at 30.
+MIN_EVALUATION_PROMPTS = 30
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How often what happens.
+
+    Args:
+        steps: Optimiser steps.
+        batch: Rows of the dataset, or completions, per optimiser step, over all processes.
+        passes: Passes over the training data.
+        evaluations: During training, with the one at the start.
+        checkpoints: Written; how many are kept is `save_total_limit`'s.
+    """
+
+    steps: int
+    batch: int
+    passes: float
+    evaluations: int
+    checkpoints: int
+
+
+@dataclass(frozen=True)
+class PPOSchedule(Schedule):
+    """How often what happens in PPO.
+
+    Args:
+        rollouts: Sampled; the last one may be used in part.
+        rollout: Completions per rollout, over all processes.
+        mini_batches: Optimiser steps per epoch over a rollout.
+        prompts: Drawn from the dataset in the run.
+    """
+
+    rollouts: int
+    rollout: int
+    mini_batches: int
+    prompts: int
+
+
+def ppo_schedule(args: PPOConfig, rows: int) -> PPOSchedule:
+    """Return the schedule of `PPOTrainer`.
+
+    Args:
+        args: Options.
+        rows: Training prompts, at least one rollout's. A pass leaves out what does not fill a rollout.
+    """
+    prompts_per_rollout = args.generation_batch_size // args.num_generations
+    steps_per_pass = rows // prompts_per_rollout * args.rollout_steps
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_pass)
+    rollouts = math.ceil(steps / args.rollout_steps)
+    return PPOSchedule(
+        rollouts=rollouts,
+        rollout=args.generation_batch_size,
+        mini_batches=args.rollout_steps // args.num_iterations,
+        prompts=rollouts * prompts_per_rollout,
+        batch=args.generation_batch_size * args.gradient_accumulation_steps // args.steps_per_generation,
+        **_events(args, steps, steps_per_pass),
+    )
+
+
+def supervised_schedule(args: Any, rows: int) -> Schedule:
+    """Return the schedule of a trainer that reads its dataset row by row.
+
+    Args:
+        args: transformers' `TrainingArguments`.
+        rows: Of the training data.
+    """
+    micro_batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+    steps_per_pass = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_pass)
+    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    return Schedule(batch=batch, **_events(args, steps, steps_per_pass))
+
+
+def _events(args: Any, steps: int, steps_per_pass: int) -> dict[str, Any]:
+    evaluations = _count(args.eval_strategy, args.eval_steps, steps, steps_per_pass, args.eval_delay)
+    if args.save_strategy == "best":
+        checkpoints = evaluations  # at most
+    else:
+        checkpoints = _count(args.save_strategy, args.save_steps, steps, steps_per_pass)
+    return {
+        "steps": steps,
+        "passes": steps / steps_per_pass,
+        "evaluations": evaluations + bool(args.eval_on_start),
+        "checkpoints": checkpoints,
+    }
+
+
+def _count(strategy: str, every: float | None, steps: int, steps_per_pass: int, delay: float = 0) -> int:
+    """Count what transformers' trainer does every so many steps, and by `steps` at the end too, or after each pass."""
+    if strategy == "steps" and every:
+        every = math.ceil(every * steps) if every < 1 else int(every)
+        moments = {*range(every, steps + 1, every), steps}
+        return sum(moment >= delay for moment in moments)
+    if strategy == "epoch":
+        passes = math.ceil(steps / steps_per_pass)
+        return sum(min(end, steps / steps_per_pass) >= delay for end in range(1, passes + 1))
+    return 0
+
+
+def schedule_findings(args: Any, schedule: Schedule, evaluation_rows: int | None) -> list[Finding]:
+    """Return what is odd about evaluations and stopping.
+
+    Args:
+        args: Options of the trainer.
+        schedule: Of the run.
+        evaluation_rows: Rows of the evaluation set; `None` without one.
+    """
+    findings = []
+    if args.eval_strategy == "steps" and (args.eval_steps or 0) > schedule.steps:
+        findings.append(
+            f"`eval_steps` ({args.eval_steps:g}) is more than the run's {schedule.steps} optimiser steps: it is "
+            "evaluated at its ends only. Lower `eval_steps`."
+        )
+    patience = getattr(args, "early_stopping_patience", None)
+    if patience is not None and patience >= schedule.evaluations:
+        findings.append(
+            f"`early_stopping_patience` ({patience}) cannot end a run of {schedule.evaluations} evaluations. Lower "
+            "it, or `eval_steps`."
+        )
+    if isinstance(args, PPOConfig) and evaluation_rows is not None and evaluation_rows < MIN_EVALUATION_PROMPTS:
+        findings.append(
+            f"There are {evaluation_rows} prompts to evaluate on: the 95 % interval of a win rate is then about ±"
+            f"{0.98 / math.sqrt(evaluation_rows):.2f}, wider than most gains. Use {MIN_EVALUATION_PROMPTS} or more "
+            "(`dataset_test_split`)."
+        )
+    return [Finding("warning", message) for message in findings]
+
+
+def kl_findings(args: PPOConfig, schedule: PPOSchedule) -> list[Finding]:
+    """Return options of the KL penalty that do nothing, or something twice."""
+    findings = []
+    if args.beta and args.kl_coef:
+        findings.append(
+            f"The KL is paid twice, in the reward (`kl_coef` {args.kl_coef:g}) and the loss (`beta` {args.beta:g}). "
+            "Set one to 0."
+        )
+    if args.kl_controller == "fixed" and args.target_kl != PPOConfig.target_kl:
+        findings.append(
+            f"`target_kl` ({args.target_kl:g}) does nothing with `kl_controller: fixed`. Set it to `adaptive`."
+        )
+    completions = schedule.rollouts * schedule.rollout
+    if args.kl_controller == "adaptive" and completions < args.kl_horizon:
+        findings.append(
+            f"`kl_horizon` ({args.kl_horizon}) is more than the run's {completions} completions: the controller "
+            "cannot change `kl_coef` by even a fifth in all. Lower `kl_horizon`."
+        )
+    if args.kl_controller == "adaptive" and schedule.rollout > args.kl_horizon:
+        findings.append(
+            f"`kl_horizon` ({args.kl_horizon}) is less than one rollout's {schedule.rollout} completions: `kl_coef` "
+            "jumps by more than a fifth at a time and overshoots. Raise `kl_horizon`."
+        )
+    return [Finding("warning", message) for message in findings]

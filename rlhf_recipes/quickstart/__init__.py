@@ -1,0 +1,1 @@
+"""The small world of the quickstart, whose true score is known."""

@@ -1,0 +1,226 @@
+"""A small world of text in which the quality of an answer is known exactly: the default data of the recipes.
+
+Sixteen animals have a home, a food, a colour, hours and a voice, drawn from a seed. A prompt asks about one of them.
+An answer is a few sentences of a closed grammar: courtesies, true or false facts, facts about another animal, filler,
+insults, repetitions. Every sentence is looked up, so the gold score of any text is exact, needs no network, and cannot
+be had by length or by one magic token. Demonstrations are of mixed quality on purpose: SFT lands mid-range, and PPO
+has somewhere to go. The reward model never sees the gold score, only noisy preferences drawn from it.
+
+Prompts and answers hold no newline: the caller joins them with its `response_separator`.
+"""
+
+import itertools
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+SUBJECTS = (
+    *("fox", "bear", "otter", "heron", "beetle", "hare", "wolf", "goat"),
+    *("crow", "toad", "seal", "mole", "lynx", "moth", "deer", "crab"),
+)
+VALUES = {
+    "home": ("forest", "desert", "river", "valley", "meadow", "swamp", "cave", "garden"),
+    "food": ("berries", "grass", "fish", "insects", "nuts", "seeds", "leaves", "roots"),
+    "colour": ("red", "brown", "black", "white", "grey", "green", "yellow", "blue"),
+    "hours": ("at dawn", "at noon", "at dusk", "at night", "in spring", "in summer", "in autumn", "in winter"),
+    "voice": ("barks", "hums", "whistles", "growls", "clicks", "sings", "squeaks", "roars"),
+}
+FACT_TEMPLATES = {
+    "home": ("The {subject} lives in the {value}.", "You can find the {subject} in the {value}."),
+    "food": ("The {subject} eats {value}.", "The {subject} likes the taste of {value}."),
+    "colour": ("The {subject} is {value}.", "You can see that the {subject} is {value}."),
+    "hours": ("The {subject} is awake {value}.", "The {subject} goes out {value}."),
+    "voice": ("The {subject} {value}.", "You can hear that the {subject} {value}."),
+}
+PROMPT_TEMPLATES = (
+    "What is the {attribute} of the {subject}?",
+    "Tell me about the {attribute} of the {subject}.",
+    "Do you know the {attribute} of the {subject}?",
+    "I want to learn about the {subject} and its {attribute}.",
+    "Describe the {subject} and above all its {attribute}.",
+)
+STOCK_SENTENCES = {
+    "opening": ("Good question.", "Thank you for asking.", "I am happy to help."),
+    "closing": ("I hope this helps.", "Ask me more.", "Have a good day."),
+    "filler": ("There is a lot to say.", "Well, it depends.", "Some people know this."),
+    "rude": ("What a stupid question.", "Go away.", "You know nothing."),
+}
+FLAWS = ("false", "off_topic", "filler", "rude", "repeated")
+WEIGHTS = {
+    "fact": 1.0,
+    "asked": 1.5,
+    "courtesy": 0.5,
+    "filler": -0.5,
+    "off_topic": -1.0,
+    "false": -1.5,
+    "rude": -2.0,
+    "repeated": -2.0,
+    "nonsense": -2.0,
+    "empty": -3.0,
+}
+MAX_FACTS = 3
+BEST_SCORE = MAX_FACTS * WEIGHTS["fact"] + WEIGHTS["asked"] + 2 * WEIGHTS["courtesy"]
+
+
+class Topic(NamedTuple):
+    """What a prompt asks about."""
+
+    subject: str
+    attribute: str
+
+
+class Fact(NamedTuple):
+    """What a sentence claims, truly or falsely."""
+
+    topic: Topic
+    value: str
+
+
+@dataclass(frozen=True)
+class TextWorld:
+    """The animals, what is true of them, the prompts, the answers, and what an answer is worth.
+
+    Args:
+        seed: Fixes the facts. Prompts and grammar are the same in every world.
+    """
+
+    seed: int = 0
+
+    @cached_property
+    def truth(self) -> dict[Topic, str]:
+        """The true value of every attribute of every animal."""
+        rng = random.Random(self.seed)
+        return {Topic(subject, name): rng.choice(VALUES[name]) for subject in SUBJECTS for name in VALUES}
+
+    @cached_property
+    def topics(self) -> dict[str, Topic]:
+        """What each prompt asks about."""
+        return {
+            template.format(**topic._asdict()): topic
+            for topic, template in itertools.product(self.truth, PROMPT_TEMPLATES)
+        }
+
+    @cached_property
+    def grammar(self) -> dict[str, Fact | str]:
+        """Every sentence there is, with what it claims or, for a stock sentence, its kind."""
+        sentences: dict[str, Fact | str] = {text: kind for kind, texts in STOCK_SENTENCES.items() for text in texts}
+        for topic in self.truth:
+            for value, template in itertools.product(VALUES[topic.attribute], FACT_TEMPLATES[topic.attribute]):
+                sentences[template.format(subject=topic.subject, value=value)] = Fact(topic, value)
+        return sentences
+
+    def prompts(self) -> list[str]:
+        """Return all distinct prompts, in a fixed order."""
+        return list(self.topics)
+
+    def topic(self, prompt: str) -> Topic:
+        """Return what a prompt asks about. What follows its full stop or question mark is taken for a separator.
+
+        Raises:
+            ValueError: The prompt is not one of `prompts()`.
+        """
+        text = re.split(r"(?<=[.?])", prompt, maxsplit=1)[0].strip()
+        if text not in self.topics:
+            raise ValueError(f"{prompt!r} is not a prompt of the text world, which can score only its own prompts.")
+        return self.topics[text]
+
+    def sample_response(self, prompt: str, rng: random.Random) -> str:
+        """Return a demonstration of mixed quality: a few sentences, written with a care drawn for this answer.
+
+        Care, uniform on [0, 1], is the chance to be courteous, to begin with what was asked, and to keep any one
+        sentence free of flaws. It differs between the answers to one prompt, so that their scores spread widely.
+        """
+        topic, care = self.topic(prompt), rng.random()
+        attributes = rng.sample(list(VALUES), len(VALUES))
+        if rng.random() < care:
+            attributes.sort(key=lambda name: name != topic.attribute)
+        sentences = [rng.choice(STOCK_SENTENCES["opening"])] if rng.random() < care else []
+        for name in attributes[: rng.randint(2, 4)]:
+            flaw = None if rng.random() < care else rng.choice(FLAWS)
+            sentences.append(self._body_sentence(topic._replace(attribute=name), flaw, sentences, rng))
+        if rng.random() < care:
+            sentences.append(rng.choice(STOCK_SENTENCES["closing"]))
+        return " ".join(sentences)
+
+    def _body_sentence(self, topic: Topic, flaw: str | None, said: list[str], rng: random.Random) -> str:
+        if flaw in STOCK_SENTENCES:
+            return rng.choice(STOCK_SENTENCES[flaw])
+        if flaw == "repeated" and said:
+            return rng.choice(said)
+        if flaw == "off_topic":
+            topic = topic._replace(subject=rng.choice([name for name in SUBJECTS if name != topic.subject]))
+        value = self.truth[topic]
+        if flaw == "false":
+            value = rng.choice([other for other in VALUES[topic.attribute] if other != value])
+        return rng.choice(FACT_TEMPLATES[topic.attribute]).format(subject=topic.subject, value=value)
+
+    def best_response(self, prompt: str) -> str:
+        """Return one answer of the highest score: courteous, true, what was asked and two facts more."""
+        topic = self.topic(prompt)
+        names = sorted(VALUES, key=lambda name: name != topic.attribute)[:MAX_FACTS]
+        facts = [
+            FACT_TEMPLATES[name][0].format(subject=topic.subject, value=self.truth[topic._replace(attribute=name)])
+            for name in names
+        ]
+        return " ".join([STOCK_SENTENCES["opening"][0], *facts, STOCK_SENTENCES["closing"][0]])
+
+    def assess(self, prompt: str, response: str) -> Counter[str]:
+        """Return how often each virtue and flaw of `WEIGHTS` occurs in the response.
+
+        A sentence is known to the letter or is nonsense. A fact is the same fact in any wording. A courtesy counts
+        only in its place, an opening first and a closing last; elsewhere it is filler, and so is a true fact after
+        the third.
+        """
+        topic, sentences = self.topic(prompt), split_sentences(response)
+        counts: Counter[str] = Counter() if sentences else Counter(empty=1)
+        seen: set[Fact | str] = set()
+        for position, sentence in enumerate(sentences):
+            meaning = self.grammar.get(sentence, "nonsense")
+            key = meaning if isinstance(meaning, Fact) else sentence
+            kind = self._judge(meaning, topic, is_first=position == 0, is_last=position == len(sentences) - 1)
+            counts["repeated" if key in seen else kind] += 1
+            seen.add(key)
+        surplus = max(counts["fact"] - MAX_FACTS, 0)
+        asked = Fact(topic, self.truth[topic]) in seen
+        counts.update({"fact": -surplus, "filler": surplus, "asked": int(asked)})
+        return counts
+
+    def _judge(self, meaning: Fact | str, topic: Topic, *, is_first: bool, is_last: bool) -> str:
+        if isinstance(meaning, Fact):
+            if meaning.topic.subject != topic.subject:
+                return "off_topic"
+            return "fact" if self.truth[meaning.topic] == meaning.value else "false"
+        in_place = {"opening": is_first, "closing": is_last}
+        return ("courtesy" if in_place[meaning] else "filler") if meaning in in_place else meaning
+
+    def gold_score(self, prompt: str, response: str) -> float:
+        """Return the exact quality of a response: the weighted sum of its virtues and flaws.
+
+        s = sum_k WEIGHTS[k] * assess(prompt, response)[k]
+
+        At most `BEST_SCORE`; not bounded below.
+        """
+        return sum(WEIGHTS[kind] * count for kind, count in self.assess(prompt, response).items())
+
+
+DEFAULT_WORLD = TextWorld()
+
+
+def gold_score(prompts: Sequence[str], completions: Sequence[str], **kwargs) -> list[float]:
+    """Score completions in the default world, with the signature of a TRL reward function.
+
+    Args:
+        prompts: With or without the separator.
+        completions: Plain text, special tokens already removed.
+        **kwargs: Ignored: TRL also passes token ids, dataset columns and the trainer state.
+    """
+    return [DEFAULT_WORLD.gold_score(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cut a text after every full stop. What follows the last one, an unfinished sentence, is a piece as well."""
+    return [piece.strip() for piece in re.findall(r"[^.]*\.|[^.]+$", text) if piece.strip()]

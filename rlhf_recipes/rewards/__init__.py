@@ -1,0 +1,1 @@
+"""Everything that scores a completion, and how it is called safely."""

@@ -1,0 +1,105 @@
+"""One backbone for four roles: a reward model that is a second adapter on the policy's own base.
+
+Policy (adapter), reference (adapter off), critic (value head) and reward model (this) then share one base,
+in 4 bit or not, switched per forward.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor
+from trl.trainer.utils import use_adapter
+
+from rlhf_recipes.models.quantization import quantization_of, restore_precision, saved_quantization
+from rlhf_recipes.models.reward_model import ScoreHead, is_adapter
+from rlhf_recipes.models.safe_loading import safe_loading
+from rlhf_recipes.rewards.card import RewardModelCard
+from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
+
+REWARD_ADAPTER = "reward"
+
+
+class RewardAdapterScorer(RewardModelScorer):
+    """Score completions with a LoRA reward model, on the backbone of the policy that is being trained.
+
+    The scores are those of the reward model by itself. Call `attach` before anything is scored.
+
+    Args:
+        path: What `RewardModelTrainer` saved with a `peft_config`.
+
+    Raises:
+        ValueError: If `path` is not an adapter with a score head.
+    """
+
+    def __init__(self, path: str) -> None:
+        if not is_adapter(path):
+            raise ValueError(
+                f"`reward_adapter` is {path}, which is no adapter. Train the reward model with `use_peft: true`, or "
+                "give a whole one as `reward_model_path`."
+            )
+        with safe_loading(path):
+            weights = load_peft_weights(path, device="cpu")
+        heads = [name for name in weights if name.endswith("score.weight")]
+        if len(heads) != 1:
+            raise ValueError(f"`reward_adapter` {path} has no score head: it is not a reward model.")
+        score = weights.pop(heads[0])
+        self.head = ScoreHead(score.size(1), 1, bias=False).requires_grad_(False)
+        self.head.weight.data.copy_(score)
+        self.path, self._weights = path, weights
+        super().__init__(None, load_scorer_tokenizer(path), RewardModelCard.load(path))
+        self.__name__ = Path(path).name
+
+    def attach(self, policy: PeftModel, base: str) -> None:
+        """Add the adapter, frozen, to a policy of the same base.
+
+        Args:
+            policy: Has an adapter of its own. Its causal LM must take `backbone_only` (`add_completion_forward`).
+            base: Name or path of the policy's base.
+
+        Raises:
+            ValueError: If the reward model was trained on another base.
+        """
+        config = copy.deepcopy(PeftConfig.from_pretrained(self.path))
+        self._check_base(policy, base, config.base_model_name_or_path)
+        config.modules_to_save, config.task_type, config.inference_mode = None, None, True
+        policy.add_adapter(REWARD_ADAPTER, config)
+        set_peft_model_state_dict(policy, self._weights, adapter_name=REWARD_ADAPTER)
+        if getattr(policy, "is_quantized", False):
+            restore_precision(policy, self._weights, REWARD_ADAPTER)
+        for name, parameter in policy.named_parameters():
+            if f".{REWARD_ADAPTER}." in name:
+                parameter.requires_grad_(False)
+        self.model, self._weights = policy, {}
+
+    def _check_base(self, policy: PeftModel, base: str, trained_on: str) -> None:
+        if Path(base).resolve() != Path(trained_on).resolve():
+            raise ValueError(
+                f"`reward_adapter` {self.path} was trained on {trained_on}, but the policy's base is {base}. Train a "
+                "reward model on that base, or give this one as `reward_model_path`, beside the policy."
+            )
+        ours, theirs = quantization_of(policy), saved_quantization(self.path)
+        if (ours and ours.to_dict()) != (theirs and theirs.to_dict()):
+            raise ValueError(
+                f"`reward_adapter` {self.path} was trained on a base that was {_describe(theirs)}, but the policy's "
+                f"is {_describe(ours)}: its scores would differ. Load the policy's base in the same way."
+            )
+
+    def _score(self, batch: Any) -> Tensor:
+        was_training = self.model.training
+        self.model.eval()
+        with use_adapter(self.model, REWARD_ADAPTER):
+            states = self.model(**batch, backbone_only=True).last_hidden_state
+        self.model.train(was_training)
+        last = states[torch.arange(len(states)), batch["attention_mask"].sum(dim=1) - 1]
+        return self.head.to(last.device)(last)[:, 0]
+
+
+def _describe(quantization: Any) -> str:
+    if quantization is None:
+        return "not quantised (`load_in_4bit: false`)"
+    options = {k: v for k, v in quantization.to_dict().items() if k.startswith(("load_in", "bnb"))}
+    return "quantised with " + ", ".join(f"{name}: {value}" for name, value in options.items())

@@ -1,0 +1,175 @@
+"""A reward model on another machine: the client of `recipes/serve_reward_model.py`.
+
+A reward function of TRL's signature that posts batches of prompts and completions. It tries nothing again by
+itself: the trainer and `recipes/evaluate.py` call it through `rlhf_recipes.rewards.calls.RewardCalls`, which does.
+"""
+
+import json
+import logging
+import os
+from concurrent.futures import Future
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from tenacity import RetryCallState
+
+from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError, retrying
+from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
+from rlhf_recipes.rewards.threads import DaemonPool
+
+TOKEN_VARIABLE = "REWARD_MODEL_TOKEN"
+CONNECT_SECONDS = 10.0
+# Of what a server refuses, these may be otherwise a moment later: timeout, too many requests.
+PASSING_REFUSALS = (408, 429)
+logger = logging.getLogger(__name__)
+
+
+def is_address(path: Any) -> bool:
+    """Return whether a reward model is named by where it is served."""
+    return isinstance(path, str) and path.startswith(("http://", "https://"))
+
+
+def finished_completions(count: int, completion_ids: list[list[int]] | None, end_ids: list[int] | None) -> list[bool]:
+    """Return which completions have ended, and were not cut off.
+
+    Args:
+        count: Of completions.
+        completion_ids: Theirs; if they are not known, all have ended.
+        end_ids: Ids that end a completion; if they are not known, likewise.
+    """
+    if completion_ids is None or end_ids is None:
+        return [True] * count
+    return [ids[-1] in end_ids for ids in completion_ids]
+
+
+class RemoteRewardModel:
+    """Score completions with a reward model that `recipes/serve_reward_model.py` serves.
+
+    The environment variable `REWARD_MODEL_TOKEN`, if it is set, is sent as a bearer token, and never logged.
+
+    Args:
+        url: Where it is served, say `http://127.0.0.1:8000`.
+        batch_size: Completions per request.
+        concurrency: Requests at a time.
+        timeout: Seconds without an answer after which a request has failed; `None` waits for ever.
+        retries: Further attempts to reach the server at the start, which may be starting too.
+        policy_eos_token_ids: Ids that end a completion of the policy; `None` takes every completion as finished.
+
+    Raises:
+        ValueError: If the address holds a password, or nothing that serves a reward model answers there.
+    """
+
+    tokenizer = None  # the server's affair
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        batch_size: int = 32,
+        concurrency: int = 4,
+        timeout: float | None = 300.0,
+        retries: int = 4,
+        policy_eos_token_ids: list[int] | None = None,
+    ) -> None:
+        if "@" in urlsplit(url).netloc:
+            raise ValueError(f"The address of a reward model holds a password: set {TOKEN_VARIABLE} instead.")
+        self.url = url.rstrip("/")
+        self.batch_size, self.concurrency, self.timeout = batch_size, concurrency, timeout
+        self.policy_eos_token_ids = policy_eos_token_ids
+        try:
+            info = retrying(retries, self._note_waiting)(self._request, "GET", "/", timeout=CONNECT_SECONDS)
+            self.__name__ = str(info["name"])
+            self.card = None if info["card"] is None else RewardModelCard(**info["card"])
+            self.weights: str | None = info.get("weights")  # a fingerprint, by which a resumed run knows the model
+        except (KeyError, TypeError, RewardCallError, PermanentRewardError) as error:
+            raise ValueError(
+                f"No reward model is served at {self.url} ({error}). Start it there: "
+                "`python recipes/serve_reward_model.py --model_name_or_path DIRECTORY`."
+            ) from error
+        if self.card is None:
+            logger.warning(
+                f"The reward model at {self.url} has no {CARD_FILE}: whether its separator and template are this "
+                "run's cannot be checked."
+            )
+
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> list[float | None]:
+        """Return one score per completion; `None` where the model has none (NaN). Signature of TRL's reward functions.
+
+        Raises:
+            RewardCallError: If a request fails in a way that may pass.
+            PermanentRewardError: If the server refuses a request.
+        """
+        finished = finished_completions(len(prompts), completion_ids, self.policy_eos_token_ids)
+        starts = range(0, len(prompts), self.batch_size)
+        batches = [
+            {"prompts": prompts[rows], "completions": completions[rows], "finished": finished[rows]}
+            for rows in (slice(start, start + self.batch_size) for start in starts)
+        ]
+        pool = DaemonPool(min(self.concurrency, len(batches)))
+        answers = [pool.submit(self._score, batch) for batch in batches]
+        pool.close()
+        try:
+            return [score for answer in answers for score in answer.result()]
+        finally:
+            _cancel(answers)
+
+    def _score(self, batch: dict[str, list[Any]]) -> list[float | None]:
+        try:
+            body = json.dumps(batch, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise PermanentRewardError(f"prompts for a served reward model must be text: {error}") from error
+        scores = self._request("POST", "/score", timeout=self.timeout, body=body).get("scores")
+        if not isinstance(scores, list) or len(scores) != len(batch["prompts"]):
+            count = len(scores) if isinstance(scores, list) else "no"
+            raise RewardCallError(f"{self.url} answered with {count} scores for {len(batch['prompts'])} completions")
+        return scores
+
+    def _request(self, method: str, path: str, *, timeout: float | None, body: str | None = None) -> dict[str, Any]:
+        try:
+            response = requests.request(
+                method,
+                self.url + path,
+                data=body,
+                headers={"Content-Type": "application/json"},
+                auth=_authorize,
+                timeout=(CONNECT_SECONDS, timeout),
+                allow_redirects=False,
+            )
+        except requests.RequestException as error:
+            raise RewardCallError(f"{self.url} does not answer ({type(error).__name__})") from error
+        if not response.ok or response.is_redirect:
+            kind = PermanentRewardError if _is_final(response.status_code) else RewardCallError
+            raise kind(f"{self.url} answered {response.status_code}: {response.text[:300]}")
+        try:
+            answer = json.loads(response.text, parse_constant=_refuse_constant)
+        except ValueError as error:
+            raise RewardCallError(f"{self.url} answered with no valid JSON ({error})") from error
+        if not isinstance(answer, dict):
+            raise RewardCallError(f"{self.url} answered with something else than scores")
+        return answer
+
+    def _note_waiting(self, state: RetryCallState) -> None:
+        logger.warning(f"No reward model answers at {self.url} yet (attempt {state.attempt_number}).")
+
+
+def _authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Add the token. As an `auth` of requests it also keeps out what a `.netrc` holds for the host."""
+    if token := os.environ.get(TOKEN_VARIABLE):
+        request.headers["Authorization"] = f"Bearer {token}"
+    return request
+
+
+def _is_final(status: int) -> bool:
+    return 300 <= status < 500 and status not in PASSING_REFUSALS
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}")
+
+
+def _cancel(answers: "list[Future[Any]]") -> None:
+    for answer in answers:
+        answer.cancel()

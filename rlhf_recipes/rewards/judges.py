@@ -1,0 +1,46 @@
+"""Judges that a policy is not trained on."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_recipes.options.paths import require_path
+from rlhf_recipes.options.recipes import JudgeArguments
+from rlhf_recipes.rewards.functions import as_scorer, check_reward_functions, import_function
+
+
+def load_judges(
+    judge_args: JudgeArguments,
+    dataset: Any,
+    *,
+    reward_model_path: str | None = None,
+    policy_eos_token_ids: list[int] | None = None,
+    response_separator: str,
+    **kwargs: Any,
+) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
+    """Return the judges that score one answer at a time, and those that see both, by name.
+
+    Args:
+        judge_args: Which.
+        dataset: Held-out prompts.
+        reward_model_path: One more, named `reward_model`.
+        policy_eos_token_ids: As of `RewardModelScorer`; a trainer sets them itself.
+        response_separator: Of the run.
+        kwargs: Passed on to `from_pretrained`.
+
+    Raises:
+        ValueError: If a reward model was trained on other text than the run has, or a function cannot be imported.
+    """
+    judges = [as_scorer(require_path("judge_models", path), **kwargs) for path in judge_args.judge_models]
+    scorers = {judge.__name__: judge for judge in judges}
+    if len(scorers) < len(judges):  # the name of a served one is known only now
+        raise ValueError(f"`judge_models` must have different names, got {', '.join(j.__name__ for j in judges)}.")
+    if reward_model_path is not None:
+        scorers["reward_model"] = as_scorer(reward_model_path, **kwargs)
+    for scorer in scorers.values():
+        check_reward_functions([scorer], dataset=dataset, response_separator=response_separator)
+        scorer.policy_eos_token_ids = policy_eos_token_ids
+    functions, pairwise = (
+        {reference.split(":")[-1]: import_function(reference) for reference in references}
+        for references in (judge_args.judge_functions, judge_args.pairwise_judges)
+    )
+    return scorers | functions, pairwise

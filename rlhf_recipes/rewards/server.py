@@ -1,0 +1,205 @@
+"""A reward model served over HTTP: what `rlhf_recipes.rewards.client.RemoteRewardModel` asks.
+
+GET /        {"name": .., "card": .., "weights": ..}: the reward model card and a fingerprint of the weights, each
+                 `null` without one
+    GET /health  {"status": "ok"}, without a token
+    POST /score  {"prompts": [..], "completions": [..], "finished": [..]} -> {"scores": [..]}, `null` for NaN
+
+Prompts and completions are text or lists of messages. 401: no token; 413: too large; 422: cannot be scored, with the
+reason; 503: too many requests wait.
+"""
+
+import asyncio
+import hmac
+import logging
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict
+from queue import Empty, Full, Queue
+from threading import Thread
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+
+from rlhf_recipes.rewards.client import TOKEN_VARIABLE
+from rlhf_recipes.rewards.scorer import RewardModelScorer
+
+GATHER_SECONDS = 0.01  # in which requests that belong together, say of several ranks, arrive
+logger = logging.getLogger(__name__)
+
+
+class Message(BaseModel):
+    """One message of a chat."""
+
+    model_config = ConfigDict(extra="allow")
+    role: str
+    content: str
+
+
+Text = str | Annotated[list[Message], Field(min_length=1)]
+
+
+class ScoreRequest(BaseModel):
+    """Completions to score."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompts: Annotated[list[Text], Field(min_length=1)]
+    completions: list[Text]
+    finished: list[StrictBool]
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> "ScoreRequest":
+        if not len(self.prompts) == len(self.completions) == len(self.finished):
+            raise ValueError("`prompts`, `completions` and `finished` must be equally long")
+        if any(type(p) is not type(c) for p, c in zip(self.prompts, self.completions, strict=True)):
+            raise ValueError("a prompt and its completion must both be text, or both messages")
+        return self
+
+
+class UnscorableError(ValueError):
+    """A request that the reward model cannot read."""
+
+
+class ScoringQueue:
+    """Score the requests that have arrived meanwhile in one batch, one batch at a time, in a thread of its own.
+
+    Args:
+        scorer: The reward model.
+        max_waiting: Requests in the queue.
+    """
+
+    def __init__(self, scorer: RewardModelScorer, max_waiting: int) -> None:
+        self._scorer = scorer
+        self._waiting: Queue[tuple[ScoreRequest, Future[list[float]]]] = Queue(max_waiting)
+        Thread(target=self._run, name="scoring", daemon=True).start()
+
+    def submit(self, request: ScoreRequest) -> "Future[list[float]]":
+        """Return the scores to come.
+
+        Raises:
+            queue.Full: If too many requests wait.
+        """
+        answer: Future[list[float]] = Future()
+        self._waiting.put_nowait((request, answer))
+        return answer
+
+    def _run(self) -> None:
+        while True:
+            requests = [self._waiting.get()]
+            time.sleep(GATHER_SECONDS)
+            with suppress(Empty):
+                while True:
+                    requests.append(self._waiting.get_nowait())
+            self._answer(requests)
+
+    def _answer(self, requests: "list[tuple[ScoreRequest, Future[list[float]]]]") -> None:
+        read = [(answer, ids) for request, answer in requests if (ids := self._read(request, answer)) is not None]
+        if not read:
+            return
+        try:
+            scored = self._scorer.score_token_ids([ids for _, rows in read for ids in rows])
+            if any(map(math.isinf, scored)):
+                raise FloatingPointError("an infinite score")
+        except Exception as error:  # whatever a model raises is the answer
+            logger.exception("The reward model has failed.")
+            for answer, _ in read:
+                answer.set_exception(error)
+            return
+        scores = iter(scored)
+        for answer, rows in read:
+            answer.set_result([next(scores) for _ in rows])
+
+    def _read(self, request: ScoreRequest, answer: "Future[list[float]]") -> list[list[int]] | None:
+        """Return token ids, or `None` if one request, and not those that came with it, cannot be read."""
+        texts = request.model_dump(exclude_unset=True)
+        try:
+            token_ids = self._scorer.token_ids(texts["prompts"], texts["completions"], texts["finished"])
+            if not all(token_ids):
+                raise ValueError("a completion and its prompt have no token")
+        except Exception as error:  # a chat template raises what it likes
+            answer.set_exception(UnscorableError(f"{type(error).__name__}: {error}"))
+            return None
+        return token_ids
+
+
+def reward_app(
+    scorer: RewardModelScorer,
+    *,
+    weights: str | None = None,
+    max_request_bytes: int = 2**24,
+    max_waiting: int = 64,
+    token: str | None = None,
+) -> FastAPI:
+    """Return the application that serves a reward model.
+
+    Args:
+        scorer: The reward model.
+        weights: Fingerprint of its weights, by which a resumed run knows them at another address too; without one
+            the address stands for them.
+        max_request_bytes: Larger requests are refused before they are read to their end.
+        max_waiting: Requests that wait at most.
+        token: That clients must send.
+
+    Raises:
+        ValueError: If its card says that it was trained with another tokenizer.
+    """
+    card = scorer.card
+    if card is not None:
+        separator = card.response_separator
+        card.check(scorer.tokenizer, conversational=card.conversational, response_separator=separator)
+    queue = ScoringQueue(scorer, max_waiting)
+    authorized = [Depends(_require(token))]
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/", dependencies=authorized)
+    async def info() -> dict[str, Any]:
+        return {"name": scorer.__name__, "card": None if card is None else asdict(card), "weights": weights}
+
+    @app.post("/score", dependencies=authorized)
+    async def score(request: Request) -> dict[str, list[float | None]]:
+        batch = _parsed(await _body(request, max_request_bytes))
+        try:
+            scores = await asyncio.wrap_future(queue.submit(batch))
+        except UnscorableError as error:
+            raise HTTPException(422, str(error)) from error
+        except Full:
+            raise HTTPException(503, "too many requests wait") from None
+        except Exception as error:  # whatever a model raises
+            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
+        return {"scores": [None if math.isnan(x) else x for x in scores]}
+
+    return app
+
+
+def _require(token: str | None) -> Callable[[Request], None]:
+    def check(request: Request) -> None:
+        sent = request.headers.get("Authorization", "")
+        if token and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
+            raise HTTPException(401, f"set {TOKEN_VARIABLE} to the token of this server")
+
+    return check
+
+
+def _parsed(body: bytes) -> ScoreRequest:
+    try:
+        return ScoreRequest.model_validate_json(body)
+    except ValidationError as error:
+        reasons = error.errors(include_url=False, include_input=False, include_context=False)
+        raise HTTPException(422, reasons[:10]) from error
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise HTTPException(413, f"a request may have {limit} bytes: send fewer completions at a time")
+    return bytes(body)

@@ -1,0 +1,1 @@
+"""MLflow: written now, delivered later, fetched back."""

@@ -1,0 +1,191 @@
+"""Sending a run's records to MLflow without letting the store stop the training.
+
+One thread sends in order; what cannot be sent is kept in a file of JSON lines, and sent later by
+
+    python -m rlhf_recipes.tracking.delivery runs/my_model/ppo/mlflow_unsent.jsonl
+"""
+
+import json
+import logging
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
+
+from rlhf_recipes.tracking.lineage import note_model
+from rlhf_recipes.tracking.logged_model import send_model
+
+UNSENT_FILE = "mlflow_unsent.jsonl"
+PAUSE_SECONDS = 60.0  # between two attempts at a store that does not answer
+logger = logging.getLogger(__name__)
+
+
+class Delivery:
+    """The way from a training loop to one MLflow run.
+
+    Metrics have one value per step: what an interrupted attempt, or the part of a run that it went back before, had
+    recorded up to a step is not recorded again.
+
+    Args:
+        run_id: Of the run.
+        tracking_uri: Of its store, without credentials; a note for whoever sends the rest.
+        output_dir: Where `mlflow_unsent.jsonl` is written if need be.
+        last_steps: Steps up to which the run has its metrics already, by name.
+    """
+
+    def __init__(self, run_id: str, tracking_uri: str, output_dir: str | Path, last_steps: dict[str, int]) -> None:
+        self.unsent = Path(output_dir, UNSENT_FILE)
+        self._origin = {"run_id": run_id, "tracking_uri": tracking_uri}
+        self._last_steps = dict(last_steps)
+        self._step = 0
+        self._paused_until = 0.0
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow-delivery")
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Send metrics; return at once.
+
+        Args:
+            metrics: By name.
+            step: Default: the latest one, and then only what is not recorded there.
+        """
+        self._step = self._step if step is None else step
+        fresh = {name: value for name, value in metrics.items() if self._step > self._last_steps.get(name, -1)}
+        self._last_steps |= dict.fromkeys(fresh, self._step)
+        if fresh:
+            self._submit({"metrics": fresh, "step": self._step})
+
+    def log_artifact(self, file: Path, folder: str = "") -> None:
+        """Send a file, which must stay where it is until it is sent, to a folder of the run."""
+        self._submit({"artifact": str(file.resolve()), "folder": folder})
+
+    def log_dataset(self, name: str, digest: str, context: str) -> None:
+        """Send what identifies a dataset, and what it is used for."""
+        source = {"source_type": "hf", "source": json.dumps({"path": name})}
+        self._submit({"dataset": {"name": name, "digest": digest, **source}, "context": context})
+
+    def log_model(self, model: dict[str, Any]) -> None:
+        """Send a model (see `tracking/logged_model.py`), whose files must stay where they are until it is sent."""
+        self._submit({"model": model, "step": self._step})
+
+    def set_tags(self, tags: dict[str, str]) -> None:
+        """Send tags."""
+        self._submit({"tags": tags})
+
+    def _submit(self, record: dict[str, Any]) -> None:
+        self._worker.submit(self._send, self._origin | {"timestamp": int(time.time() * 1000)} | record)
+
+    def _send(self, record: dict[str, Any]) -> None:
+        if time.monotonic() < self._paused_until:
+            self._keep(record)
+            return
+        try:
+            _apply(mlflow.MlflowClient(), record)
+        except Exception as error:  # whatever a store or the way to it raises must not stop a training
+            self._keep(record)
+            if getattr(error, "error_code", None) != "INVALID_PARAMETER_VALUE":  # else only this record is at fault
+                self._paused_until = time.monotonic() + PAUSE_SECONDS
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self.unsent.parent.mkdir(parents=True, exist_ok=True)
+        with self.unsent.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def close(self, status: str) -> None:
+        """Wait until everything is sent or kept, end the active run, and say what is left."""
+        self._worker.shutdown(wait=True)
+        try:
+            mlflow.end_run(status)
+        except Exception:  # as above: the model matters more than its record
+            self._keep(self._origin | {"timestamp": int(time.time() * 1000), "status": status})
+        else:
+            with suppress(Exception):  # the store may have come back
+                send_unsent(self.unsent, mlflow.get_tracking_uri())
+        if self.unsent.exists():
+            count = len(self.unsent.read_text(encoding="utf-8").splitlines())
+            logger.warning(
+                f"MLflow at {self._origin['tracking_uri']} did not take {count} records of this run. They are kept; "
+                f"send them with: {sys.executable} -m rlhf_recipes.tracking.delivery {self.unsent}"
+            )
+
+
+def send_unsent(path: str | Path, tracking_uri: str | None = None) -> int:
+    """Send what a run could not, and delete the file; a value that arrived after all is not sent twice.
+
+    Args:
+        path: A run's `mlflow_unsent.jsonl`.
+        tracking_uri: Store to send to. Default: the one of the run, which was noted without credentials: with a
+            password in the address, name it here, or set `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`.
+
+    Returns:
+        The number of records.
+
+    Raises:
+        MlflowException: If the store does not take them; the file then stays as it is.
+    """
+    if not Path(path).exists():
+        return 0
+    records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    runs = defaultdict(list)
+    for record in records:
+        runs[tracking_uri or record["tracking_uri"], record["run_id"]].append(record)
+    for (uri, run_id), of_run in runs.items():
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        metrics = [metric for record in of_run for metric in _metrics(record)]
+        missing = _missing(client, run_id, metrics)
+        for start in range(0, len(missing), MAX_METRICS_PER_BATCH):
+            client.log_batch(run_id, metrics=missing[start : start + MAX_METRICS_PER_BATCH])
+        for record in of_run:
+            # A run that has gone on, or ended, since then knows better how it ended.
+            if "metrics" not in record and ("status" not in record or _is_running(client, run_id)):
+                _apply(client, record)
+    Path(path).unlink()
+    return len(records)
+
+
+def _is_running(client: mlflow.MlflowClient, run_id: str) -> bool:
+    return client.get_run(run_id).info.status == "RUNNING"
+
+
+def _missing(client: mlflow.MlflowClient, run_id: str, metrics: list[Metric]) -> list[Metric]:
+    wanted = {(metric.key, metric.step): metric for metric in reversed(metrics)}  # of one step, the first value
+    for name in {metric.key for metric in metrics}:
+        for metric in client.get_metric_history(run_id, name):
+            wanted.pop((name, metric.step), None)
+    return list(wanted.values())
+
+
+def _metrics(record: dict[str, Any]) -> list[Metric]:
+    return [
+        Metric(name, value, record["timestamp"], record["step"]) for name, value in record.get("metrics", {}).items()
+    ]
+
+
+def _apply(client: mlflow.MlflowClient, record: dict[str, Any]) -> None:
+    run_id = record["run_id"]
+    if "metrics" in record:
+        client.log_batch(run_id, metrics=_metrics(record))
+    if "dataset" in record:
+        context = InputTag(MLFLOW_DATASET_CONTEXT, record["context"])
+        client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**record["dataset"]), tags=[context])])
+    if "artifact" in record:
+        client.log_artifact(run_id, record["artifact"], record["folder"] or None)
+    if "model" in record:
+        model_id = send_model(client, run_id, record["model"], step=record["step"], timestamp=record["timestamp"])
+        note_model(record["model"]["directory"], run_id, model_id)
+    for name, value in record.get("tags", {}).items():
+        client.set_tag(run_id, name, value)
+    if "status" in record:
+        client.set_terminated(run_id, record["status"], record["timestamp"])
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logger.warning(f"Sent {send_unsent(*sys.argv[1:3])} records.")

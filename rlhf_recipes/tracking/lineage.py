@@ -1,0 +1,113 @@
+"""Where a run comes from: code, packages, processes, data, and the runs before it.
+
+Reads only; what is done with it is decided in `rlhf_recipes/tracking/session.py`.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from rlhf_recipes.tracking.logged_model import find_model, is_model_uri
+
+RUN_FILE = "mlflow_run.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "rlhf-recipes")
+# The run that wrote what an option names, by the option.
+UPSTREAM = {
+    "model_name_or_path": "policy",
+    "reward_model_path": "reward_model",
+    "reward_adapter": "reward_model",
+    "baseline_path": "baseline",
+}
+
+
+def environment_tags(*configs: Any) -> dict[str, str]:
+    """Return the commit of the working directory, the versions of the packages, and how accelerate was launched."""
+    precisions = [kind for kind in ("bf16", "fp16") for config in configs if getattr(config, kind, False)]
+    tags = {
+        "accelerate.num_processes": str(PartialState().num_processes),
+        "accelerate.distributed_type": PartialState().distributed_type.value,
+        "accelerate.mixed_precision": (precisions or [os.environ.get("ACCELERATE_MIXED_PRECISION", "no")])[0],
+    }
+    for package in PACKAGES:
+        try:
+            tags[f"versions.{package.replace('-', '_')}"] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # runs from a checkout that is not installed
+            continue
+    return tags | git_tags()
+
+
+def git_tags() -> dict[str, str]:
+    """Return the commit of the working directory and whether its files differ from it; in an image that one's."""
+    commit = _git("rev-parse", "HEAD")
+    if not commit:
+        built = os.environ.get("RLHF_RECIPES_COMMIT")
+        return {"git.commit": built} if built else {}
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {"git.commit": commit} | ({} if changed is None else {"git.dirty": str(bool(changed)).lower()})
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def write_run_file(output_dir: str | Path, run: dict[str, str]) -> None:
+    """Leave a note of the run beside the weights that it has written.
+
+    Args:
+        output_dir: Of the run.
+        run: `run_id`, `experiment_id` and `tracking_uri`, without credentials; `model_id`, if MLflow has the weights.
+    """
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    Path(output_dir, RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def note_model(output_dir: str | Path, run_id: str, model_id: str | None) -> None:
+    """Add the id under which MLflow keeps the weights to the note beside them, if it is still that run's."""
+    note = read_run_file(output_dir)
+    if model_id is not None and note is not None and note["run_id"] == run_id:
+        write_run_file(output_dir, note | {"model_id": model_id})
+
+
+def read_run_file(path: str | Path | None) -> dict[str, str] | None:
+    """Return the note of the run that wrote a directory, or a checkpoint inside it; `None` if there is none.
+
+    The `model_id` is that of the directory's weights, and not of a checkpoint's.
+    """
+    if path is None:
+        return None
+    directory = Path(path)
+    for folder in (directory, directory.parent) if directory.name.startswith("checkpoint-") else (directory,):
+        if (folder / RUN_FILE).is_file():
+            note = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            return note if folder == directory else {name: note[name] for name in note if name != "model_id"}
+    return None
+
+
+def upstream_runs(*configs: Any) -> dict[str, dict[str, str]]:
+    """Return the notes of the runs that made what these options name, by what it is for.
+
+    Raises:
+        UnknownModelError: If an option names a model that is not in MLflow.
+    """
+    notes = {}
+    for config in configs:
+        for option, role in UPSTREAM.items():
+            path = getattr(config, option, None)
+            note = _model_note(path) if is_model_uri(path) else read_run_file(path)
+            if note is not None:
+                notes[role] = note
+    return notes
+
+
+def _model_note(uri: str) -> dict[str, str]:
+    model = find_model(uri)
+    return {"run_id": model.source_run_id, "model_id": model.model_id}

@@ -1,0 +1,192 @@
+"""A trained model in MLflow: its files as they are, what it stands on, and the run that made it.
+
+MLflow's `transformers` flavor is not used: it loads an adapter on a local base with random weights.
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import mlflow
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric, Run
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.utils.models import get_model_name_and_version
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+from rlhf_recipes.models.fingerprint import base_fingerprint, weights_fingerprint
+from rlhf_recipes.models.reward_model import ADAPTER_CONFIG, is_adapter
+from rlhf_recipes.options.secrets import redact
+from rlhf_recipes.rewards.card import CARD_FILE
+
+SCHEME = "models:/"
+# Weights and heads, configurations (also the quantisation's), the tokenizer, the card; not what only a training needs.
+MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "*config.json", CARD_FILE),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("chat_template*", "additional_chat_templates/*"),
+)
+UPLOAD_SECONDS = 600  # a server answers when it has stored a file, and one of weights is large
+logger = logging.getLogger(__name__)
+
+
+class UnknownModelError(ValueError):
+    """A `models:/` address that leads to no model."""
+
+
+def is_model_uri(path: Any) -> TypeGuard[str]:
+    """Return whether this is the address of a model in MLflow: `models:/name@alias`, `/name/version`, or `/m-…`."""
+    return isinstance(path, str) and path.startswith(SCHEME)
+
+
+def find_model(uri: str) -> LoggedModel:
+    """Return the model at an address in the current store.
+
+    Raises:
+        UnknownModelError: If there is none, or the store does not answer.
+    """
+    client = mlflow.MlflowClient()
+    try:
+        found = get_model_name_and_version(client, uri)  # a model's id comes alone
+        model_id = found[0] if len(found) == 1 else client.get_model_version(*found).source.removeprefix(SCHEME)
+        return client.get_logged_model(model_id)
+    except MlflowException as error:
+        reason = redact(str(error)).strip().splitlines()[0][:300]
+        store = redact(mlflow.get_tracking_uri())
+        raise UnknownModelError(f"{uri} cannot be read from MLflow at {store}: {reason}") from error
+
+
+def model_files(directory: str | Path) -> list[Path]:
+    """Return the files that a model needs, without checkpoints, states of the optimiser, logs and plots."""
+    return sorted({file for pattern in MODEL_FILES for file in Path(directory).glob(pattern) if file.is_file()})
+
+
+def describe_model(directory: str | Path, model_type: str, revision: str | None = None) -> dict[str, Any] | None:
+    """Return what is recorded of a model beside its files, as values that JSON knows; `None` without weights.
+
+    Args:
+        directory: Where it was saved.
+        model_type: `policy` or `reward_model`.
+        revision: Of the base of an adapter, if that is on the Hub.
+    """
+    directory = Path(directory).resolve()
+    fingerprint = weights_fingerprint(directory)
+    if fingerprint is None:
+        return None
+    params = {"adapter": str(is_adapter(str(directory))).lower()}
+    if is_adapter(str(directory)):
+        base = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        params |= {"base_model": redact(str(base)), "base_revision": revision or "main"}
+        try:
+            of_base = base_fingerprint(str(base), revision, local_files_only=True)
+        except (OSError, ValueError):  # no path or name: the base was built in memory
+            of_base = None
+        params |= {"base_fingerprint": of_base} if of_base else {}
+    return {
+        "directory": str(directory),
+        "name": re.sub(r"[^\w-]", "_", directory.name),  # MLflow takes no dots
+        "model_type": model_type,
+        "params": params,
+        "tags": {"weights": fingerprint},
+    }
+
+
+def send_model(
+    client: mlflow.MlflowClient, run_id: str, model: dict[str, Any], *, step: int, timestamp: int
+) -> str | None:
+    """Record a model as the output of a run, with the run's latest metrics; go on where an attempt was cut off.
+
+    Args:
+        client: Of the store.
+        run_id: Of the run that has written it.
+        model: See `describe_model`; may name a `registered_model_name` and a `registered_model_alias`.
+        step: Of the run.
+        timestamp: When it was written, milliseconds. An alias does not go back to an older model.
+
+    Returns:
+        Its id; `None` if the directory has been overwritten since.
+    """
+    if weights_fingerprint(model["directory"]) != model["tags"]["weights"]:
+        logger.warning(
+            f"{model['directory']} does not hold the weights of run {run_id} any more: that model is not sent."
+        )
+        return None
+    run = client.get_run(run_id)
+    logged = _begun(client, run, model)
+    if logged.status != LoggedModelStatus.READY:
+        with _time_to_upload():
+            for file in model_files(model["directory"]):
+                folder = file.parent.relative_to(model["directory"])
+                client.log_model_artifact(logged.model_id, str(file), None if folder == Path() else str(folder))
+        _copy_metrics(client, run, logged.model_id)
+        logged = client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    if logged.model_id not in [output.model_id for output in run.outputs.model_outputs]:
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+    if model["registered_model_name"] is not None:
+        _register(client, logged, model["registered_model_name"], model["registered_model_alias"], timestamp)
+    return logged.model_id
+
+
+def _begun(client: mlflow.MlflowClient, run: Run, model: dict[str, Any]) -> LoggedModel:
+    """Return this model as an earlier attempt has left it, or a new one."""
+    known = client.search_logged_models(
+        [run.info.experiment_id],
+        filter_string=f"source_run_id = '{run.info.run_id}' AND tags.weights = '{model['tags']['weights']}'",
+    )
+    if known:
+        return known[0]
+    described = {name: model[name] for name in ("name", "model_type", "params", "tags")}
+    return client.create_logged_model(run.info.experiment_id, source_run_id=run.info.run_id, **described)
+
+
+@contextmanager
+def _time_to_upload() -> Iterator[None]:
+    before = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(UPLOAD_SECONDS, int(before or 0)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+        else:
+            os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = before
+
+
+def _copy_metrics(client: mlflow.MlflowClient, run: Run, model_id: str) -> None:
+    """Give a model the latest metrics of its run: the store knows each by its time, and keeps one value in the run."""
+    names = [name for name in run.data.metrics if not name.startswith("system/")]
+    latest = [client.get_metric_history(run.info.run_id, name)[-1] for name in names]
+    metrics = [Metric(each.key, each.value, each.timestamp, each.step, model_id=model_id) for each in latest]
+    client.log_batch(run.info.run_id, metrics=metrics)
+
+
+def _register(client: mlflow.MlflowClient, logged: LoggedModel, name: str, alias: str | None, timestamp: int) -> None:
+    version = _version(client, logged, name, timestamp)
+    linked = json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    link = {"name": name, "version": version}
+    if link not in linked:  # MLflow's page shows it
+        client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([*linked, link])})
+    if alias is None:
+        return
+    holder = client.get_registered_model(name).aliases.get(alias)
+    if holder is None or int(client.get_model_version(name, holder).tags.get("written_at", 0)) <= timestamp:
+        client.set_registered_model_alias(name, alias, str(version))
+
+
+def _version(client: mlflow.MlflowClient, logged: LoggedModel, name: str, timestamp: int) -> int:
+    """Return the version of a registered model that this model is; make it if it is none."""
+    uri, run_id = f"{SCHEME}{logged.model_id}", logged.source_run_id
+    for known in client.search_model_versions(f"run_id = '{run_id}'"):
+        if (known.name, known.source) == (name, uri):
+            return int(known.version)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = {"written_at": str(timestamp)}
+    return int(client.create_model_version(name, uri, run_id, tags=tags, model_id=logged.model_id).version)

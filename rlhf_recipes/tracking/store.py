@@ -1,0 +1,266 @@
+"""The MLflow store, and a run opened in it: new, or the one that a checkpoint belongs to.
+
+Everything that can fail because of the store fails here, before anything is trained.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import yaml
+from filelock import FileLock
+from mlflow.entities import LoggedModelInput, Param, Run
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.validation import (
+    MAX_PARAM_VAL_LENGTH,
+    MAX_PARAMS_TAGS_PER_BATCH,
+    _validate_model_alias_name,
+    _validate_model_alias_name_reserved,
+    _validate_model_name,
+)
+
+from rlhf_recipes.durability.checkpoints import wished_checkpoint
+from rlhf_recipes.options.recipes import TrackingArguments, _sqlite_file, tracking_uri
+from rlhf_recipes.options.relevance import config_group
+from rlhf_recipes.options.secrets import public_options, redact, without_credentials
+from rlhf_recipes.tracking.delivery import UNSENT_FILE, send_unsent
+from rlhf_recipes.tracking.lineage import environment_tags, read_run_file, upstream_runs
+from rlhf_recipes.tracking.logged_model import UnknownModelError
+
+
+def flat_options(options: dict[str, dict[str, Any]], limit: int) -> dict[str, str]:
+    """Return every option once, as text of at most `limit` characters; the first class that has a name keeps it."""
+    flat: dict[str, str] = {}
+    for section, values in options.items():
+        for name, value in values.items():
+            text = str(value)
+            shown = text if len(text) <= limit else text[: limit - 1] + "…"
+            if flat.setdefault(name, shown) != shown:
+                flat[f"{section}.{name}"] = shown
+    return flat
+
+
+# A training does not wait minutes for a store; what it does not take is kept. A setting of the user's stays.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+# Migrations of a new store, retries, and failures that are said here in one line.
+QUIET = {
+    "alembic": logging.WARNING,
+    "mlflow.store.db.utils": logging.WARNING,
+    "mlflow.tracking.fluent": logging.WARNING,
+    "mlflow.system_metrics": logging.CRITICAL,
+    "urllib3.connectionpool": logging.ERROR,
+}
+MIGRATION_SECONDS = 300  # to wait for another job that creates the same store
+logger = logging.getLogger(__name__)
+
+
+def configure_mlflow() -> None:
+    """Let MLflow answer soon, and say what matters."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def check_registered_names(tracking: TrackingArguments) -> None:
+    """Check what MLflow would refuse only when the model is trained.
+
+    Raises:
+        ValueError: If `registered_model_name` or `registered_model_alias` cannot be one.
+    """
+    checks = {
+        "registered_model_name": [_validate_model_name],
+        "registered_model_alias": [_validate_model_alias_name, _validate_model_alias_name_reserved],
+    }
+    for option, validate in checks.items():
+        for check in validate if getattr(tracking, option) is not None else []:
+            try:
+                check(getattr(tracking, option))
+            except MlflowException as error:
+                raise ValueError(f"`{option}` is refused by MLflow: {error.message}") from error
+
+
+def open_run(
+    tracking: TrackingArguments, run_name: str, stage: str, configs: tuple[Any, ...], **tags: Any
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Open a run and record its configuration and lineage.
+
+    Args:
+        tracking: Where.
+        run_name: Name shown in MLflow.
+        stage: Tag.
+        configs: Dataclasses with the run's options.
+        tags: More tags.
+
+    Returns:
+        The note of the run file (see `tracking/lineage.py`), and by metric the last step that the run has.
+
+    Raises:
+        ValueError: If the store cannot be reached or written, or an option names what is not in it.
+    """
+    configure_mlflow()
+    check_registered_names(tracking)
+    uri, run = tracking_uri(tracking), None
+    if redact(uri) != uri:  # MLflow prints the address of a run that ends, with the password
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    try:
+        mlflow.set_tracking_uri(uri)
+        with _migration_lock(uri):
+            upstream = upstream_runs(*configs)
+            run, is_new = _start_run(tracking, run_name, configs)
+        last_steps = {} if is_new else _last_steps(run)
+        tags |= {"stage": stage} | environment_tags(*configs)
+        tags |= {f"lineage.{role}": note["run_id"] for role, note in upstream.items()}
+        tags |= {"resume.recorded_until": max(last_steps.values())} if last_steps else {}
+        _record_options(run, configs, tags, is_new=is_new)
+        _record_inputs(run, [note["model_id"] for note in upstream.values() if "model_id" in note])
+    except UnknownModelError:
+        raise
+    except Exception as error:  # a store and the way to it raise what they like
+        if run is not None:
+            with suppress(Exception):
+                mlflow.end_run("FAILED")
+        reason = redact(str(error)).strip().splitlines()[0][:300]
+        raise ValueError(
+            f"MLflow at `tracking_uri` {redact(uri)} cannot be used: {reason} Start the server, name another "
+            "`tracking_uri`, or train without a record: `--tracking false`."
+        ) from error
+    return {
+        "run_id": run.info.run_id,
+        "experiment_id": run.info.experiment_id,
+        "tracking_uri": without_credentials(uri),
+    }, last_steps
+
+
+def _migration_lock(uri: str) -> AbstractContextManager[Any]:
+    """Let one process at a time open a SQLite store: the first creates its tables, and a second would fail at it."""
+    file = _sqlite_file(uri)
+    if file is None:
+        return nullcontext()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{file}.lock", timeout=MIGRATION_SECONDS)
+
+
+def _start_run(tracking: TrackingArguments, run_name: str, configs: tuple[Any, ...]) -> tuple[Run, bool]:
+    interrupted = _interrupted_run(configs)
+    if interrupted is not None:
+        mlflow.set_experiment(experiment_id=interrupted.info.experiment_id)
+        return mlflow.start_run(run_id=interrupted.info.run_id, log_system_metrics=False), False
+    mlflow.set_experiment(tracking.experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "rlhf_recipes")
+    parent = {"parent_run_id": tracking.parent_run_id}
+    return mlflow.start_run(run_name=run_name, log_system_metrics=False, **parent), True
+
+
+def _interrupted_run(configs: tuple[Any, ...]) -> Run | None:
+    """Return the run to go on with: the one of the checkpoint to resume from, or `MLFLOW_RUN_ID`."""
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        return mlflow.MlflowClient().get_run(run_id)
+    for config in configs:
+        if not hasattr(config, "resume_from_checkpoint"):
+            continue
+        checkpoint = wished_checkpoint(config.resume_from_checkpoint, config.output_dir)
+        note = checkpoint and (read_run_file(checkpoint) or read_run_file(config.output_dir))
+        if not note:
+            continue
+        try:
+            run = mlflow.MlflowClient().get_run(note["run_id"])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            logger.warning(f"The run {note['run_id']} of {checkpoint} is not in this store: a new run begins.")
+            return None
+        unsent = Path(config.output_dir, UNSENT_FILE)
+        if unsent.exists():
+            send_unsent(unsent, mlflow.get_tracking_uri())
+            run = mlflow.MlflowClient().get_run(note["run_id"])
+        return run
+    return None
+
+
+def _last_steps(run: Run) -> dict[str, int]:
+    # The public `metrics` has no steps, and the public histories hold every value of the run.
+    metrics = mlflow.get_run(run.info.run_id).data._metric_objs
+    return {metric.key: metric.step for metric in metrics if not metric.key.startswith("system/")}
+
+
+def _record_options(run: Run, configs: tuple[Any, ...], tags: dict[str, Any], *, is_new: bool) -> None:
+    options = public_options(configs)
+    flat = flat_options(options, MAX_PARAM_VAL_LENGTH)
+    seeds = [config.seed for config in configs if hasattr(config, "seed")]
+    tags |= {"seed": seeds[0]} if seeds else {}
+    if not is_new:  # a parameter cannot change, and a tag should not: both say how the run began
+        known = run.data.params | run.data.tags
+        now = {name: str(value) for name, value in (flat | tags).items()}
+        changed = {name: value for name, value in now.items() if known.get(name, value) != value}
+        flat = {name: value for name, value in flat.items() if name not in known}
+        tags = {name: value for name, value in tags.items() if name not in changed}
+        tags |= {f"resume.{name.removeprefix('resume.')}": value for name, value in changed.items()}
+    tags |= {"group": config_group(options)}  # of `config.yaml`, which is replaced
+    mlflow.set_tags(tags)
+    items = list(flat.items())
+    for start in range(0, len(items), MAX_PARAMS_TAGS_PER_BATCH):
+        batch = [Param(name, value) for name, value in items[start : start + MAX_PARAMS_TAGS_PER_BATCH]]
+        mlflow.MlflowClient().log_batch(run.info.run_id, params=batch)
+    if options:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "config.yaml")
+            path.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+            mlflow.log_artifact(str(path))
+
+
+def _record_inputs(run: Run, model_ids: list[str]) -> None:
+    client = mlflow.MlflowClient()
+    for model_id in model_ids:
+        try:
+            client.get_logged_model(model_id)  # MLflow takes an edge from nowhere too
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # a run of another store
+                raise
+        else:
+            client.log_inputs(run.info.run_id, models=[LoggedModelInput(model_id)])
+
+
+def end_run(tracking: TrackingArguments, run_id: str, status: str) -> None:
+    """End a run that another process has opened."""
+    try:
+        mlflow.MlflowClient(tracking_uri(tracking)).set_terminated(run_id, status)
+    except MlflowException:
+        logger.warning(f"MLflow does not answer: the run {run_id} has ended as {status} and stays RUNNING there.")
+
+
+def ui_command(tracking: TrackingArguments) -> str:
+    """Return where to look at the runs: the server's address, or the command that starts one."""
+    uri = tracking_uri(tracking)
+    mlflow_command = Path(sys.executable).with_name("mlflow")
+    return redact(uri) if uri.startswith("http") else f"{mlflow_command} ui --backend-store-uri {uri}"
+
+
+@contextmanager
+def system_metrics(run_id: str, *, resumed: bool) -> Iterator[None]:
+    """Sample processor, memory, disk, network and GPUs beside what is inside, as `system/*`.
+
+    MLflow's own switch would leave the sampling thread running when the store is gone at the end.
+    """
+    wanted = MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() or not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.defined
+    if not wanted:
+        yield
+        return
+    monitor = SystemMetricsMonitor(run_id, resume_logging=resumed)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()

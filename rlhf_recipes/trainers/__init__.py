@@ -1,0 +1,1 @@
+"""PPO, reward modelling and SFT, as overrides of TRL's trainers."""

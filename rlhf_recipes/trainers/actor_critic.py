@@ -1,0 +1,186 @@
+"""Around PPO: optimiser, logs, evaluation, saving and resuming of a policy that carries a value head.
+
+Overrides only, on `trl.GRPOTrainer`. What a rollout and an update are is in `rlhf_recipes/trainers/ppo.py`.
+A checkpoint holds what a run needs to go on as if it had not been interrupted, also in the middle of a rollout.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from peft import PeftModel
+from torch import nn
+from torch.optim import Optimizer
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from rlhf_recipes.algorithm.value_head import ValueHead
+from rlhf_recipes.durability.state import PROGRESS_FILE, Stateful, load_ppo_state, save_ppo_state
+from rlhf_recipes.durability.trainer import DurableTrainer
+from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
+from rlhf_recipes.evaluation.samples import write_table
+from rlhf_recipes.models.critic import save_value_head, trained_value_head, without_value_head
+from rlhf_recipes.models.loading import only_active_adapter
+from rlhf_recipes.models.quantization import save_quantization
+from rlhf_recipes.trainers.guard import RollbackError, TrainingGuard
+from rlhf_recipes.trainers.update import episodes
+
+
+def set_learning_rate(optimizer: Optimizer, head: ValueHead, learning_rate: float) -> None:
+    """Give the head's parameters a learning rate of their own, in an optimiser that has not stepped yet."""
+    of_head = {id(parameter) for parameter in head.parameters()}
+    for group in list(optimizer.param_groups):
+        parameters = group["params"]
+        group["params"] = [parameter for parameter in parameters if id(parameter) not in of_head]
+        split = {**group, "params": [parameter for parameter in parameters if id(parameter) in of_head]}
+        if not group["params"]:  # DeepSpeed takes no empty group
+            group.update(params=parameters, lr=learning_rate)
+        elif split["params"]:
+            optimizer.add_param_group({**split, "lr": learning_rate})
+
+
+class ActorCriticTrainer(DurableTrainer, GRPOTrainer):
+    """Let TRL's trainer treat a value head as part of training and not of the policy.
+
+    A subclass sets what is declared here before it trains.
+    """
+
+    held_out: HeldOutComparison
+    guard: TrainingGuard
+    _stateful: dict[str, Stateful]  # by its name in a checkpoint
+    _samples: list[dict[str, Any]]  # rows of the latest rollout
+    _train_sampler: Any = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does; where the guard cannot let it go on, go back to a checkpoint and train on."""
+        while True:
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            except RollbackError as error:
+                reason = error.with_traceback(None)  # which holds the tensors of the attempt
+            resume_from_checkpoint = self.guard.roll_back(reason)
+            self._step, self._buffered_inputs = 0, None
+            self._metrics["train"].clear()
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Leave a micro-batch of a rollout that has been used enough out, but count it."""
+        if self.guard.retries:
+            self._buffered_inputs = None  # the rollout may be what went wrong
+        uses = self.args.steps_per_generation * self.num_iterations
+        self.guard.begin_step(starts_rollout=self._step % uses == 0 or self._buffered_inputs is None)
+        if not self.guard.has_stopped:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._step += 1
+        return torch.zeros((), device=self.args.device)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.guard.finish_step(model, grad_norm, self.state.global_step)
+        return grad_norm
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Give the value head its own learning rate; an optimiser that the user has passed is left as it is."""
+        if self.optimizer is None:
+            optimizer = super().create_optimizer(model)
+            set_learning_rate(optimizer, trained_value_head(model or self.model), self.args.value_head_learning_rate)
+        return self.optimizer
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        with without_value_head(self.model):  # vLLM's weight synchronisation sees a plain policy
+            return super()._generate(prompts)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log TRL's figures and, beside those of training, how many completions they have taken, and some of these."""
+        if self.model.training and "loss" in logs:
+            self._log_metrics({"episode": episodes(self.state.global_step, self.args)})
+            self._log_metrics(self.guard.metrics())
+            if self.args.should_save and self._samples:
+                write_table(self._samples, self.args.output_dir, "training", self.state.global_step)
+        super().log(logs, start_time)
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as TRL does, and compare with the policy that training started from."""
+        with own_randomness(self.args.seed, self.accelerator.device):
+            output = super().evaluation_loop(*args, **kwargs)
+        metrics, rows = self.held_out.finish(is_start=self.state.global_step == 0)
+        if self.args.should_save:
+            write_table(rows, self.args.output_dir, "evaluation", self.state.global_step)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a plain policy with the value head beside it; checkpoints carry the head inside."""
+        with only_active_adapter(self.model):
+            if _internal_call:
+                super().save_model(output_dir, _internal_call=True)
+                return
+            with without_value_head(self.model):
+                super().save_model(output_dir)
+        save_value_head(self.model, output_dir or self.args.output_dir, should_save=self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save and isinstance(self.model, PeftModel):
+            save_quantization(self.model, output_dir or self.args.output_dir)
+
+    def _save_progress(self, folder: Path) -> None:
+        torch.save(self._progress(), folder / PROGRESS_FILE.format(self.accelerator.process_index))
+        if self.args.should_save:
+            save_ppo_state(folder, self._stateful)
+
+    def _progress(self) -> dict[str, Any]:
+        """Return what this rank has of the current rollout, and of the figures since the latest log."""
+        is_inside_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "step": self._step,
+            "rollout": self._buffered_inputs if is_inside_rollout else None,
+            "samples": self._samples,
+            "metrics": dict(self._metrics["train"]),
+            "loss": self._tr_loss,
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def _restore_progress(self, checkpoint: str) -> None:
+        path = Path(checkpoint, PROGRESS_FILE.format(self.accelerator.process_index))
+        # Of another number of processes it would be another share of the rollout: that one is then sampled again.
+        progress = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        if progress.get("num_processes") != self.accelerator.num_processes:
+            return
+        progress = send_to_device(progress, self.accelerator.device)
+        self._step, self._buffered_inputs, self._samples = (progress[name] for name in ("step", "rollout", "samples"))
+        self._metrics["train"].clear()
+        self._metrics["train"].update(progress["metrics"])
+        self._tr_loss, self._globalstep_last_logged = progress["loss"], progress["last_logged"]
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # Before, transformers starts its sums anew.
+        if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            self._restore_progress(kwargs["resume_from_checkpoint"])
+        super()._run_epoch(**kwargs)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+        if isinstance(self._train_sampler, RepeatSampler) and self._train_sampler.shuffle:
+            for _ in range(epochs_trained):  # TRL shuffles by one generator for all epochs
+                torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
+        return epochs_trained, steps_trained
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_ppo_state(Path(checkpoint), self._stateful)
+            self.guard.after_loading(self.optimizer, self.lr_scheduler, Path(checkpoint), self.state.global_step)
+            self.args.eval_on_start = False  # an evaluation of the start is the baseline, which is in the state
+            if self.args.eval_strategy != "no":
+                self.held_out.check_baseline(checkpoint)

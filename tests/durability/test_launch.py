@@ -1,0 +1,36 @@
+"""The exit code of a launch; its signals are in tests/recipes/test_preemption.py."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_recipes.durability.launch import exit_code
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([1], 1),
+        ([2, -signal.SIGTERM], 2),
+        ([75], 75),
+        ([-signal.SIGTERM, 75], 75),
+        ([-signal.SIGKILL, 1], 137),
+        ([-signal.SIGTERM], 75),
+        ([128 + signal.SIGUSR1], 75),
+        ([1, -signal.SIGTERM], 1),
+        ([-signal.SIGSEGV], 139),
+    ],
+)
+def test_one_exit_code_for_all_processes(codes, expected):
+    assert exit_code(codes) == expected
+    assert exit_code(iter(codes)) == expected
+
+
+def test_the_launcher_imports_no_trainer():
+    """A node has one beside its recipes: it must be small, and there at once."""
+    script = (
+        "import sys, rlhf_recipes.durability.launch; sys.exit(any(name in sys.modules for name in ('trl', 'mlflow')))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,68 @@
+"""What a signal is taken for, without a process to receive it; real ones are in `tests/recipes/test_preemption.py`."""
+
+import signal
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from rlhf_recipes.durability import preemption
+from rlhf_recipes.durability.preemption import ECHO_SECONDS, PreemptionCallback
+from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, TerminatedError
+
+ARGS = SimpleNamespace(device="cpu", output_dir="out", save_only_model=False, eval_on_start=False)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds, to be moved."""
+    now = [100.0]
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(("later", "ends"), [(ECHO_SECONDS - 0.1, False), (ECHO_SECONDS + 0.1, True)])
+def test_the_echo_of_a_launcher_is_no_second_signal(clock, later, ends):
+    """A scheduler signals launcher and processes, and the launcher its processes again."""
+    callback = PreemptionCallback()
+    callback._note(signal.SIGTERM, None)
+    clock[0] += later
+    if not ends:
+        callback._note(signal.SIGTERM, None)
+        return
+    with pytest.raises(TerminatedError) as error:
+        callback._note(signal.SIGTERM, None)
+    assert error.value.code == 128 + signal.SIGTERM
+
+
+@pytest.fixture
+def handlers():
+    """Those of the tests, which get them back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield list(before.values())
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_process_that_has_given_way_is_not_cut_short_by_the_next_signal(handlers, number):
+    callback, control, state = PreemptionCallback(), TrainerControl(), TrainerState(is_world_process_zero=True)
+    callback.on_train_begin(ARGS, state, control)
+    signal.raise_signal(number)
+    callback.on_step_end(ARGS, state, control)
+    with pytest.raises(TerminatedError) as error:
+        callback.on_train_end(ARGS, state, control)
+    assert error.value.code == EXIT_CODE
+    assert [signal.getsignal(n) for n in SIGNALS] == [signal.SIG_IGN, signal.SIG_IGN]
+
+
+def test_a_run_without_a_signal_ends_like_any_other(handlers):
+    callback, control, state = PreemptionCallback(), TrainerControl(should_evaluate=True), TrainerState()
+    callback.on_train_begin(ARGS, state, control)
+    callback.on_step_end(ARGS, state, control)
+    assert [signal.getsignal(n) for n in SIGNALS] == [callback._note, callback._note]
+    callback.on_train_end(ARGS, state, control)
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+    assert not control.should_save
+    assert not control.should_training_stop
+    assert control.should_evaluate

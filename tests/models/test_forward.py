@@ -1,0 +1,228 @@
+"""A forward sees the tokens that count, and its numbers are those of the whole padded batch."""
+
+import pytest
+import tiny
+import torch
+from tolerances import FIRST_UPDATE, FP32, SPLIT, assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
+from trl import GRPOTrainer
+from trl.trainer.utils import _ChunkedLogProbFunction
+
+from rlhf_recipes.models.forward import CompletionForward
+from rlhf_recipes.trainers.update import group_by_length
+
+pytestmark = pytest.mark.tiny
+
+PROMPTS, COMPLETIONS = (3, 1, 2, 3), (2, 4, 1, 4)
+
+
+def _batch(prompts, completions, *, prompt_width, completion_width):
+    """Rows of these lengths: prompts end, and completions begin, where the two blocks meet."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(60, 200, (len(prompts), prompt_width + completion_width), generator=generator)
+    columns = torch.arange(prompt_width + completion_width)
+    first = prompt_width - torch.tensor(prompts)[:, None]
+    end = prompt_width + torch.tensor(completions)[:, None]
+    mask = ((columns >= first) & (columns < end)).long()
+    return ids * mask, mask
+
+
+def _widths(model):
+    """The shapes of what reaches the backbone."""
+    seen = []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    return seen
+
+
+def test_columns_without_a_token_do_not_reach_the_model(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path)
+    seen = _widths(trainer.model)
+    ids, mask = _batch(PROMPTS, COMPLETIONS, prompt_width=20, completion_width=30)
+    trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 30)
+    assert seen == [(4, max(PROMPTS) + max(COMPLETIONS))]
+
+
+def test_the_rollout_runs_rows_of_one_length_together(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path)
+    torch.nn.init.normal_(trainer.model.value_head.output.weight)
+    seen = _widths(trainer.model)
+    ids, mask = _batch((1, 9, 1, 9), (2, 20, 2, 20), prompt_width=20, completion_width=30)
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 30, batch_size=2)
+    values = trainer._recorded[-1][1]
+    assert seen == [(2, 3), (2, 29)]
+    together, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 30)
+    assert_close(logps, together, FIRST_UPDATE)
+    keep = torch.cat([mask[:, -31:-30], mask[:, -30:]], dim=1)
+    assert_close(values * keep, trainer._recorded[-1][1] * keep, FP32)
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_padding_to_a_multiple_is_kept(multiple):
+    forward = CompletionForward(None, 30, pad_to_multiple_of=multiple, takes_positions=False)
+    _, mask = _batch((3, 2), (9, 4), prompt_width=20, completion_width=30)
+    assert forward._columns(mask) == ((17, 29) if multiple is None else (12, 36))
+    _, mask = _batch((19, 2), (30, 4), prompt_width=20, completion_width=30)
+    assert forward._columns(mask) == ((1, 50) if multiple is None else (0, 50)), "never more than there is"
+    _, mask = _batch((3, 2), (0, 0), prompt_width=20, completion_width=30)
+    assert forward._columns(mask) == ((17, 21) if multiple is None else (12, 28))
+
+
+def _untrimmed(trainer, ids, mask, length):
+    """What TRL computes by itself; the values of its last hidden states."""
+    states = []
+    hook = trainer.model.model.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
+    logps, entropies, _ = GRPOTrainer._get_per_token_logps_and_entropies(
+        trainer, trainer.model, ids, mask, length, compute_entropy=True
+    )
+    hook.remove()
+    return logps, entropies, trainer.model.value_head(states[0][:, -length - 1 :].detach())
+
+
+def test_log_probabilities_entropies_values_and_gradients_are_those_of_the_padded_batch(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path)
+    torch.nn.init.normal_(trainer.model.value_head.output.weight)
+    ids, mask = _batch(PROMPTS, COMPLETIONS, prompt_width=20, completion_width=30)
+    keep = mask[:, -30:]
+    weights = torch.rand(keep.shape) * keep
+
+    def gradients(logps, entropies, values):
+        trainer.model.zero_grad()
+        ((logps + entropies + values[:, :-1]) * weights).sum().backward()
+        return {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+    padded = _untrimmed(trainer, ids, mask, 30)
+    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, mask, 30, compute_entropy=True
+    )
+    trimmed = (logps, entropies, trainer._recorded[-1][1])
+    for ours, theirs in zip(trimmed, padded, strict=True):
+        assert ours.shape == theirs.shape
+        assert_close(ours[:, :30] * keep, theirs[:, :30] * keep, FP32)
+    expected = gradients(*padded)
+    for name, gradient in gradients(*trimmed).items():
+        assert_close(gradient, expected[name], SPLIT)
+
+
+def test_only_the_completion_is_projected_to_the_vocabulary(tmp_path, monkeypatch):
+    trainer = tiny.ppo_trainer(tmp_path)
+    positions = []
+
+    class Counted(_ChunkedLogProbFunction):
+        @staticmethod
+        def forward(ctx, hidden_states, *args):
+            positions.append(len(hidden_states))
+            return _ChunkedLogProbFunction.forward(ctx, hidden_states, *args)
+
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", Counted)
+    ids, mask = _batch(PROMPTS, COMPLETIONS, prompt_width=20, completion_width=30)
+    for model in (trainer.model, trainer.ref_model):
+        trainer._get_per_token_logps_and_entropies(model, ids, mask, 30)
+    assert positions == [len(PROMPTS) * max(COMPLETIONS)] * 2
+
+
+def test_a_model_of_absolute_positions_does_not_depend_on_the_batch(tmp_path):
+    tok = tiny.tokenizer()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tok), n_positions=128, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    )
+    trainer = tiny.ppo_trainer(tmp_path, model=model, tok=tok)
+    ids, mask = _batch(PROMPTS, COMPLETIONS, prompt_width=20, completion_width=30)
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 30)
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        tokens = ids[row : row + 1, 20 - prompt : 20 + completion]
+        expected = trainer.model(input_ids=tokens).logits[:, :-1].log_softmax(-1)
+        expected = expected.gather(-1, tokens[:, 1:, None])[0, -completion:, 0]
+        assert_close(logps[row, :completion], expected, FP32)
+
+
+def test_a_batch_in_which_nothing_counts_still_has_a_gradient(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path)
+    ids, mask = _batch((3, 2), (0, 0), prompt_width=5, completion_width=4)
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 4)
+    assert logps.shape == (2, 4)
+    logps.sum().backward()
+    assert trainer.model.lm_head.weight.grad.abs().sum() == 0
+
+
+def _grouped_trainer(tmp_path, **kwargs):
+    """Four micro-batches of two rows per rollout, two of them per optimiser step."""
+    return tiny.ppo_trainer(
+        tmp_path,
+        per_device_train_batch_size=2,
+        steps_per_generation=4,
+        gradient_accumulation_steps=2,
+        vf_coef=0.5,
+        **kwargs,
+    )
+
+
+def test_rows_of_one_step_are_grouped_by_length(tmp_path, monkeypatch):
+    cut = []
+
+    def recorded(micro_batches, window):
+        cut.append((micro_batches, group_by_length(micro_batches, window)))
+        return cut[-1][1]
+
+    monkeypatch.setattr("rlhf_recipes.trainers.ppo.group_by_length", recorded)
+    trainer = _grouped_trainer(tmp_path)
+    trainer.train()
+    assert len(cut) == 1, "once per rollout: two steps of each of two epochs use it"
+    before, after = cut[0]
+    for step in (slice(0, 2), slice(2, 4)):
+        rows = [
+            sorted(
+                tuple(batch[name][row].tolist() for name in ("completion_ids", "advantages", "returns"))
+                for batch in batches[step]
+                for row in range(2)
+            )
+            for batches in (before, after)
+        ]
+        assert rows[0] == rows[1], "a step keeps its rows, and a row its tensors"
+        lengths = [(b["prompt_mask"].sum(1) + b["completion_mask"].sum(1)).tolist() for b in after[step]]
+        assert sum(lengths, []) == sorted(sum(lengths, []))
+    assert [b["completion_ids"].tolist() for b in before] != [b["completion_ids"].tolist() for b in after]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_the_grouping_changes_no_weight(tmp_path, monkeypatch, loss_type):
+    grouped = _grouped_trainer(tmp_path / "grouped", loss_type=loss_type)
+    grouped.train()
+    monkeypatch.setattr("rlhf_recipes.trainers.ppo.group_by_length", lambda micro_batches, window: micro_batches)
+    plain = _grouped_trainer(tmp_path / "plain", loss_type=loss_type)
+    plain.train()
+    start = tiny.policy(tiny.tokenizer()).lm_head.weight
+    assert (plain.model.lm_head.weight - start).abs().max() > 1e-3
+    for name, parameter in plain.model.named_parameters():
+        assert_close(grouped.model.get_parameter(name), parameter, SPLIT)
+
+
+@pytest.mark.parametrize(
+    "options", [{"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}], ids=lambda o: next(iter(o))
+)
+def test_terms_that_depend_on_the_cut_keep_it(tmp_path, monkeypatch, options):
+    monkeypatch.setattr("rlhf_recipes.trainers.ppo.group_by_length", lambda *args: pytest.fail("regrouped"))
+    _grouped_trainer(tmp_path, **options).train()
+
+
+def test_figures_are_means_over_the_tokens_of_a_rollout(tmp_path):
+    """However the rows are cut: one step per epoch, so that both runs log the same rollout twice."""
+    logs = []
+    for batch_size in (2, 8):
+        trainer = tiny.ppo_trainer(
+            tmp_path / str(batch_size),
+            per_device_train_batch_size=batch_size,
+            steps_per_generation=8 // batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+            num_iterations=2,
+            max_steps=2,
+        )
+        trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: (
+            [[70 + row] * (1 + 2 * (sum(ids) % 4)) for row, ids in enumerate(prompt_ids)],
+            None,
+        )
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "policy/approx_kl" in entry])
+    for small, large in zip(*logs, strict=True):
+        for name in ("policy/approx_kl", "loss/value", "val/clip_fraction"):
+            assert_close(small[name], large[name], SPLIT)
+    assert logs[0][1]["policy/approx_kl"] > 1e-4

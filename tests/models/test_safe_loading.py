@@ -1,0 +1,267 @@
+"""Models that someone else has written: their code is not run, pickles are not opened, secrets are not passed on."""
+
+import builtins
+import io
+import json
+import os
+import pickle
+import zipfile
+from concurrent.futures import Future
+from dataclasses import fields
+
+import pytest
+import tiny
+import torch
+import yaml
+from datasets import Dataset
+from peft import get_peft_model
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from rlhf_recipes import PPOConfig, PPOTrainer, RewardModelTrainer
+from rlhf_recipes.comparison import runs as tracked_runs
+from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
+from rlhf_recipes.models.reward_model import load_reward_model, load_reward_model_base
+from rlhf_recipes.options.recipes import PPOArguments, PreflightArguments, TrackingArguments
+from rlhf_recipes.rewards.adapter import RewardAdapterScorer
+from rlhf_recipes.rewards.scorer import RewardModelScorer
+from rlhf_recipes.trainers.sft import SFTTrainer
+
+pytestmark = pytest.mark.tiny
+
+CODE = """
+from pathlib import Path
+Path("{mark}").touch()
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+
+class Config(PreTrainedConfig):
+    model_type = "custom"
+
+
+class Model(PreTrainedModel):
+    config_class = Config
+
+
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+AUTO_MAP = {
+    "AutoConfig": "code.Config",
+    "AutoModelForCausalLM": "code.Model",
+    "AutoModelForSequenceClassification": "code.Model",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_one_to_ask(monkeypatch):
+    """transformers asks `run the custom code? [y/N]` unless it is told; here someone would say yes."""
+    monkeypatch.setattr(builtins, "input", lambda text="": "y")
+
+
+@pytest.fixture
+def custom(tmp_path, monkeypatch):
+    """A directory whose loading needs code that lies in it, and the file that this code would make."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path, mark = tmp_path / "custom", tmp_path / "executed"
+    tiny.save(tiny.policy(tiny.tokenizer()), path)
+    (path / "code.py").write_text(CODE.format(mark=mark))
+    config = json.loads((path / "config.json").read_text()) | {"model_type": "custom", "auto_map": AUTO_MAP}
+    (path / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((path / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": [None, "code.Tokenizer"]}}
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return str(path), mark
+
+
+def _ppo(policy, reward, tmp_path, **kwargs):
+    return PPOTrainer(policy, reward, tiny.ppo_config(tmp_path / "out"), train_dataset=tiny.prompts(), **kwargs)
+
+
+LOADERS = {
+    "policy in PPO": lambda path, folder: _ppo(path, tiny.length_reward, folder, processing_class=tiny.tokenizer()),
+    "policy elsewhere": lambda path, folder: load_policy(path),
+    "tokenizer": lambda path, folder: load_tokenizer(path),
+    "reward model": lambda path, folder: load_reward_model(path),
+    "reward model or judge by a recipe": lambda path, folder: RewardModelScorer.from_pretrained(path),
+    "base of a reward model": lambda path, folder: RewardModelTrainer(
+        path, tiny.reward_config(folder / "out"), train_dataset=tiny.preferences(), processing_class=tiny.tokenizer()
+    ),
+}
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+def test_code_of_a_model_is_refused_and_not_run(custom, tmp_path, load):
+    path, mark = custom
+    with pytest.raises(ValueError, match="brings Python code of its own.*`trust_remote_code: true`"):
+        load(path, tmp_path)
+    assert not mark.exists()
+
+
+def test_who_asks_for_it_gets_it(custom):
+    """Else the tests above would prove nothing: this is code that runs."""
+    path, mark = custom
+    load_tokenizer(path, trust_remote_code=True)
+    assert mark.exists()
+
+
+class Bomb:
+    """What a pickle can do."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mknod, (self.mark,)
+
+
+def _pickle(directory, tensors, name, mark):
+    """Leave weights as a pickle that touches a file, in torch's format."""
+    torch.save(tensors, directory / name)
+    with zipfile.ZipFile(directory / name) as source:
+        entries = {entry: source.read(entry) for entry in source.namelist()}
+    buffer = io.BytesIO()
+    pickle.dump(Bomb(str(mark)), buffer)
+    with zipfile.ZipFile(directory / name, "w") as target:
+        for entry, content in entries.items():
+            target.writestr(entry, buffer.getvalue() if entry.endswith("data.pkl") else content)
+    for path in directory.glob("*.safetensors"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "load",
+    [load_policy, load_tokenizer, load_reward_model, load_reward_model_base, RewardModelScorer.from_pretrained],
+    ids=lambda load: load.__qualname__,
+)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_pickled_weights_are_refused(tmp_path, load, name):
+    tok = tiny.tokenizer()
+    model = tiny.reward_model(tok) if "eward" in load.__qualname__ else tiny.policy(tok)
+    path = tiny.save(model, tmp_path / "model")
+    load(path)  # as safetensors
+    _pickle(tmp_path / "model", {"x": torch.ones(1)}, name, tmp_path / "executed")
+    with pytest.raises(ValueError, match=rf"holds its weights as a pickle \({name}\).*`save_pretrained`"):
+        load(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_pickled_adapter_is_refused(tmp_path):
+    base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    model = tiny.policy(tiny.tokenizer())
+    model.config._name_or_path = base
+    adapter = tmp_path / "adapter"
+    get_peft_model(model, tiny.lora()).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    tiny.tokenizer().save_pretrained(adapter)
+    load_policy(str(adapter))
+    _pickle(adapter, {"x": torch.ones(1)}, "adapter_model.bin", tmp_path / "executed")
+    for load in (load_policy, RewardAdapterScorer, lambda path: _ppo(path, tiny.length_reward, tmp_path)):
+        with pytest.raises(ValueError, match=r"holds its weights as a pickle \(adapter_model.bin\)"):
+            load(str(adapter))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_recipes_ask_the_hub_for_safetensors_only():
+    assert model_init_kwargs(ModelConfig())["use_safetensors"] is True
+
+
+@pytest.mark.parametrize("option", ["output_dir", "reward_model_path", "judge_models"])
+def test_a_yaml_cannot_run_code(tmp_path, option):
+    mark, file = tmp_path / "executed", tmp_path / "config.yaml"
+    file.write_text(f"{option}: !!python/object/apply:os.mknod ['{mark}']\n")
+    parser = TrlParser((PPOArguments, PPOConfig, ModelConfig, TrackingArguments, PreflightArguments))
+    with pytest.raises(yaml.constructor.ConstructorError, match="could not determine a constructor"):
+        parser.parse_args_and_config(["--config", str(file)])
+    assert not mark.exists()
+    yaml.unsafe_load(file.read_text())
+    assert mark.exists(), "else this would prove nothing"
+
+
+def test_the_configuration_of_a_run_in_a_store_cannot_run_code(tmp_path, monkeypatch):
+    """`recipes/compare.py` reads what others have recorded."""
+    mark = tmp_path / "executed"
+    text = f"PPOConfig: !!python/object/apply:os.mknod ['{mark}']"
+    monkeypatch.setattr(tracked_runs, "_read_artifact", lambda *args: text)
+    with pytest.raises(yaml.constructor.ConstructorError, match="could not determine a constructor"):
+        tracked_runs._read_options(None, "run", "sqlite://")
+    assert not mark.exists()
+    yaml.unsafe_load(text)
+    assert mark.exists(), "else this would prove nothing"
+
+
+TOKEN, PASSWORD = "hf_" + "a" * 30, "pa55word"
+
+
+@pytest.mark.parametrize("kind", ["ppo", "reward_modeling"])
+def test_no_checkpoint_holds_the_hub_token(tmp_path, monkeypatch, kind):
+    """`training_args.bin` is a pickle of all options."""
+    monkeypatch.setenv("HF_TOKEN", "before")
+    options = {"hub_token": TOKEN, "model_init_kwargs": {"token": PASSWORD}, "save_strategy": "steps", "save_steps": 2}
+    tok, path = tiny.tokenizer(), tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    if kind == "ppo":
+        args = tiny.ppo_config(tmp_path / "out", max_steps=4, **options)
+        trainer = PPOTrainer(path, tiny.length_reward, args, train_dataset=tiny.prompts(), processing_class=tok)
+    else:
+        args = tiny.reward_config(tmp_path / "out", **options)
+        trainer = RewardModelTrainer(path, args, train_dataset=tiny.preferences(), processing_class=tok)
+    trainer.train()
+    trainer.save_model()
+    assert os.environ["HF_TOKEN"] == TOKEN, "where huggingface_hub looks for it"
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert {file.name for file in files} >= {"training_args.bin", "trainer_state.json"}
+    for file in files:
+        content = file.read_bytes()
+        assert TOKEN.encode() not in content, file
+        assert PASSWORD.encode() not in content, file
+
+
+class _Hub:
+    """Takes what is pushed."""
+
+    def upload_folder(self, **kwargs):
+        return Future()
+
+
+def test_what_sft_saves_and_pushes_holds_no_secret(tmp_path, monkeypatch):
+    """TRL's own configuration: nothing takes its secrets out before they are written."""
+    monkeypatch.setenv("HF_TOKEN", "before")
+    monkeypatch.setattr("transformers.trainer.hf_api", _Hub)
+    options = {name: value for name, value in tiny.QUIET.items() if name != "save_strategy"}
+    address = f"https://me:{PASSWORD}@hub.example/a"
+    args = SFTConfig(
+        str(tmp_path), hub_token=TOKEN, max_steps=1, save_steps=1, run_name=address, trackio_space_id=TOKEN,
+        model_init_kwargs={"token": PASSWORD, "revision": address}, lr_scheduler_kwargs={}, **options,
+    )  # fmt: skip
+    path = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    data = Dataset.from_dict({"text": tiny.TEXTS})
+    trainer = SFTTrainer(path, args=args, train_dataset=data, processing_class=tiny.tokenizer())
+    trainer.train()
+    trainer.hub_model_id, trainer.push_in_progress = "me/policy", None
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert os.environ["HF_TOKEN"] == TOKEN, "where huggingface_hub looks for it"
+    assert trainer.args is args
+    assert args.run_name == address, "the run itself goes on with what it was given"
+    for written in (tmp_path / "training_args.bin", tmp_path / "checkpoint-1" / "training_args.bin"):
+        saved = torch.load(written, weights_only=False)
+        assert (saved.run_name, saved.trackio_space_id) == ("https://***@hub.example/a", "***")
+        assert saved.model_init_kwargs == {"token": None, "revision": "https://***@hub.example/a"}
+        assert saved.save_strategy is args.save_strategy, "all others as they are"
+        changed = {f.name for f in fields(args) if getattr(saved, f.name) != getattr(args, f.name)}
+        assert changed == {"run_name", "trackio_space_id", "model_init_kwargs"}
+        assert TOKEN.encode() not in written.read_bytes()
+        assert PASSWORD.encode() not in written.read_bytes()
+
+
+def test_a_password_in_the_address_of_a_vllm_server_is_refused(tmp_path):
+    """TRL names the address when the server does not answer."""
+    with pytest.raises(ValueError, match=r"`vllm_server_base_url` holds a password, .*`~/.netrc`") as error:
+        tiny.ppo_config(tmp_path, vllm_server_base_url=f"http://me:{PASSWORD}@host:8000")
+    assert PASSWORD not in str(error.value)
+    tiny.ppo_config(tmp_path, vllm_server_base_url="http://host:8000/@me")
+
+
+def test_a_token_of_the_environment_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "other")
+    tiny.ppo_config(tmp_path)
+    assert os.environ["HF_TOKEN"] == "other"

@@ -1,0 +1,133 @@
+"""Bad input is refused before anything is trained, in a line that names the option and the way out."""
+
+import re
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset, DatasetDict
+
+from rlhf_recipes import RewardModelTrainer
+from rlhf_recipes.algorithm.value_head import ValueHead
+from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.options.reward_modeling import RewardModelConfig
+
+pytestmark = pytest.mark.tiny
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Dataset.from_dict({"text": ["a"] * 8}), "has no column 'prompt'"),
+        (Dataset.from_dict({"prompt": []}), "`train_dataset` is empty"),
+        (DatasetDict(train=Dataset.from_dict({"prompt": ["a"]})), "is a dictionary of 'train': pass one of them"),
+        (Dataset.from_dict({"prompt": ["a"] * 7}), "has 7 prompts, fewer than one rollout's 8"),
+        (Dataset.from_dict({"prompt": ["a"] * 7 + [" "]}), "empty 'prompt' in row 7"),
+        (Dataset.from_dict({"prompt": ["a"] * 7 + ["word " * 200]}), "exceeds the model's 128 positions"),
+    ],
+)
+def test_prompts(tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.ppo_trainer(tmp_path, data=data)
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected"])
+def test_preferences_without_a_column(tmp_path, column):
+    with pytest.raises(ValueError, match=f"has no column '{column}'"):
+        _reward_trainer(tmp_path, tiny.preferences().remove_columns(column))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"prompt": ["a"], "chosen": [""], "rejected": ["b"]}, "empty 'chosen' in row 0"),
+        ({"prompt": ["a"], "chosen": ["b"], "rejected": [" "]}, "empty 'rejected' in row 0"),
+        ({"prompt": [], "chosen": [], "rejected": []}, "`train_dataset` is empty"),
+        (
+            {"prompt": ["a"], "chosen": [[{"role": "user", "content": "a"}]], "rejected": [[]]},
+            "mixes formats: 'prompt' is text, 'chosen' is messages",
+        ),
+        (
+            {
+                "prompt": [[{"role": "user", "content": "a"}]],
+                "chosen": [[{"role": "assistant", "content": ""}]],
+                "rejected": [[{"role": "assistant", "content": "b"}]],
+            },
+            "empty 'chosen' in row 0",
+        ),
+    ],
+)
+def test_preferences(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        _reward_trainer(tmp_path, Dataset.from_dict(rows))
+
+
+def _reward_trainer(tmp_path, data):
+    tok = tiny.tokenizer()
+    return RewardModelTrainer(
+        tiny.reward_model(tok), tiny.reward_config(tmp_path), train_dataset=data, processing_class=tok
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_device_train_batch_size": 4, "generation_batch_size": 6}, "generation_batch_size"),
+        ({"per_device_train_batch_size": 4, "num_generations": 3}, "divisible by num_generations"),
+        (
+            {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+            "must be a multiple of `gradient_accumulation_",
+        ),
+        ({"gamma": 1.1}, "`gamma` must lie in"),
+        ({"lam": -0.1}, "`lam` must lie in"),
+        ({"value_lam": 2.0}, "`value_lam` must lie in"),
+        ({"cliprange_value": 0.0}, "`cliprange_value` must be positive"),
+        ({"vf_coef": -1.0}, "`vf_coef` must not be negative"),
+        ({"kl_coef": -1.0}, "`kl_coef` must not be negative"),
+        ({"kl_coef": 0.0, "kl_controller": "adaptive"}, "`kl_coef` must be positive with"),
+        ({"target_kl": 0.0}, "`target_kl` must be positive"),
+        ({"kl_horizon": 0}, "`kl_horizon` must be positive"),
+        ({"kl_estimator": "k4"}, "`kl_estimator` must be one of k1, k2, k3"),
+        ({"kl_controller": "pid"}, "`kl_controller` must be one of fixed, adaptive"),
+        ({"truncated_completions": "drop"}, "`truncated_completions` must be one of"),
+        ({"truncated_completions": "bootstrap", "missing_eos_penalty": 1.0}, "`missing_eos_penalty` needs"),
+        ({"mask_truncated_completions": True}, "Use `truncated_completions: mask`"),
+        ({"reward_norm_decay": 1.0}, "`reward_norm_decay` must lie in"),
+        ({"reward_norm_clip": 0.0}, "`reward_norm_clip` must be positive"),
+        ({"critic_warmup_steps": -1}, "`critic_warmup_steps` must not be negative"),
+        ({"num_iterations": 0}, "`num_iterations` must be positive"),
+        ({"loss_type": "bnpo"}, "`loss_type` must be one of"),
+        ({"importance_sampling_level": "sequence"}, "`importance_sampling_level` must be 'token'"),
+        ({"scale_rewards": "group"}, "`scale_rewards` must be 'none'"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "`multi_objective_aggregation` must be"),
+        ({"sync_ref_model": True}, "`sync_ref_model` is not available"),
+        ({"value_head_activation": "relu"}, "`value_head_activation` must be one of silu, gelu, got 'relu'. ReLU"),
+        ({"value_head_activation": "tanh"}, "`value_head_activation` must be one of silu, gelu, got 'tanh'"),
+        ({"value_head_size": 0}, "`value_head_size` must be positive"),
+    ],
+)
+def test_ppo_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PPOConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False, **options)
+
+
+def test_reward_model_options(tmp_path):
+    with pytest.raises(ValueError, match="`l2_coefficient` must not be negative"):
+        RewardModelConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False, l2_coefficient=-1.0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_value_head_activation(activation):
+    with pytest.raises(ValueError, match="`value_head_activation` must be one of silu, gelu"):
+        ValueHead(8, activation=activation)
+
+
+def test_value_head_starts_at_zero_and_is_float32():
+    head = ValueHead(8, 16, "gelu")
+    values = head(torch.randn(2, 3, 8, dtype=torch.bfloat16))
+    assert values.shape == (2, 3)
+    assert values.dtype == torch.float32
+    assert values.abs().sum() == 0
+    assert head.hidden.out_features == 16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head(torch.randn(2, 3, 8)).dtype == torch.float32

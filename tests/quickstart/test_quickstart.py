@@ -1,0 +1,230 @@
+"""The stages as a user runs them, shortened: exit code, artifacts, messages."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+from processes import environment_of_a_user
+
+pytestmark = pytest.mark.recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+CONFIGS = RECIPES / "configs" / "quickstart"
+SHORT = {
+    "sft": ["--max_steps", "4"],
+    "reward_modeling": ["--max_steps", "2"],
+    "ppo": ["--max_steps", "4", "--eval_steps", "4", "--kl_horizon", "128"],
+    "evaluate": ["--num_prompts", "12"],
+}
+
+
+def _run(directory, *command, expect=0, **changes):
+    environment = environment_of_a_user(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1") | changes
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert (result.returncode == 0) is (expect == 0), result.stdout[-3000:] + result.stderr[-6000:]
+    return result
+
+
+def _recipe(directory, stage, *arguments, **kwargs):
+    return _run(directory, RECIPES / f"{stage}.py", "--config", CONFIGS / f"{stage}.yaml", *arguments, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """Every stage once, a few steps each. The reports of the recipes, by stage."""
+    directory = tmp_path_factory.mktemp("quickstart")
+    reports = {"world": _run(directory, RECIPES / "quickstart.py", "--until", "world")}
+    reports["sft"] = _recipe(directory, "sft", *SHORT["sft"])
+    quickstart = (RECIPES / "quickstart.py", "--start", "preferences", "--until", "preferences", "--num_pairs", "48")
+    reports["preferences"] = _run(directory, *quickstart)
+    for stage in ("reward_modeling", "ppo", "evaluate"):
+        reports[stage] = _recipe(directory, stage, *SHORT[stage])
+    return directory, reports
+
+
+def test_artifacts(pipeline):
+    run = pipeline[0] / "runs" / "quickstart"
+    for name in (
+        "sft/model.safetensors",
+        "reward_modeling/model.safetensors",
+        "reward_modeling/reward_model_card.json",
+        "ppo/model.safetensors",
+        "ppo/value_head.safetensors",
+        "ppo/trainer_state.json",
+        "evaluate/results.json",
+        "evaluate/completions.jsonl",
+    ):
+        assert (run / name).is_file(), name
+    results = json.loads((run / "evaluate" / "results.json").read_text())
+    assert results["prompts"] == 12
+    assert {"gold_score/policy", "reward_model/win_rate_low", "policy/kl", "policy/length"} <= results.keys()
+    samples_per_prompt = 4
+    assert len((run / "evaluate" / "completions.jsonl").read_text().splitlines()) == 12 * samples_per_prompt
+
+
+def test_a_reward_model_ends_with_its_metrics(pipeline):
+    report = pipeline[1]["reward_modeling"].stdout
+    assert "eval_accuracy_margin_q4" in report
+    assert "eval_length_correlation" in report
+
+
+def test_every_stage_is_a_finished_run(pipeline):
+    mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
+    runs = mlflow.search_runs(experiment_names=["rlhf_recipes"])
+    assert sorted(runs["tags.stage"]) == ["evaluation", "ppo", "reward_modeling", "sft"]
+    assert set(runs["status"]) == {"FINISHED"}
+    ppo = runs[runs["tags.stage"] == "ppo"].iloc[0]
+    assert ppo["metrics.objective/scores"] == ppo["metrics.objective/scores"], "the callback's metrics are in the run"
+    assert "params.learning_rate" in runs.columns
+
+
+def test_no_warning_of_ours_in_a_first_run(pipeline):
+    for stage, report in pipeline[1].items():
+        for line in (report.stdout + report.stderr).splitlines():
+            if not line.startswith("Warning: The reward model"):  # which has made two steps
+                assert "Warning" not in line, f"{stage}: {line}"
+            assert "UNEXPECTED" not in line, f"{stage}: {line}"
+
+
+@pytest.fixture(scope="module")
+def trained_card(pipeline):
+    """Let the reward model's card say what that of the whole quickstart says."""
+    path = pipeline[0] / "runs/quickstart/reward_modeling/reward_model_card.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eval_accuracy": 0.65}))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_modeling", "ppo"])
+def test_the_preflight_of_the_whole_quickstart_is_short_and_finds_nothing(pipeline, trained_card, stage):
+    output_dir = f"runs/quickstart/preflight_{stage}"
+    options = ("--preflight_only", "true", "--output_dir", output_dir, "--experiment_name", "preflight")
+    lines = _recipe(pipeline[0], stage, *options).stdout.splitlines()
+    assert lines[0].startswith("Preflight: 1 process on cpu, ")
+    assert len(lines) <= 15
+    assert all(line.startswith("  ") for line in lines[1:]), lines
+    assert not list((pipeline[0] / output_dir).glob("*")), "nothing that looks like a trained model"
+    mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
+    assert mlflow.get_experiment_by_name("preflight") is None
+
+
+def test_a_run_opens_with_its_preflight(pipeline):
+    for stage in ("sft", "reward_modeling", "ppo"):
+        assert pipeline[1][stage].stdout.startswith("Preflight: "), stage
+    assert "  run         1 rollout, 128 completions" in pipeline[1]["ppo"].stdout
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_two_processes_agree_on_a_preflight(pipeline, trained_card, fails):
+    """The checks are the main process's; what they mean for the run is every one's, or the others would wait."""
+    bad = pipeline[0] / "no_eos"
+    shutil.copytree(pipeline[0] / "runs/quickstart/sft", bad, dirs_exist_ok=True)
+    if fails:  # an end of answer that the policy does not have
+        for name, change in (
+            ("tokenizer_config.json", {"eos_token": "<nowhere>"}),
+            ("config.json", {"eos_token_id": None}),
+            ("generation_config.json", {"eos_token_id": None}),
+        ):
+            (bad / name).write_text(json.dumps(json.loads((bad / name).read_text()) | change))
+    for only in ("true", "false") if fails else ("true",):
+        report = _run(
+            pipeline[0], "-m", "accelerate.commands.launch",
+            "--config_file", ROOT / "accelerate_configs" / "multi_gpu.yaml",
+            "--num_processes", "2", "--mixed_precision", "no", RECIPES / "ppo.py",
+            "--config", CONFIGS / "ppo.yaml", "--model_name_or_path", bad, "--preflight_only", only,
+            "--per_device_train_batch_size", "16", "--output_dir", "runs/two", "--experiment_name", "two_preflights",
+            expect=int(fails),
+        )  # fmt: skip
+        assert report.stdout.count("Preflight: 2 processes on cpu") == 1
+        assert "64 completions (16 x 2 processes x 2 steps)" in report.stdout
+        assert ("outside the policy's vocabulary" in report.stdout) is fails
+        assert not (pipeline[0] / "runs/two/trainer_state.json").exists()
+
+
+def test_ppo_without_arguments_is_the_quickstarts_stage(tmp_path):
+    report = _run(tmp_path, RECIPES / "ppo.py", expect=1)
+    assert "`model_name_or_path` is runs/quickstart/sft, which does not exist" in report.stderr
+    assert "`python recipes/quickstart.py --until sft`" in report.stderr
+
+
+def test_options_override_the_quickstarts_ppo_stage(tmp_path):
+    report = _run(tmp_path, RECIPES / "ppo.py", "--kl_coef", "0.2", expect=1)
+    assert report.stderr.strip().splitlines()[-1].startswith("Error: `model_name_or_path` is runs/quickstart/sft")
+    assert "Traceback" not in report.stderr, "a refusal is one line"
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    report = _run(tmp_path, RECIPES / "ppo.py", "--no_such_option", "1", expect=1)
+    assert "Traceback" in report.stderr
+    assert "no_such_option" in report.stderr
+
+
+def test_an_evaluation_checks_the_reward_models_card(pipeline):
+    report = _recipe(pipeline[0], "evaluate", "--response_separator", "###", expect=1)
+    assert "Set `response_separator:" in report.stderr
+
+
+def test_stages_have_an_order(tmp_path):
+    report = _run(tmp_path, RECIPES / "quickstart.py", "--start", "ppo", "--until", "sft", expect=1)
+    assert "--start ppo comes after --until sft" in report.stderr
+
+
+def test_a_missing_reward_model_names_its_stage(pipeline):
+    report = _recipe(pipeline[0], "ppo", "--reward_model_path", "runs/mine/reward_modeling", expect=1)
+    assert "`accelerate launch recipes/reward_modeling.py --config YOUR_CONFIG.yaml`" in report.stderr
+
+
+def test_a_crash_is_recorded_as_failed(pipeline):
+    _recipe(pipeline[0], "ppo", "--response_separator", "###", "--experiment_name", "crash", expect=1)
+    mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
+    assert list(mlflow.search_runs(experiment_names=["crash"])["status"]) == ["FAILED"]
+
+
+def test_reward_functions_are_named_as_module_and_function(pipeline):
+    _recipe(
+        pipeline[0], "ppo", "--max_steps", "2", "--reward_functions", "rlhf_recipes.quickstart.world:gold_score",
+        "--output_dir", "runs/quickstart/ppo_gold", "--tracking", "false",
+    )  # fmt: skip
+    report = _recipe(pipeline[0], "ppo", "--reward_functions", "json:no_such_function", expect=1)
+    assert "json has no function 'no_such_function'" in report.stderr
+
+
+def test_two_processes(pipeline):
+    """A launch as on several devices; the ranks must agree on what they save."""
+    report = _run(
+        pipeline[0], "-m", "accelerate.commands.launch",
+        "--config_file", ROOT / "accelerate_configs" / "multi_gpu.yaml",
+        "--num_processes", "2", "--mixed_precision", "no", RECIPES / "ppo.py",
+        "--config", CONFIGS / "ppo.yaml", "--max_steps", "4", "--per_device_train_batch_size", "16",
+        "--output_dir", "runs/quickstart/ppo_two", "--experiment_name", "two",
+    )  # fmt: skip
+    state = json.loads((pipeline[0] / "runs/quickstart/ppo_two/trainer_state.json").read_text())
+    assert state["global_step"] == 4, report.stderr[-2000:]
+    mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
+    (run,) = mlflow.search_runs(experiment_names=["two"], output_format="list")
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["accelerate.num_processes"] == "2"
+    assert run.data.metrics["episode"] == 2 * 16 * 2, "processes x batch x steps_per_generation"
+
+
+def test_the_quickstart_groups_its_stages_under_one_run(pipeline):
+    report = _run(pipeline[0], RECIPES / "quickstart.py", "--start", "evaluate", MLFLOW_EXPERIMENT_NAME="grouped")
+    assert "win rate over SFT" in report.stdout
+    assert f"ui --backend-store-uri sqlite:///{pipeline[0]}/mlflow.db" in report.stdout
+    mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
+    runs = mlflow.search_runs(experiment_names=["grouped"], output_format="list")
+    evaluation, parent = sorted(runs, key=lambda run: run.data.tags["stage"])
+    assert evaluation.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert (parent.data.tags["stage"], parent.info.status) == ("pipeline", "FINISHED")
+    assert "lineage.baseline" in evaluation.data.tags

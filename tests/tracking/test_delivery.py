@@ -1,0 +1,124 @@
+"""What reaches a store, once and in order, and what is kept; the store fails on command."""
+
+import json
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+
+from rlhf_recipes.tracking import delivery
+from rlhf_recipes.tracking.delivery import Delivery, send_unsent
+
+
+class Store:
+    """An `MlflowClient` that remembers, or fails."""
+
+    error: Exception | None = None
+
+    def __init__(self):
+        self.metrics, self.calls = [], 0
+
+    def __call__(self, tracking_uri=None):
+        return self
+
+    def log_batch(self, run_id, metrics):
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        self.metrics += [(metric.key, metric.step, metric.value) for metric in metrics]
+
+    def get_metric_history(self, run_id, name):
+        return [mlflow.entities.Metric(key, value, 0, step) for key, step, value in self.metrics if key == name]
+
+
+@pytest.fixture
+def store(monkeypatch):
+    store = Store()
+    monkeypatch.setattr(mlflow, "MlflowClient", store)
+    monkeypatch.setattr(mlflow, "end_run", lambda status: None)
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "http://store")
+    return store
+
+
+def _open(tmp_path, **last_steps):
+    return Delivery("run", "http://store", tmp_path, last_steps)
+
+
+def _kept(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "mlflow_unsent.jsonl").read_text().splitlines()]
+
+
+def test_a_step_has_one_value(tmp_path, store):
+    sender = _open(tmp_path, loss=2)
+    for step in (1, 2, 3):
+        sender.log_metrics({"loss": 10.0 * step, "new": 1.0 * step}, step=step)
+    sender.log_metrics({"loss": 30.0, "best": 7.0})  # the result of a recipe: logged by the callback, but for `best`
+    sender.close("FINISHED")
+    assert store.metrics == [("new", 1, 1.0), ("new", 2, 2.0), ("loss", 3, 30.0), ("new", 3, 3.0), ("best", 3, 7.0)]
+
+
+def test_a_run_that_goes_back_keeps_the_first_value_of_a_step(tmp_path, store):
+    sender = _open(tmp_path)
+    for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (2, -2.0), (3, -3.0), (4, 4.0)):
+        sender.log_metrics({"loss": value}, step=step)
+    sender.close("FINISHED")
+    assert store.metrics == [("loss", step, float(step)) for step in (1, 2, 3, 4)]
+
+
+def test_a_store_that_does_not_answer_is_asked_once_in_a_while(tmp_path, store, caplog):
+    store.error = MlflowException("no answer")
+    sender = _open(tmp_path)
+    for step in range(5):
+        sender.log_metrics({"loss": 1.0 * step}, step=step)
+    sender.close("FINISHED")
+    assert store.calls == 2, "the first record, and an attempt at all of them at the end"
+    assert [record["step"] for record in _kept(tmp_path)] == [0, 1, 2, 3, 4]
+    (line,) = caplog.messages
+    assert "5 records" in line
+    assert f"-m rlhf_recipes.tracking.delivery {tmp_path}/mlflow_unsent.jsonl" in line
+
+
+def test_a_store_that_comes_back_is_used_again(tmp_path, store, monkeypatch, caplog):
+    monkeypatch.setattr(delivery, "PAUSE_SECONDS", 0.0)
+    sender = _open(tmp_path)
+    store.error = ConnectionError()
+    sender.log_metrics({"loss": 0.0}, step=0)
+    sender._worker.submit(setattr, store, "error", None)
+    sender.log_metrics({"loss": 1.0}, step=1)
+    sender.close("FINISHED")
+    assert store.metrics == [("loss", 1, 1.0), ("loss", 0, 0.0)]
+    assert not (tmp_path / "mlflow_unsent.jsonl").exists()
+    assert not caplog.messages
+
+
+def test_a_refused_record_does_not_hold_up_the_others(tmp_path, store):
+    sender = _open(tmp_path)
+    store.error = MlflowException.invalid_parameter_value("a bad name")
+    sender.log_metrics({"bad": 0.0}, step=0)
+    sender._worker.submit(setattr, store, "error", None)
+    sender.log_metrics({"loss": 1.0}, step=1)
+    sender._worker.shutdown(wait=True)
+    assert store.metrics == [("loss", 1, 1.0)]
+    assert [record["metrics"] for record in _kept(tmp_path)] == [{"bad": 0.0}]
+
+
+def test_what_has_arrived_after_all_is_not_sent_twice(tmp_path, store):
+    record = {"run_id": "run", "tracking_uri": "http://store", "timestamp": 5}
+    values = ((1, 1.0), (2, 2.0), (2, 99.0))
+    lines = [record | {"metrics": {"loss": value}, "step": step} for step, value in values]
+    path = tmp_path / "mlflow_unsent.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store.metrics = [("loss", 1, 1.0)]
+    assert send_unsent(path) == 3
+    assert store.metrics == [("loss", 1, 1.0), ("loss", 2, 2.0)]
+    assert not path.exists()
+    assert send_unsent(path) == 0
+
+
+def test_what_cannot_be_sent_later_stays(tmp_path, store):
+    path = tmp_path / "mlflow_unsent.jsonl"
+    path.write_text(json.dumps({"run_id": "run", "tracking_uri": "x", "timestamp": 5, "metrics": {"a": 1}, "step": 1}))
+    store.error = MlflowException("no answer")
+    with pytest.raises(MlflowException):
+        send_unsent(path)
+    assert path.exists()

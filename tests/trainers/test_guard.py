@@ -1,0 +1,587 @@
+"""Guards: what they withhold stays as it was bit by bit, what they go back to is gone on from, and they give up."""
+
+import json
+import logging
+
+import pytest
+import tiny
+import torch
+from tolerances import EXACT, assert_close
+from transformers import TrainerCallback
+
+from rlhf_recipes.durability.checkpoints import (
+    abandon,
+    checkpoints_by_age,
+    find_defect,
+    is_abandoned,
+    last_checkpoint,
+    publish,
+)
+from rlhf_recipes.tracking.session import RunCallback
+from rlhf_recipes.trainers.guard import DivergedError, RollbackError, TrainingGuard
+
+pytestmark = pytest.mark.tiny
+
+PEFT = [pytest.param(False, id="full"), pytest.param(True, id="lora")]
+CHECKPOINTS = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12}
+SMALL = {"per_device_train_batch_size": 2}
+
+
+def _trainer(directory, peft=False, **kwargs):
+    return tiny.ppo_trainer(directory, peft=tiny.lora() if peft else None, **{"max_steps": 8, **kwargs})
+
+
+def _poison(trainer, steps, value=float("nan")):
+    """Let the loss of some optimiser steps, and with it their gradient, be no number: {step: times}."""
+    left, compute_loss = dict(steps), trainer._compute_loss
+
+    def poisoned(model, inputs):
+        loss = compute_loss(model, inputs)
+        step = trainer.state.global_step + 1
+        if trainer.model.training and left.get(step, 0):
+            left[step] -= 1
+            return loss * value
+        return loss
+
+    trainer._compute_loss = poisoned
+
+
+def _snapshots(trainer):
+    """Weights and Adam's state before the first step and after each optimiser step, by step; the latest attempt's."""
+    snapshots = {}
+
+    def take(step):
+        parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+        state = trainer.optimizer.state if trainer.optimizer is not None else {}
+        snapshots[step] = {name: p.detach().clone() for name, p in parameters.items()} | {
+            f"{name}/{key}": value.clone() for name, p in parameters.items() for key, value in state.get(p, {}).items()
+        }
+
+    class Recorder(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            take(state.global_step)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            take(state.global_step)
+
+    trainer.add_callback(Recorder())
+    return snapshots
+
+
+def _moved(snapshots, step):
+    """Whether anything differs, bit for bit, between before and after an optimiser step (the first adds Adam's)."""
+    before, after = snapshots[step - 1], snapshots[step]
+    return before.keys() != after.keys() or any(not torch.equal(after[name], before[name]) for name in before)
+
+
+def _rates(trainer):
+    """The learning rate of every step: what the policy's group had in it, and the head's."""
+    rates = []
+
+    class Recorder(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            groups = optimizer.param_groups
+            rates.append((state.global_step + 1, groups[0]["lr"], groups[-1]["lr"]))
+
+    trainer.add_callback(Recorder())
+    return rates
+
+
+def _logged(trainer, name):
+    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+
+
+@pytest.mark.parametrize("peft", PEFT)
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(tmp_path, peft, caplog):
+    trainer = _trainer(tmp_path, peft)
+    snapshots = _snapshots(trainer)
+    _poison(trainer, {3: 1, 6: 1})
+    trainer.train()
+    assert [step for step in range(1, 9) if not _moved(snapshots, step)] == [3, 6]
+    assert _logged(trainer, "guard/skipped_steps") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2, 8: 2}
+    assert trainer.state.global_step == 8
+    assert [m for m in caplog.messages if "not finite" in m] == [
+        f"Step {step}: the loss or its gradient is not finite: the step is left out (1 in a row, `max_skipped_steps` "
+        "is 3)."
+        for step in (3, 6)
+    ]
+
+
+def test_one_infinite_micro_batch_of_a_step_is_enough(tmp_path):
+    trainer = _trainer(tmp_path, steps_per_generation=4, gradient_accumulation_steps=2, **SMALL)
+    snapshots = _snapshots(trainer)
+    _poison(trainer, {3: 1}, value=float("inf"))
+    trainer.train()
+    assert [step for step in range(1, 9) if not _moved(snapshots, step)] == [3]
+
+
+def test_the_schedule_goes_on_over_a_skipped_step(tmp_path):
+    plain, skipping = _trainer(tmp_path / "a"), _trainer(tmp_path / "b")
+    rates = _rates(plain), _rates(skipping)
+    _poison(skipping, {3: 1})
+    plain.train()
+    skipping.train()
+    assert rates[0] == rates[1]
+    assert len({rate for _, rate, _ in rates[0]}) == 8
+
+
+@pytest.mark.parametrize("peft", PEFT)
+def test_three_in_a_row_go_back_to_the_checkpoint_with_half_the_rate(tmp_path, peft, caplog):
+    trainer = _trainer(tmp_path, peft, kl_controller="adaptive", kl_horizon=64, **CHECKPOINTS)
+    rates, snapshots = _rates(trainer), _snapshots(trainer)
+    _poison(trainer, {9: 1, 10: 1, 11: 1})
+    trainer.train()
+    steps = [step for step, _, _ in rates]
+    assert steps == [*range(1, 11), *range(9, 13)], "the step that was the third has got no optimiser step"
+    by_step = {step: (policy, head) for step, policy, head in rates[-4:]}
+    for step, policy, head in rates[:10]:
+        assert head == pytest.approx(10 * policy)
+        if step in by_step:
+            assert by_step[step] == (policy / 2, head / 2)
+    assert by_step[12][0] == pytest.approx(0.5 * trainer.args.learning_rate * (12 - 11) / 12)
+    assert _logged(trainer, "learning_rate")[9] == by_step[9][0]
+    assert all(_moved(snapshots, step) for step in range(9, 13))
+    assert trainer.state.global_step == 12
+    assert _logged(trainer, "guard/rollbacks") == {step: float(step > 8) for step in range(1, 13)}
+    assert _logged(trainer, "guard/skipped_steps")[12] == 3
+    (line,) = [m for m in caplog.messages if "Going back" in m]
+    assert line == (
+        f"Step 11: the loss or its gradient is not finite, 3 steps in a row. Going back to {tmp_path}/checkpoint-8 "
+        "with 0.5 of the learning rate (rollback 1 of 3)."
+    )
+    # Three rollouts, of which one was sampled twice: the statistics have seen three.
+    weight = trainer.reward_normalizer.state_dict()["weight"]
+    assert weight == pytest.approx(1 - trainer.args.reward_norm_decay**3)
+
+
+def test_going_back_twice_halves_twice_and_samples_otherwise(tmp_path):
+    trainer = _trainer(tmp_path, **CHECKPOINTS, lr_scheduler_type="constant", rollback_learning_rate_factor=0.1)
+    rates, rollouts, generate = _rates(trainer), [], trainer._generate
+
+    def recorded(prompts):
+        result = generate(prompts)
+        rollouts.append((trainer.state.global_step, prompts, result[1]))
+        return result
+
+    trainer._generate = recorded
+    _poison(trainer, {5: 2, 6: 2, 7: 2})
+    trainer.train()
+    assert [rate for step, rate, _ in rates if step == 5] == pytest.approx([1e-3, 1e-4, 1e-5])
+    assert trainer.optimizer.param_groups[0]["initial_lr"] == pytest.approx(1e-5)
+    assert sorted(trainer.lr_scheduler.base_lrs) == pytest.approx([1e-5, 1e-5, 1e-4, 1e-4])
+    first, second, third = (
+        dict(zip(map(str, prompts), ids, strict=True)) for step, prompts, ids in rollouts if step == 4
+    )
+    assert first.keys() == second.keys() == third.keys()
+    assert first != second != third != first
+    state = json.loads((tmp_path / "checkpoint-12" / "ppo_state.json").read_text())["guard"]
+    assert state["rollbacks"] == 2
+    assert state["skipped_steps"] == 6
+    assert state["learning_rate_factor"] == pytest.approx(0.01)
+
+
+def test_a_resume_goes_on_with_the_lowered_rate_and_the_counts(tmp_path):
+    first = _trainer(tmp_path, **CHECKPOINTS, lr_scheduler_type="constant")
+    _poison(first, {5: 1, 6: 1, 7: 1})
+    first.train()
+    options = {**CHECKPOINTS, "max_steps": 16, "lr_scheduler_type": "constant"}
+    second = _trainer(tmp_path, **options)
+    rates = _rates(second)
+    _poison(second, {13: 1, 14: 1, 15: 1})
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert dict((step, rate) for step, rate, _ in rates[:6])[9] == pytest.approx(5e-4)
+    assert dict((step, rate) for step, rate, _ in rates[6:])[13] == pytest.approx(2.5e-4)
+    assert second.guard.rollbacks == 2
+    assert second.guard.skipped_steps == 6
+
+
+def test_a_retry_from_within_a_rollout_samples_another(tmp_path):
+    """The rollout in the checkpoint may be what went wrong; a checkpoint after the first bad step is not good."""
+    trainer = _trainer(tmp_path, **{**CHECKPOINTS, "save_steps": 1})
+    rates, rollouts, generate = _rates(trainer), [], trainer._generate
+
+    def recorded(prompts):
+        rollouts.append(trainer.state.global_step)
+        return generate(prompts)
+
+    trainer._generate = recorded
+    _poison(trainer, {6: 1, 7: 1, 8: 1})
+    trainer.train()
+    assert [step for step, _, _ in rates] == [*range(1, 8), *range(6, 13)]
+    assert rollouts == [0, 4, 5, 8]
+
+
+def test_evaluations_go_on_after_a_rollback(tmp_path):
+    trainer = _trainer(
+        tmp_path,
+        **CHECKPOINTS,
+        eval_data=tiny.prompts(),
+        eval_strategy="steps",
+        eval_steps=4,
+        per_device_eval_batch_size=4,
+    )
+    _poison(trainer, {5: 1, 6: 1, 7: 1})
+    trainer.train()
+    assert list(_logged(trainer, "eval_win_rate")) == [0, 4, 8, 12]
+    assert _logged(trainer, "eval_prompts")[12] == 8
+
+
+def test_without_a_checkpoint_the_run_ends_with_what_to_change(tmp_path):
+    trainer = _trainer(tmp_path)
+    _poison(trainer, {1: 1, 2: 1, 3: 1})
+    message = r"Step 3: .*no checkpoint from before that .*lower `save_steps` .*is 4 steps.* Lower `learning_rate`"
+    with pytest.raises(DivergedError, match=message):
+        trainer.train()
+
+
+def test_a_checkpoint_of_an_earlier_run_is_none_of_this_one(tmp_path):
+    _trainer(tmp_path, **CHECKPOINTS).train()
+    trainer = _trainer(tmp_path)
+    _poison(trainer, {6: 1, 7: 1, 8: 1})
+    with pytest.raises(DivergedError, match="Step 8: .* no checkpoint from before that"):
+        trainer.train()
+
+
+def test_the_checkpoint_that_a_run_resumes_from_may_be_gone_back_to(tmp_path):
+    _trainer(tmp_path, **CHECKPOINTS).train()
+    trainer = _trainer(tmp_path / "other", **CHECKPOINTS)
+    _poison(trainer, {9: 1, 10: 1, 11: 1})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert trainer.guard.rollbacks == 1
+    assert trainer.state.global_step == 12
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_a_run_goes_back_no_more_often_than_it_may(tmp_path, limit):
+    trainer = _trainer(tmp_path, **CHECKPOINTS, max_rollbacks=limit)
+    _poison(trainer, {5: 9, 6: 9, 7: 9})
+    message = f"has gone back to a checkpoint {limit} times, .*`max_rollbacks`.* {0.5**limit:g} of the learning rate"
+    with pytest.raises(DivergedError, match=message):
+        trainer.train()
+    assert trainer.guard.skipped_steps == 3 * (limit + 1)
+
+
+def test_a_skipped_step_between_good_ones_does_not_add_up(tmp_path):
+    trainer = _trainer(tmp_path, max_skipped_steps=2)
+    _poison(trainer, {1: 1, 3: 1, 5: 1, 7: 1})
+    trainer.train()
+    assert trainer.guard.skipped_steps == 4
+
+
+def test_a_policy_that_answers_no_number_does_not_poison_what_is_kept(tmp_path):
+    """One NaN among the logits of a rollout spreads through whitening to every advantage; nothing else may hold it."""
+    trainer = _trainer(
+        tmp_path, **CHECKPOINTS, kl_controller="adaptive", kl_horizon=64, max_completion_length=6, max_skipped_steps=4
+    )
+    add_advantages, seen = trainer._add_advantages, []
+
+    def poisoned(batch, state_values):
+        if trainer.state.global_step == 4 and not seen:
+            batch["old_per_token_logps"][0, 0] = float("nan")
+            batch["completion_mask"][0, 0] = 1
+            seen.append(trainer.kl_controller.kl_coef)
+            add_advantages(batch, state_values)
+            seen.append(trainer.kl_controller.kl_coef)
+            assert batch["advantages"].isnan().any()
+            return
+        add_advantages(batch, state_values)
+
+    trainer._add_advantages = poisoned
+    trainer.train()
+    assert seen[0] == seen[1], "the controller takes no KL that is no number"
+    assert trainer.guard.rollbacks == 1
+    states = [trainer.reward_normalizer.state_dict(), trainer.kl_controller.state_dict()]
+    assert all(torch.tensor(list(state.values())).isfinite().all() for state in states)
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert trainer.state.global_step == 12
+
+
+def _explode(trainer, step, times=1):
+    """Let the KL to the reference of the rollout of some step be large."""
+    left, add_advantages = [times], trainer._add_advantages
+
+    def exploded(batch, state_values):
+        if trainer.model.training and trainer.state.global_step == step and left[0]:
+            left[0] -= 1
+            batch["ref_per_token_logps"] = batch["ref_per_token_logps"] - 10
+        add_advantages(batch, state_values)
+
+    trainer._add_advantages = exploded
+
+
+@pytest.mark.parametrize("peft", PEFT)
+def test_a_kl_out_of_hand_goes_back_before_the_policy_that_has_it(tmp_path, peft, caplog):
+    """The checkpoint of the same step holds the policy that sampled the rollout."""
+    trainer = _trainer(tmp_path, peft, **CHECKPOINTS, max_kl=15.0)
+    rates = _rates(trainer)
+    _explode(trainer, step=8)
+    trainer.train()
+    assert [step for step, _, _ in rates] == [*range(1, 9), *range(5, 13)]
+    assert trainer.guard.rollbacks == 1
+    assert max(_logged(trainer, "objective/kl").values()) < 15
+    (line,) = [m for m in caplog.messages if "Going back" in m]
+    assert line.startswith("Step 8: the KL to the reference is ")
+    assert f"over `max_kl` (15). Going back to {tmp_path}/checkpoint-4 with 0.5" in line
+
+
+class _Interrupt(TrainerCallback):
+    """Ends the run at the first step after it went back."""
+
+    def __init__(self, guard):
+        self._guard = guard
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._guard.rollbacks:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["its own", "of the run that it resumes"])
+def test_a_run_killed_after_going_back_is_not_taken_up_from_what_it_went_back_from(tmp_path, resumed, caplog):
+    """The checkpoint of step 8 holds the policy whose KL is out of hand, and is the latest till step 8 comes again."""
+    options = {**CHECKPOINTS, "max_kl": 15.0, "lr_scheduler_type": "constant"}
+    stranger = tmp_path / "checkpoint-99"  # of some other run
+    stranger.mkdir()
+    if resumed:
+        _trainer(tmp_path, **{**options, "max_steps": 8}).train()
+    trainer = _trainer(tmp_path, **options)
+    _explode(trainer, step=8)
+    trainer.add_callback(_Interrupt(trainer.guard))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=resumed)
+    assert find_defect(tmp_path / "checkpoint-8") is None, "whoever wants it has it"
+    assert f"{tmp_path}/checkpoint-8 stays for a look" in caplog.text
+    assert not is_abandoned(stranger)
+    stranger.rmdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+    trainer = _trainer(tmp_path, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 12
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
+    assert not any(map(is_abandoned, checkpoints_by_age(tmp_path)))
+
+
+def test_a_run_goes_back_to_nothing_that_it_went_back_from(tmp_path):
+    guard = TrainingGuard(tiny.ppo_config(tmp_path, max_kl=1.0), is_main=True)
+    (tmp_path / "staged" / "8").mkdir(parents=True)
+    publish(tmp_path / "staged" / "8", tmp_path / "checkpoint-8")
+    guard._saved_steps = {8}
+    assert guard._last_good_checkpoint(12) == (8, str(tmp_path / "checkpoint-8"))
+    abandon(tmp_path / "checkpoint-8", "the KL")
+    with pytest.raises(DivergedError, match="no checkpoint from before that"):
+        guard.roll_back(RollbackError("", "", 12))
+
+
+def test_a_kl_out_of_hand_without_an_earlier_checkpoint_ends_the_run(tmp_path):
+    trainer = _trainer(tmp_path, **CHECKPOINTS, max_kl=15.0)
+    _explode(trainer, step=4)
+    with pytest.raises(DivergedError, match=r"Step 4: .* no checkpoint from before that .* raise `kl_coef`"):
+        trainer.train()
+
+
+def test_without_the_option_no_kl_is_too_large(tmp_path):
+    trainer = _trainer(tmp_path, **CHECKPOINTS)
+    _explode(trainer, step=8)
+    trainer.train()
+    assert trainer.guard.rollbacks == 0
+
+
+def _set_update_kl(trainer, kl_by_step):
+    """Let the policy be so far, per token, from the one that sampled, at some optimiser steps; 0 at the others."""
+    calls, observe = [], trainer.guard.observe_update
+
+    def observed(weight, metrics):
+        step = trainer.state.global_step + 1
+        calls.append(step)
+        kls = kl_by_step.get(step, [0.0])
+        kl = kls[calls.count(step) - 1] if len(kls) > 1 else kls[0]
+        observe(weight, {**metrics, "policy/approx_kl": weight * kl})
+
+    trainer.guard.observe_update = observed
+    return calls
+
+
+@pytest.mark.parametrize("peft", PEFT)
+def test_the_rest_of_a_rollout_is_left_out_beyond_the_update_kl(tmp_path, peft, caplog):
+    """A rollout is four steps. The second of the first finds the policy too far; the next rollout trains again."""
+    trainer = _trainer(tmp_path, peft, max_update_kl=0.05)
+    snapshots, rates = _snapshots(trainer), _rates(trainer)
+    calls = _set_update_kl(trainer, {2: [0.051], 3: [0.9], 5: [0.0], 6: [0.049], 8: [0.06]})
+    rollouts, generate = [], trainer._generate
+
+    def recorded(prompts):
+        rollouts.append(trainer.state.global_step)
+        return generate(prompts)
+
+    trainer._generate = recorded
+    trainer.train()
+    assert [step for step in range(1, 9) if not _moved(snapshots, step)] == [2, 3, 4, 8]
+    assert calls == [1, 2, 5, 6, 7, 8], "no forward for what is left out"
+    assert rollouts == [0, 4]
+    assert trainer._step == 8
+    assert [rate for _, rate, _ in rates] == pytest.approx([1e-3 * (8 - step) / 8 for step in range(8)])
+    assert _logged(trainer, "guard/stopped_steps") == {1: 0, 2: 1, 3: 2, 4: 3, 5: 3, 6: 3, 7: 3, 8: 4}
+    assert _logged(trainer, "episode")[3] == 8
+    assert len([m for m in caplog.messages if "`max_update_kl`" in m]) == 1
+
+
+def test_no_half_optimiser_step_is_taken(tmp_path):
+    options = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_update_kl": 0.05, **SMALL}
+    trainer = _trainer(tmp_path, **options)
+    snapshots = _snapshots(trainer)
+    calls = _set_update_kl(trainer, {3: [0.0, 9.0]})
+    trainer.train()
+    assert [step for step in range(1, 9) if not _moved(snapshots, step)] == [3, 4]
+    assert calls == [1, 1, 2, 2, 3, 3, 5, 5, 6, 6, 7, 7, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("weights", "kls", "stops"),
+    [((1.5, 0.5), (0.06, 0.0), False), ((0.5, 1.5), (0.0, 0.07), True), ((0.4, 0.4), (0.06, 0.06), True)],
+)
+def test_the_update_kl_of_a_step_is_its_mean_over_tokens(tmp_path, weights, kls, stops):
+    guard = TrainingGuard(tiny.ppo_config(tmp_path, max_update_kl=0.05), is_main=True)
+    for weight, kl in zip(weights, kls, strict=True):
+        guard.observe_update(weight, {"policy/approx_kl": weight * kl})
+    guard.finish_step(torch.nn.Linear(1, 1), 1.0, 0)
+    assert guard.has_stopped is stops
+
+
+def test_the_update_kl_is_that_which_is_logged(tmp_path):
+    """The limit lies between the measured values of two steps: the step that passes it is the first left out."""
+    plain = _trainer(tmp_path / "plain", max_steps=4, learning_rate=1e-2)
+    plain.train()
+    kl = _logged(plain, "policy/approx_kl")
+    assert kl[1] < kl[2] < kl[3]
+    trainer = _trainer(tmp_path / "stopping", max_steps=4, learning_rate=1e-2, max_update_kl=(kl[2] + kl[3]) / 2)
+    snapshots = _snapshots(trainer)
+    trainer.train()
+    assert [step for step in range(1, 5) if not _moved(snapshots, step)] == [3, 4]
+
+
+def test_a_rollout_that_has_stopped_stays_so_in_a_checkpoint():
+    args = tiny.ppo_config("unused", max_update_kl=0.1)
+    guard, restored = TrainingGuard(args, is_main=True), TrainingGuard(args, is_main=True)
+    guard.observe_update(1.0, {"policy/approx_kl": 0.2})
+    guard.finish_step(torch.nn.Linear(1, 1), 1.0, 0)
+    restored.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert restored.has_stopped
+    assert restored.metrics() == guard.metrics() != TrainingGuard(args, is_main=True).metrics()
+
+
+@pytest.mark.parametrize(
+    ("options", "place", "name"),
+    [
+        ({"max_update_kl": 0.1}, {"deepspeed": True}, "`max_update_kl` is not available with DeepSpeed"),
+        ({"max_kl": 10.0}, {"deepspeed": True}, "`max_kl` is not available with DeepSpeed or FSDP"),
+        ({"max_kl": 10.0}, {"fsdp": True}, "`max_kl` is not available with DeepSpeed or FSDP"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(tmp_path, options, place, name):
+    with pytest.raises(ValueError, match=name):
+        TrainingGuard(tiny.ppo_config(tmp_path, **options), is_main=True, **place)
+
+
+@pytest.mark.parametrize("place", [{"deepspeed": True}, {"fsdp": True}])
+def test_where_a_run_cannot_go_back_it_ends_after_as_many_steps(tmp_path, place):
+    guard = TrainingGuard(tiny.ppo_config(tmp_path), is_main=True, **place)
+    for step in range(3):
+        guard.observe_update(1.0, {"policy/approx_kl": float("nan")})
+        if step < 2:
+            guard.finish_step(torch.nn.Linear(1, 1), 1.0, step)
+    with pytest.raises(RollbackError) as error:
+        guard.finish_step(torch.nn.Linear(1, 1), 1.0, 2)
+    with pytest.raises(DivergedError, match="does not go back by itself: resume it"):
+        guard.roll_back(error.value)
+
+
+def test_an_overflow_under_fp16_is_left_to_the_loss_scale(tmp_path):
+    config = tiny.ppo_config(tmp_path)
+    config.fp16 = True
+    guard = TrainingGuard(config, is_main=True)
+    guard.observe_update(1.0, {"policy/approx_kl": 0.0})
+    guard.finish_step(torch.nn.Linear(1, 1), float("inf"), 0)
+    assert guard.skipped_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "claim"),
+    [
+        ("max_update_kl", 0.0, "be positive"),
+        ("max_kl", -1.0, "be positive"),
+        ("max_skipped_steps", 0, "be positive"),
+        ("max_rollbacks", -1, "not be negative"),
+        ("rollback_learning_rate_factor", 0.0, r"lie in \(0, 1\]"),
+        ("rollback_learning_rate_factor", 2.0, r"lie in \(0, 1\]"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused(tmp_path, name, value, claim):
+    with pytest.raises(ValueError, match=f"`{name}` must {claim}"):
+        tiny.ppo_config(tmp_path, **{name: value})
+
+
+def test_a_run_without_trouble_trains_the_same_with_and_without_limits(tmp_path):
+    plain = _trainer(tmp_path / "plain")
+    plain.train()
+    guarded = _trainer(tmp_path / "guarded", max_update_kl=1e3, max_kl=1e6, max_skipped_steps=1)
+    guarded.train()
+    for (_, actual), (_, expected) in zip(
+        guarded.model.named_parameters(), plain.model.named_parameters(), strict=True
+    ):
+        assert_close(actual, expected, EXACT)
+
+
+def _alarming(trainer):
+    """Let scores rise and answers grow, as the log has it."""
+    log = trainer._log_rollout
+
+    def logged(metrics, mean_advantages):
+        log(metrics, mean_advantages)
+        step = trainer.state.global_step
+        trainer._metrics["train"]["objective/scores"] = [float(step)]
+        trainer._metrics["train"]["completions/mean_length"] = [10.0 + step]
+
+    trainer._log_rollout = logged
+
+
+def test_an_alarm_is_raised_once_while_the_run_goes_on(tmp_path, caplog):
+    options = {"num_iterations": 1, "steps_per_generation": 1, "save_strategy": "steps", "save_steps": 2}
+    trainer = _trainer(tmp_path, max_steps=14, **options)
+    _alarming(trainer)
+    heard = []
+
+    class Listener(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            heard.extend(state.global_step for m in caplog.messages if "answers grow" in m and not heard)
+
+    trainer.add_callback(Listener())
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert heard == [8], "eight points are the fewest that an alarm needs"
+    (alarm,) = [m for m in caplog.messages if "answers grow" in m]
+    assert alarm.endswith(f"Read some completions: {tmp_path}/samples")
+
+
+def test_the_tag_of_a_run_names_an_alarm_while_it_goes_on(tmp_path):
+    tags = []
+    trainer = _trainer(
+        tmp_path, num_iterations=1, steps_per_generation=1, save_strategy="steps", save_steps=4, max_steps=12
+    )
+
+    class Store:
+        def set_tags(self, new):
+            tags.append((trainer.state.global_step, new["alarms"]))
+
+        def log_metrics(self, metrics, step):
+            pass
+
+    callback = RunCallback(Store(), str(tmp_path), {"run_id": "run"})
+    trainer.args.logged_samples = 0
+    trainer.add_callback(callback)
+    _alarming(trainer)
+    trainer.train()
+    (begin, none), (step, alarm), *later = tags
+    assert (begin, none) == (4, "none")
+    assert step == 8
+    assert "answers grow" in alarm
+    assert [step for step, _ in later] == [12], "its figures have changed"

@@ -1,0 +1,154 @@
+"""Guards on two ranks: what one of them finds, both act on, and their weights stay the same."""
+
+import pytest
+import tiny
+import torch
+from tolerances import EXACT, assert_close
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from rlhf_recipes.trainers.guard import TrainingGuard
+
+pytestmark = pytest.mark.distributed
+OPTIONS = {
+    "per_device_train_batch_size": 2,
+    "steps_per_generation": 2,
+    "save_strategy": "steps",
+    "save_steps": 4,
+    "max_steps": 12,
+}
+
+
+def _poison(trainer, steps):
+    """Let the loss of some optimiser steps be no number, once each."""
+    left, compute_loss = set(steps), trainer._compute_loss
+
+    def poisoned(model, inputs):
+        loss, step = compute_loss(model, inputs), trainer.state.global_step + 1
+        if step in left:
+            left.remove(step)
+            return loss * float("nan")
+        return loss
+
+    trainer._compute_loss = poisoned
+
+
+def _explode(trainer, step):
+    """Let one rollout's KL to the reference be large on this rank, once."""
+    left, add_advantages = {step}, trainer._add_advantages
+
+    def exploded(batch, state_values):
+        if trainer.state.global_step in left:
+            left.remove(step)
+            batch["ref_per_token_logps"] = batch["ref_per_token_logps"] - 50
+        add_advantages(batch, state_values)
+
+    trainer._add_advantages = exploded
+
+
+def _move_away(trainer, step):
+    """Let this rank's policy be far from the one that sampled, at one optimiser step."""
+    get = trainer._get_per_token_logps_and_entropies
+
+    def moved(model, *args, **kwargs):
+        per_token_logps, entropies, loss = get(model, *args, **kwargs)
+        if trainer._recorded and trainer.state.global_step + 1 == step and torch.is_grad_enabled():
+            logps, values = trainer._recorded[-1]
+            trainer._recorded[-1] = (logps + 3, values)
+        return per_token_logps, entropies, loss
+
+    trainer._get_per_token_logps_and_entropies = moved
+
+
+def _weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def _train(rank, world_size, directory):
+    """What each guard has done on this rank, and the weights after it."""
+    results = {}
+    for case, options in (("skip", {}), ("rollback", {}), ("kl", {"max_kl": 20.0}), ("stop", {"max_update_kl": 0.5})):
+        trainer = tiny.ppo_trainer(f"{directory}/{case}", **OPTIONS, **options)
+        if rank == 1:  # the other one finds nothing by itself
+            if case in ("skip", "rollback"):
+                _poison(trainer, {"skip": [6], "rollback": [9, 10, 11]}[case])
+            elif case == "kl":
+                _explode(trainer, 8)
+            else:
+                _move_away(trainer, 6)
+        steps, snapshots = [], {}
+
+        class Recorder(TrainerCallback):
+            def on_step_begin(self, args, state, control, trainer=trainer, steps=steps, seen=snapshots, **kwargs):
+                steps.append(state.global_step + 1)
+                seen[state.global_step] = _weights(trainer)
+
+        trainer.add_callback(Recorder())
+        trainer.train()
+        snapshots[12] = _weights(trainer)
+        still = [
+            step
+            for step in range(1, 13)
+            if all(torch.equal(snapshots[step][name], snapshots[step - 1][name]) for name in snapshots[step])
+        ]
+        results[case] = {"steps": steps, "still": still, "weights": snapshots[12], "metrics": trainer.guard.metrics()}
+    return results
+
+
+def _step_sharded(rank, world_size):
+    """What a step whose gradient is not finite on one rank, and one that goes too far, do to a model in shards."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    guard = TrainingGuard(tiny.ppo_config("unused", max_update_kl=0.1), is_main=rank == 0, fsdp=True)
+    found = []
+    for step, (factor, kl) in enumerate(((1.0, 0.0), (float("nan") if rank == 1 else 1.0, 0.0), (1.0, 0.2))):
+        before = [p.full_tensor().detach().clone() for p in model.parameters()]
+        (model(torch.ones(2, 4)) * torch.tensor([1.0, 1.0, 1.0, factor])).sum().backward()  # of the second shard alone
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        guard.observe_update(1.0, {"policy/approx_kl": kl})
+        guard.finish_step(model, norm, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        after = [p.full_tensor() for p in model.parameters()]
+        is_moved = any(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
+        found.append((isinstance(norm, DTensor), is_moved))
+    return found, guard.metrics()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks found."""
+    from processes import run_in_processes
+
+    return run_in_processes(_train, 2, str(tmp_path_factory.mktemp("ranks")))
+
+
+EXPECTED = {
+    "skip": ([*range(1, 13)], [6], (1, 0, 0)),
+    "rollback": ([*range(1, 12), *range(9, 13)], [], (3, 0, 1)),
+    "kl": ([*range(1, 10), *range(5, 13)], [], (0, 0, 1)),
+    "stop": ([*range(1, 13)], [6, 7, 8], (0, 3, 0)),
+}
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_both_ranks_act_on_what_one_of_them_finds(ranks, case):
+    steps, still, counts = EXPECTED[case]
+    names = ("guard/skipped_steps", "guard/stopped_steps", "guard/rollbacks")
+    for rank in ranks:
+        assert rank[case]["steps"] == steps
+        assert rank[case]["still"] == still
+        assert rank[case]["metrics"] == dict(zip(names, counts, strict=True))
+    for name, weights in ranks[0][case]["weights"].items():
+        assert_close(ranks[1][case]["weights"][name], weights, EXACT)
+
+
+def test_a_model_in_shards_is_not_moved_by_a_step_that_is_withheld(run_in_processes):
+    for found, metrics in run_in_processes(_step_sharded, 2):
+        assert found == [(True, True), (True, False), (True, False)]
+        assert metrics == {"guard/skipped_steps": 1, "guard/stopped_steps": 1, "guard/rollbacks": 0}

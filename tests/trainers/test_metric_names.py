@@ -1,0 +1,101 @@
+"""`docs/metrics.md` explains every figure that is logged, and no other."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from rlhf_recipes import RewardModelTrainer
+from rlhf_recipes.evaluation.policies import compare_policies
+
+pytestmark = pytest.mark.tiny
+
+GLOSSARY = Path(__file__).parents[2] / "docs" / "metrics.md"
+# Not of a run on a CPU without vLLM.
+ELSEWHERE = re.compile(r"sampling/.*|system/\*")
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "per_device_eval_batch_size": 4}
+
+
+def _documented():
+    """Names in the first columns of the tables and in the text, as patterns."""
+    lines = GLOSSARY.read_text(encoding="utf-8").splitlines()
+    cells = [line.split("|")[1] if line.startswith("|") else line for line in lines]
+    names = {name for cell in cells for name in re.findall(r"`([\w/<>*.]+)`", cell)}
+    options = {"eval_strategy", "eval_steps", "judge_models", "judge_functions", "pairwise_judges", "score", "alarms"}
+    prose = {"num_generations", "rlhf_recipes/evaluation/alarms.py", "recipes/evaluate.py", "eval_<figure>", "<name>"}
+    return names - options - prose
+
+
+def _pattern(name):
+    return re.compile(re.sub("<[a-z]+>", "[^/]+", re.escape(name)))
+
+
+def _ppo(directory):
+    trainer = tiny.ppo_trainer(
+        directory,
+        eval_data=tiny.prompts(),
+        judges={"judge": tiny.length_reward},
+        pairwise_judges={"pairs": lambda prompts, **kwargs: [0.5] * len(prompts)},
+        **EVALUATED,
+    )
+    trainer.train()
+    return trainer
+
+
+def _reward_model(directory):
+    trainer = RewardModelTrainer(
+        tiny.reward_model(tiny.tokenizer()),
+        tiny.reward_config(directory, **EVALUATED),
+        train_dataset=tiny.preferences(),
+        eval_dataset=tiny.preferences(),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    return trainer
+
+
+def _sft(directory):
+    texts = Dataset.from_dict({"text": tiny.TEXTS})
+    trainer = SFTTrainer(
+        tiny.policy(tiny.tokenizer()),
+        SFTConfig(str(directory), **tiny.QUIET, **EVALUATED),
+        train_dataset=texts,
+        eval_dataset=texts,
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs")
+    names = {
+        stage: {name for entry in run(directory / stage).state.log_history for name in entry} - {"step"}
+        for stage, run in {"ppo": _ppo, "reward_modeling": _reward_model, "sft": _sft}.items()
+    }
+    tok = tiny.tokenizer()
+    judges = {"judges": {"judge": tiny.length_reward}, "max_completion_length": 4}
+    names["evaluate"] = set(compare_policies(tiny.policy(tok), tiny.policy(tok), tok, tiny.prompts(), **judges)[0])
+    return names
+
+
+@pytest.mark.parametrize("stage", ["ppo", "reward_modeling", "sft", "evaluate"])
+def test_every_logged_name_is_explained(logged, stage):
+    patterns = [_pattern(name) for name in _documented()]
+    unknown = {
+        name
+        for name in logged[stage]
+        if not any(p.fullmatch(name) or p.fullmatch(name.removeprefix("eval_")) for p in patterns)
+    }
+    assert not unknown
+    assert len(logged[stage]) > 5
+
+
+def test_every_explained_name_is_logged(logged):
+    every = set().union(*logged.values())
+    stale = {n for n in _documented() if not ELSEWHERE.fullmatch(n) and not any(map(_pattern(n).fullmatch, every))}
+    assert not stale

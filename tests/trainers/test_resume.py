@@ -1,0 +1,206 @@
+"""A run that was interrupted and resumed is the run that was not: every weight and every figure, bit for bit."""
+
+import logging
+import os
+import random
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from rlhf_recipes.durability.checkpoints import checkpoints_by_age
+from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.trainers.run_identity import RunIdentity, facts_of_run
+
+pytestmark = pytest.mark.tiny
+
+TIMES = ("step_time", "runtime", "per_second")
+SEVERAL_EPOCHS = {"max_steps": 20, "logging_steps": 3, "save_strategy": "steps"}
+"""Twenty prompts are two rollouts of four steps each, and a rest that is dropped; logs lie across rollouts."""
+
+
+def _reward(completions, **kwargs):
+    """Uses every generator that a user's function might."""
+    noise = random.random() + float(np.random.rand()) + torch.rand(()).item()
+    return [len(text) + noise for text in completions]
+
+
+def _trainer(directory, peft=False, **kwargs):
+    return tiny.ppo_trainer(
+        directory,
+        rewards=_reward,
+        data=tiny.prompts(count=20).map(lambda row, i: {"prompt": f"{row['prompt']} {i}"}, with_indices=True),
+        peft=tiny.lora() if peft else None,
+        **{**SEVERAL_EPOCHS, "kl_controller": "adaptive", "kl_horizon": 64, "lr_scheduler_type": "linear", **kwargs},
+    )
+
+
+def _history(trainer):
+    entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    return [{k: v for k, v in entry.items() if not k.endswith(TIMES)} for entry in entries]
+
+
+def _everything(trainer):
+    return {
+        "weights": {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()},
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "state": {name: part.state_dict() for name, part in trainer._stateful.items()},
+        "history": _history(trainer),
+        "tokens": trainer.state.num_input_tokens_seen,
+        "flos": trainer.state.total_flos,
+    }
+
+
+def _assert_same(left, right, path=""):
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for name in left:
+            _assert_same(left[name], right[name], f"{path}/{name}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), path
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            _assert_same(a, b, f"{path}/{index}")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), path
+    else:
+        assert left == right, path
+
+
+@pytest.mark.parametrize("peft", [pytest.param(False, id="full"), pytest.param(True, id="lora")])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, peft):
+    whole = _trainer(tmp_path / "whole", peft, save_steps=1)
+    whole.train()
+    expected = _everything(whole)
+    for step in (1, 4, 6, 8, 11, 19):  # in a rollout, at its end, at an epoch's end, between two logs
+        resumed = _trainer(tmp_path / "resumed", peft, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        _assert_same(expected, _everything(resumed), f"step {step}")
+
+
+SHORT = {"max_steps": 4, "save_steps": 4, "logging_steps": 1}
+CHANGES = {
+    "option": ({"learning_rate": 5e-4}, "`learning_rate` was 0.001, is 0.0005"),
+    "length under a schedule": ({"max_steps": 8}, "`max_steps` was 4, is 8"),
+    "batch": ({"steps_per_generation": 4}, "`generation_batch_size` was 8, is 16"),
+    "policy": ({"model": 3}, "the policy to start from was [0-9a-f]{16}, is [0-9a-f]{16}"),
+    "reward model": ({"rewards": 5}, "the rewards was .'[0-9a-f]{16}'., is .'[0-9a-f]{16}'."),
+    "data": ({"data": tiny.prompts(count=21)}, "the training data was"),
+}
+
+
+def _short(directory, model=0, rewards=4, **kwargs):
+    tok = tiny.tokenizer()
+    models = {"model": tiny.policy(tok, seed=model), "rewards": tiny.reward_model(tok, seed=rewards)}
+    models["rewards"].config._name_or_path = tiny.save(models["rewards"], f"{directory}-reward")
+    return tiny.ppo_trainer(
+        directory, **{**models, "data": tiny.prompts(count=20), "save_strategy": "steps", **SHORT, **kwargs}
+    )
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_resume_of_another_run_is_refused_with_the_difference(tmp_path, caplog, change, message):
+    _short(tmp_path / "first").train()
+    checkpoint = str(tmp_path / "first" / "checkpoint-4")
+    with pytest.raises(ValueError, match=f"The checkpoint is of another run: .*{message}"):
+        _short(tmp_path / "second", **change).train(checkpoint)
+    resumed = _short(tmp_path / "second", allow_changes_on_resume=True, **change)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(checkpoint)
+    assert re.search(f"The checkpoint is of another run: .*{message}.*Resumed all the same", caplog.text)
+
+
+def test_another_number_of_processes_is_another_run(tmp_path, monkeypatch):
+    args = tiny.ppo_config(tmp_path)
+    given = {"policy": "policy", "rewards": [], "functions": [], "train_dataset": tiny.prompts()}
+    one = facts_of_run(args, **given)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ValueError, match="the number of processes was 1, is 2"):
+        RunIdentity(facts_of_run(args, **given), allow_changes=False).load_state_dict(one)
+
+
+def test_what_changes_no_number_may_change(tmp_path):
+    _short(tmp_path / "first", lr_scheduler_type="constant").train()
+    changes = {"logging_steps": 2, "save_steps": 2, "max_steps": 8, "eval_strategy": "no", "run_name": "again"}
+    changes |= {"reward_timeout": 5.0, "reward_retries": 1, "failed_rewards": "mask"}
+    resumed = _short(tmp_path / "second", lr_scheduler_type="constant", **changes)
+    resumed.train(str(tmp_path / "first" / "checkpoint-4"))
+    assert resumed.state.global_step == 8
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by name", "the latest"])
+def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path, named):
+    options = {"max_steps": 4, "save_steps": 4, "save_only_model": True}
+    _trainer(tmp_path, **options).train()
+    checkpoint = tmp_path / "checkpoint-4"
+    message = f"{checkpoint} was written with `save_only_model: true`: it has no optimiser, .*`model_name_or_path: "
+    with pytest.raises(ValueError, match=message):
+        _trainer(tmp_path, **options).train(str(checkpoint) if named else True)
+
+
+def test_a_signal_gets_a_whole_checkpoint_whatever_else_is_saved(tmp_path):
+    options = {"save_steps": 4, "max_steps": 12, "save_only_model": True}
+    stopped = _trainer(tmp_path, **options)
+    for callback in (PreemptionCallback(), _SignalAt(6)):
+        stopped.add_callback(callback)
+    with pytest.raises(SystemExit):
+        stopped.train()
+    resumed = _trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 12
+    whole = _trainer(tmp_path / "whole", **options)
+    whole.train()
+    _assert_same(_everything(whole), _everything(resumed))
+
+
+def _evaluated(directory, figures, **kwargs):
+    """A trainer whose evaluations give these figures, by step."""
+    trainer = _trainer(
+        directory, eval_data=tiny.prompts(), eval_strategy="steps", eval_steps=4, save_steps=4, max_steps=12,
+        metric_for_best_model="figure", load_best_model_at_end=True, **kwargs,
+    )  # fmt: skip
+    trainer.add_callback(PreemptionCallback())
+    loop = trainer.evaluation_loop
+
+    def evaluated(*args, **kwargs):
+        output = loop(*args, **kwargs)
+        output.metrics["eval_figure"] = figures[trainer.state.global_step]
+        return output
+
+    trainer.evaluation_loop = evaluated
+    return trainer
+
+
+@pytest.mark.parametrize("best", [4, 8])
+def test_an_evaluation_made_up_for_may_find_the_best_checkpoint(tmp_path, best):
+    """The signal comes in the fourth step, where an evaluation is due; its checkpoint is written before that."""
+    figures = {0: 0.0, 4: 2.0, 8: 2.0 * best / 4 - 1.0, 12: 0.5}
+    stopped = _evaluated(tmp_path, figures)
+    stopped.callback_handler.add_callback(_SignalAt(4))
+    with pytest.raises(SystemExit):
+        stopped.train()
+    assert checkpoints_by_age(tmp_path) == [tmp_path / "checkpoint-4"]
+    resumed = _evaluated(tmp_path, figures, save_total_limit=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert Path(resumed.state.best_model_checkpoint) == tmp_path / f"checkpoint-{best}"
+    assert {path.name for path in checkpoints_by_age(tmp_path)} == {f"checkpoint-{best}", "checkpoint-12"}
+    kept, latest = (
+        load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")["model.norm.weight"] for step in (best, 12)
+    )
+    assert torch.equal(resumed.model.state_dict()["model.norm.weight"], kept)
+    assert not torch.equal(kept, latest)
+
+
+class _SignalAt(TrainerCallback):
+    def __init__(self, step):
+        self._step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self._step:
+            os.kill(os.getpid(), signal.SIGUSR1)
