@@ -1,4 +1,5 @@
-# Only the CUDA runtime: torch's wheels bring cuBLAS, cuDNN and NCCL. Any Debian or Ubuntu with Python 3.11 or 3.12 will do.
+# Only the CUDA runtime: torch's wheels contain cuBLAS, cuDNN and NCCL.
+# Any Debian or Ubuntu with Python 3.11 or 3.12 works.
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
 FROM ${BASE_IMAGE} AS build
@@ -8,13 +9,13 @@ RUN apt-get update \
     && python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
-# Dependencies before the source, so that a change of the source does not install them again.
+# Install the dependencies before the source, so that a change of the source does not install them again.
 COPY pyproject.toml constraints.txt ./
 RUN python -c 'import tomllib; \
         project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
         extras = project["optional-dependencies"]; \
         print(*project["dependencies"], *extras["deepspeed"], *extras["quantization"], sep="\n")' > requirements.txt
-# An index with CPU-only torch wheels makes a far smaller image: --build-arg PIP_EXTRA_INDEX_URL=...
+# An index with torch wheels for CPUs gives a much smaller image: --build-arg PIP_EXTRA_INDEX_URL=...
 ARG PIP_EXTRA_INDEX_URL
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c constraints.txt -r requirements.txt
@@ -24,8 +25,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c constraints.txt --no-deps .
 
 FROM ${BASE_IMAGE}
-# DeepSpeed (with the ninja among its dependencies) and triton compile kernels at run time. Ubuntu's images have a user
-# with id 1000 already, whose files nobody needs.
+# DeepSpeed and triton compile kernels at run time. ninja is a dependency of DeepSpeed. Ubuntu's images already have a
+# user with id 1000, so --non-unique is needed.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ python3 python3-dev \
     && rm -rf /var/lib/apt/lists/* \
@@ -41,7 +42,7 @@ LABEL org.opencontainers.image.title="rlhf_recipes" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"
-# The first two let GPUs in on bases that are not CUDA's.
+# The first two variables give access to GPUs on base images other than CUDA's.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PATH=/opt/venv/bin:$PATH \
@@ -51,6 +52,6 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     MLFLOW_DISABLE_TELEMETRY=true \
     RLHF_RECIPES_COMMIT=${REVISION}
 USER 1000
-# A job is healthy as long as it runs, and says by its exit code how it has ended: 75 is a checkpoint after a signal.
+# No health check: a job is healthy while it runs. Its exit code says how it ended: 75 is a checkpoint after a signal.
 ENTRYPOINT ["rlhf-launch"]
 CMD ["recipes/ppo.py", "--help"]

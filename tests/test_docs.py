@@ -134,11 +134,11 @@ HOLDERS = {
 
 
 def _attributes_read(holders):
-    """Every attribute that the library or a recipe reads from something of these names; checks do not count."""
+    """Every attribute that the library or a recipe reads from something of these names."""
     names = set()
     for path in [*(ROOT / "rlhf_recipes").rglob("*.py"), *RECIPES.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and path.parent.name != "options":
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 holder = getattr(node.value, "attr", getattr(node.value, "id", None))
                 if holder in holders:
                     names.add(node.attr)

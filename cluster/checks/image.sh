@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# The image, built and run without a container engine: as its own user it trains, gives way to SIGTERM, and goes on.
+# Build and run the image without a container engine. As its own user it trains, stops on SIGTERM, and resumes.
 #
 #   apt install buildah debootstrap
 #   sudo cluster/checks/image.sh [DIRECTORY] [OPTION OF BUILDAH BUILD...]
 #
-# The base is a Debian made on the spot, in place of CUDA's. An index or a certificate that pip needs comes in by the
-# options, such as `--volume my_pip.conf:/etc/pip.conf:ro`. Prints one line per claim, and exits with 1 at the first that
-# does not hold.
+# The base is a new Debian instead of CUDA's image. If pip needs an index or a certificate, give it by the options, for
+# example `--volume my_pip.conf:/etc/pip.conf:ro`. Prints one line per claim. Exits with 1 at the first false claim.
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mkdir -p "${1:-$checkout/runs/image_check}" && cd "${1:-$checkout/runs/image_check}" && pwd)
@@ -42,7 +41,7 @@ until grep -q "'num_tokens'" "$work/ppo.log"; do
     kill -0 $! || { tail -n 20 "$work/ppo.log"; exit 1; }
     sleep 0.2
 done
-pkill -TERM --full "^/opt/venv/bin/python[0-9.]* /opt/venv/bin/$entrypoint recipes/ppo.py" # not buildah, which has the same words
+pkill -TERM --full "^/opt/venv/bin/python[0-9.]* /opt/venv/bin/$entrypoint recipes/ppo.py" # not buildah itself
 sent=$SECONDS code=0
 wait $! || code=$?
 [[ $code == 75 ]]
@@ -51,4 +50,4 @@ $code, $((SECONDS - sent)) s"
 
 run "${ppo[@]}" >>"$work/ppo.log" 2>&1
 run test -f runs/quickstart/ppo/model.safetensors
-say "the same command has gone on from there to the end"
+say "the same command has resumed and reached the end"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The shipped Slurm job on a real Slurm of two nodes, which are two daemons of this machine: preempted, requeued, compared.
+# Run the Slurm job on a real Slurm with two nodes, both on this machine: preempt it, requeue it, compare the results.
 #
 #   apt install slurm-wlm munge && make demo
 #   sudo cluster/checks/slurm.sh [DIRECTORY]
 #
-# Needs root for the daemons, and 127.0.0.1 as n1 and n2 in /etc/hosts. Everything is written into DIRECTORY, and the
-# daemons are ended. Prints one line per claim, and exits with 1 at the first that does not hold.
+# Needs root for the daemons, and 127.0.0.1 as n1 and n2 in /etc/hosts. Writes everything into DIRECTORY, and ends the
+# daemons. Prints one line per claim. Exits with 1 at the first false claim.
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mkdir -p "${1:-$checkout/runs/slurm_check}" && cd "${1:-$checkout/runs/slurm_check}" && pwd)
@@ -66,7 +66,7 @@ stop_cluster() {
     [[ ! -f $work/munge/pid ]] || kill "$(cat "$work/munge/pid")" || true
 }
 
-# submit NODES OUTPUT_DIR [OPTION OF SBATCH...]: the shipped job with the quickstart's PPO; prints the job's number.
+# submit NODES OUTPUT_DIR [OPTION OF SBATCH...]: submit the job with the quickstart's PPO, and print its number.
 submit() {
     sbatch --parsable --nodes "$1" --gpus-per-node 0 --cpus-per-task 1 --time 60 "${@:3}" cluster/slurm/train.slurm \
         --config_file accelerate_configs/multi_gpu.yaml --mixed_precision no \
@@ -77,12 +77,12 @@ submit() {
 
 state_of() { scontrol show job "$1" | grep -o 'JobState=[A-Z_]*' | sort -u | cut -d= -f2; }
 
-wait_for_end() { # of a job, or of all of an array; the second argument is its log
+wait_for_end() { # of one job, or of all jobs of an array; the second argument is the log
     while [[ $(state_of "$1") =~ PENDING|RUNNING|COMPLETING|REQUEUED ]]; do sleep 1; done
     [[ $(state_of "$1") == COMPLETED ]] || { tail -n 40 "${2:-rlhf-$1.out}"; exit 1; }
 }
 
-wait_for_step() { # of a run, by the lines of its log
+wait_for_step() { # of a run, counted by the lines of its log
     until grep -qs "'num_tokens'" "rlhf-$1.out" && (($(grep -o "'num_tokens'" "rlhf-$1.out" | wc -l) >= $2)); do
         [[ $(state_of "$1") =~ PENDING|RUNNING|CONFIGURING ]] || { tail -n 40 "rlhf-$1.out"; exit 1; }
         sleep 0.2
@@ -91,7 +91,7 @@ wait_for_step() { # of a run, by the lines of its log
 
 say() { printf '%s  %s\n' "$(date +%T)" "$1"; }
 
-# A clone, so that the jobs run where nothing else does.
+# Clone the checkout, so that the jobs have a directory of their own.
 rm -rf "$work/checkout" && git clone --quiet "$checkout" "$work/checkout" && cd "$work/checkout"
 ln -s "$checkout/.venv" .venv
 export PYTHONPATH=$PWD
@@ -100,7 +100,7 @@ trap stop_cluster EXIT
 start_cluster
 say "Slurm $(slurmctld -V | cut -d' ' -f2) runs with $(sinfo --noheader --Node | wc -l) nodes"
 
-# What needs no training runs around stand-ins, which say how they were called.
+# Claims that need no training use stand-ins. A stand-in prints its arguments.
 mkdir -p "$work/stand_in/.venv/bin" && cp -r cluster "$work/stand_in/"
 echo "PATH=$work/stand_in/.venv/bin:\$PATH" >"$work/stand_in/.venv/bin/activate"
 cat >"$work/stand_in/.venv/bin/rlhf-launch" <<'EOF'
@@ -122,11 +122,11 @@ say "two nodes: one trains, the other serves vLLM (stand-ins for both)"
 elements=$(stand_in --array 0-2 cluster/slurm/train.slurm recipes/ppo.py)
 wait_for_end "$elements" "$work/stand_in/rlhf-$elements.out"
 [[ $(scontrol show job "$elements" | grep -o 'Restarts=[0-9]*' | sort | uniq -c | xargs) == "2 Restarts=0 1 Restarts=1" ]]
-say "an array of three: the one that gives way is requeued, and no other (stand-in)"
+say "an array of three: only the one that exits with 75 is requeued (stand-in)"
 
 whole=$(submit 2 runs/whole)
 wait_for_end "$whole"
-say "two nodes, left alone: job $whole has ended"
+say "two nodes, not interrupted: job $whole has ended"
 
 requeued=$(submit 2 runs/requeued)
 wait_for_step "$requeued" 6
@@ -138,7 +138,7 @@ wait_for_end "$requeued"
 [[ $(scontrol show job "$requeued" | grep -o 'Restarts=[0-9]*') == Restarts=1 ]]
 for file in model.safetensors value_head.safetensors; do
     cmp "runs/whole/$file" "runs/requeued/$file"
-    say "  $file is the same, bit for bit, as that of the run left alone"
+    say "  $file is the same, bit for bit, as in the run that was not interrupted"
 done
 
 timed=$(submit 1 runs/timed --time 2 --signal USR1@75)
@@ -146,7 +146,7 @@ until grep -qs "Stopped by a signal" "rlhf-$timed.out"; do
     [[ $(state_of "$timed") =~ PENDING|RUNNING|CONFIGURING ]] || exit 1
     sleep 1
 done
-say "one node: job $timed gives way before its time is over, and puts itself back into the queue"
+say "one node: job $timed stops before its time limit, and puts itself back into the queue"
 scontrol update JobId="$timed" TimeLimit=60
 wait_for_end "$timed"
 say "  and has ended after $(scontrol show job "$timed" | grep -o 'Restarts=[0-9]*')"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The services `postgres` and `mlflow` of docker-compose.yml without Docker, in a temporary directory, to try them out.
+# Run the services `postgres` and `mlflow` of docker-compose.yml without Docker, in a temporary directory.
 #
-#   cluster/checks/stack_by_hand.sh                                 until Ctrl-C
-#   cluster/checks/stack_by_hand.sh python recipes/quickstart.py    while a command runs, with MLFLOW_TRACKING_URI set
+#   cluster/checks/stack_by_hand.sh                                 runs until Ctrl-C
+#   cluster/checks/stack_by_hand.sh python recipes/quickstart.py    runs during a command, with MLFLOW_TRACKING_URI set
 #
-# Needs PostgreSQL (Debian: apt install postgresql) and a Python with mlflow, psycopg2 and PyYAML, which PYTHON names.
-# KEEP=1 leaves the directory; PORT and DATABASE_PORT choose the ports.
+# Needs PostgreSQL (Debian: apt install postgresql) and a Python with mlflow, psycopg2 and PyYAML. PYTHON names this
+# Python. KEEP=1 keeps the directory. PORT and DATABASE_PORT choose the ports.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -54,7 +54,7 @@ password_file=$directory/password
 PGPASSWORD=$(cat "$password_file") "$postgres/createdb" --host=127.0.0.1 --port="$database_port" \
     --username=mlflow mlflow
 
-# The command of the service itself, so that it is what is tried out; only addresses and paths differ.
+# Use the command of the service itself. Only addresses and paths differ.
 mapfile -t command < <("$python" - "$root/docker-compose.yml" "$port" "$database_port" "$directory" <<'PYTHON'
 import sys
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# libpq reads a password from the environment, but not from a file that holds nothing else, as a mounted secret does.
+# libpq reads a password from the environment, but not from a mounted secret: a file that holds only the password.
 set -eu
 if [ -n "${PGPASSWORD_FILE:-}" ]; then
     PGPASSWORD=$(cat "$PGPASSWORD_FILE")

@@ -1,4 +1,4 @@
-"""The files that describe images, jobs and services, found by their names; and overlays as kustomize renders them."""
+"""Find the files of images, jobs and services by their names, and render overlays with kustomize."""
 
 import functools
 import re
@@ -17,7 +17,7 @@ NOT_OURS = {".venv", ".cluster", ".git", "runs", "node_modules"}
 
 
 def found(*patterns):
-    """Return the repository's files of these names."""
+    """Return the files of the repository with these names."""
     paths = {path for pattern in patterns for path in ROOT.rglob(pattern) if path.is_file()}
     return sorted(path for path in paths if NOT_OURS.isdisjoint(path.relative_to(ROOT).parts))
 
@@ -29,7 +29,7 @@ TASKS = sorted((CLUSTER / "skypilot").glob("*.yaml"))
 
 
 def name(path):
-    """Return how a file is called in the list of tests."""
+    """Return the name of a file in the list of tests."""
     return str(path.relative_to(ROOT))
 
 
@@ -39,7 +39,7 @@ def documents(text):
 
 
 def manifests():
-    """Return every manifest as it is written, with its file: whole ones, and patches of an overlay."""
+    """Yield every manifest with its file: whole manifests, and patches of an overlay."""
     for path in sorted(KUBERNETES.rglob("*.yaml")):
         for document in documents(path.read_text(encoding="utf-8")):
             if document.get("kind") not in (None, "Kustomization", "Component"):
@@ -47,19 +47,19 @@ def manifests():
 
 
 def build(folder):
-    """Return what kustomize makes of a folder, as a finished process."""
+    """Run kustomize on a folder, and return the finished process."""
     if shutil.which("kubectl"):
         command = ["kubectl", "kustomize"]
     elif shutil.which("kustomize"):
         command = ["kustomize", "build"]
     else:
-        pytest.skip("neither kubectl nor kustomize is installed: only the files as they are written are checked")
+        pytest.skip("neither kubectl nor kustomize is installed: only the files themselves are checked")
     return subprocess.run([*command, str(folder)], capture_output=True, text=True)
 
 
 @functools.cache
 def rendered(overlay):
-    """Return an overlay as `kubectl apply -k` would send it."""
+    """Return the text that `kubectl apply -k` would send for an overlay."""
     process = build(KUBERNETES / "overlays" / overlay)
     assert process.returncode == 0, process.stderr
     return process.stdout

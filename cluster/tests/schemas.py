@@ -1,4 +1,4 @@
-"""What each file must look like, by the schemas of those who read it. A key that they do not know is an error."""
+"""Check each file with the schema of the program that reads it. A key that the schema does not know is an error."""
 
 import functools
 import importlib.util
@@ -12,16 +12,16 @@ from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alph
 from kubernetes_validate.utils import schema_contents
 from referencing import Registry, Resource
 
-os.environ.update(HOME=tempfile.mkdtemp(), SKYPILOT_DISABLE_USAGE_COLLECTION="1")  # importing sky writes to ~/.sky
+os.environ.update(HOME=tempfile.mkdtemp(), SKYPILOT_DISABLE_USAGE_COLLECTION="1")  # the import of sky writes to ~/.sky
 from sky.utils import schemas as sky_schemas  # noqa: E402
 from sky.utils import validator as sky_validator  # noqa: E402
 
-OLDEST, LATEST = "1.31", "1.37"  # since 1.31 podFailurePolicy is stable
+OLDEST, LATEST = "1.31", "1.37"  # podFailurePolicy is stable since 1.31
 
 
 @functools.cache
 def _kubernetes_validator(kind, api_version, version):
-    """Return what `kubernetes-validate --strict` uses, built once: it reads megabytes of JSON for each document."""
+    """Return the validator of `kubernetes-validate --strict`, built once: it reads megabytes of JSON per document."""
     group, _, rest = api_version.rpartition("/")
     file = "-".join(filter(None, [kind.lower(), group.split(".")[0], rest]))
     folder = f"kubernetes-json-schema/v{version}.0-local-strict"
@@ -33,7 +33,7 @@ def _kubernetes_validator(kind, api_version, version):
 
 
 def close(schema):
-    """Forbid keys that a schema does not name, at every depth; mappings with free keys name none."""
+    """Forbid keys that a schema does not name, at every depth. Mappings with free keys name none."""
     if isinstance(schema, dict):
         if isinstance(schema.get("properties"), dict):
             schema["additionalProperties"] = False
@@ -47,10 +47,10 @@ def close(schema):
 
 @functools.cache
 def _train_job_validator():
-    """Return a validator of TrainJobs; the models that it is made of pass over keys that they do not know."""
+    """Return a validator of TrainJobs. Its own models would ignore keys that they do not know."""
     schema = TrainerV1alpha1TrainJob.model_json_schema(by_alias=True)
     for definition in schema["$defs"].values():
-        if "actual_instance" in definition["properties"]:  # a value of several types, wrapped
+        if "actual_instance" in definition["properties"]:  # a wrapped value of several types
             types = definition["properties"]["actual_instance"]
             definition.clear()
             definition.update(types)
@@ -58,7 +58,7 @@ def _train_job_validator():
 
 
 def check_manifest(document, version=LATEST):
-    """Raise if Kubernetes, or Kubeflow Trainer, would not take a manifest."""
+    """Raise an error if Kubernetes or Kubeflow Trainer would refuse a manifest."""
     kind, api_version = document["kind"], document["apiVersion"]
     if (kind, api_version) == ("TrainJob", "trainer.kubeflow.org/v1alpha1"):
         _train_job_validator().validate(document)
@@ -73,7 +73,7 @@ def _sky_validator(kind):
 
 
 def check_task(task):
-    """Raise if SkyPilot would not take a task."""
+    """Raise an error if SkyPilot would refuse a task."""
     _sky_validator("task").validate(task)
     _sky_validator("resources").validate(task["resources"])
     for mount in task["file_mounts"].values():
@@ -83,12 +83,12 @@ def check_task(task):
 
 @functools.cache
 def _compose_validator():
-    # Found, not imported: it wants a later click than SkyPilot allows.
+    # Only find the package, do not import it: it needs a later version of click than SkyPilot allows.
     package = Path(importlib.util.find_spec("check_jsonschema").origin).parent
     schema = json.loads((package / "builtin_schemas/vendor/compose-spec.json").read_text(encoding="utf-8"))
     return jsonschema.validators.validator_for(schema)(schema)
 
 
 def check_compose(document):
-    """Raise if Docker Compose would not take a file."""
+    """Raise an error if Docker Compose would refuse a file."""
     _compose_validator().validate(document)

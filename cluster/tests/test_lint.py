@@ -1,4 +1,4 @@
-"""Dockerfiles and shell scripts, by their linters."""
+"""Check Dockerfiles and shell scripts with their linters."""
 
 import subprocess
 import sys
@@ -12,18 +12,18 @@ BIN = Path(sys.executable).parent
 
 
 def hadolint(text):
-    """Return hadolint's verdict on a Dockerfile."""
+    """Return the result of hadolint for a Dockerfile."""
     return subprocess.run([BIN / "hadolint", "--no-color", "-"], input=text, cwd=ROOT, capture_output=True, text=True)
 
 
 def shellcheck(text, *options):
-    """Return shellcheck's verdict on a script; what it sources is not followed."""
+    """Return the result of shellcheck for a script. It does not follow sourced files."""
     command = [BIN / "shellcheck", "--exclude", "SC1090,SC1091", *options, "-"]
     return subprocess.run(command, input=text, capture_output=True, text=True)
 
 
 def scripts():
-    """Yield every script, those in SkyPilot's tasks included, with what shellcheck must know about it."""
+    """Yield every script with its options for shellcheck, including the scripts in SkyPilot's tasks."""
     for path in SHELL_FILES:
         yield pytest.param(path.read_text(encoding="utf-8"), (), id=name(path))
     for path in TASKS:

@@ -1,4 +1,4 @@
-"""What no schema sees: names that must be the same in two places, and values that must fit the library and image."""
+"""Check rules that no schema has: equal names in two places, and values that must fit the library and the image."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ HOUR = 3600
 
 
 def pods(docs):
-    """Yield each pod of an overlay: what it belongs to, its labels, its specification."""
+    """Yield each pod of an overlay: its owner, its labels, its specification."""
     for document in docs:
         if document["kind"] in ("Job", "Deployment"):
             template = document["spec"]["template"]
@@ -34,7 +34,7 @@ def pods(docs):
 
 
 def trainers(docs):
-    """Yield each training, its pod and the container that trains."""
+    """Yield the owner, the pod and the container of each training."""
     for owner, _, pod in pods(docs):
         if owner["kind"] != "Deployment":
             yield owner, pod, pod["containers"][0]
@@ -46,17 +46,17 @@ def containers(pod):
 
 
 def names(docs, kind):
-    """Return the documents of a kind by name."""
+    """Return the documents of one kind by name."""
     return {document["metadata"]["name"]: document for document in docs if document["kind"] == kind}
 
 
 def environment(container):
-    """Return the variables of a container; those that are not given as a value are `None`."""
+    """Return the variables of a container; `None` for a variable without a plain value."""
     return {variable["name"]: variable.get("value") for variable in container.get("env", [])}
 
 
 def options(arguments):
-    """Return pairs of option and value, and the recipe among them."""
+    """Return the options of the launcher, the recipe, and the options of the recipe."""
     (recipe,) = (argument for argument in arguments if argument.endswith(".py"))
     where = arguments.index(recipe)
     launcher, own = arguments[:where], arguments[where + 1 :]
@@ -128,7 +128,7 @@ def check_that_runs_are_tracked_where_mlflow_answers(docs):
     assert given["backend-store-uri"].startswith(f"sqlite:///{mount['mountPath']}/")
     assert given["artifacts-destination"].startswith(f"{mount['mountPath']}/")
     for owner, _, pod in pods(docs):
-        if owner["kind"] != "TrainJob":  # which cannot say so
+        if owner["kind"] != "TrainJob":  # a TrainJob has no such field
             assert pod["enableServiceLinks"] is False
         for container in containers(pod):
             if container is not server:
@@ -138,7 +138,7 @@ def check_that_runs_are_tracked_where_mlflow_answers(docs):
 
 def check_that_the_command_is_one_of_the_image(docs):
     for _, pod, container in trainers(docs):
-        assert "command" not in container, "the image's entry point passes signals on"
+        assert "command" not in container, "the entry point of the image passes signals on"
         launcher, recipe, own = options(container["args"])
         assert (ROOT / launcher["--config_file"]).is_file()
         assert (ROOT / recipe).is_file()
@@ -146,7 +146,7 @@ def check_that_the_command_is_one_of_the_image(docs):
         for variable in re.findall(r"\$\((\w+)\)", " ".join(container["args"])):
             assert variable in environment(container) or variable.startswith("PET_")
         if "--config" not in own:
-            assert recipe == "recipes/ppo.py"  # the only one that has a configuration of its own
+            assert recipe == "recipes/ppo.py"  # the only recipe with a default configuration
             continue
         folder, _, key = own["--config"].rpartition("/")
         (volume,) = (mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == folder)
@@ -173,16 +173,16 @@ def check_that_processes_nodes_and_gpus_agree(docs):
             assert launcher["--main_process_port"] == str(container["ports"][0]["containerPort"])
 
 
-def check_that_giving_way_is_no_failure(docs):
+def check_that_a_signal_is_no_failure(docs):
     for owner, pod, container in trainers(docs):
         if owner["kind"] == "Job":
-            disrupted, gave_way = owner["spec"]["podFailurePolicy"]["rules"]
+            disrupted, signalled = owner["spec"]["podFailurePolicy"]["rules"]
             assert disrupted == {
                 "action": "Ignore",
                 "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
             }
             codes = {"containerName": container["name"], "operator": "In", "values": [EXIT_CODE]}
-            assert gave_way == {"action": "Ignore", "onExitCodes": codes}
+            assert signalled == {"action": "Ignore", "onExitCodes": codes}
             assert (pod["restartPolicy"], owner["spec"]["podReplacementPolicy"]) == ("Never", "Failed")
         assert 120 <= pod["terminationGracePeriodSeconds"] <= HOUR
 
@@ -210,7 +210,7 @@ def check_that_images_are_of_this_version(docs):
             assert "memory" in container["resources"]["limits"]
 
 
-# Mistakes that every schema lets pass, by the check that must not: in which overlay, what, and what instead.
+# Mistakes that every schema accepts, by the check that must find them: overlay, old text, new text.
 MISTAKES = {
     check_that_volumes_exist_and_are_mounted: [
         ("single-gpu", "claimName: runs", "claimName: run"),
@@ -261,7 +261,7 @@ MISTAKES = {
         ("multi-node-trainjob", "numNodes: 2", "numNodes: 4"),
         ("single-gpu", "nvidia.com/gpu: 1", "nvidia.com/gpu: 2"),
     ],
-    check_that_giving_way_is_no_failure: [
+    check_that_a_signal_is_no_failure: [
         ("single-gpu", "- 75", "- 74"),
         ("single-gpu", "containerName: trainer", "containerName: ppo"),
         ("single-gpu", "restartPolicy: Never", "restartPolicy: OnFailure"),

@@ -1,4 +1,4 @@
-"""Manifests, tasks and compose files are what their readers ask for, and would not be with any key misspelt."""
+"""Check that manifests, tasks and compose files fit their schemas, and that a misspelt key is an error."""
 
 import copy
 
@@ -8,7 +8,7 @@ from files import COMPOSE_FILES, KUBERNETES, OVERLAYS, TASKS, build, documents, 
 from jsonschema import ValidationError
 from schemas import LATEST, OLDEST, check_compose, check_manifest, check_task
 
-# Mappings whose keys are the user's.
+# Mappings with free keys.
 FREE = {
     *("labels", "annotations", "matchLabels", "nodeSelector", "selector", "requests", "limits", "data"),
     *("envs", "secrets", "file_mounts", "services", "volumes", "networks", "environment", "depends_on"),
@@ -22,7 +22,7 @@ def places(node, path=(), free=False):
     """Yield the path of every key that a schema knows."""
     if isinstance(node, dict):
         for key, value in node.items():
-            if key.startswith("x-"):  # Compose's extensions
+            if key.startswith("x-"):  # extensions of Compose
                 continue
             if not free:
                 yield (*path, key)
@@ -34,7 +34,7 @@ def places(node, path=(), free=False):
 
 
 def spoilt(document, path, spoil):
-    """Return a copy of a document with one place spoilt."""
+    """Return a copy of a document with a mistake in one place."""
     document = copy.deepcopy(document)
     holder = document
     for step in path[:-1]:
@@ -49,12 +49,12 @@ def misspell(holder, key):
 
 
 def change_type(holder, key):
-    """Put something there that is never right: a list of lists."""
+    """Put a list of lists there, which is never right."""
     holder[key] = [[holder[key]]]
 
 
 def survivors(document, check):
-    """Return every spoilt place that a check does not notice."""
+    """Return every place whose mistake a check does not notice."""
     passed = []
     for path in places(document):
         for spoil in (misspell, change_type):
@@ -67,7 +67,7 @@ def survivors(document, check):
 
 
 def of_overlay(overlay, kind):
-    """Return an overlay's documents of one kind."""
+    """Return the documents of one kind in an overlay."""
     return [document for document in documents(rendered(overlay)) if document["kind"] == kind]
 
 
