@@ -76,9 +76,9 @@ def train_control(seed: int) -> None:
     from rlhf_recipes.options.recipes import PPOArguments, TrackingArguments
 
     class WithoutAdvantages(PPOTrainer):
-        def _add_advantages(self, batch, state_values):
-            super()._add_advantages(batch, state_values)
-            batch["advantages"] = torch.zeros_like(batch["advantages"])
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            return batch | {"advantages": torch.zeros_like(batch["advantages"])}
 
     quiet_start()
     arguments = ["--config", str(CONFIGS / "ppo.yaml"), "--seed", str(seed), "--output_dir", CONTROL]

@@ -31,7 +31,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from rlhf_recipes.tracking.delivery import Delivery
 from rlhf_recipes.tracking.session import RunCallback
-from rlhf_recipes.trainers import actor_critic as actor_critic_trainer
+from rlhf_recipes.trainers import value_head
 
 ROOT = Path(__file__).resolve().parents[1]
 CALLBACKS = ("on_train_begin", "on_log", "on_evaluate", "on_save", "on_train_end")
@@ -86,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in CALLBACKS:
         count(RunCallback, name, "training waits: metrics", time.perf_counter)
-    count(actor_critic_trainer, "write_table", "training waits: tables of completions", time.perf_counter)
+    count(value_head, "write_table", "training waits: tables of completions", time.perf_counter)
     count(Delivery, "_send", "beside it: sending", time.thread_time)
     count(SystemMetricsMonitor, "monitor", "beside it: system metrics", time.thread_time)
     output = args.output.resolve()

@@ -77,25 +77,30 @@ def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone
 
 
 class CompletionForward:
-    """Stand in for a model inside TRL's log-probability method: trim its input, and keep its values.
+    """Stand in for a model inside TRL's log-probability method: trim its input, and keep the values of its forward.
 
     TRL's method returns log-probabilities and entropies only. Recording outside the (wrapped) model leaves its outputs
     and its gradient hooks alone.
 
     Args:
         model: Causal LM, wrapped or not, on which `add_completion_forward` was called.
-        completion_length: Columns of the input that are completion, T; the prompt lies before them.
-        pad_to_multiple_of: What the number of prompt and completion columns that remain is a multiple of, if it can.
-        takes_positions: Whether the model is told the position of each token, as `generate` does; without, a model of
-            absolute positions would number a row differently in each batch. One that also reads images counts its own.
+        completion_length: Columns of the input that are completion, T; the prompt comes before them.
+        pad_to_multiple_of: Divides the remaining numbers of prompt and completion columns, where possible.
+        takes_positions: Whether the model gets the position of each token, as in `generate`. Without them, a model of
+            absolute positions would number a row differently in each batch. A model for images counts by itself.
     """
+
+    per_token_logps: Tensor
+    """`(B, T)`, after `finish`."""
+    state_values: Tensor
+    """`(B, T + 1)`, after `finish`; only of a model with a value head."""
 
     def __init__(
         self, model: nn.Module, completion_length: int, *, pad_to_multiple_of: int | None, takes_positions: bool
     ) -> None:
         self.model, self.completion_length = model, completion_length
         self.pad_to_multiple_of, self.takes_positions = pad_to_multiple_of or 1, takes_positions
-        self.state_values: list[Tensor] = []
+        self._values: list[Tensor] = []
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **inputs: Any) -> Any:
         """Return TRL's output for the completion alone, `(B, T)`."""
@@ -110,12 +115,24 @@ class CompletionForward:
             trimmed["position_ids"] = (trimmed["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         output = self.model(**trimmed, shift_labels=labels[:, prompt_end:end], completion_length=end - prompt_end)
         if getattr(output, "state_values", None) is not None:
-            self.state_values.append(_widen(output.state_values, width - end))
+            self._values.append(_widen(output.state_values, width - end))
         return FusedCausalLMOutput(
             log_probs=_widen(output.log_probs, width - end),
             entropy=None if output.entropy is None else _widen(output.entropy, width - end),
             aux_loss=output.aux_loss,
         )
+
+    def finish(self, per_token_logps: Tensor, original: Any) -> Tensor:
+        """Keep the results of all chunks, and return the log-probabilities.
+
+        Args:
+            per_token_logps: Of all chunks, `(B, T)`.
+            original: Index that brings the rows back into the order of the batch.
+        """
+        self.per_token_logps = per_token_logps[original]
+        if self._values:
+            self.state_values = torch.cat(self._values)[original]
+        return self.per_token_logps
 
     def _columns(self, attention_mask: Tensor) -> tuple[int, int]:
         """Return the columns to keep: those with a token, and at least one of the prompt and of the completion."""

@@ -48,6 +48,21 @@ def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
+def from_pretrained_kwargs(args: Any, quantization_config: Any) -> dict[str, Any]:
+    """Return the `from_pretrained` options that a trainer's arguments stand for.
+
+    Args:
+        args: `PPOConfig` or `RewardModelConfig`.
+        quantization_config: For bitsandbytes; `None` for none.
+    """
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    return kwargs
+
+
 def load_policy(
     path: str, *, base: str | None = None, base_quantization: BitsAndBytesConfig | None = None, **kwargs: Any
 ) -> PreTrainedModel | PeftModel:

@@ -17,12 +17,11 @@ from rlhf_recipes.algorithm.losses import l2_penalty
 from rlhf_recipes.data.prompts import add_separator, check_columns, column_names
 from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.statistics import preference_metrics
-from rlhf_recipes.models.loading import check_output_dir, load_tokenizer
+from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, save_quantization
 from rlhf_recipes.models.reward_model import ScoreHead, load_reward_model_base, store_in_float32
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
-from rlhf_recipes.trainers.setup import take_init_kwargs
 
 
 class RewardModelTrainer(DurableTrainer, RewardTrainer):
@@ -69,7 +68,7 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         base_model = model if isinstance(model, str) else model.config._name_or_path
         if isinstance(model, str):
             torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
-            model = load_reward_model_base(model, **take_init_kwargs(args, quantization_config))
+            model = load_reward_model_base(model, **from_pretrained_kwargs(args, quantization_config))
         if processing_class is None:
             processing_class = load_tokenizer(base_model)
         if peft_config is not None:
@@ -83,9 +82,11 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
             "response_separator": None if is_conversational(example) else args.response_separator,
         }
         self._eval_batches: list[torch.Tensor] = []
+        own = copy.copy(args)
+        own.__dict__.update(model_init_kwargs=None)  # TRL warns of these beside a model that is loaded
         super().__init__(
             model,
-            args,
+            own,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

@@ -1,124 +1,227 @@
-"""From the scores of a rollout to what the update trains on: KL shaping, GAE, whitening.
+"""From sampled tokens to advantages: one record, which each stage of a rollout fills in turn.
 
-The formulas are in layer 0; here is the order in which PPO applies them. Every rank must make each call.
+TRL samples and scores. Then come old log-probabilities and values, the reference, normalised scores, shaped rewards,
+GAE and whitening. The formulas are in `algorithm/`. Every rank must make each call.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from torch import Tensor
 
 from rlhf_recipes.algorithm.advantages import (
     explained_variance,
     generalized_advantage_estimation,
+    is_truncated,
     last_valid_index,
     shape_rewards,
 )
-from rlhf_recipes.algorithm.distributed import global_means, global_moments, global_var
+from rlhf_recipes.algorithm.distributed import global_means, global_moments, global_sum, global_var
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.algorithm.masked import masked_whiten
+from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.algorithm.repetition import repeated_ngrams
+from rlhf_recipes.data.messages import Text
+from rlhf_recipes.evaluation.samples import sample_rows
+from rlhf_recipes.models.forward import CompletionForward
 from rlhf_recipes.options.ppo import PPOConfig
 
 
-def values_of_tokens(state_values: Tensor) -> Tensor:
-    """Return the value of the state that precedes each completion token, `(B, T)`, of `(B, T + 1)`."""
-    return state_values[:, :-1]
+@dataclass(eq=False)
+class Rollout:
+    """The completions of this process: what was sampled, what it scored, and what it is worth.
 
-
-def values_after_completion(state_values: Tensor, completion_mask: Tensor) -> Tensor:
-    """Return the value of the state that each completion ends in, `(B,)`."""
-    return state_values[:, 1:].gather(1, last_valid_index(completion_mask).unsqueeze(1)).squeeze(1)
-
-
-def loss_mask(batch: dict[str, Any]) -> Tensor:
-    """Return the policy's own tokens, `(B, T)`: completion tokens without tool output."""
-    mask = batch["completion_mask"]
-    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
-
-
-@dataclass
-class RolloutEstimates:
-    """What a rollout is worth, each `(B, T)`.
-
-    Args:
-        kl: What the reward is charged for, nats.
-        rewards: Shaped.
-        values: Of the critic that sampled.
-        returns: Targets of the critic.
-        advantages: Whitened if `PPOConfig.whiten_advantages` says so.
+    B completions of this process, N of all processes, T completion tokens. A field is filled once, by the stage under
+    whose name it stands; reading it earlier is an `AttributeError`, and so is filling it again.
     """
 
-    kl: Tensor
-    rewards: Tensor
-    values: Tensor
-    returns: Tensor
-    advantages: Tensor
+    rows: list[dict[str, Any]]
+    """Rows of the dataset, one per completion."""
+
+    # take_answers
+    prompts: list[Text] = field(init=False)
+    completions: list[Text] = field(init=False)
+    completion_id_lists: list[list[int]] = field(init=False)
+    """Without padding."""
+    own_scores: dict[str, Tensor] = field(init=False)
+    """By reward function, and their weighted sum as `score`; `(B,)` each, NaN where there is none."""
+    raw_scores: Tensor = field(init=False)
+    """Weighted sum, `(N,)`; NaN where no function has scored."""
+
+    # _get_per_token_logps_and_entropies
+    first_forward: CompletionForward = field(init=False)
+    """The first forward of the policy's network that TRL made by itself. It is the policy's if TRL returns old
+    log-probabilities; if not, it can be that of a reference that is the same network without its adapter."""
+
+    # take_tokens
+    completion_ids: Tensor = field(init=False)
+    """`(B, T)`."""
+    completion_mask: Tensor = field(init=False)
+    """`(B, T)`; all 0 for a completion that does not train."""
+    mask: Tensor = field(init=False)
+    """`(B, T)`, 1 = trains: the policy's own tokens, without tool output."""
+    truncated: Tensor = field(init=False)
+    """Completions that the length limit has cut, `(B,)`."""
+    scores: Tensor = field(init=False)
+    """Those of `raw_scores` that train, `(N,)`; NaN for the others."""
+    old_per_token_logps: Tensor = field(init=False)
+    ref_per_token_logps: Tensor = field(init=False)
+    state_values: Tensor = field(init=False)
+    """Of the states around each token, `(B, T + 1)`."""
+    k1: Tensor = field(init=False)
+    """`old_per_token_logps - ref_per_token_logps` on the tokens that train, 0 elsewhere; nats, `(B, T)`."""
+
+    # normalize_scores
+    normalized_scores: Tensor = field(init=False)
+    """`(B,)`."""
+
+    # estimate_advantages
+    kl_coef: float = field(init=False)
+    kl: Tensor = field(init=False)
+    """What the reward is charged for, nats, `(B, T)`: k1 unless `kl_estimator` says otherwise."""
+    rewards: Tensor = field(init=False)
+    """Shaped, `(B, T)`."""
+    old_values: Tensor = field(init=False)
+    """Of the state before each token, `(B, T)`."""
+    returns: Tensor = field(init=False)
+    """Targets of the critic, `(B, T)`."""
+    advantages: Tensor = field(init=False)
+    """`(B, T)`, whitened if `whiten_advantages` says so."""
+
+    def has(self, name: str) -> bool:
+        """Return whether a field is filled."""
+        return name in vars(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.has(name):
+            raise AttributeError(f"`{name}` of this rollout is filled already.")
+        super().__setattr__(name, value)
+
+    def take_answers(
+        self,
+        prompts: list[Text],
+        completions: list[Text],
+        completion_ids: list[list[int]],
+        rewards: dict[str, Tensor],
+        scores: Tensor,
+    ) -> None:
+        """Note what was sampled and how it was scored.
+
+        Args:
+            prompts: Text or messages.
+            completions: Text or messages.
+            completion_ids: Without padding.
+            rewards: By reward function, of all processes, each `(N,)`.
+            scores: Their weighted sum, `(N,)`.
+        """
+        self.prompts, self.completions, self.completion_id_lists = prompts, completions, completion_ids
+        self.raw_scores = scores
+        self.own_scores = {name: own_part(values) for name, values in (rewards | {"score": scores}).items()}
+
+    def take_tokens(
+        self, batch: dict[str, Any], policy: CompletionForward, ref_per_token_logps: Tensor, eos_token_ids: list[int]
+    ) -> None:
+        """Note tokens, log-probabilities and values, and leave out completions that cannot train.
+
+        Args:
+            batch: TRL's. Its completion mask is empty where `truncated_completions: mask` leaves a completion out.
+            policy: Forward of the policy that has sampled.
+            ref_per_token_logps: Of the reference, `(B, T)`.
+            eos_token_ids: Tokens that end a completion.
+        """
+        self.completion_ids, sampled = batch["completion_ids"], batch["completion_mask"]
+        self.scores = self.raw_scores.masked_fill(~gather(sampled.any(dim=1)), torch.nan)
+        self.completion_mask = sampled * own_part(self.scores).isfinite().unsqueeze(1)
+        self.mask = self.completion_mask * batch.get("tool_mask", 1)
+        self.truncated = is_truncated(self.completion_ids, self.completion_mask, eos_token_ids)
+        # What lies in the padding must reach neither a loss nor its gradient.
+        self.old_per_token_logps = policy.per_token_logps.masked_fill(self.mask == 0, 0)
+        self.ref_per_token_logps = ref_per_token_logps.masked_fill(self.mask == 0, 0)
+        self.state_values = policy.state_values
+        self.k1 = estimate_kl(self.old_per_token_logps, self.ref_per_token_logps, "k1")
+
+    def normalize_scores(self, normalizer: RewardNormalizer | None, *, update: bool) -> None:
+        """Bring the scores to the normaliser's scale.
+
+        Args:
+            normalizer: `None` leaves the scores as they are.
+            update: Whether these scores count for its statistics.
+        """
+        if normalizer is not None and update:
+            normalizer.update(self.scores)
+        self.normalized_scores = own_part(self.scores if normalizer is None else normalizer.normalize(self.scores))
+
+    def estimate_advantages(self, args: PPOConfig, *, kl_coef: float) -> None:
+        """Shape the rewards, estimate advantages and returns, and whiten the advantages over all ranks.
+
+        Args:
+            args: Options.
+            kl_coef: Price of a nat.
+        """
+        scores = self.normalized_scores
+        if args.missing_eos_penalty is not None:
+            scores = scores - args.missing_eos_penalty * self.truncated
+        self.kl_coef = kl_coef
+        old, ref = self.old_per_token_logps, self.ref_per_token_logps
+        self.kl = self.k1 if args.kl_estimator == "k1" else estimate_kl(old, ref, args.kl_estimator)
+        self.rewards = shape_rewards(scores, self.kl, self.mask, kl_coef=kl_coef)
+
+        self.old_values, bootstrap = self.state_values[:, :-1], None
+        if args.truncated_completions == "bootstrap":
+            ends = last_valid_index(self.completion_mask).unsqueeze(1)
+            bootstrap = self.state_values[:, 1:].gather(1, ends).squeeze(1) * self.truncated
+        given: Any = {"gamma": args.gamma, "bootstrap_values": bootstrap}
+        states = (self.rewards, self.old_values, self.mask)
+        advantages, returns = generalized_advantage_estimation(*states, lam=args.lam, **given)
+        if args.value_lam is not None:
+            _, returns = generalized_advantage_estimation(*states, lam=args.value_lam, **given)
+        if args.whiten_advantages:
+            _, mean, var = global_moments(advantages, self.mask)
+            advantages = masked_whiten(advantages, self.mask, mean=mean, var=var)
+        self.returns, self.advantages = returns, advantages
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return what the update reads of the rollout: TRL shuffles and cuts it with the tokens."""
+        names = ("completion_mask", "old_per_token_logps", "ref_per_token_logps", "old_values", "returns")
+        tokens = {"num_items_in_batch": global_sum(self.mask.sum()), "advantages": self.advantages}
+        return {name: getattr(self, name) for name in names} | tokens
+
+    def samples(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """Return a row of text and figures per completion, of the first `limit` completions."""
+        shown = slice(limit)
+        figures = self.own_scores | {"kl": self.k1.sum(dim=1)}
+        return sample_rows(
+            self.prompts,
+            self.completions,
+            self.completion_id_lists,
+            {name: values[shown] for name, values in figures.items()},
+            self.truncated[shown],
+        )
 
 
-def estimate_advantages(
-    batch: dict[str, Tensor],
-    mask: Tensor,
-    state_values: Tensor,
-    scores: Tensor,
-    truncated: Tensor,
-    args: PPOConfig,
-    *,
-    kl_coef: float,
-) -> RolloutEstimates:
-    """Shape the rewards, estimate advantages and returns, and whiten the advantages over all ranks.
-
-    Args:
-        batch: With `old_per_token_logps` and `ref_per_token_logps`, `(B, T)`, and `completion_mask`.
-        mask: `(B, T)`, 1 = trains.
-        state_values: Of the states around each token, `(B, T + 1)`.
-        scores: Normalised, `(B,)`.
-        truncated: Which completions the length limit has cut, `(B,)`.
-        args: The options.
-        kl_coef: Price of a nat.
-    """
-    if args.missing_eos_penalty is not None:
-        scores = scores - args.missing_eos_penalty * truncated
-    kl = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], args.kl_estimator)
-    rewards = shape_rewards(scores, kl, mask, kl_coef=kl_coef)
-
-    values, bootstrap = values_of_tokens(state_values), None
-    if args.truncated_completions == "bootstrap":
-        bootstrap = values_after_completion(state_values, batch["completion_mask"]) * truncated
-    options: Any = {"gamma": args.gamma, "bootstrap_values": bootstrap}
-    advantages, returns = generalized_advantage_estimation(rewards, values, mask, lam=args.lam, **options)
-    if args.value_lam is not None:
-        _, returns = generalized_advantage_estimation(rewards, values, mask, lam=args.value_lam, **options)
-    if args.whiten_advantages:
-        _, mean, var = global_moments(advantages, mask)
-        advantages = masked_whiten(advantages, mask, mean=mean, var=var)
-    return RolloutEstimates(kl, rewards, values, returns, advantages)
+def own_part(values: Tensor) -> Tensor:
+    """Return this process's share `(B, ..)` of what is known of all processes, `(N, ..)`."""
+    state = PartialState()
+    return values.view(state.num_processes, -1, *values.shape[1:])[state.process_index]
 
 
-def rollout_metrics(
-    batch: dict[str, Tensor], mask: Tensor, estimates: RolloutEstimates, *, scores: Tensor, kl_coef: float
-) -> tuple[int, dict[str, float]]:
-    """Return the number of completions that train, and what was sampled.
-
-    Args:
-        batch: With `completion_ids`, `completion_mask`, `old_per_token_logps` and `ref_per_token_logps`, `(B, T)`.
-        mask: `(B, T)`, 1 = trains.
-        estimates: Of the rollout.
-        scores: Raw scores of all ranks.
-        kl_coef: Price of a nat.
-    """
-    k1 = estimate_kl(batch["old_per_token_logps"], batch["ref_per_token_logps"], "k1")
-    sums = ((x.masked_fill(mask == 0, 0)).sum(dim=1) for x in (k1, estimates.kl, estimates.rewards))
-    repeated = repeated_ngrams(batch["completion_ids"], batch["completion_mask"])
+def rollout_metrics(rollout: Rollout) -> tuple[int, dict[str, float]]:
+    """Return how many completions of all ranks train, and the figures of the rollout. Glossary: `docs/metrics.md`."""
+    mask, scores = rollout.mask, rollout.scores
+    sums = (x.sum(dim=1) for x in (rollout.k1, rollout.kl, rollout.rewards))  # 0 outside of the mask
+    repeated = repeated_ngrams(rollout.completion_ids, rollout.completion_mask)
     count, (mean_k1, paid, rlhf_reward, repetition) = global_means(mask.any(dim=1), *sums, repeated)
-    explained = explained_variance(estimates.values, estimates.returns, mask, variance=global_var)
+    explained = explained_variance(rollout.old_values, rollout.returns, mask, variance=global_var)
     return int(count), {
         "objective/kl": mean_k1,
         "objective/scores": scores[scores.isfinite()].mean().item(),
         "objective/rlhf_reward": rlhf_reward,
-        "objective/non_score_reward": -kl_coef * paid,
+        "objective/non_score_reward": -rollout.kl_coef * paid,
         "objective/excluded": 1 - count / scores.numel(),
         "val/explained_variance": explained.item(),
-        "kl_coef": kl_coef,
+        "kl_coef": rollout.kl_coef,
         "completions/repeated_ngrams": repetition,
     }

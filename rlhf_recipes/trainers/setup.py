@@ -1,20 +1,115 @@
-"""Check, load and build what a PPO run needs."""
+"""Check, load and build what a PPO run needs, before TRL sees any of it."""
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
-from rlhf_recipes.data.prompts import AnyDataset
+from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_columns, check_prompts_fit
+from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.quantization import keep_unpacked, saved_quantization
 from rlhf_recipes.models.reward_model import is_adapter
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.options.ppo import PPOConfig
-from rlhf_recipes.options.reward_modeling import RewardModelConfig
+from rlhf_recipes.rewards.adapter import RewardAdapterScorer
+from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
+from rlhf_recipes.trainers.run_identity import facts_of_run
+
+REFERENCE_ADAPTER = "ref"  # TRL's name for the copy of an adapter that it trains on
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a PPO run is made of.
+
+    Args:
+        model: Policy.
+        directory: Where it was loaded from; "" if unknown.
+        reference: Frozen copy of the policy; `None` where the policy without its adapter, or a copy of that, serves.
+        keeps_start_adapter: Whether the policy came with an adapter, whose copy is the reference.
+        reward_funcs: Scorers and functions.
+        train_dataset: Prompts that end with the separator.
+        eval_dataset: The same.
+        tokenizer: The policy's.
+        facts: What must be the same when the run is resumed.
+    """
+
+    model: Any
+    directory: str
+    reference: Any
+    keeps_start_adapter: bool
+    reward_funcs: list[Any]
+    train_dataset: Any
+    eval_dataset: Any
+    tokenizer: Any
+    facts: dict[str, Any]
+
+
+def prepare_parts(
+    model: Any,
+    reward_funcs: Any,
+    args: PPOConfig,
+    *,
+    train_dataset: Any,
+    eval_dataset: Any,
+    tokenizer: Any,
+    reward_tokenizers: Any,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
+) -> Parts:
+    """Check everything that the user gave against each other, and load what was given by its path.
+
+    Raises:
+        ValueError: If data, policy, reward model or batch sizes do not fit.
+    """
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        check_columns(dataset, ("prompt",), name)
+    check_rollout_fits(train_dataset, args)
+    load = policy_loader(model, args, quantization_config)
+    policy = load()
+    directory = model if isinstance(model, str) else policy.config._name_or_path
+    check_policy(policy, peft_config, args)
+    uses_peft = peft_config is not None or isinstance(policy, PeftModel)
+    check_output_dir(args.output_dir, adapter=uses_peft)
+    tokenizer = load_tokenizer(directory, padding_side="left") if tokenizer is None else tokenizer
+    train_dataset, eval_dataset = (add_separator(x, args.response_separator) for x in (train_dataset, eval_dataset))
+    check_prompts_fit(train_dataset, tokenizer, policy.config, args.max_completion_length)
+
+    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
+    loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("dtype", "attn_implementation")}
+    scorers = as_reward_functions(given, reward_tokenizers, **loading)
+    facts = facts_of_run(args, policy=model, rewards=given, functions=scorers, train_dataset=train_dataset)
+    if args.reward_adapter is not None:
+        scorers.append(RewardAdapterScorer(args.reward_adapter))
+    check_reward_functions(scorers, dataset=train_dataset, response_separator=args.response_separator)
+    return Parts(
+        model=policy,
+        directory=directory,
+        reference=None if uses_peft else load(frozen=True),
+        keeps_start_adapter=isinstance(policy, PeftModel),
+        reward_funcs=scorers,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        tokenizer=tokenizer,
+        facts=facts,
+    )
+
+
+def options_for_trl(args: PPOConfig) -> PPOConfig:
+    """Return a private copy of the options, in which TRL finds no model to load.
+
+    The policy is loaded already (`model_init_kwargs`). One reference serves both KL terms: for the one in its loss
+    (`beta`), TRL would load a second one.
+    """
+    own = copy.copy(args)
+    own.__dict__.update(model_init_kwargs=None, beta=0.0)
+    return own
 
 
 def check_rollout_fits(dataset: AnyDataset | None, args: PPOConfig) -> None:
@@ -32,17 +127,6 @@ def check_rollout_fits(dataset: AnyDataset | None, args: PPOConfig) -> None:
         )
 
 
-def take_init_kwargs(args: PPOConfig | RewardModelConfig, quantization_config: Any) -> dict[str, Any]:
-    """Take the `from_pretrained` options out of a trainer's arguments: beside a loaded model TRL warns about them."""
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    args.model_init_kwargs = None
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None
-    return kwargs
-
-
 def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: PPOConfig) -> None:
     """Check that the policy can learn as asked: the value head would hide that nothing else does.
 
@@ -56,8 +140,8 @@ def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | N
         raise ValueError("Quantised weights cannot be trained: set `use_peft: true` beside `load_in_4bit`.")
     if getattr(model, "is_quantized", False) and args.use_vllm:
         raise ValueError(
-            "`use_vllm` does not go with a quantised policy: vLLM is sent merged weights, and a merge would round "
-            "them anew at each rollout. Leave out `load_in_4bit`, or `use_vllm`."
+            "`use_vllm` does not go with a quantised policy: vLLM gets merged weights, and each merge would round "
+            "them again. Leave out `load_in_4bit`, or `use_vllm`."
         )
     if isinstance(model, PeftModel) and peft_config is not None:
         raise ValueError(
@@ -69,37 +153,44 @@ def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | N
         )
 
 
-def round_reference_adapter(model: PreTrainedModel | PeftModel) -> None:
-    """Let the frozen copy of an SFT adapter begin as the policy does.
-
-    On a quantised base TRL rounds what is trained to bfloat16, after it has taken the copy.
-    """
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        reference = parameters.get(name.replace(".default.", ".ref."))
-        if reference is not None and reference is not parameter:
-            reference.data = parameter.data.clone()
-
-
 def policy_loader(model: Any, args: PPOConfig, quantization_config: Any) -> Callable[..., Any]:
     """Return a function that gives the policy, or with `frozen=True` an independent copy of it to refer to.
 
-    The path of an adapter gives a `PeftModel` on the base that the adapter names, quantised as when it was trained.
+    The path of an adapter gives a `PeftModel` on the base that the adapter names, quantised as it was in training.
     """
     if not isinstance(model, str):
         keep_unpacked(model)
         return lambda frozen=False: copy.deepcopy(model).requires_grad_(False) if frozen else model
-    init_kwargs = take_init_kwargs(args, quantization_config)
+    kwargs = from_pretrained_kwargs(args, quantization_config)
     base = model
     if is_adapter(model):
         base = PeftConfig.from_pretrained(model).base_model_name_or_path
-        init_kwargs.setdefault("quantization_config", saved_quantization(model))
+        kwargs.setdefault("quantization_config", saved_quantization(model))
 
     def load(frozen: bool = False) -> PreTrainedModel | PeftModel:
         with safe_loading(model, base):
-            policy = keep_unpacked(create_model_from_path(base, **safe_kwargs(init_kwargs)))
+            policy = keep_unpacked(create_model_from_path(base, **safe_kwargs(kwargs)))
         if is_adapter(model):
             policy = PeftModel.from_pretrained(policy, model, is_trainable=True)
         return policy.requires_grad_(False) if frozen else policy
 
     return load
+
+
+def keep_start_adapter(policy: PeftModel) -> None:
+    """Keep a frozen copy of the policy's adapter as the reference.
+
+    Call this after TRL has rounded the weights that it trains on a quantised base: the reference starts where the
+    policy does.
+    """
+    if REFERENCE_ADAPTER not in policy.peft_config:  # else TRL has made it, for its own KL term
+        policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[policy.active_adapter])
+    for name, module in policy.named_modules():
+        if isinstance(module, nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):
+            module.p = 0.0  # while the policy trains, its network is in training mode
+    parameters = dict(policy.named_parameters())
+    for name, parameter in parameters.items():
+        reference = parameters.get(name.replace(f".{policy.active_adapter}.", f".{REFERENCE_ADAPTER}."))
+        if reference is not None and reference is not parameter:
+            reference.data = parameter.data.clone()
+            reference.requires_grad_(False)

@@ -1,9 +1,11 @@
-"""The figures that PPO logs about a rollout and about an update, over all ranks.
+"""From a micro-batch to the loss of the critic, and the figures of an update.
 
-Every rank must make each call. The glossary is `docs/metrics.md`.
+The policy's loss is TRL's: `PPOTrainer._compute_loss` adds the two. Every rank must make each call.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,15 +13,80 @@ from torch import Tensor
 
 from rlhf_recipes.algorithm.distributed import global_means
 from rlhf_recipes.algorithm.kl import estimate_kl
-from rlhf_recipes.algorithm.losses import is_value_clipped
+from rlhf_recipes.algorithm.losses import is_value_clipped, per_token_value_loss
+from rlhf_recipes.models.forward import CompletionForward
 from rlhf_recipes.options.ppo import PPOConfig
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The policy and the critic of now beside those of the rollout; `(B, T)` each.
+
+    Args:
+        per_token_logps: Of the policy of now, without its graph.
+        values: Of the critic of now; differentiated.
+        old_per_token_logps: Of the policy that sampled.
+        old_values: Of the critic at that time.
+        returns: Targets of the critic.
+        mask: 1 = trains.
+        rollout_tokens: Tokens of the rollout that train, on all ranks; a scalar.
+    """
+
+    per_token_logps: Tensor
+    values: Tensor
+    old_per_token_logps: Tensor
+    old_values: Tensor
+    returns: Tensor
+    mask: Tensor
+    rollout_tokens: Tensor
+
+    @classmethod
+    def of(cls, forward: CompletionForward, inputs: dict[str, Any]) -> "MicroBatch":
+        """Join the forward of an update with the columns of `Rollout.columns`."""
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        critic = {"values": forward.state_values[:, :-1], **{name: inputs[name] for name in ("old_values", "returns")}}
+        return cls(
+            per_token_logps=forward.per_token_logps.detach(),
+            old_per_token_logps=inputs["old_per_token_logps"],
+            mask=mask,
+            rollout_tokens=inputs["num_items_in_batch"],
+            # The fill precedes the square: what lies in the padding must not reach the gradient.
+            **{name: x.masked_fill(mask == 0, 0) for name, x in critic.items()},
+        )
+
+
+def critic_loss(
+    batch: MicroBatch, average: Callable[[Tensor, Tensor, Tensor], Tensor], *, cliprange: float, micro_batches: int
+) -> tuple[Tensor, float, dict[str, float]]:
+    """Return the value loss, the weight of the micro-batch, and how far it has moved from its rollout.
+
+    Each figure is weighed by the micro-batch's tokens over those of an average one. The mean over the micro-batches of
+    a rollout is then the mean over its tokens, although short completions share a micro-batch.
+
+    Args:
+        batch: Of one process.
+        average: Turns a token loss `(B, T)`, the mask and `rollout_tokens` into a loss, as TRL does the policy's.
+        cliprange: Trust region of the values.
+        micro_batches: Per rollout.
+    """
+    token_loss = per_token_value_loss(batch.values, batch.old_values, batch.returns, cliprange=cliprange)
+    count, (approx_kl, mean_loss, clip_fraction) = global_means(
+        batch.mask,
+        estimate_kl(batch.old_per_token_logps, batch.per_token_logps, "k3"),
+        token_loss.detach(),
+        is_value_clipped(batch.values.detach(), batch.old_values, cliprange=cliprange),
+    )
+    weight = count * micro_batches / max(batch.rollout_tokens.item(), 1.0)
+    metrics = {"policy/approx_kl": approx_kl, "loss/value": mean_loss, "val/clip_fraction": clip_fraction}
+    loss = average(token_loss, batch.mask, batch.rollout_tokens)
+    return loss, weight, {name: weight * value for name, value in metrics.items()}
 
 
 def group_by_length(micro_batches: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
     """Cut the rows of each optimiser step into micro-batches anew, by length, so that each needs little padding.
 
-    A step keeps its rows, and its gradient does not depend on how they are cut: all losses of `PPOConfig` are sums or
-    means over micro-batches of one size.
+    A step keeps its rows. Its gradient does not depend on the cut: all losses of `PPOConfig` are sums, or means over
+    micro-batches of one size.
 
     Args:
         micro_batches: Of one rollout, of one size, in the order of training.
@@ -39,38 +106,3 @@ def group_by_length(micro_batches: list[dict[str, Any]], window: int) -> list[di
 def episodes(step: int, args: PPOConfig) -> int:
     """Return how many completions all ranks have sampled when optimiser step `step` ends: those of whole rollouts."""
     return math.ceil(step / args.rollout_steps) * args.generation_batch_size
-
-
-def update_metrics(
-    per_token_logps: Tensor,
-    batch: dict[str, Tensor],
-    values: Tensor,
-    value_loss: Tensor,
-    mask: Tensor,
-    *,
-    cliprange: float,
-    micro_batches: int,
-) -> tuple[float, dict[str, float]]:
-    """Return the weight of one micro-batch, and how far it has moved from its rollout.
-
-    Each figure is weighed by the micro-batch's tokens over those of an average one: the mean over the micro-batches of
-    a rollout is then the mean over its tokens, though short answers share a micro-batch.
-
-    Args:
-        per_token_logps: Of the current policy, `(B, T)`, like all tensors.
-        batch: With `old_per_token_logps`, `old_values` and `num_items_in_batch`, the rollout's tokens.
-        values: Of the current critic.
-        value_loss: Per token.
-        mask: 1 = trains.
-        cliprange: Trust region of the values.
-        micro_batches: Of the rollout.
-    """
-    count, (approx_kl, mean_loss, clip_fraction) = global_means(
-        mask,
-        estimate_kl(batch["old_per_token_logps"], per_token_logps.detach(), "k3"),
-        value_loss.detach(),
-        is_value_clipped(values.detach(), batch["old_values"], cliprange=cliprange),
-    )
-    weight = count * micro_batches / max(batch["num_items_in_batch"].item(), 1.0)
-    metrics = {"policy/approx_kl": approx_kl, "loss/value": mean_loss, "val/clip_fraction": clip_fraction}
-    return weight, {name: weight * value for name, value in metrics.items()}

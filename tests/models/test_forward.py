@@ -47,13 +47,13 @@ def test_the_rollout_runs_rows_of_one_length_together(tmp_path):
     torch.nn.init.normal_(trainer.model.value_head.output.weight)
     seen = _widths(trainer.model)
     ids, mask = _batch((1, 9, 1, 9), (2, 20, 2, 20), prompt_width=20, completion_width=30)
-    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 30, batch_size=2)
-    values = trainer._recorded[-1][1]
+    grouped, together = (trainer._completion_forward(trainer.model, 30) for _ in range(2))
+    trainer._get_per_token_logps_and_entropies(grouped, ids, mask, 30, batch_size=2)
     assert seen == [(2, 3), (2, 29)]
-    together, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 30)
-    assert_close(logps, together, FIRST_UPDATE)
+    trainer._get_per_token_logps_and_entropies(together, ids, mask, 30)
+    assert_close(grouped.per_token_logps, together.per_token_logps, FIRST_UPDATE)
     keep = torch.cat([mask[:, -31:-30], mask[:, -30:]], dim=1)
-    assert_close(values * keep, trainer._recorded[-1][1] * keep, FP32)
+    assert_close(grouped.state_values * keep, together.state_values * keep, FP32)
 
 
 @pytest.mark.parametrize("multiple", [None, 8])
@@ -91,10 +91,9 @@ def test_log_probabilities_entropies_values_and_gradients_are_those_of_the_padde
         return {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
 
     padded = _untrimmed(trainer, ids, mask, 30)
-    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model, ids, mask, 30, compute_entropy=True
-    )
-    trimmed = (logps, entropies, trainer._recorded[-1][1])
+    forward = trainer._completion_forward(trainer.model, 30)
+    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(forward, ids, mask, 30, compute_entropy=True)
+    trimmed = (logps, entropies, forward.state_values)
     for ours, theirs in zip(trimmed, padded, strict=True):
         assert ours.shape == theirs.shape
         assert_close(ours[:, :30] * keep, theirs[:, :30] * keep, FP32)

@@ -16,9 +16,9 @@ def share_of_wanted_tokens(completion_ids, **kwargs):
 class WithoutAdvantages(tiny.PPOTrainer):
     """The negative control: everything happens, nothing is learned."""
 
-    def _add_advantages(self, batch, state_values):
-        super()._add_advantages(batch, state_values)
-        batch["advantages"] = torch.zeros_like(batch["advantages"])
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        return batch | {"advantages": torch.zeros_like(batch["advantages"])}
 
 
 def _scores(cls, output_dir, peft=None, **kwargs):

@@ -271,8 +271,8 @@ def test_a_failed_call_masks_its_own_function_only(tmp_path, caplog):
         tmp_path, rewards=[tiny.length_reward, flaky], failed_rewards="mask", reward_retries=1, reward_norm=False
     )
     batch = tiny.rollout(trainer)
-    lengths = trainer._answers[4]["length_reward"]
-    assert_close(trainer._scores, lengths, EXACT)
+    lengths = trainer.rollout.own_scores["length_reward"]
+    assert_close(trainer.rollout.scores, lengths, EXACT)
     assert batch["completion_mask"].any(dim=1).all()
     assert "Its 8 completions get no score (`failed_rewards: mask`)" in caplog.text
     metrics = trainer._metrics["train"]
@@ -280,7 +280,7 @@ def test_a_failed_call_masks_its_own_function_only(tmp_path, caplog):
     assert metrics["rewards/flaky/failed_attempts"] == [2.0]
     assert metrics["objective/unscorable"] == [0.0]
     tiny.rollout(trainer)
-    assert_close(trainer._scores, trainer._answers[4]["length_reward"] + 5.0, EXACT)
+    assert_close(trainer.rollout.scores, trainer.rollout.own_scores["length_reward"] + 5.0, EXACT)
     assert metrics["rewards/flaky/failed_calls"] == [1.0, 0.0]
 
 

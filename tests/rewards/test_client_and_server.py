@@ -134,7 +134,7 @@ def test_a_trainer_takes_it_like_a_local_one(directory, server, tmp_path):
         trainers[-1].train()
     remote, local = trainers
     assert remote.reward_func_names == local.reward_func_names == ["rm"]
-    assert_close(remote._scores, local._scores, FP32)
+    assert_close(remote.rollout.scores, local.rollout.scores, FP32)
     assert remote.reward_normalizer.mean == pytest.approx(local.reward_normalizer.mean)
     card = RewardModelCard.load(directory / "rm")
     fresh = _trainer(tmp_path / "fresh", server)
@@ -476,7 +476,7 @@ def test_a_server_that_stays_dead(directory, tmp_path, failed, no_pauses):
             return
         trainer.train()
     assert _logged(trainer, "rewards/rm/failed_calls") == [1.0, 1.0]
-    assert_close(trainer._scores, trainer._answers[4]["meddle"], FP32)
+    assert_close(trainer.rollout.scores, trainer.rollout.own_scores["meddle"], FP32)
 
 
 def _run(directory, stage, name, options):

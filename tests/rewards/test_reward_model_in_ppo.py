@@ -63,7 +63,7 @@ def test_it_scores_the_rollout(tmp_path, trained, chat):
     ids = [i[m.bool()].tolist() for i, m in zip(batch["completion_ids"], batch["completion_mask"], strict=True)]
     scorer = RewardModelScorer.from_pretrained(path)
     scorer.policy_eos_token_ids = tiny.END_IDS
-    assert_close(trainer._scores, scorer(prompts, completions, ids), FP32)
+    assert_close(trainer.rollout.scores, scorer(prompts, completions, ids), FP32)
 
 
 def test_a_cut_completion_gets_no_eos(trained):
@@ -113,7 +113,7 @@ def test_another_tokenizer_works_because_text_is_tokenised_again(tmp_path, train
     assert len(foreign) != len(policy_tokenizer)
     trainer = _ppo(tmp_path, path, tok=policy_tokenizer)
     trainer.train()
-    assert torch.isfinite(trainer._scores).all()
+    assert torch.isfinite(trainer.rollout.scores).all()
 
 
 def test_another_separator_is_refused(tmp_path, trained):
@@ -212,7 +212,7 @@ def test_a_reward_model_with_an_adapter_may_be_given_as_it_is(tmp_path):
         reward_processing_classes=tok,
     )  # fmt: skip
     ppo.train()
-    assert ppo._scores.isfinite().all()
+    assert ppo.rollout.scores.isfinite().all()
 
 
 def test_roles_of_special_tokens_are_part_of_the_fingerprint():

@@ -18,7 +18,8 @@ from rlhf_recipes.durability.checkpoints import (
     publish,
 )
 from rlhf_recipes.tracking.session import RunCallback
-from rlhf_recipes.trainers.guard import DivergedError, RollbackError, TrainingGuard
+from rlhf_recipes.trainers.guard import TrainingGuard
+from rlhf_recipes.trainers.rollback import DivergedError, RollbackError
 
 pytestmark = pytest.mark.tiny
 
@@ -191,7 +192,7 @@ def test_a_resume_goes_on_with_the_lowered_rate_and_the_counts(tmp_path):
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert dict((step, rate) for step, rate, _ in rates[:6])[9] == pytest.approx(5e-4)
     assert dict((step, rate) for step, rate, _ in rates[6:])[13] == pytest.approx(2.5e-4)
-    assert second.guard.rollbacks == 2
+    assert second.guard.rollback.count == 2
     assert second.guard.skipped_steps == 6
 
 
@@ -247,7 +248,7 @@ def test_the_checkpoint_that_a_run_resumes_from_may_be_gone_back_to(tmp_path):
     trainer = _trainer(tmp_path / "other", **CHECKPOINTS)
     _poison(trainer, {9: 1, 10: 1, 11: 1})
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-    assert trainer.guard.rollbacks == 1
+    assert trainer.guard.rollback.count == 1
     assert trainer.state.global_step == 12
 
 
@@ -273,23 +274,26 @@ def test_a_policy_that_answers_no_number_does_not_poison_what_is_kept(tmp_path):
     trainer = _trainer(
         tmp_path, **CHECKPOINTS, kl_controller="adaptive", kl_horizon=64, max_completion_length=6, max_skipped_steps=4
     )
-    add_advantages, seen = trainer._add_advantages, []
+    reference_logps, generate, seen = trainer._reference_logps, trainer._generate_and_score_completions, []
 
-    def poisoned(batch, state_values):
+    def poisoned(batch):
+        logps = reference_logps(batch)
         if trainer.state.global_step == 4 and not seen:
-            batch["old_per_token_logps"][0, 0] = float("nan")
-            batch["completion_mask"][0, 0] = 1
+            batch["completion_mask"][0, 0], logps[0, 0] = 1, float("nan")
             seen.append(trainer.kl_controller.kl_coef)
-            add_advantages(batch, state_values)
+        return logps
+
+    def watched(inputs):
+        batch = generate(inputs)
+        if len(seen) == 1:
             seen.append(trainer.kl_controller.kl_coef)
             assert batch["advantages"].isnan().any()
-            return
-        add_advantages(batch, state_values)
+        return batch
 
-    trainer._add_advantages = poisoned
+    trainer._reference_logps, trainer._generate_and_score_completions = poisoned, watched
     trainer.train()
     assert seen[0] == seen[1], "the controller takes no KL that is no number"
-    assert trainer.guard.rollbacks == 1
+    assert trainer.guard.rollback.count == 1
     states = [trainer.reward_normalizer.state_dict(), trainer.kl_controller.state_dict()]
     assert all(torch.tensor(list(state.values())).isfinite().all() for state in states)
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
@@ -298,15 +302,15 @@ def test_a_policy_that_answers_no_number_does_not_poison_what_is_kept(tmp_path):
 
 def _explode(trainer, step, times=1):
     """Let the KL to the reference of the rollout of some step be large."""
-    left, add_advantages = [times], trainer._add_advantages
+    left, reference_logps = [times], trainer._reference_logps
 
-    def exploded(batch, state_values):
+    def exploded(batch):
         if trainer.model.training and trainer.state.global_step == step and left[0]:
             left[0] -= 1
-            batch["ref_per_token_logps"] = batch["ref_per_token_logps"] - 10
-        add_advantages(batch, state_values)
+            return reference_logps(batch) - 10
+        return reference_logps(batch)
 
-    trainer._add_advantages = exploded
+    trainer._reference_logps = exploded
 
 
 @pytest.mark.parametrize("peft", PEFT)
@@ -317,7 +321,7 @@ def test_a_kl_out_of_hand_goes_back_before_the_policy_that_has_it(tmp_path, peft
     _explode(trainer, step=8)
     trainer.train()
     assert [step for step, _, _ in rates] == [*range(1, 9), *range(5, 13)]
-    assert trainer.guard.rollbacks == 1
+    assert trainer.guard.rollback.count == 1
     assert max(_logged(trainer, "objective/kl").values()) < 15
     (line,) = [m for m in caplog.messages if "Going back" in m]
     assert line.startswith("Step 8: the KL to the reference is ")
@@ -331,7 +335,7 @@ class _Interrupt(TrainerCallback):
         self._guard = guard
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self._guard.rollbacks:
+        if self._guard.rollback.count:
             raise KeyboardInterrupt
 
 
@@ -365,8 +369,8 @@ def test_a_run_goes_back_to_nothing_that_it_went_back_from(tmp_path):
     guard = TrainingGuard(tiny.ppo_config(tmp_path, max_kl=1.0), is_main=True)
     (tmp_path / "staged" / "8").mkdir(parents=True)
     publish(tmp_path / "staged" / "8", tmp_path / "checkpoint-8")
-    guard._saved_steps = {8}
-    assert guard._last_good_checkpoint(12) == (8, str(tmp_path / "checkpoint-8"))
+    guard.rollback._saved_steps = {8}
+    assert guard.rollback._last_good_checkpoint(12) == (8, str(tmp_path / "checkpoint-8"))
     abandon(tmp_path / "checkpoint-8", "the KL")
     with pytest.raises(DivergedError, match="no checkpoint from before that"):
         guard.roll_back(RollbackError("", "", 12))
@@ -383,7 +387,7 @@ def test_without_the_option_no_kl_is_too_large(tmp_path):
     trainer = _trainer(tmp_path, **CHECKPOINTS)
     _explode(trainer, step=8)
     trainer.train()
-    assert trainer.guard.rollbacks == 0
+    assert trainer.guard.rollback.count == 0
 
 
 def _set_update_kl(trainer, kl_by_step):
@@ -533,15 +537,15 @@ def test_a_run_without_trouble_trains_the_same_with_and_without_limits(tmp_path)
 
 def _alarming(trainer):
     """Let scores rise and answers grow, as the log has it."""
-    log = trainer._log_rollout
+    report = trainer._report
 
-    def logged(metrics, mean_advantages):
-        log(metrics, mean_advantages)
+    def reported(rollout):
+        report(rollout)
         step = trainer.state.global_step
         trainer._metrics["train"]["objective/scores"] = [float(step)]
         trainer._metrics["train"]["completions/mean_length"] = [10.0 + step]
 
-    trainer._log_rollout = logged
+    trainer._report = reported
 
 
 def test_an_alarm_is_raised_once_while_the_run_goes_on(tmp_path, caplog):

@@ -37,15 +37,15 @@ def _poison(trainer, steps):
 
 def _explode(trainer, step):
     """Let one rollout's KL to the reference be large on this rank, once."""
-    left, add_advantages = {step}, trainer._add_advantages
+    left, reference_logps = {step}, trainer._reference_logps
 
-    def exploded(batch, state_values):
-        if trainer.state.global_step in left:
-            left.remove(step)
-            batch["ref_per_token_logps"] = batch["ref_per_token_logps"] - 50
-        add_advantages(batch, state_values)
+    def exploded(batch):
+        if trainer.state.global_step not in left:
+            return reference_logps(batch)
+        left.remove(step)
+        return reference_logps(batch) - 50
 
-    trainer._add_advantages = exploded
+    trainer._reference_logps = exploded
 
 
 def _move_away(trainer, step):
@@ -53,11 +53,10 @@ def _move_away(trainer, step):
     get = trainer._get_per_token_logps_and_entropies
 
     def moved(model, *args, **kwargs):
-        per_token_logps, entropies, loss = get(model, *args, **kwargs)
-        if trainer._recorded and trainer.state.global_step + 1 == step and torch.is_grad_enabled():
-            logps, values = trainer._recorded[-1]
-            trainer._recorded[-1] = (logps + 3, values)
-        return per_token_logps, entropies, loss
+        result = get(model, *args, **kwargs)
+        if torch.is_grad_enabled() and trainer.state.global_step + 1 == step:
+            model.per_token_logps = model.per_token_logps + 3
+        return result
 
     trainer._get_per_token_logps_and_entropies = moved
 

@@ -32,7 +32,6 @@ def _first_rollout(tmp_path, peft, chat, pad_is_eos, repetition_penalty=None, **
 def _log_ratio(trainer, batch):
     trainer.current_gradient_accumulation_steps = 1
     trainer._compute_loss(trainer.model, batch)
-    trainer._recorded.clear()
     logps, _, _ = trainer._get_per_token_logps_and_entropies(
         trainer.model,
         torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),

@@ -32,19 +32,20 @@ def _held_out_judge(trainer):
 
 def _record_rollouts(trainer):
     """Each rollout, as a mapping of tokens to what the update will see of them."""
-    rollouts, add_advantages = [], trainer._add_advantages
+    rollouts, generate = [], trainer._generate_and_score_completions
 
-    def recorded(batch, state_values):
-        add_advantages(batch, state_values)
+    def recorded(inputs):
+        batch = generate(inputs)
         if not trainer.model.training:
-            return
+            return batch
         rollouts.append({})
         for row, mask in enumerate(batch["completion_mask"].bool()):
             tokens = [*batch["prompt_ids"][row].tolist(), *batch["completion_ids"][row].tolist()]
             key = tuple(token for token in tokens if token)  # without padding, which depends on the batch
             rollouts[-1][key] = [batch[name][row][mask] for name in ("advantages", "returns", "old_values")]
+        return batch
 
-    trainer._add_advantages = recorded
+    trainer._generate_and_score_completions = recorded
     return rollouts
 
 

@@ -34,7 +34,7 @@ def _drifted_trainer(tmp_path, **kwargs):
 
 
 def _normalized(trainer):
-    scores = trainer._scores.double()
+    scores = trainer.rollout.scores.double()
     normalizer = trainer.reward_normalizer
     return ((scores - normalizer.mean) / normalizer.std).clamp(-normalizer.clip, normalizer.clip)
 
@@ -83,7 +83,7 @@ def test_the_controller_prices_the_kl_and_follows_it(tmp_path):
 def test_scores_are_not_normalised_when_switched_off(tmp_path):
     trainer = _drifted_trainer(tmp_path, reward_norm=False, whiten_advantages=False)
     batch = tiny.rollout(trainer)
-    advantages, _ = _expected(trainer, batch, trainer._scores.double().tolist())
+    advantages, _ = _expected(trainer, batch, trainer.rollout.scores.double().tolist())
     assert_close(batch["advantages"], advantages, FP32)
 
 
@@ -201,7 +201,7 @@ def test_reward_models_and_functions_are_weighted_and_summed(tmp_path):
     tiny.rollout(trainer)
     columns = seen["per_func"].double()
     assert columns[:, 0].std() > 0
-    assert_close(trainer._scores, 0.5 * columns[:, 0] + 2.0 * columns[:, 1] - columns[:, 2], FP32)
+    assert_close(trainer.rollout.scores, 0.5 * columns[:, 0] + 2.0 * columns[:, 1] - columns[:, 2], FP32)
 
 
 def test_several_generations_per_prompt(tmp_path):

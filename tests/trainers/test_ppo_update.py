@@ -53,8 +53,7 @@ def test_policy_loss_is_the_clipped_surrogate(tmp_path):
 
 def test_value_loss_is_the_definition(tmp_path):
     trainer, batch = _trained_rollout(tmp_path, vf_coef=0.7, cliprange_value=0.1)
-    _, recorded = (_logps(trainer, batch), trainer._recorded[-1][1])
-    values = recorded[:, -batch["completion_ids"].size(1) - 1 : -1]
+    values = trainer._forward(trainer.model, batch).state_values[:, :-1]
     arguments = [t.detach().double().tolist() for t in (values, batch["old_values"], batch["returns"])]
     value_loss = oracles.clipped_value_loss(*arguments, batch["completion_mask"].tolist(), 0.1)
     trainer.args.vf_coef = 0.0

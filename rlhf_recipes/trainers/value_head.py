@@ -1,7 +1,7 @@
-"""Around PPO: optimiser, logs, evaluation, saving and resuming of a policy that carries a value head.
+"""Train, log, evaluate, save and resume a policy that carries a value head.
 
-Overrides only, on `trl.GRPOTrainer`. What a rollout and an update are is in `rlhf_recipes/trainers/ppo.py`.
-A checkpoint holds what a run needs to go on as if it had not been interrupted, also in the middle of a rollout.
+Overrides only, on `trl.GRPOTrainer`; rollout and update are in `trainers/ppo.py`. A checkpoint holds everything that a
+run needs to continue as if it had not been interrupted, also in the middle of a rollout.
 """
 
 from pathlib import Path
@@ -23,7 +23,8 @@ from rlhf_recipes.evaluation.samples import write_table
 from rlhf_recipes.models.critic import save_value_head, trained_value_head, without_value_head
 from rlhf_recipes.models.loading import only_active_adapter
 from rlhf_recipes.models.quantization import save_quantization
-from rlhf_recipes.trainers.guard import RollbackError, TrainingGuard
+from rlhf_recipes.trainers.guard import TrainingGuard
+from rlhf_recipes.trainers.rollback import RollbackError
 from rlhf_recipes.trainers.update import episodes
 
 
@@ -40,7 +41,7 @@ def set_learning_rate(optimizer: Optimizer, head: ValueHead, learning_rate: floa
             optimizer.add_param_group({**split, "lr": learning_rate})
 
 
-class ActorCriticTrainer(DurableTrainer, GRPOTrainer):
+class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
     """Let TRL's trainer treat a value head as part of training and not of the policy.
 
     A subclass sets what is declared here before it trains.
@@ -64,8 +65,8 @@ class ActorCriticTrainer(DurableTrainer, GRPOTrainer):
             self._metrics["train"].clear()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Leave a micro-batch of a rollout that has been used enough out, but count it."""
-        if self.guard.retries:
+        """Skip a micro-batch whose rollout the guard has stopped, but count it."""
+        if self.guard.rollback.is_pending:
             self._buffered_inputs = None  # the rollout may be what went wrong
         uses = self.args.steps_per_generation * self.num_iterations
         self.guard.begin_step(starts_rollout=self._step % uses == 0 or self._buffered_inputs is None)
@@ -180,7 +181,9 @@ class ActorCriticTrainer(DurableTrainer, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_ppo_state(Path(checkpoint), self._stateful)
-            self.guard.after_loading(self.optimizer, self.lr_scheduler, Path(checkpoint), self.state.global_step)
+            self.guard.rollback.after_loading(
+                self.optimizer, self.lr_scheduler, Path(checkpoint), self.state.global_step
+            )
             self.args.eval_on_start = False  # an evaluation of the start is the baseline, which is in the state
             if self.args.eval_strategy != "no":
                 self.held_out.check_baseline(checkpoint)

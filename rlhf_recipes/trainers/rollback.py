@@ -1,0 +1,160 @@
+"""Where a run goes back to when it cannot go on: an earlier checkpoint of its own, with a lower learning rate."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list, set_seed
+from transformers import TrainerCallback
+
+from rlhf_recipes.durability.checkpoints import abandon, checkpoints_by_age, find_defect, is_abandoned
+from rlhf_recipes.options.ppo import PPOConfig
+
+SEED_STRIDE = 10_007  # between the random numbers of two attempts; more than there are ranks
+logger = logging.getLogger(__name__)
+
+
+class DivergedError(ValueError):
+    """A run that cannot go on by itself. The message says what to change."""
+
+
+class RollbackError(Exception):
+    """Leave the training loop, to resume from an earlier checkpoint.
+
+    Args:
+        reason: What has happened, a sentence.
+        advice: What to change if going back does not help, a sentence.
+        latest: Latest optimiser step whose checkpoint is good.
+    """
+
+    def __init__(self, reason: str, advice: str, latest: int) -> None:
+        super().__init__(reason)
+        self.reason, self.advice, self.latest = reason, advice, latest
+
+
+class Rollback(TrainerCallback):
+    """Find the checkpoint to go back to, and let the next attempt differ from the one that failed.
+
+    Its state, plain numbers, is part of the guard's in every checkpoint.
+
+    Args:
+        args: Options.
+        is_main: Whether this process searches, and logs.
+        is_possible: Whether this run can load a checkpoint a second time.
+    """
+
+    def __init__(self, args: PPOConfig, *, is_main: bool, is_possible: bool) -> None:
+        self.args, self._is_main, self._is_possible = args, is_main, is_possible
+        self.count = 0
+        self.learning_rate_factor = 1.0
+        self.is_pending = False  # a checkpoint is to be loaded, or is loaded and not yet left
+        self._loaded_factor = 1.0
+        self._saved_steps = set[int]()
+        self._earlier: list[tuple[int, Path]] = []  # checkpoints of the run that this one resumes
+
+    def to_checkpoint(self, error: RollbackError) -> str:
+        """Return the checkpoint to go on from, with a lower learning rate. Every rank must make the call.
+
+        Raises:
+            DivergedError: If there is none, or the run has gone back too often.
+        """
+        args = self.args
+        if not self._is_possible:
+            raise DivergedError(
+                f"{error.reason} Under DeepSpeed and FSDP, and with `save_only_model`, a run does not go back by "
+                f"itself: resume it from a checkpoint before that, or start again. {error.advice}"
+            )
+        if self.count >= args.max_rollbacks:
+            raise DivergedError(
+                f"{error.reason} The run has gone back to a checkpoint {self.count} times, the most that "
+                f"`max_rollbacks` allows, at last with {self.learning_rate_factor:g} of the learning rate. "
+                f"{error.advice}"
+            )
+        # Found by one process, for all.
+        found = self._last_good_checkpoint(error.latest) if self._is_main else None
+        (found,) = broadcast_object_list([found])
+        if found is None:
+            raise DivergedError(
+                f"{error.reason} This run has no checkpoint from before that to go back to: lower `save_steps` (a "
+                f"rollout is {args.rollout_steps} steps), or raise `save_total_limit`. {error.advice}"
+            )
+        saved_at, checkpoint = found
+        self.count += 1
+        self.learning_rate_factor *= args.rollback_learning_rate_factor
+        if self._is_main:
+            self._abandon_after(saved_at, error.reason)
+            logger.warning(
+                f"{error.reason} Going back to {checkpoint} with {self.learning_rate_factor:g} of the learning rate "
+                f"(rollback {self.count} of {args.max_rollbacks})."
+            )
+        self._saved_steps = {step for step in self._saved_steps if step <= saved_at}
+        self.is_pending = True
+        return checkpoint
+
+    def _abandon_after(self, saved_at: int, reason: str) -> None:
+        """Mark the later checkpoints of this run: if it were killed before its next one, it would resume from them."""
+        here, own = _checkpoints_in(self.args.output_dir), self._saved_steps | {step for step, _ in self._earlier}
+        later = [checkpoint for step, checkpoint in here if step > saved_at and step in own]
+        for checkpoint in later:
+            abandon(checkpoint, reason)
+        if later:
+            logger.warning(
+                f"{', '.join(map(str, later))} stays for a look, until it is replaced or cleared by "
+                "`save_total_limit`, and `resume_from_checkpoint: true` passes it over."
+            )
+
+    def _last_good_checkpoint(self, latest: int) -> tuple[int, str] | None:
+        """Return step and path of the latest whole checkpoint of this run, up to a step."""
+        # The directory may hold those of an earlier run.
+        saved = [entry for entry in _checkpoints_in(self.args.output_dir) if entry[0] in self._saved_steps]
+        for step, checkpoint in reversed(self._earlier + saved):
+            if step <= latest and not is_abandoned(checkpoint) and find_defect(checkpoint) is None:
+                return step, str(checkpoint)
+        return None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remember which checkpoints are this run's."""
+        self._saved_steps.add(state.global_step)
+
+    def begin_attempt(self) -> None:
+        """Draw other random numbers after going back: the same ones would sample the failed attempt again."""
+        if self.is_pending:
+            set_seed(self.args.seed + SEED_STRIDE * self.count, device_specific=True)
+            self.is_pending = False
+
+    def after_loading(self, optimizer: Any, scheduler: Any, checkpoint: Path, step: int) -> None:
+        """Lower the learning rate of a checkpoint to that of this attempt.
+
+        Args:
+            optimizer: As it was saved; its groups keep their proportions.
+            scheduler: As it was saved.
+            checkpoint: Where both come from.
+            step: Of the checkpoint.
+        """
+        if not self.is_pending:
+            siblings = _checkpoints_in(checkpoint.parent)
+            is_numbered = (step, checkpoint) in siblings  # else it was copied from elsewhere
+            self._earlier = [entry for entry in siblings if entry[0] <= step] if is_numbered else [(step, checkpoint)]
+            return
+        factor = self.learning_rate_factor / self._loaded_factor
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+            if "initial_lr" in group:
+                group["initial_lr"] *= factor
+        for name in ("base_lrs", "_last_lr"):
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        return {"rollbacks": self.count, "learning_rate_factor": self.learning_rate_factor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state; a run that goes back keeps its own count and learning rate."""
+        self._loaded_factor = state["learning_rate_factor"]
+        if not self.is_pending:
+            self.count, self.learning_rate_factor = state["rollbacks"], state["learning_rate_factor"]
+
+
+def _checkpoints_in(directory: str | Path) -> list[tuple[int, Path]]:
+    return [(int(path.name.rpartition("-")[2]), path) for path in checkpoints_by_age(directory)]
