@@ -62,11 +62,11 @@ class TrainingGuard:
         self.rollback.begin_attempt()
 
     def observe_update(self, weight: float, metrics: dict[str, float]) -> None:
-        """Take note of one micro-batch.
+        """Add one micro-batch to the sums of the step.
 
         Args:
-            weight: Of its tokens.
-            metrics: Of `critic_loss`, times the weight.
+            weight: Tokens of the micro-batch over those of an average one.
+            metrics: Metrics of `critic_loss`, which are multiplied by the weight.
         """
         self._tokens += weight
         self._kl += metrics["policy/approx_kl"]
@@ -146,7 +146,7 @@ class TrainingGuard:
         return self.rollback.to_checkpoint(error)
 
     def metrics(self) -> dict[str, float]:
-        """Return what the guard has done so far."""
+        """Return the counts of skipped and stopped steps and of rollbacks."""
         counts = {
             "skipped_steps": self.skipped_steps,
             "stopped_steps": self.stopped_steps,

@@ -141,7 +141,7 @@ class PPOTrainer(ValueHeadTrainer):
         return prepare_frozen(reference, self.accelerator)
 
     def _build_rewards(self, parts: Parts, judges: Any, pairwise_judges: Any) -> None:
-        """Prepare scorers and judges, the limits of their calls, and the scale of the scores."""
+        """Prepare scorers and judges, the limits of their calls, and the normaliser of the scores."""
         limits = (self.args.reward_timeout, self.args.reward_retries, self.args.failed_rewards)
         self.reward_calls = RewardCalls(*limits)
         self.held_out = HeldOutComparison(judges, pairwise_judges, seed=self.args.seed, calls=RewardCalls(*limits))
@@ -153,7 +153,7 @@ class PPOTrainer(ValueHeadTrainer):
             self.reward_normalizer.warm_start(*statistics)
 
     def _build_control(self, facts: dict[str, Any]) -> None:
-        """Add what decides how a run goes on: guard, KL controller, early stopping, identity."""
+        """Add guard, KL controller, early stopping and the identity of the run, and name the parts of a checkpoint."""
         args = self.args
         self.guard = TrainingGuard(
             args,
@@ -199,7 +199,7 @@ class PPOTrainer(ValueHeadTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Sample, score and estimate: from prompts to what the update trains on."""
+        """Sample, score, and estimate advantages: from prompts to the batch of the update."""
         rollout = self.rollout = Rollout(inputs)
         batch = super()._generate_and_score_completions(inputs)  # calls `_calculate_rewards`
         # TRL has run the policy if it needs old log-probabilities by itself: one forward serves both.
@@ -234,7 +234,7 @@ class PPOTrainer(ValueHeadTrainer):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run TRL's forward on the tokens that count, by way of a `CompletionForward`, which keeps the values."""
+        """Run TRL's forward through a `CompletionForward`: on the tokens that count, and with the values kept."""
         forward = model if isinstance(model, CompletionForward) else self._completion_forward(model, logits_to_keep)
         # A step's micro-batch keeps its order, and images have one of their own.
         order, original = rows_by_length(attention_mask if batch_size and not self._is_vlm else None)

@@ -1,4 +1,4 @@
-"""Where a run goes back to when it cannot go on: an earlier checkpoint of its own, with a lower learning rate."""
+"""Go back to an earlier checkpoint of the same run, with a lower learning rate, when the run cannot continue."""
 
 import logging
 from pathlib import Path
@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 class DivergedError(ValueError):
-    """A run that cannot go on by itself. The message says what to change."""
+    """A run that cannot continue by itself. The message says what to change."""
 
 
 class RollbackError(Exception):
     """Leave the training loop, to resume from an earlier checkpoint.
 
     Args:
-        reason: What has happened, a sentence.
-        advice: What to change if going back does not help, a sentence.
-        latest: Latest optimiser step whose checkpoint is good.
+        reason: Sentence that says what happened.
+        advice: Sentence that says what to change if going back does not help.
+        latest: Last optimiser step whose checkpoint is good.
     """
 
     def __init__(self, reason: str, advice: str, latest: int) -> None:
@@ -53,7 +53,7 @@ class Rollback(TrainerCallback):
         self._earlier: list[tuple[int, Path]] = []  # checkpoints of the run that this one resumes
 
     def to_checkpoint(self, error: RollbackError) -> str:
-        """Return the checkpoint to go on from, with a lower learning rate. Every rank must make the call.
+        """Return the checkpoint to go back to, and lower the learning rate. Every rank must make the call.
 
         Raises:
             DivergedError: If there is none, or the run has gone back too often.

@@ -32,10 +32,10 @@ from rlhf_recipes.options.ppo import PPOConfig
 
 @dataclass(eq=False)
 class Rollout:
-    """The completions of this process: what was sampled, what it scored, and what it is worth.
+    """The completions of this process, their scores, and their advantages.
 
-    B completions of this process, N of all processes, T completion tokens. A field is filled once, by the stage under
-    whose name it stands; reading it earlier is an `AttributeError`, and so is filling it again.
+    B completions of this process, N of all processes, T completion tokens. The comment above a group of fields names
+    the method that fills it. To read a field before, or to fill it again, is an `AttributeError`.
     """
 
     rows: list[dict[str, Any]]
@@ -81,7 +81,7 @@ class Rollout:
     # estimate_advantages
     kl_coef: float = field(init=False)
     kl: Tensor = field(init=False)
-    """What the reward is charged for, nats, `(B, T)`: k1 unless `kl_estimator` says otherwise."""
+    """KL that the reward pays for, nats, `(B, T)`: k1 unless `kl_estimator` says otherwise."""
     rewards: Tensor = field(init=False)
     """Shaped, `(B, T)`."""
     old_values: Tensor = field(init=False)
@@ -108,7 +108,7 @@ class Rollout:
         rewards: dict[str, Tensor],
         scores: Tensor,
     ) -> None:
-        """Note what was sampled and how it was scored.
+        """Note the answers and their scores.
 
         Args:
             prompts: Text or messages.
@@ -137,7 +137,7 @@ class Rollout:
         self.completion_mask = sampled * own_part(self.scores).isfinite().unsqueeze(1)
         self.mask = self.completion_mask * batch.get("tool_mask", 1)
         self.truncated = is_truncated(self.completion_ids, self.completion_mask, eos_token_ids)
-        # What lies in the padding must reach neither a loss nor its gradient.
+        # Padding must reach neither a loss nor its gradient.
         self.old_per_token_logps = policy.per_token_logps.masked_fill(self.mask == 0, 0)
         self.ref_per_token_logps = ref_per_token_logps.masked_fill(self.mask == 0, 0)
         self.state_values = policy.state_values
@@ -184,7 +184,7 @@ class Rollout:
         self.returns, self.advantages = returns, advantages
 
     def columns(self) -> dict[str, Tensor]:
-        """Return what the update reads of the rollout: TRL shuffles and cuts it with the tokens."""
+        """Return the tensors that the update reads; TRL shuffles and cuts them with the tokens."""
         names = ("completion_mask", "old_per_token_logps", "ref_per_token_logps", "old_values", "returns")
         tokens = {"num_items_in_batch": global_sum(self.mask.sum()), "advantages": self.advantages}
         return {name: getattr(self, name) for name in names} | tokens
@@ -203,7 +203,7 @@ class Rollout:
 
 
 def own_part(values: Tensor) -> Tensor:
-    """Return this process's share `(B, ..)` of what is known of all processes, `(N, ..)`."""
+    """Return this process's rows `(B, ..)` of a tensor of all processes `(N, ..)`."""
     state = PartialState()
     return values.view(state.num_processes, -1, *values.shape[1:])[state.process_index]
 

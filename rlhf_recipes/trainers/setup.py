@@ -1,4 +1,4 @@
-"""Check, load and build what a PPO run needs, before TRL sees any of it."""
+"""Check the arguments of a PPO run, and load the models, before TRL sees any of them."""
 
 import copy
 from collections.abc import Callable
@@ -26,18 +26,18 @@ REFERENCE_ADAPTER = "ref"  # TRL's name for the copy of an adapter that it train
 
 @dataclass(frozen=True)
 class Parts:
-    """What a PPO run is made of.
+    """The parts of a PPO run, checked and loaded.
 
     Args:
         model: Policy.
-        directory: Where it was loaded from; "" if unknown.
-        reference: Frozen copy of the policy; `None` where the policy without its adapter, or a copy of that, serves.
-        keeps_start_adapter: Whether the policy came with an adapter, whose copy is the reference.
+        directory: Directory or name that the policy was loaded from; "" if unknown.
+        reference: Frozen copy of the policy; `None` with PEFT, where the same network serves as the reference.
+        keeps_start_adapter: Whether the policy came with an adapter, whose copy is then the reference.
         reward_funcs: Scorers and functions.
         train_dataset: Prompts that end with the separator.
-        eval_dataset: The same.
-        tokenizer: The policy's.
-        facts: What must be the same when the run is resumed.
+        eval_dataset: Prompts that end with the separator.
+        tokenizer: Tokenizer of the policy.
+        facts: Facts that must be the same when the run is resumed.
     """
 
     model: Any
@@ -63,7 +63,7 @@ def prepare_parts(
     peft_config: PeftConfig | None,
     quantization_config: Any,
 ) -> Parts:
-    """Check everything that the user gave against each other, and load what was given by its path.
+    """Check the arguments of `PPOTrainer` against each other, and load the models that are given by a path.
 
     Raises:
         ValueError: If data, policy, reward model or batch sizes do not fit.
@@ -154,7 +154,7 @@ def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | N
 
 
 def policy_loader(model: Any, args: PPOConfig, quantization_config: Any) -> Callable[..., Any]:
-    """Return a function that gives the policy, or with `frozen=True` an independent copy of it to refer to.
+    """Return a function that gives the policy, or with `frozen=True` an independent copy of it as the reference.
 
     The path of an adapter gives a `PeftModel` on the base that the adapter names, quantised as it was in training.
     """

@@ -20,16 +20,16 @@ from rlhf_recipes.options.ppo import PPOConfig
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The policy and the critic of now beside those of the rollout; `(B, T)` each.
+    """The current policy and critic beside those of the rollout; `(B, T)` each.
 
     Args:
-        per_token_logps: Of the policy of now, without its graph.
-        values: Of the critic of now; differentiated.
-        old_per_token_logps: Of the policy that sampled.
-        old_values: Of the critic at that time.
+        per_token_logps: Log-probabilities of the current policy, without their graph.
+        values: Values of the current critic; differentiated.
+        old_per_token_logps: Log-probabilities of the policy that sampled.
+        old_values: Values of the critic at that time.
         returns: Targets of the critic.
         mask: 1 = trains.
-        rollout_tokens: Tokens of the rollout that train, on all ranks; a scalar.
+        rollout_tokens: Number of tokens of the rollout that train, on all ranks; a scalar.
     """
 
     per_token_logps: Tensor
@@ -50,7 +50,7 @@ class MicroBatch:
             old_per_token_logps=inputs["old_per_token_logps"],
             mask=mask,
             rollout_tokens=inputs["num_items_in_batch"],
-            # The fill precedes the square: what lies in the padding must not reach the gradient.
+            # The fill comes before the square: padding must not reach the gradient.
             **{name: x.masked_fill(mask == 0, 0) for name, x in critic.items()},
         )
 
@@ -64,10 +64,10 @@ def critic_loss(
     a rollout is then the mean over its tokens, although short completions share a micro-batch.
 
     Args:
-        batch: Of one process.
-        average: Turns a token loss `(B, T)`, the mask and `rollout_tokens` into a loss, as TRL does the policy's.
-        cliprange: Trust region of the values.
-        micro_batches: Per rollout.
+        batch: Rows of one process.
+        average: Averages a token loss `(B, T)` like TRL's policy loss, given the mask and `rollout_tokens`.
+        cliprange: Largest change of a value without a clip.
+        micro_batches: Number of micro-batches per rollout.
     """
     token_loss = per_token_value_loss(batch.values, batch.old_values, batch.returns, cliprange=cliprange)
     count, (approx_kl, mean_loss, clip_fraction) = global_means(
@@ -89,8 +89,8 @@ def group_by_length(micro_batches: list[dict[str, Any]], window: int) -> list[di
     micro-batches of one size.
 
     Args:
-        micro_batches: Of one rollout, of one size, in the order of training.
-        window: Micro-batches per optimiser step.
+        micro_batches: Micro-batches of one rollout, all of one size, in the order of training.
+        window: Number of micro-batches per optimiser step.
     """
     grouped: list[dict[str, Any]] = []
     for start in range(0, len(micro_batches), window):

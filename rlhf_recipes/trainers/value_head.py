@@ -42,9 +42,9 @@ def set_learning_rate(optimizer: Optimizer, head: ValueHead, learning_rate: floa
 
 
 class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
-    """Let TRL's trainer treat a value head as part of training and not of the policy.
+    """Treat a value head as part of the training, but not of the policy that is sampled from and saved.
 
-    A subclass sets what is declared here before it trains.
+    A subclass sets the attributes declared here before it trains.
     """
 
     held_out: HeldOutComparison
@@ -54,12 +54,12 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
     _train_sampler: Any = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as transformers does; where the guard cannot let it go on, go back to a checkpoint and train on."""
+        """Train as transformers does. After a `RollbackError`, go back to a checkpoint and train again from there."""
         while True:
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             except RollbackError as error:
-                reason = error.with_traceback(None)  # which holds the tensors of the attempt
+                reason = error.with_traceback(None)  # the traceback holds the tensors of the attempt
             resume_from_checkpoint = self.guard.roll_back(reason)
             self._step, self._buffered_inputs = 0, None
             self._metrics["train"].clear()
@@ -67,7 +67,7 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Skip a micro-batch whose rollout the guard has stopped, but count it."""
         if self.guard.rollback.is_pending:
-            self._buffered_inputs = None  # the rollout may be what went wrong
+            self._buffered_inputs = None  # the rollout may be the cause
         uses = self.args.steps_per_generation * self.num_iterations
         self.guard.begin_step(starts_rollout=self._step % uses == 0 or self._buffered_inputs is None)
         if not self.guard.has_stopped:
@@ -81,18 +81,18 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
         return grad_norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Give the value head its own learning rate; an optimiser that the user has passed is left as it is."""
+        """Give the value head its own learning rate, unless the user has passed an optimiser."""
         if self.optimizer is None:
             optimizer = super().create_optimizer(model)
             set_learning_rate(optimizer, trained_value_head(model or self.model), self.args.value_head_learning_rate)
         return self.optimizer
 
     def _generate(self, prompts: list[Any]) -> Any:
-        with without_value_head(self.model):  # vLLM's weight synchronisation sees a plain policy
+        with without_value_head(self.model):  # vLLM must get a plain policy
             return super()._generate(prompts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log TRL's figures and, beside those of training, how many completions they have taken, and some of these."""
+        """Log TRL's figures. With those of training, log the number of completions so far, and write some of them."""
         if self.model.training and "loss" in logs:
             self._log_metrics({"episode": episodes(self.state.global_step, self.args)})
             self._log_metrics(self.guard.metrics())
@@ -136,7 +136,7 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
             save_ppo_state(folder, self._stateful)
 
     def _progress(self) -> dict[str, Any]:
-        """Return what this rank has of the current rollout, and of the figures since the latest log."""
+        """Return this rank's share of the current rollout, and the figures since the latest log."""
         is_inside_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         return {
             "num_processes": self.accelerator.num_processes,
@@ -150,7 +150,7 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
 
     def _restore_progress(self, checkpoint: str) -> None:
         path = Path(checkpoint, PROGRESS_FILE.format(self.accelerator.process_index))
-        # Of another number of processes it would be another share of the rollout: that one is then sampled again.
+        # With another number of processes the shares of the rollout differ: it is then sampled again.
         progress = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
         if progress.get("num_processes") != self.accelerator.num_processes:
             return
