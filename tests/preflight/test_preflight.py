@@ -12,8 +12,8 @@ from trl import ScriptArguments
 from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.data.loading import load_split, without_answers
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
+from rlhf_recipes.preflight import preflight
 from rlhf_recipes.preflight.policy import answers_of
-from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.preflight.resources import SMALL_FILES, checkpoint_bytes, parameter_bytes, training_sizes
 from rlhf_recipes.rewards.card import RewardModelCard, tokenizer_fingerprint
 

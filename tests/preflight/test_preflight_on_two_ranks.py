@@ -8,7 +8,7 @@ import tiny
 from processes import run_in_processes
 
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
-from rlhf_recipes.preflight.preflight import preflight
+from rlhf_recipes.preflight import preflight
 
 pytestmark = pytest.mark.distributed
 

@@ -130,7 +130,7 @@ def test_a_function_that_recovers_is_tried_again(pauses, caplog):
     flaky = _fails(3)
     assert calls.guard(flaky)(**ROWS, log_metric=lambda *entry: logged.append(entry)) == [1.0, 2.0, 3.0]
     assert pauses == [1, 2, 4]
-    assert "`flaky`: attempt 1 of 5 failed: ConnectionError: gone (test_reward_calls.py, line" in caplog.text
+    assert "`flaky`: attempt 1 of 5 failed: ConnectionError: gone (test_calls.py, line" in caplog.text
     assert logged == [("seen", 4)], "what a failed attempt has logged does not count"
     assert calls.settle() == {"flaky/failed_attempts": 3.0, "flaky/failed_calls": 0.0}
     assert calls.settle() == {"flaky/failed_attempts": 0.0, "flaky/failed_calls": 0.0}
