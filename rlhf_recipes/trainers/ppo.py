@@ -6,6 +6,7 @@ GAE, whitening; then `num_iterations` epochs of policy and value updates.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,14 +38,13 @@ from rlhf_recipes.models.quantization import keep_adapter_precision
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.adapter import RewardAdapterScorer
 from rlhf_recipes.rewards.calls import RewardCalls
-from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.functions import (
     as_reward_functions,
     check_reward_functions,
     score_statistics,
     weighted_scores,
 )
-from rlhf_recipes.rewards.scorer import RewardModelScorer
+from rlhf_recipes.rewards.protocol import ScoringRun, scorer_of
 from rlhf_recipes.trainers.actor_critic import ActorCriticTrainer
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
 from rlhf_recipes.trainers.rollout import estimate_advantages, loss_mask, rollout_metrics, values_of_tokens
@@ -116,9 +116,8 @@ class PPOTrainer(ActorCriticTrainer):
         train_dataset = add_separator(train_dataset, args.response_separator)
         eval_dataset = add_separator(eval_dataset, args.response_separator)
         check_prompts_fit(train_dataset, processing_class, model.config, args.max_completion_length)
-        given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
-        reward_funcs = as_reward_functions(given, reward_processing_classes, **shared)
-        facts = facts_of_run(args, policy=start, rewards=given, functions=reward_funcs, train_dataset=train_dataset)
+        reward_funcs = as_reward_functions(reward_funcs, reward_processing_classes, **shared)
+        facts = facts_of_run(args, policy=start, rewards=reward_funcs, train_dataset=train_dataset)
         if args.reward_adapter is not None:
             reward_funcs.append(RewardAdapterScorer(args.reward_adapter))
         check_reward_functions(reward_funcs, dataset=train_dataset, response_separator=args.response_separator)
@@ -190,17 +189,15 @@ class PPOTrainer(ActorCriticTrainer):
         return prepare_frozen(reference, self.accelerator)
 
     def _prepare_reward_models(self) -> None:
-        for scorer in (*self.reward_funcs, *self.held_out.judges.values()):
-            if isinstance(scorer, RewardModelScorer | RemoteRewardModel):
-                scorer.policy_eos_token_ids = self.eos_token_ids
-            if isinstance(scorer, RemoteRewardModel):
-                scorer.timeout = self.args.reward_timeout
-            if isinstance(scorer, RewardModelScorer):
-                scorer.batch_size = self.args.per_device_train_batch_size
-            if isinstance(scorer, RewardAdapterScorer):
-                scorer.attach(self.model, self.model.get_base_model().config._name_or_path)
-            elif isinstance(scorer, RewardModelScorer):
-                scorer.model = prepare_frozen(scorer.model, self.accelerator)
+        run = ScoringRun(
+            policy=self.model,
+            policy_eos_token_ids=self.eos_token_ids,
+            batch_size=self.args.per_device_train_batch_size,
+            timeout=self.args.reward_timeout,
+            prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
+        )
+        for function in (*self.reward_funcs, *self.held_out.judges.values()):
+            scorer_of(function).prepare(run)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
