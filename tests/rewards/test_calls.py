@@ -1,4 +1,4 @@
-"""Reward functions that raise, hang and answer oddly: what a run makes of them."""
+"""A run with reward functions that raise errors, hang, or return something invalid."""
 
 import asyncio
 import functools
@@ -42,7 +42,7 @@ call(prompts=["a"])
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch):
-    """The pauses between attempts, which are not made."""
+    """Skip the pauses between attempts, and record them."""
     made = []
     monkeypatch.setattr(tenacity.nap, "time", SimpleNamespace(sleep=made.append))
     return made
@@ -59,7 +59,7 @@ GONE = ConnectionError("gone")
 
 
 def _fails(times, error=GONE, then=(1.0, 2.0, 3.0)):
-    """A function that fails some times; `calls` counts."""
+    """Return a function that fails in its first calls. Its `calls` counts them."""
 
     def flaky(prompts, log_metric=None, **kwargs):
         flaky.calls += 1
@@ -227,7 +227,7 @@ class _AsyncJudge:
 
 
 def test_async_functions_run_at_once_and_keep_their_names(tmp_path):
-    """Each waits for the other."""
+    """Each function waits for the other one."""
     barrier = []
     first = _AsyncJudge(1.0, barrier)
     second = functools.partial(_AsyncJudge(2.0, barrier).__call__)
