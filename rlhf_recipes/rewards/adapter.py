@@ -54,8 +54,8 @@ class RewardAdapterScorer(RewardModelScorer):
         super().__init__(None, load_scorer_tokenizer(path), RewardModelCard.load(path))
         self.__name__ = Path(path).name
 
-    def _place(self, run: ScoringRun) -> None:
-        """Add the frozen adapter to the policy.
+    def _placed_model(self, run: ScoringRun) -> PeftModel:
+        """Add the frozen adapter to the policy, and return the policy.
 
         The policy has its own adapter, and its causal LM takes `backbone_only` (`add_completion_forward`).
 
@@ -72,7 +72,8 @@ class RewardAdapterScorer(RewardModelScorer):
         for name, parameter in policy.named_parameters():
             if f".{REWARD_ADAPTER}." in name:
                 parameter.requires_grad_(False)
-        self.model, self._weights = policy, {}
+        self._weights = {}
+        return policy
 
     def _check_base(self, policy: PeftModel, trained_on: str) -> None:
         base = policy.get_base_model().config._name_or_path

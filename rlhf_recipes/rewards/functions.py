@@ -46,12 +46,7 @@ def score_statistics(functions: list[Any], weights: Tensor) -> tuple[float, floa
 def as_scorer(
     model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
 ) -> RewardModelScorer | RemoteRewardModel:
-    """Return a scorer for a reward model.
-
-    Args:
-        model: Path, address of a server, or loaded model.
-        tokenizer: Tokenizer of the reward model. Default: the one that was saved with it.
-        kwargs: Options of `from_pretrained`, for a path.
+    """Return a scorer for a path, which is loaded with `kwargs`, for the address of a server, or for a loaded model.
 
     Raises:
         ValueError: If a loaded model has several outputs, or has no tokenizer and no path to load one from.
@@ -79,13 +74,7 @@ def as_scorer(
 
 
 def as_reward_functions(reward_funcs: Any, tokenizers: Any = None, **kwargs: Any) -> list[Any]:
-    """Return reward functions that TRL can call: scorers for reward models, and given functions unchanged.
-
-    Args:
-        reward_funcs: One reward model or function, a list of them, or `None`.
-        tokenizers: One tokenizer for all reward models, or one for each entry.
-        kwargs: See `as_scorer`.
-    """
+    """Return functions that TRL can call: each reward model as a scorer (`as_scorer`), each function unchanged."""
     if reward_funcs is None:
         return []
     reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -116,10 +105,7 @@ def check_reward_functions(functions: list[Any], *, dataset: Any, response_separ
 
 
 def import_function(reference: str) -> Callable[..., list[float]]:
-    """Import a reward function or judge, from the environment or the working directory.
-
-    Args:
-        reference: Name in the form `package.module:function`.
+    """Import a function named `package.module:function`, from the environment or the working directory.
 
     Raises:
         ValueError: If the reference has another form, or names nothing that can be called.

@@ -75,10 +75,10 @@ class RewardModelScorer(Scorer):
     def prepare(self, run: ScoringRun) -> None:
         """Take the limits of a run, and put the model on its devices."""
         self.batch_size, self.policy_eos_token_ids = run.batch_size, run.policy_eos_token_ids
-        self._place(run)
+        self.model = self._placed_model(run)
 
-    def _place(self, run: ScoringRun) -> None:
-        self.model = run.prepare_frozen(self.model)
+    def _placed_model(self, run: ScoringRun) -> Any:
+        return run.prepare_frozen(self.model)
 
     def __call__(
         self,
