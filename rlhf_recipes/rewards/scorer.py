@@ -39,7 +39,7 @@ class RewardModelScorer(Scorer):
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    source: Any = None  # the path or the model that a user gave, which identifies the scorer
+    source: Any = None  # the path or the model that became this scorer
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class RewardModelScorer(Scorer):
         return scorer
 
     def identity(self) -> str:
-        """Return the fingerprint of the path or model that a user gave; of a scorer that a user gave, its name."""
+        """Return the fingerprint of the path or model that became this scorer; without one, its name."""
         return fingerprint(self if self.source is None else self.source)
 
     def prepare(self, run: ScoringRun) -> None:
