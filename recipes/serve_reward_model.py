@@ -1,11 +1,11 @@
-"""A reward model served over HTTP, to PPO runs and evaluations on other machines or beside vLLM.
+"""Serve a reward model over HTTP, to PPO runs and evaluations on other machines or beside vLLM.
 
     python recipes/serve_reward_model.py --config recipes/configs/quickstart/serve_reward_model.yaml
     python recipes/serve_reward_model.py --model_name_or_path runs/my_model/reward_modeling --host 0.0.0.0
 
-Clients name it as `reward_model_path: http://HOST:PORT`, also in `judge_models`. With REWARD_MODEL_TOKEN in the
-environment of both, only those who know the token are answered. There is no encryption: across networks that you do
-not trust, put it behind a proxy with TLS and write `https://`.
+Clients set `reward_model_path: http://HOST:PORT`, and take the address in `judge_models` too. If REWARD_MODEL_TOKEN is
+set in the environment of server and clients, the server answers only clients with this token. There is no encryption:
+in a network that you do not trust, put a proxy with TLS in front and write `https://`.
 """
 
 import os
@@ -15,17 +15,17 @@ from accelerate import PartialState
 from trl import ModelConfig, TrlParser
 
 from rlhf_recipes.console import print_lines, quiet_start
+from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import model_init_kwargs
 from rlhf_recipes.options.recipes import ServeArguments
 from rlhf_recipes.rewards.client import TOKEN_VARIABLE
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 from rlhf_recipes.rewards.server import reward_app
 from rlhf_recipes.tracking.registry import require_model
-from rlhf_recipes.trainers.run_identity import fingerprint
 
 
 def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
-    """Load and serve until the process is ended."""
+    """Load a reward model, and serve it until the process ends."""
     path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
 
     init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
@@ -36,7 +36,7 @@ def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
     limits = {"max_request_bytes": script_args.max_request_bytes, "max_waiting": script_args.max_waiting}
     app = reward_app(scorer, weights=fingerprint(path), token=token, **limits)
 
-    who = "Only those who know the token are answered." if token else f"{TOKEN_VARIABLE} is not set: all are answered."
+    who = "Clients need the token." if token else f"{TOKEN_VARIABLE} is not set: every client gets answers."
     print_lines(f"Serving {path} at http://{script_args.host}:{script_args.port}. {who}")
     uvicorn.run(app, host=script_args.host, port=script_args.port, log_level="warning", timeout_graceful_shutdown=10)
 

@@ -1,1 +1,1 @@
-"""What a run will do and need, printed before it starts."""
+"""Checks of a run before its first step."""

@@ -1,4 +1,4 @@
-"""What a check has found."""
+"""The result of a check."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,13 +6,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has found.
+    """Report one result of a check.
 
-    An error is what is bound to stop or void the run. All else that can be right in some run is a warning.
+    An error is certain to stop the run or to make it worthless. A warning may be right in some run.
 
     Args:
         level: `error` or `warning`.
-        message: What was found, the option, and the way out.
+        message: Text with the fact, the option and the remedy.
     """
 
     level: Literal["error", "warning"]

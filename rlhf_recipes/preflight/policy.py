@@ -1,10 +1,11 @@
-"""Silent traps between a policy, its sampler and its reward model, found before the first rollout.
+"""Find silent mistakes between a policy, its sampler and its reward model, before the first rollout.
 
-Scores at most `2 * PROBES` answers, draws no random numbers, and changes nothing. What is refused when the
-trainer is built is not looked at again.
+The checks score at most `2 * PROBES` answers. They draw no random numbers and change nothing. They do not repeat the
+checks of the trainer's constructor.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from datasets import Dataset
 
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.preflight.finding import Finding
-from rlhf_recipes.rewards.scorer import RewardModelScorer
+from rlhf_recipes.rewards.protocol import Scorer
 
 PROBES = 8
-# Options of generation that make the sampled distribution another than the policy's; what they are without effect.
+# Generation options that change the distribution of the samples, and the values with which they have no effect.
 DISTORTIONS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "top_p", "typical_p"), (None, 1.0)),
     **dict.fromkeys(("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), (None, 0)),
@@ -23,20 +24,20 @@ DISTORTIONS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), (None, [], {})),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), (None,)),
 }
-# By default the value may move by 0.2 deviations of the score per rollout. Four times as coarse or fine is far off.
+# One deviation of a normalised score is 5 default clips. Four times more or fewer is far off.
 SPREAD_PER_CLIP = (1.25, 20.0)
 
 
 def sampling_options(args: PPOConfig, given: Iterable[str], model_config: Any) -> dict[str, tuple[Any, str]]:
-    """Return what makes the samples others than the policy's, each with where it comes from.
+    """Return the generation options that change the distribution of the samples, each with its value and source.
 
-    TRL's log-probabilities know the temperature and nothing else. Its sampler sets what `PPOConfig` names; what a
-    model's `generation_config.json` says beyond that stays in force, unseen.
+    TRL's log-probabilities take account of the temperature only. Its sampler sets the options of `PPOConfig`. All
+    other options of the model's `generation_config.json` stay active, and nobody sees them.
 
     Args:
         args: Options of the run.
         given: Names of the generation options that the trainer sets itself.
-        model_config: The policy's `GenerationConfig`, `None` where it has no say (vLLM).
+        model_config: `GenerationConfig` of the policy; `None` if the sampler does not read it (vLLM).
     """
     asked = {name: getattr(args, name, None) for name in DISTORTIONS} | dict(args.generation_kwargs or {})
     found = {name: (value, "the options of this run") for name, value in asked.items()}
@@ -51,12 +52,12 @@ def sampling_options(args: PPOConfig, given: Iterable[str], model_config: Any) -
 
 
 def sampling_findings(options: dict[str, tuple[Any, str]]) -> list[Finding]:
-    """Return a warning per option that `sampling_options` gives."""
+    """Return a warning for each option that `sampling_options` returns."""
     return [
         Finding(
             "warning",
-            f"Answers are sampled with `{name}: {value}` ({source}), of which their log-probabilities know nothing: "
-            "KL and ratio are then wrong by an unknown amount. Remove it for training.",
+            f"Answers are sampled with `{name}: {value}` ({source}). Their log-probabilities do not include it, so KL "
+            "and ratio are wrong by an unknown amount. Remove it for training.",
         )
         for name, (value, source) in options.items()
     ]
@@ -65,22 +66,22 @@ def sampling_findings(options: dict[str, tuple[Any, str]]) -> list[Finding]:
 def end_findings(
     eos_token_ids: list[int | None], vocab_size: int, options: dict[str, tuple[Any, str]], max_completion_length: int
 ) -> list[Finding]:
-    """Return whether a completion can end by itself.
+    """Return a finding if no completion can end before the length limit.
 
     Args:
-        eos_token_ids: What ends one.
-        vocab_size: Of the policy.
-        options: Of `sampling_options`.
-        max_completion_length: Tokens.
+        eos_token_ids: Ids that end a completion.
+        vocab_size: Size of the policy's vocabulary.
+        options: Options that `sampling_options` returned.
+        max_completion_length: Length limit, in tokens.
     """
     ids = {token for token in eos_token_ids if token is not None}
     if not ids:
-        message = "The tokenizer has no EOS token, so that no answer can end. Set `eos_token` in its configuration."
+        message = "The tokenizer has no EOS token, so no answer can end. Set `eos_token` in its configuration."
         return [Finding("error", message)]
     if min(ids) >= vocab_size:
         message = (
-            f"The tokens that end an answer ({_listed(ids)}) are outside the policy's vocabulary of {vocab_size}: no "
-            "answer can end. Use the policy's own tokenizer, or resize its embeddings before SFT."
+            f"The tokens that end an answer ({_listed(ids)}) are outside the policy's vocabulary of {vocab_size}, so "
+            "no answer can end. Use the policy's own tokenizer, or resize its embeddings before SFT."
         )
         return [Finding("error", message)]
     values = {name: value for name, (value, _) in options.items()}
@@ -89,7 +90,7 @@ def end_findings(
     if ids <= {*values.get("suppress_tokens", ()), *singles} or forced >= max_completion_length:
         cause = "suppressed" if forced < max_completion_length else f"kept away by `min_new_tokens` ({forced})"
         message = (
-            f"The tokens that end an answer ({_listed(ids)}) are {cause}: every answer is cut at "
+            f"The tokens that end an answer ({_listed(ids)}) are {cause}, so every answer is cut off at "
             f"`max_completion_length` ({max_completion_length})."
         )
         return [Finding("warning", message)]
@@ -100,13 +101,13 @@ def _listed(ids: set[int]) -> str:
     return ", ".join(map(str, sorted(ids)))
 
 
-def card_findings(scorer: RewardModelScorer, args: PPOConfig, weight: float, *, alone: bool) -> list[Finding]:
-    """Return what a reward model's card says against it.
+def card_findings(scorer: Scorer, args: PPOConfig, weight: float, *, alone: bool) -> list[Finding]:
+    """Return the weaknesses of a reward model that its card shows.
 
     Args:
-        scorer: The reward model.
+        scorer: Reward model.
         args: Options of the run.
-        weight: Of the reward model in the reward.
+        weight: Weight of its score in the reward.
         alone: Whether it is the only reward.
     """
     card, name, messages = scorer.card, scorer.__name__, []
@@ -115,7 +116,7 @@ def card_findings(scorer: RewardModelScorer, args: PPOConfig, weight: float, *, 
     if card.eval_accuracy is not None and card.eval_accuracy <= 0.5:
         messages.append(
             f"The reward model {name} ranks {card.eval_accuracy:.0%} of its evaluation pairs as the annotators did, "
-            "no better than chance. Train it further before PPO."
+            "which is no better than chance. Train it further before PPO."
         )
     if alone and not args.reward_norm and card.score_std:
         spread = abs(weight) * card.score_std
@@ -123,7 +124,7 @@ def card_findings(scorer: RewardModelScorer, args: PPOConfig, weight: float, *, 
         if not low <= spread <= high:
             messages.append(
                 f"The scores of {name} have a deviation of {spread:.3g}, and `cliprange_value` is "
-                f"{args.cliprange_value:g} of the same unit: the critic would "
+                f"{args.cliprange_value:g} in the same unit, so the critic would "
                 f"{'lag' if spread > high else 'overshoot'}. Set `reward_norm: true`, or "
                 f"`cliprange_value: {0.2 * spread:.2g}`."
             )
@@ -131,14 +132,16 @@ def card_findings(scorer: RewardModelScorer, args: PPOConfig, weight: float, *, 
 
 
 def probe(prompts: list[Any], answers: list[Any] | None) -> tuple[list[Any], list[Any], bool]:
-    """Return prompts and answers to score: first each prompt's own answer, if there is one, then another prompt's.
+    """Return prompts and answers to score: each prompt with its own answer, then each with another prompt's answer.
+
+    Without answers, the text of another prompt replaces the answer.
 
     Args:
         prompts: Text or messages.
-        answers: Of the same prompts and kind; without any, the text of another prompt stands in for a wrong answer.
+        answers: Answers to the same prompts, if there are any.
 
     Returns:
-        Prompts, answers, and whether the first half are own answers.
+        Prompts, answers, and whether the first half holds each prompt's own answer.
     """
     prompts = prompts[:PROBES]
     if answers is None or not all(_fits(*row) for row in zip(prompts, answers[:PROBES], strict=True)):
@@ -151,25 +154,26 @@ def probe(prompts: list[Any], answers: list[Any] | None) -> tuple[list[Any], lis
 def _fits(prompt: Any, answer: Any) -> bool:
     if isinstance(prompt, str) or isinstance(answer, str):
         return isinstance(prompt, str) and isinstance(answer, str)
-    return bool(answer) and answer[0].get("role") == "assistant"  # else it holds the prompt too
+    return bool(answer) and answer[0].get("role") == "assistant"  # a whole conversation would repeat the prompt
 
 
 def answers_of(dataset: Dataset) -> list[Any] | None:
-    """Return some answers that a dataset gives to its prompts, the good ones of a pair; `None` without any."""
+    """Return the first answers of a dataset, the chosen ones of pairs; `None` if it has no answers."""
     column = next((name for name in ("completion", "chosen") if name in dataset.column_names), None)
     return None if column is None else list(dataset[:PROBES][column])
 
 
-def score_findings(scorer: RewardModelScorer, scores: list[float], own: bool, clip: float | None) -> list[Finding]:
-    """Return what is odd about a reward model's scores of what `probe` gives.
+def score_findings(scorer: Scorer, scores: Sequence[float | None], own: bool, clip: float | None) -> list[Finding]:
+    """Return suspicious facts about the scores of the answers that `probe` returned.
 
     Args:
-        scorer: The reward model.
-        scores: In the order of `probe`.
-        own: Whether the first half belong to own answers.
-        clip: `reward_norm_clip` if the normaliser starts from the card, else `None`.
+        scorer: Reward model.
+        scores: Scores in the order of `probe`.
+        own: Whether the first half belongs to each prompt's own answer.
+        clip: `reward_norm_clip` if the normaliser starts with the numbers of the card, else `None`.
     """
-    name, values = scorer.__name__, torch.tensor(scores, dtype=torch.float64)
+    name = scorer.__name__
+    values = torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float64)
     lost = int((~values.isfinite()).sum())
     if lost:
         message = (
@@ -196,7 +200,7 @@ def score_findings(scorer: RewardModelScorer, scores: list[float], own: bool, cl
         if abs(distance) > clip:
             messages.append(
                 f"The dataset's answers score {good.mean():.2f} by {name}, {abs(distance):.0f} deviations from the "
-                f"mean of its card ({card.score_mean:.2f}): beyond `reward_norm_clip` ({clip:g}) all first scores are "
-                "clipped alike. Train the reward model on data like these."
+                f"mean of its card ({card.score_mean:.2f}). Beyond `reward_norm_clip` ({clip:g}) all first scores are "
+                "clipped to one value. Train the reward model on similar data."
             )
     return [Finding("warning", message) for message in messages]

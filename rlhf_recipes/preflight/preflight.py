@@ -1,7 +1,7 @@
-"""Preflight: what a run will do, need and run into, said before its first step.
+"""Print the plan of a run, its needs and its mistakes before its first step.
 
-Warnings are printed, errors end the run on all processes; what is counted and checked lies in `schedule`,
-`data_checks`, `resources` and `policy_checks`. Reads only: a run trains the same weights with it or without.
+A warning is printed. An error ends the run on all processes. The checks are in `schedule`, `dataset`, `resources` and
+`policy`. The preflight changes nothing: a run trains the same weights with it and without it.
 """
 
 from collections.abc import Iterator
@@ -45,29 +45,29 @@ from rlhf_recipes.preflight.resources import (
 )
 from rlhf_recipes.preflight.schedule import Schedule, kl_findings, ppo_schedule, schedule_findings, supervised_schedule
 from rlhf_recipes.rewards.card import tokenizer_fingerprint
-from rlhf_recipes.rewards.scorer import RewardModelScorer
+from rlhf_recipes.rewards.protocol import Scorer
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
-LONGEST = 64  # prompts, by characters, of which the tokens are counted
-MEASURED = 10_000  # tokenised rows, of which the longest is looked up
+LONGEST = 64  # prompts with the most characters; only their tokens are counted
+MEASURED = 10_000  # tokenised rows whose lengths are read
 
 
 class Report:
-    """Lines and findings of one preflight."""
+    """Collect the lines and the findings of one preflight."""
 
     def __init__(self) -> None:
         self.lines: dict[str, str] = {}
         self.findings: list[Finding] = []
 
     def write(self, title: str) -> None:
-        """Print the lines as a block, and what was found below it."""
+        """Print the lines as a block, and the findings below it."""
         block = [f"  {name:<12}{text}" for name, text in self.lines.items()]
         found = [f"{finding.level.capitalize()}: {finding.message}" for finding in self.findings]
         print_lines(title, *block, *found)
 
     @property
     def errors(self) -> list[str]:
-        """Messages of the errors."""
+        """Return the messages of the errors."""
         return [finding.message for finding in self.findings if finding.level == "error"]
 
 
@@ -80,24 +80,24 @@ def preflight(
     *,
     with_answers: Dataset | None = None,
 ) -> None:
-    """Print what a run will do and what is odd about it. Every process must call this.
+    """Print the plan and the likely mistakes of a run. Every process must call this.
 
     Args:
-        trainer: As it is about to train.
-        train: Its data, as loaded.
-        evaluation: Likewise.
-        preflight_args: Whether this is all.
-        tracking: Whether a copy of the model is kept.
-        with_answers: The prompts of `train` with the columns that PPO does not see, to try the reward model on.
+        trainer: Trainer that is ready to train.
+        train: Training data, before the trainer changes it.
+        evaluation: Evaluation data, before the trainer changes it.
+        preflight_args: Options that say whether to stop here.
+        tracking: Options that say whether MLflow gets a copy of the model.
+        with_answers: Rows of `train` with their answers, which PPO does not see. The reward model scores some of them.
 
     Raises:
-        ValueError: If something is bound to stop or void the run.
-        SystemExit: If `preflight_only`: 1 with errors, else 0.
+        ValueError: If a finding is certain to stop the run or to make it worthless.
+        SystemExit: If `preflight_only` is set: 1 with errors, else 0.
     """
     report, state = Report(), PartialState()
     is_ppo = isinstance(trainer.args, PPOConfig)
     if is_ppo:
-        _check_rewards(report, trainer, with_answers)  # a sharded reward model needs all processes
+        _check_rewards(report, trainer, with_answers)  # on all processes, because a reward model may be in shards
     if state.is_main_process:
         schedule = (_check_ppo if is_ppo else _check_supervised)(report, trainer, train, evaluation)
         _check_disk(report, trainer, schedule, tracking)
@@ -185,32 +185,32 @@ def _add_events(report: Report, schedule: Schedule, args: Any, evaluation: Datas
 
 
 def _check_rewards(report: Report, trainer: Any, with_answers: Dataset | None) -> None:
-    described, args, functions = [], trainer.args, trainer.reward_funcs
-    weights = trainer.reward_weights.tolist()
-    for name, function, weight in zip(trainer.reward_func_names, functions, weights, strict=True):
-        if not isinstance(function, RewardModelScorer):
-            described.append(name)
+    described, args, weights = [], trainer.args, trainer.reward_weights.tolist()
+    scorers = trainer.scorers
+    for name, scorer, weight in zip(trainer.reward_func_names, scorers, weights, strict=True):
+        described.append(_describe(name, scorer, trainer.processing_class))
+        report.findings += card_findings(scorer, args, weight, alone=len(scorers) == 1)
+        # The shards of the policy are assembled only when training begins.
+        in_shards = scorer.model is trainer.model and trainer.accelerator.distributed_type in SHARDED
+        if scorer.model is None or in_shards:
             continue
-        described.append(_describe(function, trainer.processing_class))
-        report.findings += card_findings(function, args, weight, alone=len(functions) == 1)
-        if function.model is trainer.model and trainer.accelerator.distributed_type in SHARDED:
-            continue  # in shards that are put together only once training has begun
         prompts, answers, own = probe(
             trainer.train_dataset[:PROBES]["prompt"], None if with_answers is None else answers_of(with_answers)
         )
-        clip = args.reward_norm_clip if args.reward_norm and len(functions) == 1 else None
-        report.findings += score_findings(function, function(prompts, answers), own, clip)
+        clip = args.reward_norm_clip if args.reward_norm and len(scorers) == 1 else None
+        report.findings += score_findings(scorer, scorer(prompts, answers), own, clip)
     report.lines["reward"] = "; ".join(described)
 
 
-def _describe(scorer: RewardModelScorer, tokenizer: Any) -> str:
-    parts = [scorer.__name__]
-    if scorer.card is not None and scorer.card.eval_accuracy is not None:
-        parts.append(f"accuracy {scorer.card.eval_accuracy:.2f}")
-    if scorer.card is not None and scorer.card.score_mean is not None and scorer.card.score_std is not None:
-        parts.append(f"score {scorer.card.score_mean:.2f} ± {scorer.card.score_std:.2f}")
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-    if tokenizer_fingerprint(scorer.tokenizer) != tokenizer_fingerprint(tokenizer):
+def _describe(name: str, scorer: Scorer, tokenizer: Any) -> str:
+    parts, card = [name], scorer.card
+    if card is not None and card.eval_accuracy is not None:
+        parts.append(f"accuracy {card.eval_accuracy:.2f}")
+    if card is not None and card.score_mean is not None and card.score_std is not None:
+        parts.append(f"score {card.score_mean:.2f} ± {card.score_std:.2f}")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds a tokenizer
+    own = scorer.tokenizer
+    if own is not None and tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
         parts.append("tokenizer of its own")
     return ", ".join(parts)
 
@@ -231,8 +231,8 @@ def _check_disk(report: Report, trainer: Any, schedule: Schedule, tracking: Trac
 def _check_memory(report: Report, trainer: Any, train: Dataset) -> None:
     args, model = trainer.args, trainer.model
     config, device = model.config.get_text_config(), args.device
-    scorers = [f.model for f in getattr(trainer, "reward_funcs", ()) if isinstance(f, RewardModelScorer)]
-    frozen = [m for m in (getattr(trainer, "ref_model", None), *scorers) if isinstance(m, torch.nn.Module)]
+    scorers = [scorer.model for scorer in getattr(trainer, "scorers", ())]
+    frozen = [m for m in (getattr(trainer, "ref_model", None), *scorers) if m is not None]
     width = 2 if args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16) else 4
     sequence, rows, generation = _longest(trainer, train), args.per_device_train_batch_size, 0
     if isinstance(args, PPOConfig):
@@ -258,7 +258,7 @@ def _check_memory(report: Report, trainer: Any, train: Dataset) -> None:
 
 
 def _longest(trainer: Any, train: Dataset) -> int:
-    """Return about the most tokens of a row of what is trained on."""
+    """Return about how many tokens the longest row of the training data has."""
     return max(_lengths(trainer, train), default=0)
 
 

@@ -1,6 +1,6 @@
-"""Disk and memory that a run needs, estimated, against what is there.
+"""Compare the disk and memory that a run needs with the free disk and memory.
 
-The disk is counted nearly to the byte; memory is a rough sum, good for telling 8 GB from 80.
+The disk is counted nearly to the byte. The memory is a rough sum, which tells 8 GB from 80.
 """
 
 import shutil
@@ -16,18 +16,18 @@ from torch import nn
 
 from rlhf_recipes.preflight.finding import Finding
 
-# Tokenizer, configurations, random states, logs, tables: beside the weights of a checkpoint.
+# Bytes of a checkpoint beside its weights: tokenizer, configurations, random states, logs, tables.
 SMALL_FILES = 20_000_000
 CONTAINER_LIMIT, CONTAINER_USE = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of what is trained, over all processes.
+    """Hold sizes in bytes, over all processes.
 
     Args:
-        saved: Weights of a saved model: all, or those of an adapter and of what is trained beside it.
-        gradients: Of what is trained.
+        saved: Weights of a saved model: all of them, or only the trained ones (adapter and value head).
+        gradients: Gradients of the trained weights.
         optimizer: State of the optimiser.
     """
 
@@ -37,18 +37,18 @@ class Sizes:
 
 
 def parameter_bytes(models: Iterable[nn.Module], *, trained: bool = False) -> int:
-    """Return the bytes of all distinct parameters, or of those that are trained; whole, also where ZeRO-3 cut them."""
+    """Return the bytes of all distinct parameters, or of the trained ones. A shard of ZeRO-3 counts as a whole."""
     parameters = {id(p): p for model in models for p in model.parameters() if p.requires_grad or not trained}
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters.values())
 
 
 def training_sizes(model: nn.Module, args: Any, *, adapter: bool) -> Sizes:
-    """Return what a trainer's model takes beside its weights.
+    """Return the sizes of a trainer's model.
 
     Args:
-        model: The trainer's.
-        args: Its options.
-        adapter: Whether only what is trained is saved.
+        model: Model of the trainer.
+        args: Options of the trainer.
+        adapter: Whether only the trained weights are saved.
     """
     trained = parameter_bytes([model], trained=True)
     optimizer, weights = (
@@ -70,21 +70,21 @@ def checkpoint_bytes(sizes: Sizes, *, only_model: bool) -> int:
 
 
 def planned_bytes(checkpoint: int, final: int, checkpoints: int, limit: int | None, copies: int) -> int:
-    """Return the most bytes that lie on the disk at once.
+    """Return the largest number of bytes that the run has on the disk at the same time.
 
     Args:
-        checkpoint: Bytes of one.
-        final: Of the model that is saved at the end.
-        checkpoints: Written in the run.
-        limit: `save_total_limit`; a new checkpoint is written before the oldest is deleted.
-        copies: Of the final model, with the one in `output_dir`.
+        checkpoint: Bytes of one checkpoint.
+        final: Bytes of the final model.
+        checkpoints: Number of checkpoints in the run.
+        limit: `save_total_limit`. The run writes a new checkpoint before it deletes the oldest one.
+        copies: Number of copies of the final model, with the one in `output_dir`.
     """
     kept = checkpoints if not limit else min(checkpoints, limit + 1)
     return kept * checkpoint + copies * final
 
 
 def free_disk(directory: str | Path) -> int:
-    """Return the bytes free where a directory is, or will be made."""
+    """Return the free bytes on the disk of a directory, which may not exist yet."""
     path = Path(directory).resolve()
     while not path.exists():
         path = path.parent
@@ -92,13 +92,13 @@ def free_disk(directory: str | Path) -> int:
 
 
 def disk_findings(directory: str, free: int, one: int, planned: int) -> list[Finding]:
-    """Compare what a run writes with what is free: if the first checkpoint does not fit, the run is lost.
+    """Compare the planned bytes with the free ones. If the first checkpoint does not fit, the run is lost.
 
     Args:
         directory: `output_dir`.
-        free: Bytes.
-        one: Bytes of one checkpoint, or of the final model without any.
-        planned: Of all that lies there at once.
+        free: Free bytes.
+        one: Bytes of one checkpoint; of the final model if there are no checkpoints.
+        planned: Largest number of bytes at the same time (`planned_bytes`).
     """
     if one > free:
         message = (
@@ -116,14 +116,15 @@ def disk_findings(directory: str, free: int, one: int, planned: int) -> list[Fin
 
 
 def activation_bytes(config: Any, tokens: int, *, width: int, checkpointing: bool) -> int:
-    """Return the bytes that a forward keeps for its backward.
+    """Return the bytes that a forward pass keeps for its backward pass.
 
-    Per token and layer: norm, query, key, value, attention and residual inputs, and four vectors of the MLP; with
-    `checkpointing`, one vector per layer and one layer whole. Attention matrices are not kept (SDPA, flash).
+    Each token keeps in each layer: the inputs of norms, query, key, value, attention and residual, and four vectors of
+    the MLP. With `checkpointing` it keeps one vector per layer, and all of these in one layer. SDPA and flash
+    attention keep no attention matrices.
 
     Args:
-        config: The text model's.
-        tokens: Of one micro-batch, padding included.
+        config: Configuration of the text model.
+        tokens: Tokens of one micro-batch, with padding.
         width: Bytes per activation.
         checkpointing: Whether activations are computed twice.
 
@@ -135,7 +136,7 @@ def activation_bytes(config: Any, tokens: int, *, width: int, checkpointing: boo
 
 
 def cache_bytes(config: Any, tokens: int, *, width: int) -> int:
-    """Return the bytes of keys and values of all layers while `tokens` tokens are in generation."""
+    """Return the bytes of the keys and values of `tokens` tokens in all layers, during generation."""
     return 2 * tokens * width * config.num_hidden_layers * _key_width(config)
 
 
@@ -146,21 +147,21 @@ def _key_width(config: Any) -> int:
 
 
 def memory_to_come(sizes: Sizes, activations: int, generation: int, *, processes: int, sharded: bool) -> int:
-    """Return the bytes that one process will take beside the weights that it has loaded.
+    """Return the bytes that one process will need in addition to its loaded weights.
 
     Args:
-        sizes: Of what is trained.
-        activations: Of one micro-batch.
-        generation: Cache and logits of one rollout; at another time than the activations.
-        processes: Of the run.
-        sharded: Whether gradients and optimiser state are cut into shards (ZeRO, FSDP).
+        sizes: Sizes of the trained model.
+        activations: Bytes of the activations of one micro-batch.
+        generation: Bytes of the cache and logits of one rollout. They are free before the activations need memory.
+        processes: Number of processes.
+        sharded: Whether gradients and optimiser state are in shards (ZeRO, FSDP).
     """
     shards = processes if sharded else 1
     return (sizes.gradients + sizes.optimizer) // shards + max(activations, generation)
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes free on a device: on a GPU with what torch holds unused, else within the container's limit."""
+    """Return the free bytes of a device: on a GPU with torch's unused memory, else within the container's limit."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
@@ -168,12 +169,12 @@ def free_memory(device: torch.device) -> int:
     try:
         limit, used = (Path(path).read_text(encoding="utf-8").strip() for path in (CONTAINER_LIMIT, CONTAINER_USE))
         return free if limit == "max" else max(min(free, int(limit) - int(used)), 0)
-    except (OSError, ValueError):  # no container, or one whose limit is not shown
+    except (OSError, ValueError):  # there is no container, or its limit is hidden
         return int(free)
 
 
 def memory_findings(to_come: int, free: int, device: str) -> list[Finding]:
-    """Compare an estimate with what is free; never an error, because it is one."""
+    """Compare an estimate with the free bytes. The finding is never an error, because the estimate is rough."""
     if to_come <= free:
         return []
     message = (
@@ -185,5 +186,5 @@ def memory_findings(to_come: int, free: int, device: str) -> list[Finding]:
 
 
 def gigabytes(count: int) -> str:
-    """Return a number of bytes for reading."""
+    """Return a number of bytes as text."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

@@ -1,6 +1,6 @@
-"""What a run will do, counted before it starts: batches, steps, evaluations, checkpoints.
+"""Count the batches, steps, evaluations and checkpoints of a run before it starts.
 
-Pure: options and the number of rows in, whole numbers and findings about them out.
+The counts need only the options and the number of rows.
 """
 
 import math
@@ -16,14 +16,14 @@ MIN_EVALUATION_PROMPTS = 30
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often what happens.
+    """Count the events of a run.
 
     Args:
         steps: Optimiser steps.
-        batch: Rows of the dataset, or completions, per optimiser step, over all processes.
+        batch: Rows or completions per optimiser step, over all processes.
         passes: Passes over the training data.
-        evaluations: During training, with the one at the start.
-        checkpoints: Written; how many are kept is `save_total_limit`'s.
+        evaluations: Evaluations during training, with the one at the start.
+        checkpoints: Checkpoints that are written. `save_total_limit` decides how many are kept.
     """
 
     steps: int
@@ -35,13 +35,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class PPOSchedule(Schedule):
-    """How often what happens in PPO.
+    """Count the events of a PPO run.
 
     Args:
-        rollouts: Sampled; the last one may be used in part.
+        rollouts: Rollouts that are sampled. The run may end before the last one is used up.
         rollout: Completions per rollout, over all processes.
         mini_batches: Optimiser steps per epoch over a rollout.
-        prompts: Drawn from the dataset in the run.
+        prompts: Prompts that are drawn from the dataset in the run.
     """
 
     rollouts: int
@@ -54,8 +54,8 @@ def ppo_schedule(args: PPOConfig, rows: int) -> PPOSchedule:
     """Return the schedule of `PPOTrainer`.
 
     Args:
-        args: Options.
-        rows: Training prompts, at least one rollout's. A pass leaves out what does not fill a rollout.
+        args: Options of the run.
+        rows: Training prompts, at least as many as in one rollout. A pass leaves out an incomplete rollout.
     """
     prompts_per_rollout = args.generation_batch_size // args.num_generations
     steps_per_pass = rows // prompts_per_rollout * args.rollout_steps
@@ -75,8 +75,8 @@ def supervised_schedule(args: Any, rows: int) -> Schedule:
     """Return the schedule of a trainer that reads its dataset row by row.
 
     Args:
-        args: transformers' `TrainingArguments`.
-        rows: Of the training data.
+        args: Options of the run, as transformers' `TrainingArguments`.
+        rows: Rows of the training data.
     """
     micro_batches = math.ceil(rows / (args.train_batch_size * args.world_size))
     steps_per_pass = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
@@ -88,7 +88,7 @@ def supervised_schedule(args: Any, rows: int) -> Schedule:
 def _events(args: Any, steps: int, steps_per_pass: int) -> dict[str, Any]:
     evaluations = _count(args.eval_strategy, args.eval_steps, steps, steps_per_pass, args.eval_delay)
     if args.save_strategy == "best":
-        checkpoints = evaluations  # at most
+        checkpoints = evaluations  # or fewer
     else:
         checkpoints = _count(args.save_strategy, args.save_steps, steps, steps_per_pass)
     return {
@@ -100,7 +100,7 @@ def _events(args: Any, steps: int, steps_per_pass: int) -> dict[str, Any]:
 
 
 def _count(strategy: str, every: float | None, steps: int, steps_per_pass: int, delay: float = 0) -> int:
-    """Count what transformers' trainer does every so many steps, and by `steps` at the end too, or after each pass."""
+    """Count an event of transformers' trainer that happens every few steps and at the end, or after each pass."""
     if strategy == "steps" and every:
         every = math.ceil(every * steps) if every < 1 else int(every)
         moments = {*range(every, steps + 1, every), steps}
@@ -112,18 +112,18 @@ def _count(strategy: str, every: float | None, steps: int, steps_per_pass: int, 
 
 
 def schedule_findings(args: Any, schedule: Schedule, evaluation_rows: int | None) -> list[Finding]:
-    """Return what is odd about evaluations and stopping.
+    """Return findings about evaluations and early stopping.
 
     Args:
         args: Options of the trainer.
-        schedule: Of the run.
+        schedule: Schedule of the run.
         evaluation_rows: Rows of the evaluation set; `None` without one.
     """
     findings = []
     if args.eval_strategy == "steps" and (args.eval_steps or 0) > schedule.steps:
         findings.append(
-            f"`eval_steps` ({args.eval_steps:g}) is more than the run's {schedule.steps} optimiser steps: it is "
-            "evaluated at its ends only. Lower `eval_steps`."
+            f"`eval_steps` ({args.eval_steps:g}) is more than the run's {schedule.steps} optimiser steps, so "
+            "it is evaluated only at its start and end. Lower `eval_steps`."
         )
     patience = getattr(args, "early_stopping_patience", None)
     if patience is not None and patience >= schedule.evaluations:
@@ -141,7 +141,7 @@ def schedule_findings(args: Any, schedule: Schedule, evaluation_rows: int | None
 
 
 def kl_findings(args: PPOConfig, schedule: PPOSchedule) -> list[Finding]:
-    """Return options of the KL penalty that do nothing, or something twice."""
+    """Return findings about options of the KL penalty that have no effect, or have it twice."""
     findings = []
     if args.beta and args.kl_coef:
         findings.append(
@@ -150,13 +150,13 @@ def kl_findings(args: PPOConfig, schedule: PPOSchedule) -> list[Finding]:
         )
     if args.kl_controller == "fixed" and args.target_kl != PPOConfig.target_kl:
         findings.append(
-            f"`target_kl` ({args.target_kl:g}) does nothing with `kl_controller: fixed`. Set it to `adaptive`."
+            f"`target_kl` ({args.target_kl:g}) does nothing with `kl_controller: fixed`. Set the latter to `adaptive`."
         )
     completions = schedule.rollouts * schedule.rollout
     if args.kl_controller == "adaptive" and completions < args.kl_horizon:
         findings.append(
-            f"`kl_horizon` ({args.kl_horizon}) is more than the run's {completions} completions: the controller "
-            "cannot change `kl_coef` by even a fifth in all. Lower `kl_horizon`."
+            f"`kl_horizon` ({args.kl_horizon}) is more than the run's {completions} completions, so the "
+            "controller changes `kl_coef` by less than a fifth in the whole run. Lower `kl_horizon`."
         )
     if args.kl_controller == "adaptive" and schedule.rollout > args.kl_horizon:
         findings.append(

@@ -1,1 +1,1 @@
-"""Everything that scores a completion, and how it is called safely."""
+"""Everything that scores a completion, and safe calls of it."""

@@ -1,7 +1,7 @@
-"""One backbone for four roles: a reward model that is a second adapter on the policy's own base.
+"""Score completions with a reward model that is a second adapter on the policy's own base.
 
-Policy (adapter), reference (adapter off), critic (value head) and reward model (this) then share one base,
-in 4 bit or not, switched per forward.
+One base then serves four roles: policy (its adapter), reference (no adapter), critic (value head) and reward model
+(this adapter). Each forward pass chooses its adapter. The base may be in 4 bit.
 """
 
 import copy
@@ -18,18 +18,19 @@ from rlhf_recipes.models.quantization import quantization_of, restore_precision,
 from rlhf_recipes.models.reward_model import ScoreHead, is_adapter
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.rewards.card import RewardModelCard
+from rlhf_recipes.rewards.protocol import ScoringRun
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
 
 REWARD_ADAPTER = "reward"
 
 
 class RewardAdapterScorer(RewardModelScorer):
-    """Score completions with a LoRA reward model, on the backbone of the policy that is being trained.
+    """Score completions with a LoRA reward model, on the backbone of the policy in training.
 
-    The scores are those of the reward model by itself. Call `attach` before anything is scored.
+    The scores are the same as those of the reward model alone. Call `prepare` before the first score.
 
     Args:
-        path: What `RewardModelTrainer` saved with a `peft_config`.
+        path: Directory that `RewardModelTrainer` saved with a `peft_config`.
 
     Raises:
         ValueError: If `path` is not an adapter with a score head.
@@ -39,32 +40,30 @@ class RewardAdapterScorer(RewardModelScorer):
         if not is_adapter(path):
             raise ValueError(
                 f"`reward_adapter` is {path}, which is no adapter. Train the reward model with `use_peft: true`, or "
-                "give a whole one as `reward_model_path`."
+                "name a whole model as `reward_model_path`."
             )
         with safe_loading(path):
             weights = load_peft_weights(path, device="cpu")
         heads = [name for name in weights if name.endswith("score.weight")]
         if len(heads) != 1:
-            raise ValueError(f"`reward_adapter` {path} has no score head: it is not a reward model.")
+            raise ValueError(f"`reward_adapter` {path} has no score head, so it is not a reward model.")
         score = weights.pop(heads[0])
         self.head = ScoreHead(score.size(1), 1, bias=False).requires_grad_(False)
         self.head.weight.data.copy_(score)
-        self.path, self._weights = path, weights
+        self.source, self._weights = path, weights
         super().__init__(None, load_scorer_tokenizer(path), RewardModelCard.load(path))
         self.__name__ = Path(path).name
 
-    def attach(self, policy: PeftModel, base: str) -> None:
-        """Add the adapter, frozen, to a policy of the same base.
+    def _placed_model(self, run: ScoringRun) -> PeftModel:
+        """Add the frozen adapter to the policy, and return the policy.
 
-        Args:
-            policy: Has an adapter of its own. Its causal LM must take `backbone_only` (`add_completion_forward`).
-            base: Name or path of the policy's base.
+        The policy has its own adapter, and its causal LM takes `backbone_only` (`add_completion_forward`).
 
         Raises:
             ValueError: If the reward model was trained on another base.
         """
-        config = copy.deepcopy(PeftConfig.from_pretrained(self.path))
-        self._check_base(policy, base, config.base_model_name_or_path)
+        policy, config = run.policy, copy.deepcopy(PeftConfig.from_pretrained(self.source))
+        self._check_base(policy, config.base_model_name_or_path)
         config.modules_to_save, config.task_type, config.inference_mode = None, None, True
         policy.add_adapter(REWARD_ADAPTER, config)
         set_peft_model_state_dict(policy, self._weights, adapter_name=REWARD_ADAPTER)
@@ -73,19 +72,21 @@ class RewardAdapterScorer(RewardModelScorer):
         for name, parameter in policy.named_parameters():
             if f".{REWARD_ADAPTER}." in name:
                 parameter.requires_grad_(False)
-        self.model, self._weights = policy, {}
+        self._weights = {}
+        return policy
 
-    def _check_base(self, policy: PeftModel, base: str, trained_on: str) -> None:
+    def _check_base(self, policy: PeftModel, trained_on: str) -> None:
+        base = policy.get_base_model().config._name_or_path
         if Path(base).resolve() != Path(trained_on).resolve():
             raise ValueError(
-                f"`reward_adapter` {self.path} was trained on {trained_on}, but the policy's base is {base}. Train a "
-                "reward model on that base, or give this one as `reward_model_path`, beside the policy."
+                f"`reward_adapter` {self.source} was trained on {trained_on}, but the policy's base is {base}. Train "
+                "a reward model on that base, or load this one beside the policy by `reward_model_path`."
             )
-        ours, theirs = quantization_of(policy), saved_quantization(self.path)
+        ours, theirs = quantization_of(policy), saved_quantization(self.source)
         if (ours and ours.to_dict()) != (theirs and theirs.to_dict()):
             raise ValueError(
-                f"`reward_adapter` {self.path} was trained on a base that was {_describe(theirs)}, but the policy's "
-                f"is {_describe(ours)}: its scores would differ. Load the policy's base in the same way."
+                f"`reward_adapter` {self.source} was trained on a base that was {_describe(theirs)}, but the policy's "
+                f"is {_describe(ours)}, so its scores would differ. Load the policy's base in the same way."
             )
 
     def _score(self, batch: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""One attempt to call a reward function: what it may return, which errors pass, and how they are named."""
+"""Check the answer of a reward function, decide whether to call it again, and describe its errors."""
 
 import math
 import traceback
@@ -18,23 +18,23 @@ LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
 class RewardCallError(RuntimeError):
-    """A reward function or a judge has failed for good."""
+    """Report that the last attempt to call a reward function or a judge failed."""
 
 
 class PermanentRewardError(ValueError):
-    """Raised by a reward function: the same call would fail again, so that it is not tried again."""
+    """Report that the same call would fail again. A reward function that raises this is not called again."""
 
 
 def checked_rewards(rewards: Any, count: int) -> list[float]:
-    """Return rewards as floats, NaN where a function has nothing to say (`None` or NaN).
+    """Return rewards as floats, with NaN for `None`.
 
     Args:
-        rewards: What a function has returned: an iterable of numbers, a tensor or an array, `(B,)`.
-        count: B.
+        rewards: Answer of a function: an iterable of numbers, a tensor or an array, `(B,)`.
+        count: Number of completions, B.
 
     Raises:
-        TypeError: If something is not a number.
-        ValueError: If there are more or fewer than `count`, or one is infinite, also in float32.
+        TypeError: If the answer is no list, or holds something else than numbers and `None`.
+        ValueError: If there are more or fewer rewards than completions, or if one is infinite in float32.
     """
     if hasattr(rewards, "tolist"):
         rewards = rewards.tolist()
@@ -63,11 +63,11 @@ def _short(value: Any) -> str:
 
 
 def retrying(retries: int, describe: Callable[[RetryCallState], None]) -> Retrying:
-    """Return what tries a call again, after 1, 2, 4, .. seconds, unless it would fail in the same way.
+    """Return an object that repeats a call after 1, 2, 4, .. seconds, unless the call would fail in the same way.
 
     Args:
-        retries: Further attempts.
-        describe: Called before each pause.
+        retries: Attempts after the first.
+        describe: Function that is called before each pause.
     """
     return Retrying(
         stop=stop_after_attempt(1 + retries),
@@ -79,13 +79,13 @@ def retrying(retries: int, describe: Callable[[RetryCallState], None]) -> Retryi
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether another attempt may succeed: not after a mistake in the program, nor after what is meant to end it."""
+    """Return whether another attempt may succeed. It cannot after a mistake in the program or a request to exit."""
     program = (PermanentRewardError, NameError, ImportError, SyntaxError, NotImplementedError)
     return isinstance(error, Exception) and not isinstance(error, program)
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an error in one line, with the line of other people's code that has raised it."""
+    """Return an error in one line, with the line that raised it if that is outside of this library."""
     text = f"{type(error).__name__}: {error}"
     frame = next(iter(traceback.extract_tb(error.__traceback__)[::-1]), None)
     if frame is not None and not Path(frame.filename).is_relative_to(PACKAGE):

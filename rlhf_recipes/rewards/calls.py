@@ -1,7 +1,7 @@
-"""Calls of reward functions and judges, which are other people's code and services: they raise, hang and answer oddly.
+"""Call reward functions and judges safely: their code may raise errors, hang, or return something invalid.
 
-A call has a time limit, is tried again after growing pauses, and what comes back is checked. What fails for
-good ends the run, on every rank with the same message, or leaves the completions of that call without a score.
+A call has a time limit, and its answer is checked. A failed call is repeated after growing pauses. If the last attempt
+fails, the run ends on every rank with the same message, or the completions of that call get no score.
 """
 
 import asyncio
@@ -17,10 +17,11 @@ from typing import Any, Literal
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tenacity import RetryCallState
-from torch import Tensor, nn
+from torch import Tensor
 from trl.trainer.utils import get_callable_name, is_async_callable, start_event_loop_in_daemon
 
 from rlhf_recipes.rewards.attempts import RewardCallError, checked_rewards, describe_error, retrying
+from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.rewards.threads import DaemonPool
 
 MAX_FAILURES_IN_A_ROW = 5
@@ -30,13 +31,13 @@ event_loop = functools.cache(lambda: start_event_loop_in_daemon("reward-function
 
 @dataclass
 class Failure:
-    """A call that was given up."""
+    """Describe a call whose last attempt failed."""
 
     name: str
     reason: str
     attempts: int
     completions: int
-    process: int | None = None  # if there are several
+    process: int | None = None  # known if there are several
 
     def __str__(self) -> str:
         times = "at the first attempt" if self.attempts == 1 else f"{self.attempts} times"
@@ -45,15 +46,15 @@ class Failure:
 
 
 class RewardCalls:
-    """Calls of the functions that `guard` returns, and what has become of them.
+    """Guard calls of functions, and count their failures.
 
-    On several ranks a failure is kept until `settle`, so that no rank leaves the others waiting in a collective; on a
-    single one it is raised at once.
+    A single rank raises a failure at once. Several ranks keep it until `settle`, because no rank may leave the others
+    waiting in a collective.
 
     Args:
-        timeout: Seconds for one attempt of a call; `None` sets no limit and calls a function in the caller's thread.
+        timeout: Seconds for one attempt of a call; `None` sets no limit, and the function runs in the caller's thread.
         retries: Attempts after the first.
-        failed: `raise`, or `mask`: the completions of a failed call get NaN.
+        failed: `raise` to end the run, or `mask` to give NaN to the completions of a failed call.
     """
 
     def __init__(self, timeout: float | None = 300.0, retries: int = 4, failed: Literal["raise", "mask"] = "raise"):
@@ -64,15 +65,16 @@ class RewardCalls:
         self._in_a_row: Counter[str] = Counter()
 
     def guard(self, function: Callable[..., Any], name: str | None = None) -> Callable[..., Any]:
-        """Return `function` with a time limit, retries and checks, sync or async as it is.
+        """Return `function` with a time limit, retries and checks. An async function stays async.
 
-        A model that runs in this process is left as it is: its ranks must call it equally often, in the main thread.
+        A function with a model in this process is returned unchanged: under ZeRO-3 all ranks must call it equally
+        often, in the main thread.
 
         Args:
-            function: Called by name, with `prompts` and what else TRL gives.
-            name: For messages and metrics. Default: the function's.
+            function: Function that takes `prompts` and TRL's other arguments by name.
+            name: Name in messages and metrics. Default: the name of the function.
         """
-        if isinstance(function, nn.Module) or getattr(function, "runs_in_process", False):
+        if scorer_of(function).model is not None:
             return function
         if id(function) not in self._guarded:
             kind = AsyncRewardCall if is_async_callable(function) else RewardCall
@@ -80,19 +82,19 @@ class RewardCalls:
         return self._guarded[id(function)]
 
     def guard_judges(self, judges: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-        """Return judges likewise; their caller does not await, so that async ones become sync."""
+        """Return judges with the same guards. Their caller does not await, so async judges become sync."""
         guarded = {name: self.guard(judge, name) for name, judge in judges.items()}
         return {name: getattr(call, "now", call) for name, call in guarded.items()}
 
     def note_attempt(self, name: str) -> None:
-        """Count an attempt that has failed."""
+        """Count a failed attempt."""
         self._failed_attempts[name] += 1
 
     def fail(self, failure: Failure, error: BaseException) -> list[float]:
-        """Keep a failure and return the rewards of its call, or raise it.
+        """Keep a failure and return NaN for its completions, or raise it.
 
         Raises:
-            RewardCallError: If failures are not masked and no other rank waits.
+            RewardCallError: If failures are not masked, and there is no other rank.
         """
         state = PartialState()
         if state.num_processes > 1:
@@ -105,14 +107,14 @@ class RewardCalls:
         return [math.nan] * failure.completions
 
     def settle(self) -> dict[str, float]:
-        """Agree on the failures since the last time; every rank must call it after the same calls.
+        """Collect the failures of all ranks since the last time. Every rank must call this after the same calls.
 
         Returns:
-            By function, the failed attempts and the failed calls of all ranks: metrics.
+            Metrics: the failed attempts and failed calls of each function on all ranks.
 
         Raises:
-            RewardCallError: On every rank, if a call has failed on any and failures are not masked, or if a function
-                has failed too often in a row.
+            RewardCallError: On every rank, if a call failed on one of them and failures are not masked, or if a
+                function failed too often in a row.
         """
         if not self._guarded:
             return {}
@@ -134,10 +136,10 @@ class RewardCalls:
         return metrics | {f"{name}/failed_calls": float(calls[name]) for name in names}
 
     def check_any_scored(self, scores: Tensor) -> None:
-        """Refuse to train on a rollout without a score.
+        """Refuse to train on a rollout without any score.
 
         Args:
-            scores: Of all ranks, `(B,)`; NaN where there is none.
+            scores: Scores of all ranks, `(B,)`; NaN where there is none.
 
         Raises:
             RewardCallError: If no score is finite.
@@ -154,17 +156,17 @@ def _message(failures: list[Failure]) -> str:
     more = f" And {len(failures) - 3} more." if len(failures) > 3 else ""
     return (
         f"{shown}{more} Correct the function, or its server; raise `reward_timeout` or `reward_retries`; or set "
-        "`failed_rewards: mask` to go on without the scores that are missing."
+        "`failed_rewards: mask` to continue without the missing scores."
     )
 
 
 class RewardCall:
-    """A reward function or judge of TRL's signature, called as `RewardCalls` says.
+    """Call a reward function or judge within the limits of `RewardCalls`.
 
     Args:
         function: See `RewardCalls.guard`.
-        name: Likewise.
-        calls: Limits, and where failures go.
+        name: See `RewardCalls.guard`.
+        calls: Object with the limits, which also collects the failures.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, calls: RewardCalls) -> None:
@@ -195,7 +197,7 @@ class RewardCall:
         )
 
     def _attempt(self, kwargs: dict[str, Any]) -> list[float]:
-        """Call the function once; what it logs counts only if it succeeds."""
+        """Call the function once, and pass on what it logs only if the call succeeds."""
         logged: list[Callable[[], None]] = []
 
         def later(log: Callable[..., None]) -> Callable[..., None]:
@@ -219,10 +221,10 @@ class RewardCall:
         try:
             return answer.result(timeout)
         except TimeoutError:
-            if answer.done():  # the function's own
+            if answer.done():  # the function raised it
                 raise
             answer.cancel()
-            if self._pool is not None:  # its thread cannot be stopped, and is not waited for
+            if self._pool is not None:  # nobody can stop its thread, and nobody waits for it
                 self._pool.close()
                 self._pool = None
             raise TimeoutError(f"no answer within {timeout:g} s (`reward_timeout`)") from None
@@ -235,7 +237,7 @@ class RewardCall:
 
 
 class AsyncRewardCall(RewardCall):
-    """The same for an async function: TRL awaits several of them at once."""
+    """Call an async function. TRL awaits several of them at once."""
 
     async def __call__(self, **kwargs: Any) -> list[float]:  # type: ignore[override]
         """Return one reward per completion, NaN where there is none."""

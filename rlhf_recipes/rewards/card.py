@@ -1,6 +1,6 @@
-"""The reward model card: what a reward model was trained with, so that a run can refuse to use it differently.
+"""The reward model card: the text and tokenizer of a reward model's training, which a run compares with its own.
 
-`reward_model_card.json` lies beside the reward model's weights.
+The file `reward_model_card.json` is beside the reward model's weights.
 """
 
 import hashlib
@@ -11,14 +11,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 CARD_FILE = "reward_model_card.json"
-# Upper and lower case, digits, white space, non-ASCII and punctuation: what tokenizers treat differently.
+# Tokenizers differ in case, digits, white space, non-ASCII characters and punctuation.
 _PROBE = "The quick brown Fox\n\n jumps 1234 times — déjà vu, 日本語! {code}\t<tag>"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of what a tokenizer does: its vocabulary, its special tokens and how it splits a probe text.
+    """Return a digest of a tokenizer's vocabulary, its special tokens and the tokens of a probe text.
 
-    Behaviour, not files: saving and reloading a tokenizer rewrites the files and must not change the digest.
+    The files do not count, because saving a tokenizer rewrites them.
     """
     content = [
         sorted(tokenizer.get_vocab().items()),
@@ -29,24 +29,24 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return a digest of the chat template, or `None` without one."""
+    """Return a digest of the chat template; `None` if there is none."""
     template = tokenizer.chat_template
     return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class RewardModelCard:
-    """What `RewardModelTrainer` writes and `PPOTrainer` checks.
+    """Describe the training of a reward model. `RewardModelTrainer` writes the card, and `PPOTrainer` checks it.
 
     Args:
-        base_model: Name or path of the model the training started from.
-        conversational: Whether the preferences were chat messages; the chat template is then the boundary.
-        response_separator: Boundary between prompt and response of plain text; `None` for chat.
-        tokenizer_fingerprint: See `tokenizer_fingerprint`.
-        chat_template_fingerprint: See `chat_template_fingerprint`; `None` for plain text.
-        score_mean: Mean score over the evaluation pairs' responses, `None` if never evaluated.
+        base_model: Name or path of the model that the training started from.
+        conversational: Whether the preferences were chat messages. The chat template then separates the response.
+        response_separator: Separator between prompt and response of plain text; `None` for chats.
+        tokenizer_fingerprint: Result of the function with this name.
+        chat_template_fingerprint: Result of the function with this name; `None` for plain text.
+        score_mean: Mean score of the responses in the evaluation pairs; `None` without an evaluation.
         score_std: Standard deviation of the same scores.
-        eval_accuracy: Share of evaluation pairs ranked as the annotators did.
+        eval_accuracy: Share of the evaluation pairs that the model ranks like the annotators.
     """
 
     base_model: str
@@ -59,12 +59,12 @@ class RewardModelCard:
     eval_accuracy: float | None = None
 
     def save(self, directory: str | Path) -> None:
-        """Write the card into `directory`."""
+        """Write the card into a directory."""
         Path(directory, CARD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | Path) -> "RewardModelCard | None":
-        """Read the card from `directory`; `None` if it has none (a reward model from elsewhere)."""
+        """Return the card in a directory; `None` if there is none."""
         path = Path(directory, CARD_FILE)
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
@@ -74,12 +74,12 @@ class RewardModelCard:
         """Compare the card with a run.
 
         Args:
-            tokenizer: The one that the run gives to the reward model; `None` if it is its server's affair.
+            tokenizer: Tokenizer that the run uses for the reward model; `None` if a server has it.
             conversational: Whether the run's prompts are chat messages.
-            response_separator: The run's boundary for plain text.
+            response_separator: Separator of the run, for plain text.
 
         Raises:
-            ValueError: If the run would show the reward model other text than it was trained on; names the option.
+            ValueError: If the run would give the reward model another kind of text. The message names the option.
         """
         kind = {True: "chat messages", False: "plain text"}
         if conversational != self.conversational:
@@ -101,6 +101,6 @@ class RewardModelCard:
             )
         if conversational and chat_template_fingerprint(tokenizer) != self.chat_template_fingerprint:
             raise ValueError(
-                f"The reward model's chat template has fingerprint {chat_template_fingerprint(tokenizer)}, the card "
-                f"says {self.chat_template_fingerprint}. Use the chat template saved beside the reward model."
+                f"The reward model's chat template has fingerprint {chat_template_fingerprint(tokenizer)}, but the "
+                f"card says {self.chat_template_fingerprint}. Use the chat template saved beside the reward model."
             )

@@ -1,7 +1,7 @@
-"""A reward model on another machine: the client of `recipes/serve_reward_model.py`.
+"""Score completions with a reward model on another machine, which `recipes/serve_reward_model.py` serves.
 
-A reward function of TRL's signature that posts batches of prompts and completions. It tries nothing again by
-itself: the trainer and `recipes/evaluate.py` call it through `rlhf_recipes.rewards.calls.RewardCalls`, which does.
+The client sends a failed request only once. `rlhf_recipes.rewards.calls.RewardCalls`, through which the trainer and
+`recipes/evaluate.py` call it, repeats the call.
 """
 
 import json
@@ -16,51 +16,50 @@ from tenacity import RetryCallState
 
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError, retrying
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
+from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
 from rlhf_recipes.rewards.threads import DaemonPool
 
 TOKEN_VARIABLE = "REWARD_MODEL_TOKEN"
 CONNECT_SECONDS = 10.0
-# Of what a server refuses, these may be otherwise a moment later: timeout, too many requests.
+# A later request may succeed after these refusals: timeout, too many requests.
 PASSING_REFUSALS = (408, 429)
 logger = logging.getLogger(__name__)
 
 
 def is_address(path: Any) -> bool:
-    """Return whether a reward model is named by where it is served."""
+    """Return whether the path of a reward model is the address of a server."""
     return isinstance(path, str) and path.startswith(("http://", "https://"))
 
 
 def finished_completions(count: int, completion_ids: list[list[int]] | None, end_ids: list[int] | None) -> list[bool]:
-    """Return which completions have ended, and were not cut off.
+    """Return for each completion whether it has ended and was not cut off.
 
     Args:
-        count: Of completions.
-        completion_ids: Theirs; if they are not known, all have ended.
-        end_ids: Ids that end a completion; if they are not known, likewise.
+        count: Number of completions.
+        completion_ids: Token ids of each completion; `None` counts all as finished.
+        end_ids: Ids that end a completion; `None` counts all as finished.
     """
     if completion_ids is None or end_ids is None:
         return [True] * count
     return [ids[-1] in end_ids for ids in completion_ids]
 
 
-class RemoteRewardModel:
+class RemoteRewardModel(Scorer):
     """Score completions with a reward model that `recipes/serve_reward_model.py` serves.
 
-    The environment variable `REWARD_MODEL_TOKEN`, if it is set, is sent as a bearer token, and never logged.
+    The client sends the environment variable `REWARD_MODEL_TOKEN`, if it is set, as a bearer token. It never logs it.
 
     Args:
-        url: Where it is served, say `http://127.0.0.1:8000`.
+        url: Address of the server, for example `http://127.0.0.1:8000`.
         batch_size: Completions per request.
-        concurrency: Requests at a time.
-        timeout: Seconds without an answer after which a request has failed; `None` waits for ever.
-        retries: Further attempts to reach the server at the start, which may be starting too.
-        policy_eos_token_ids: Ids that end a completion of the policy; `None` takes every completion as finished.
+        concurrency: Number of requests at the same time.
+        timeout: Seconds without an answer after which a request fails; `None` sets no limit.
+        retries: Further attempts to reach a server that is still starting.
+        policy_eos_token_ids: Ids that end a completion of the policy; `None` counts every completion as finished.
 
     Raises:
-        ValueError: If the address holds a password, or nothing that serves a reward model answers there.
+        ValueError: If the address holds a password, or if no reward model answers there.
     """
-
-    tokenizer = None  # the server's affair
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class RemoteRewardModel:
             info = retrying(retries, self._note_waiting)(self._request, "GET", "/", timeout=CONNECT_SECONDS)
             self.__name__ = str(info["name"])
             self.card = None if info["card"] is None else RewardModelCard(**info["card"])
-            self.weights: str | None = info.get("weights")  # a fingerprint, by which a resumed run knows the model
+            self.weights: str | None = info.get("weights")  # a fingerprint
         except (KeyError, TypeError, RewardCallError, PermanentRewardError) as error:
             raise ValueError(
                 f"No reward model is served at {self.url} ({error}). Start it there: "
@@ -89,18 +88,26 @@ class RemoteRewardModel:
             ) from error
         if self.card is None:
             logger.warning(
-                f"The reward model at {self.url} has no {CARD_FILE}: whether its separator and template are this "
-                "run's cannot be checked."
+                f"The reward model at {self.url} has no {CARD_FILE}, so its separator and its chat template cannot be "
+                "checked."
             )
+
+    def identity(self) -> str:
+        """Return the fingerprint of the weights; the address if the server does not know it."""
+        return self.weights or self.url
+
+    def prepare(self, run: ScoringRun) -> None:
+        """Take the limits of a run."""
+        self.timeout, self.policy_eos_token_ids = run.timeout, run.policy_eos_token_ids
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
     ) -> list[float | None]:
-        """Return one score per completion; `None` where the model has none (NaN). Signature of TRL's reward functions.
+        """Return one score per completion; `None` where the score is NaN.
 
         Raises:
-            RewardCallError: If a request fails in a way that may pass.
-            PermanentRewardError: If the server refuses a request.
+            RewardCallError: If a request fails, but a later one may succeed.
+            PermanentRewardError: If the server refuses a request for good.
         """
         finished = finished_completions(len(prompts), completion_ids, self.policy_eos_token_ids)
         starts = range(0, len(prompts), self.batch_size)
@@ -156,7 +163,7 @@ class RemoteRewardModel:
 
 
 def _authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """Add the token. As an `auth` of requests it also keeps out what a `.netrc` holds for the host."""
+    """Add the token. With an `auth` function, requests ignores the password that a `.netrc` has for the host."""
     if token := os.environ.get(TOKEN_VARIABLE):
         request.headers["Authorization"] = f"Bearer {token}"
     return request

@@ -1,7 +1,4 @@
-"""Reward functions: a learned reward model in the form that TRL calls.
-
-The reward model reads text, never the policy's token ids, so it may have another tokenizer.
-"""
+"""Turn the reward models and functions that a user names into objects that TRL can call."""
 
 import importlib
 import importlib.util
@@ -19,27 +16,28 @@ from trl import is_conversational
 from rlhf_recipes.models.reward_model import with_score_head
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.client import RemoteRewardModel, is_address
+from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
 
 
 def weighted_scores(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted sum of each completion's rewards, `(B,)`.
 
-    A function that had nothing to say (NaN) is left out; if none had, the completion is unscorable: NaN.
+    A sum leaves out the functions that gave no reward (NaN). If no function gave one, the sum is NaN.
 
     Args:
-        rewards_per_func: `(B, F)`.
-        weights: `(F,)`.
+        rewards_per_func: Rewards of F functions, `(B, F)`.
+        weights: Weights of the functions, `(F,)`.
     """
     scores = (rewards_per_func * weights).nansum(dim=1)
     return scores.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
 
 
 def score_statistics(functions: list[Any], weights: Tensor) -> tuple[float, float] | None:
-    """Return mean and deviation of the scores to come, if one reward model is all the reward and its card has them."""
-    if len(functions) != 1 or not isinstance(functions[0], RewardModelScorer | RemoteRewardModel):
+    """Return the expected mean and deviation of the scores, if there is one reward and its card has both numbers."""
+    if len(functions) != 1:
         return None
-    card, weight = functions[0].card, weights[0].item()
+    card, weight = scorer_of(functions[0]).card, weights[0].item()
     if card is None or card.score_mean is None or not card.score_std:
         return None
     return weight * card.score_mean, abs(weight) * card.score_std
@@ -48,10 +46,10 @@ def score_statistics(functions: list[Any], weights: Tensor) -> tuple[float, floa
 def as_scorer(
     model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
 ) -> RewardModelScorer | RemoteRewardModel:
-    """Return a scorer for a reward model given as a path, loaded with `kwargs`, as an address, or as an instance.
+    """Return a scorer for a path, which is loaded with `kwargs`, for the address of a server, or for a loaded model.
 
     Raises:
-        ValueError: If the instance has several outputs, or neither a tokenizer nor a path to load one from.
+        ValueError: If a loaded model has several outputs, or has no tokenizer and no path to load one from.
     """
     if is_address(model):
         return RemoteRewardModel(model)
@@ -66,16 +64,17 @@ def as_scorer(
                 "The reward model was not loaded from a path: pass its tokenizer in `reward_processing_classes`."
             )
         if isinstance(getattr(model, "score", None), nn.Linear):
-            with_score_head(model)  # scores in float32 under autocast, as of a model that was loaded here
+            with_score_head(model)  # gives scores in float32 under autocast, like a model that was loaded here
         card = RewardModelCard.load(path) if path else None
         scorer = RewardModelScorer(model, tokenizer or load_scorer_tokenizer(path), card)
     if tokenizer is not None:
         scorer.tokenizer = tokenizer
+    scorer.source = model
     return scorer
 
 
 def as_reward_functions(reward_funcs: Any, tokenizers: Any = None, **kwargs: Any) -> list[Any]:
-    """Turn paths, loaded with `kwargs`, addresses and classifiers into scorers; leave functions as they are."""
+    """Return functions that TRL can call: each reward model as a scorer (`as_scorer`), each function unchanged."""
     if reward_funcs is None:
         return []
     reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -89,27 +88,27 @@ def as_reward_functions(reward_funcs: Any, tokenizers: Any = None, **kwargs: Any
 
 
 def check_reward_functions(functions: list[Any], *, dataset: Any, response_separator: str) -> None:
-    """Check every reward model's card against the run.
+    """Check that the card of every reward model fits the run.
 
     Raises:
-        ValueError: If there is no reward, or a reward model was trained on other text than the run has.
+        ValueError: If there is no reward, or if a reward model was trained on another kind of text.
     """
     if not functions:
         raise ValueError("There is no reward: set `reward_model_path`, `reward_adapter` or `reward_functions`.")
-    for function in functions:
-        if isinstance(function, RewardModelScorer | RemoteRewardModel) and function.card is not None:
-            function.card.check(
-                function.tokenizer,
+    for scorer in map(scorer_of, functions):
+        if scorer.card is not None:
+            scorer.card.check(
+                scorer.tokenizer,
                 conversational=is_conversational(next(iter(dataset))),
                 response_separator=response_separator,
             )
 
 
 def import_function(reference: str) -> Callable[..., list[float]]:
-    """Import a reward function or judge given as `package.module:function`, also from the working directory.
+    """Import a function named `package.module:function`, from the environment or the working directory.
 
     Raises:
-        ValueError: If the reference has another form or does not name a callable.
+        ValueError: If the reference has another form, or names nothing that can be called.
     """
     module_name, _, name = reference.partition(":")
     if not module_name or not name:

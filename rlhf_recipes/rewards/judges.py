@@ -1,4 +1,4 @@
-"""Judges that a policy is not trained on."""
+"""Load judges: they score answers, but no policy is trained on them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,22 +17,22 @@ def load_judges(
     response_separator: str,
     **kwargs: Any,
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
-    """Return the judges that score one answer at a time, and those that see both, by name.
+    """Return two dictionaries by name: judges that score one answer, and judges that compare two.
 
     Args:
-        judge_args: Which.
+        judge_args: Options that name the judges.
         dataset: Held-out prompts.
-        reward_model_path: One more, named `reward_model`.
-        policy_eos_token_ids: As of `RewardModelScorer`; a trainer sets them itself.
-        response_separator: Of the run.
-        kwargs: Passed on to `from_pretrained`.
+        reward_model_path: One more reward model, which gets the name `reward_model`.
+        policy_eos_token_ids: Ids that end a completion. A trainer sets them itself (`Scorer.prepare`).
+        response_separator: Separator of the run.
+        kwargs: Options of `from_pretrained`.
 
     Raises:
-        ValueError: If a reward model was trained on other text than the run has, or a function cannot be imported.
+        ValueError: If a reward model was trained on another kind of text, or if a function cannot be imported.
     """
     judges = [as_scorer(require_path("judge_models", path), **kwargs) for path in judge_args.judge_models]
     scorers = {judge.__name__: judge for judge in judges}
-    if len(scorers) < len(judges):  # the name of a served one is known only now
+    if len(scorers) < len(judges):  # only the server knows the name of a served one
         raise ValueError(f"`judge_models` must have different names, got {', '.join(j.__name__ for j in judges)}.")
     if reward_model_path is not None:
         scorers["reward_model"] = as_scorer(reward_model_path, **kwargs)

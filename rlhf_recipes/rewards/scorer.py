@@ -1,6 +1,6 @@
 """Score completions with a learned reward model.
 
-The reward model reads text, never the policy's token ids, so it may have another tokenizer.
+The reward model reads text and never the policy's token ids, so it may have another tokenizer.
 """
 
 import logging
@@ -12,30 +12,34 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import apply_chat_template
 
+from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.reward_model import load_reward_model
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
 from rlhf_recipes.rewards.client import finished_completions
+from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
 
 logger = logging.getLogger(__name__)
 Prompt = str | list[dict[str, Any]]
 
 
-class RewardModelScorer:
-    """Score completions with a reward model, on exactly the text that it was trained on.
+class RewardModelScorer(Scorer):
+    """Score completions with a reward model, on text in the form that the model was trained on.
 
-    Plain text is `prompt + completion + EOS` (the prompt ends with the separator), as in reward modelling; the EOS is
-    left out of a completion that was cut off. Chat goes through the reward model's own chat template.
+    The model reads plain text as `prompt + completion + EOS`, where the prompt ends with the separator. A completion
+    that was cut off has no EOS. The model reads chats through its own chat template.
 
     Args:
-        model: Sequence classifier with one output; `None` where a subclass attaches it later.
-        tokenizer: The reward model's.
-        card: What the reward model was trained with, if known.
-        batch_size: Completions per forward.
-        policy_eos_token_ids: Ids that end a completion of the policy; `None` takes every completion as finished.
+        model: Sequence classifier with one output; `None` if a subclass attaches it later.
+        tokenizer: Tokenizer of the reward model.
+        card: Card of the reward model, if it has one.
+        batch_size: Completions per forward pass.
+        policy_eos_token_ids: Ids that end a completion of the policy; `None` counts every completion as finished.
     """
 
-    runs_in_process = True  # with collectives under ZeRO-3: `RewardCalls` leaves it alone
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    source: Any = None  # the path or the model that became this scorer
 
     def __init__(
         self,
@@ -59,12 +63,22 @@ class RewardModelScorer:
         """Load a reward model and its tokenizer from a directory or the Hub, and its card from a directory."""
         tokenizer, card = load_scorer_tokenizer(path), RewardModelCard.load(path)
         scorer = cls(load_reward_model(path, **kwargs), tokenizer, card)
-        scorer.__name__ = Path(path).name  # an adapter's model bears the name of its base
+        scorer.__name__ = Path(path).name  # the configuration of an adapter's model names its base
         if card is None:
-            logger.warning(
-                f"{path} has no {CARD_FILE}: whether its separator and template are this run's cannot be checked."
-            )
+            logger.warning(f"{path} has no {CARD_FILE}, so its separator and its chat template cannot be checked.")
         return scorer
+
+    def identity(self) -> str:
+        """Return the fingerprint of the path or model that became this scorer; without one, its name."""
+        return fingerprint(self if self.source is None else self.source)
+
+    def prepare(self, run: ScoringRun) -> None:
+        """Take the limits of a run, and put the model on its devices."""
+        self.batch_size, self.policy_eos_token_ids = run.batch_size, run.policy_eos_token_ids
+        self.model = self._placed_model(run)
+
+    def _placed_model(self, run: ScoringRun) -> Any:
+        return run.prepare_frozen(self.model)
 
     def __call__(
         self,
@@ -73,17 +87,17 @@ class RewardModelScorer:
         completion_ids: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> list[float]:
-        """Return one score per completion. Signature of TRL's reward functions."""
+        """Return one score per completion."""
         finished = finished_completions(len(prompts), completion_ids, self.policy_eos_token_ids)
         return self.score_token_ids(self.token_ids(prompts, completions, finished))
 
     def token_ids(self, prompts: list[Prompt], completions: list[Prompt], finished: list[bool]) -> list[list[int]]:
-        """Return what the model reads, for each completion."""
+        """Return the token ids that the model reads, one list per completion."""
         return [self._token_ids(*row) for row in zip(prompts, completions, finished, strict=True)]
 
     def score_token_ids(self, token_ids: list[list[int]]) -> list[float]:
-        """Return the scores of what `token_ids` has returned."""
-        # Sorted by length: a batch is then padded little.
+        """Return the scores of the rows that `token_ids` returned."""
+        # Rows of similar length share a batch, so it has little padding.
         order = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
         scores = torch.empty(len(token_ids))
         for start in range(0, len(order), self.batch_size):
@@ -96,7 +110,7 @@ class RewardModelScorer:
             text = prompt + completion + (self.tokenizer.eos_token if finished else "")
             return self.tokenizer(text)["input_ids"]
         text = apply_chat_template({"messages": [*prompt, *completion]}, self.tokenizer)["text"]
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template holds them
 
     @torch.no_grad()
     def _forward(self, token_ids: list[list[int]]) -> Tensor:
@@ -108,6 +122,6 @@ class RewardModelScorer:
 
 
 def load_scorer_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load a reward model's tokenizer, which brings no code."""
+    """Load a reward model's tokenizer without running code that comes with it."""
     with safe_loading(path):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)

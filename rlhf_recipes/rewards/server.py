@@ -1,12 +1,12 @@
-"""A reward model served over HTTP: what `rlhf_recipes.rewards.client.RemoteRewardModel` asks.
+"""Serve a reward model over HTTP. The client is `rlhf_recipes.rewards.client.RemoteRewardModel`.
 
-GET /        {"name": .., "card": .., "weights": ..}: the reward model card and a fingerprint of the weights, each
-                 `null` without one
-    GET /health  {"status": "ok"}, without a token
-    POST /score  {"prompts": [..], "completions": [..], "finished": [..]} -> {"scores": [..]}, `null` for NaN
+    GET /        {"name": .., "card": .., "weights": ..}: the reward model card and a fingerprint of the weights;
+                 `null` where there is none
+    GET /health  {"status": "ok"}; needs no token
+    POST /score  {"prompts": [..], "completions": [..], "finished": [..]} -> {"scores": [..]}, with `null` for NaN
 
-Prompts and completions are text or lists of messages. 401: no token; 413: too large; 422: cannot be scored, with the
-reason; 503: too many requests wait.
+Prompts and completions are texts or lists of messages. Errors: 401 without the token; 413 for a request that is too
+large; 422 for a request that cannot be scored, with the reason; 503 while too many requests wait.
 """
 
 import asyncio
@@ -28,12 +28,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, 
 from rlhf_recipes.rewards.client import TOKEN_VARIABLE
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 
-GATHER_SECONDS = 0.01  # in which requests that belong together, say of several ranks, arrive
+GATHER_SECONDS = 0.01  # time for related requests, for example those of several ranks, to arrive
 logger = logging.getLogger(__name__)
 
 
 class Message(BaseModel):
-    """One message of a chat."""
+    """Describe one message of a chat."""
 
     model_config = ConfigDict(extra="allow")
     role: str
@@ -44,7 +44,7 @@ Text = str | Annotated[list[Message], Field(min_length=1)]
 
 
 class ScoreRequest(BaseModel):
-    """Completions to score."""
+    """Describe the completions to score."""
 
     model_config = ConfigDict(extra="forbid")
     prompts: Annotated[list[Text], Field(min_length=1)]
@@ -61,15 +61,15 @@ class ScoreRequest(BaseModel):
 
 
 class UnscorableError(ValueError):
-    """A request that the reward model cannot read."""
+    """Report a request that the reward model cannot read."""
 
 
 class ScoringQueue:
-    """Score the requests that have arrived meanwhile in one batch, one batch at a time, in a thread of its own.
+    """Score waiting requests in one batch. One thread scores one batch at a time.
 
     Args:
-        scorer: The reward model.
-        max_waiting: Requests in the queue.
+        scorer: Reward model.
+        max_waiting: Largest number of requests in the queue.
     """
 
     def __init__(self, scorer: RewardModelScorer, max_waiting: int) -> None:
@@ -78,7 +78,7 @@ class ScoringQueue:
         Thread(target=self._run, name="scoring", daemon=True).start()
 
     def submit(self, request: ScoreRequest) -> "Future[list[float]]":
-        """Return the scores to come.
+        """Add a request to the queue, and return a future of its scores.
 
         Raises:
             queue.Full: If too many requests wait.
@@ -104,7 +104,7 @@ class ScoringQueue:
             scored = self._scorer.score_token_ids([ids for _, rows in read for ids in rows])
             if any(map(math.isinf, scored)):
                 raise FloatingPointError("an infinite score")
-        except Exception as error:  # whatever a model raises is the answer
+        except Exception as error:  # a model may raise anything, and the server must live on
             logger.exception("The reward model has failed.")
             for answer, _ in read:
                 answer.set_exception(error)
@@ -114,13 +114,13 @@ class ScoringQueue:
             answer.set_result([next(scores) for _ in rows])
 
     def _read(self, request: ScoreRequest, answer: "Future[list[float]]") -> list[list[int]] | None:
-        """Return token ids, or `None` if one request, and not those that came with it, cannot be read."""
+        """Return the token ids of one request; `None` if it cannot be read. The others in the batch are scored."""
         texts = request.model_dump(exclude_unset=True)
         try:
             token_ids = self._scorer.token_ids(texts["prompts"], texts["completions"], texts["finished"])
             if not all(token_ids):
                 raise ValueError("a completion and its prompt have no token")
-        except Exception as error:  # a chat template raises what it likes
+        except Exception as error:  # a chat template may raise anything
             answer.set_exception(UnscorableError(f"{type(error).__name__}: {error}"))
             return None
         return token_ids
@@ -137,15 +137,14 @@ def reward_app(
     """Return the application that serves a reward model.
 
     Args:
-        scorer: The reward model.
-        weights: Fingerprint of its weights, by which a resumed run knows them at another address too; without one
-            the address stands for them.
-        max_request_bytes: Larger requests are refused before they are read to their end.
-        max_waiting: Requests that wait at most.
-        token: That clients must send.
+        scorer: Reward model.
+        weights: Fingerprint of its weights. With it, a resumed run recognises the model at another address.
+        max_request_bytes: Largest size of a request. The server does not read a larger one to its end.
+        max_waiting: Largest number of waiting requests.
+        token: Token that clients must send, if there is one.
 
     Raises:
-        ValueError: If its card says that it was trained with another tokenizer.
+        ValueError: If the card names another tokenizer than the scorer has.
     """
     card = scorer.card
     if card is not None:
@@ -172,7 +171,7 @@ def reward_app(
             raise HTTPException(422, str(error)) from error
         except Full:
             raise HTTPException(503, "too many requests wait") from None
-        except Exception as error:  # whatever a model raises
+        except Exception as error:  # a model may raise anything
             raise HTTPException(500, f"{type(error).__name__}: {error}") from error
         return {"scores": [None if math.isnan(x) else x for x in scores]}
 

@@ -1,4 +1,4 @@
-"""Threads for code that may never come back: they do not keep a process from ending."""
+"""Run code that may hang, in threads that do not keep a process from ending."""
 
 import contextvars
 import functools
@@ -12,27 +12,28 @@ import torch
 
 
 class DaemonPool:
-    """Threads that never keep a process from ending; each call of `submit` is run by the next that is free.
+    """Run calls in threads that never keep a process from ending. The next free thread takes the next call.
 
     Args:
-        size: Threads.
+        size: Number of threads.
     """
 
     def __init__(self, size: int = 1) -> None:
         self._size = size
         self._tasks: SimpleQueue[Any] = SimpleQueue()
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # each thread has its own
+        # Each thread has its own current device.
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         for _ in range(size):
             Thread(target=_work, args=(self._tasks, device), name="reward-call", daemon=True).start()
 
     def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
-        """Run `function(*args)` in a thread, in the context of the caller."""
+        """Run `function(*args)` in a thread, with the caller's context variables."""
         future: Future[Any] = Future()
         self._tasks.put((future, functools.partial(contextvars.copy_context().run, function, *args)))
         return future
 
     def close(self) -> None:
-        """Let the threads end after what they have been given."""
+        """Let the threads end after the calls that they already have."""
         for _ in range(self._size):
             self._tasks.put(None)
 
@@ -46,5 +47,5 @@ def _work(tasks: "SimpleQueue[Any]", device: int | None) -> None:
             continue
         try:
             future.set_result(function())
-        except BaseException as error:  # raised again where the result is read
+        except BaseException as error:  # the reader of the result gets it
             future.set_exception(error)

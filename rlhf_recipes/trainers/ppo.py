@@ -5,6 +5,7 @@ Overrides only. Sampling, reward calls and the clipped surrogate are TRL's; ever
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +29,9 @@ from rlhf_recipes.models.forward import CompletionForward, add_completion_forwar
 from rlhf_recipes.models.loading import prepare_frozen
 from rlhf_recipes.models.quantization import keep_adapter_precision
 from rlhf_recipes.options.ppo import PPOConfig
-from rlhf_recipes.rewards.adapter import RewardAdapterScorer
 from rlhf_recipes.rewards.calls import RewardCalls
-from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
-from rlhf_recipes.rewards.scorer import RewardModelScorer
+from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
 from rlhf_recipes.trainers.rollout import Rollout, rollout_metrics
 from rlhf_recipes.trainers.run_identity import RunIdentity
@@ -71,6 +70,8 @@ class PPOTrainer(ValueHeadTrainer):
     """
 
     rollout: Rollout | None = None  # the latest
+    scorers: list[Scorer]
+    reward_funcs: list[Any]  # TRL's: the same, with time limits and retries
     _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout
     _name = "PPO"
     _tag_names = ["trl", "ppo", "rlhf-recipes"]
@@ -114,7 +115,7 @@ class PPOTrainer(ValueHeadTrainer):
         )
         self.beta = args.beta
         self._build_networks(parts)
-        self._build_rewards(parts, judges, pairwise_judges)
+        self._build_rewards(judges, pairwise_judges)
         self._build_control(parts.facts)
 
     def _build_networks(self, parts: Parts) -> None:
@@ -140,17 +141,17 @@ class PPOTrainer(ValueHeadTrainer):
         add_completion_forward(reference)
         return prepare_frozen(reference, self.accelerator)
 
-    def _build_rewards(self, parts: Parts, judges: Any, pairwise_judges: Any) -> None:
+    def _build_rewards(self, judges: Any, pairwise_judges: Any) -> None:
         """Prepare scorers and judges, the limits of their calls, and the normaliser of the scores."""
         limits = (self.args.reward_timeout, self.args.reward_retries, self.args.failed_rewards)
         self.reward_calls = RewardCalls(*limits)
         self.held_out = HeldOutComparison(judges, pairwise_judges, seed=self.args.seed, calls=RewardCalls(*limits))
-        self.scorers = parts.reward_funcs
-        self._prepare_reward_models()
-        self.reward_funcs = [self.reward_calls.guard(scorer) for scorer in self.scorers]
+        self.scorers = [scorer_of(function) for function in self.reward_funcs]
+        self._prepare_scorers()
         self.reward_normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
-        if (statistics := score_statistics(self.scorers, self.reward_weights)) is not None:
+        if (statistics := score_statistics(self.reward_funcs, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
+        self.reward_funcs = [self.reward_calls.guard(function) for function in self.reward_funcs]
 
     def _build_control(self, facts: dict[str, Any]) -> None:
         """Add guard, KL controller, early stopping and the identity of the run, and name the parts of a checkpoint."""
@@ -177,18 +178,16 @@ class PPOTrainer(ValueHeadTrainer):
         if args.critic_warmup_steps:
             self.add_callback(CriticWarmupCallback(self.model, args.critic_warmup_steps))
 
-    def _prepare_reward_models(self) -> None:
-        for scorer in (*self.scorers, *self.held_out.judges.values()):
-            if isinstance(scorer, RewardModelScorer | RemoteRewardModel):
-                scorer.policy_eos_token_ids = self.eos_token_ids
-            if isinstance(scorer, RemoteRewardModel):
-                scorer.timeout = self.args.reward_timeout
-            if isinstance(scorer, RewardModelScorer):
-                scorer.batch_size = self.args.per_device_train_batch_size
-            if isinstance(scorer, RewardAdapterScorer):
-                scorer.attach(self.model, self.model.get_base_model().config._name_or_path)
-            elif isinstance(scorer, RewardModelScorer):
-                scorer.model = prepare_frozen(scorer.model, self.accelerator)
+    def _prepare_scorers(self) -> None:
+        run = ScoringRun(
+            policy=self.model,
+            policy_eos_token_ids=self.eos_token_ids,
+            batch_size=self.args.per_device_train_batch_size,
+            timeout=self.args.reward_timeout,
+            prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
+        )
+        for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
+            scorer.prepare(run)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs

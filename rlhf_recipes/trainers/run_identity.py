@@ -1,6 +1,6 @@
-"""What must be the same when a run is resumed: the models, the data and the options that make its numbers.
+"""The identity of a run: the models, data and options that must be the same when the run is resumed.
 
-Stored in every checkpoint beside the rest of PPO's state, and compared when one is loaded.
+Every checkpoint holds it beside the rest of PPO's state. A resume compares it with its own.
 """
 
 import json
@@ -8,28 +8,21 @@ import logging
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftConfig
-from torch import nn
 
 from rlhf_recipes.data.digest import dataset_digest
-from rlhf_recipes.models.fingerprint import (
-    fingerprint_of_files,
-    fingerprint_of_weights,
-    weights_fingerprint,
-)
-from rlhf_recipes.models.reward_model import is_adapter
+from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.options.relevance import options_that_count
-from rlhf_recipes.rewards.client import RemoteRewardModel
+from rlhf_recipes.rewards.protocol import scorer_of
 
 logger = logging.getLogger(__name__)
 
 
 class RunIdentity:
-    """Refuse to go on with a run whose reference, rewards, data, options or processes are others.
+    """Refuse to resume a run with another reference, other rewards, data or options, or more or fewer processes.
 
     Args:
-        facts: By name; equal ones are compared as JSON.
-        allow_changes: Warn instead.
+        facts: Facts of the run, by name. They are compared as JSON.
+        allow_changes: Whether to warn instead.
     """
 
     def __init__(self, facts: dict[str, Any], *, allow_changes: bool) -> None:
@@ -41,10 +34,10 @@ class RunIdentity:
         return self._facts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare with the facts of a checkpoint.
+        """Compare the facts of a checkpoint with those of this run.
 
         Raises:
-            ValueError: If they differ, naming what was and what is.
+            ValueError: If a fact differs. The message gives both values.
         """
         names = sorted({*state, *self._facts})
         changed = [
@@ -54,54 +47,30 @@ class RunIdentity:
         ]
         if not changed:
             return
-        told = f"The checkpoint is of another run: {'; '.join(changed)}."
+        message = f"The checkpoint is of another run: {'; '.join(changed)}."
         if not self._allow_changes:
-            raise ValueError(f"{told} Resume with what it was written with, or set `allow_changes_on_resume: true`.")
-        logger.warning(f"{told} Resumed all the same, as `allow_changes_on_resume` says.")
+            raise ValueError(
+                f"{message} Resume with the values of the checkpoint, or set `allow_changes_on_resume: true`."
+            )
+        logger.warning(f"{message} Resumed all the same, because `allow_changes_on_resume` is set.")
 
 
-def facts_of_run(
-    args: Any, *, policy: Any, rewards: list[Any], functions: list[Any], train_dataset: Any
-) -> dict[str, Any]:
-    """Return what must be the same when a run is resumed, by name.
+def facts_of_run(args: Any, *, policy: Any, rewards: list[Any], train_dataset: Any) -> dict[str, Any]:
+    """Return the facts that must be the same when a run is resumed, by name.
 
     Args:
-        args: Options.
-        policy: As it was given, before anything is added to it.
-        rewards: Reward models and functions, as they were given.
-        functions: What is called for each: it knows the weights behind an address.
-        train_dataset: As it is trained on.
+        args: Options of the run.
+        policy: Path or model that the user gave, before anything is added to it.
+        rewards: Reward functions, without the reward adapter.
+        train_dataset: Data that the trainer reads.
     """
-    pairs = zip(rewards, functions, strict=True)
     facts = {
         "the policy to start from": fingerprint(policy),
-        "the rewards": [fingerprint(f if isinstance(f, RemoteRewardModel) else given) for given, f in pairs],
-        "the training data": data_fingerprint(train_dataset),
+        "the rewards": [scorer_of(reward).identity() for reward in rewards],
+        # A stream has no hash before it is read.
+        "the training data": dataset_digest(train_dataset) if isinstance(train_dataset, Dataset) else "a stream",
         "the number of processes": args.world_size,
     }
     if args.reward_adapter is not None:
         facts["the reward adapter"] = fingerprint(args.reward_adapter)
     return facts | options_that_count(args)
-
-
-def fingerprint(model: Any) -> str:
-    """Return what identifies a model or a reward function.
-
-    Of a path a hash of its files, those of an adapter's base included; of an instance a hash of sampled weights; of
-    a function its name, whatever it does; of a served model what its server says of its files, wherever it is served.
-    """
-    if isinstance(model, RemoteRewardModel):
-        return model.weights or model.url  # of a server that does not know its files
-    if isinstance(model, nn.Module):
-        return fingerprint_of_weights(model)
-    if not isinstance(model, str):
-        return str(getattr(model, "__name__", type(model).__name__))
-    if not is_adapter(model):
-        return fingerprint_of_files(model)
-    base = PeftConfig.from_pretrained(model).base_model_name_or_path
-    return f"{weights_fingerprint(model)} on {fingerprint_of_files(base)}"
-
-
-def data_fingerprint(dataset: Any) -> str:
-    """Return a hash of a dataset's rows; a stream has none that could be told beforehand."""
-    return dataset_digest(dataset) if isinstance(dataset, Dataset) else "a stream"

@@ -81,10 +81,9 @@ def prepare_parts(
     train_dataset, eval_dataset = (add_separator(x, args.response_separator) for x in (train_dataset, eval_dataset))
     check_prompts_fit(train_dataset, tokenizer, policy.config, args.max_completion_length)
 
-    given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
     loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("dtype", "attn_implementation")}
-    scorers = as_reward_functions(given, reward_tokenizers, **loading)
-    facts = facts_of_run(args, policy=model, rewards=given, functions=scorers, train_dataset=train_dataset)
+    scorers = as_reward_functions(reward_funcs, reward_tokenizers, **loading)
+    facts = facts_of_run(args, policy=model, rewards=scorers, train_dataset=train_dataset)
     if args.reward_adapter is not None:
         scorers.append(RewardAdapterScorer(args.reward_adapter))
     check_reward_functions(scorers, dataset=train_dataset, response_separator=args.response_separator)

@@ -1,4 +1,4 @@
-"""What a preflight counts in a dataset: hand-made rows, each defect alone."""
+"""The counts of the preflight over a dataset, with one defect in each test."""
 
 import time
 

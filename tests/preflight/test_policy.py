@@ -1,4 +1,4 @@
-"""Traps between policy, sampler and reward model, each by itself."""
+"""The mistakes between policy, sampler and reward model, one in each test."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The preflight of real trainers: what it says, that it is true, and that it changes nothing."""
+"""The preflight of real trainers: its text is true, and it changes nothing."""
 
 import pytest
 import tiny
@@ -12,8 +12,8 @@ from trl import ScriptArguments
 from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.data.loading import load_split, without_answers
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
+from rlhf_recipes.preflight import preflight
 from rlhf_recipes.preflight.policy import answers_of
-from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.preflight.resources import SMALL_FILES, checkpoint_bytes, parameter_bytes, training_sizes
 from rlhf_recipes.rewards.card import RewardModelCard, tokenizer_fingerprint
 
@@ -24,7 +24,7 @@ LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _say(trainer, capsys, data=None, evaluation=None, *, only=False, tracking=NO_TRACKING, answers=None):
-    """What is printed, as lines."""
+    """Return the printed lines."""
     data = trainer.train_dataset if data is None else data
     capsys.readouterr()
     try:
@@ -39,7 +39,7 @@ def _found(lines):
 
 
 def _with_card(directory, tok=None, **card):
-    """A reward model on disk whose card is as given."""
+    """Write a reward model with a card of these values, and return its path."""
     path = tiny.save(tiny.reward_model(tok or tiny.tokenizer()), directory)
     fingerprint = tokenizer_fingerprint(tiny.tokenizer())
     values = {"score_mean": 0.0, "score_std": 1.0, "eval_accuracy": 0.7, **card}
@@ -49,7 +49,7 @@ def _with_card(directory, tok=None, **card):
 
 @pytest.fixture
 def rm(tmp_path):
-    """A reward model with a healthy card."""
+    """Write a reward model with a healthy card."""
     return _with_card(tmp_path / "rm")
 
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_a_quantised_policy(tmp_path):
 
 @pytest.mark.parametrize(("free", "only"), [(100, False), (100, True), (25_000_000, True)])
 def test_a_full_disk(tmp_path, capsys, monkeypatch, free, only):
-    """An error before training; with `preflight_only`, as an exit code, after it was printed."""
+    """It is an error before training. With `preflight_only` the error is printed, and the exit code is 1."""
     monkeypatch.setattr(preflight, "free_disk", lambda directory: free)
     trainer = tiny.ppo_trainer(tmp_path, save_strategy="steps", save_steps=4, max_steps=8)
     fits = free > SMALL_FILES
@@ -164,7 +164,7 @@ def test_too_little_memory_is_a_warning(tmp_path, capsys, monkeypatch):
 
 
 def test_what_a_model_suppresses_is_found_and_true(tmp_path, capsys):
-    """`repetition_penalty` of a model is overridden by TRL's sampler; `min_new_tokens` is not, and no one says so."""
+    """TRL's sampler overrides the `repetition_penalty` of a model, but it silently keeps its `min_new_tokens`."""
     tok = tiny.tokenizer()
     model = tiny.policy(tok)
     model.generation_config.repetition_penalty, model.generation_config.min_new_tokens = 5.0, 10
@@ -210,7 +210,7 @@ def test_a_broken_reward_model(tmp_path, capsys, rm, scores, message):
 
 
 def test_a_reward_model_that_likes_the_wrong_answer(tmp_path, capsys, rm):
-    """Own answers come first in a batch that is sorted by length, so the text says which is which."""
+    """The scorer sorts a batch by length, so the fake scores look at the text and not at the position."""
     data = Dataset.from_dict({"prompt": tiny.PROMPTS, "completion": tiny.PROMPTS})
     right = {tuple(tiny.tokenizer()(f"{p}\n\n{p}<eos>")["input_ids"]) for p in tiny.PROMPTS}
     for good, count in ((1.0, 0), (-1.0, 1)):

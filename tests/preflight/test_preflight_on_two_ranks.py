@@ -1,4 +1,4 @@
-"""What the main process finds ends the run on every rank, with one report."""
+"""An error that only the main process finds ends the run on every rank, with one report."""
 
 import contextlib
 import io
@@ -8,13 +8,13 @@ import tiny
 from processes import run_in_processes
 
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
-from rlhf_recipes.preflight.preflight import preflight
+from rlhf_recipes.preflight import preflight
 
 pytestmark = pytest.mark.distributed
 
 
 def _check(rank, world_size, directory):
-    """This rank's refusal and what it has printed, where only the main process sees a full disk."""
+    """Return the error and the output of this rank. Only the main process sees a full disk."""
     preflight.free_disk = lambda path: 1 if rank == 0 else 10**15
     trainer = tiny.ppo_trainer(directory, data=tiny.prompts(count=16))
     printed, refusal = io.StringIO(), None

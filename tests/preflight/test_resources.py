@@ -1,4 +1,4 @@
-"""Disk and memory of a run: sums by hand, and what a machine says."""
+"""The disk and memory of a run, against sums by hand and the figures of a machine."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from rlhf_recipes.preflight.resources import (
 
 
 def _model():
-    """100 frozen bytes, 40 trained ones."""
+    """Return a model with 100 frozen bytes and 40 trained ones."""
     model = nn.ModuleDict({"frozen": nn.Linear(5, 5, bias=False), "trained": nn.Linear(5, 2, bias=False)})
     model["frozen"].requires_grad_(False)
     return model
@@ -108,7 +108,7 @@ def test_activations_and_cache():
 
 
 def test_activations_are_about_what_autograd_keeps():
-    """Within a factor of two, which is what an estimate is for."""
+    """The estimate must be right within a factor of two."""
     model = tiny.policy(tiny.tokenizer()).train()
     model.model.set_attn_implementation("sdpa")
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

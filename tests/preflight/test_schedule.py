@@ -1,4 +1,4 @@
-"""The counts of a preflight against the trainers' own, and what is odd about them."""
+"""The counts of the preflight against those of the trainers, and the findings about them."""
 
 import pytest
 import tiny
@@ -9,11 +9,11 @@ from rlhf_recipes.preflight.schedule import kl_findings, ppo_schedule, schedule_
 
 
 class Counted(Exception):
-    """Training has begun, and has counted its steps."""
+    """Report that training has begun and has counted its steps."""
 
 
 def _counts(trainer, monkeypatch):
-    """What transformers has counted when the first step is about to be made."""
+    """Return the steps and passes that transformers has counted before the first step."""
 
     def stop(args, state, control):
         raise Counted

@@ -1,4 +1,4 @@
-"""One backbone for four roles: the reward model as a second adapter."""
+"""The reward model as a second adapter on the policy's backbone."""
 
 import pytest
 import tiny
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.tiny
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A base, and a LoRA reward model that was trained on it."""
+    """Write a base, and a LoRA reward model that was trained on it."""
     directory = tmp_path_factory.mktemp("one_backbone")
     base = tiny.save(tiny.policy(tiny.tokenizer()), directory / "base")
     tiny.save_lora_reward_model(base, directory / "rm", max_steps=20, learning_rate=1e-2)
@@ -36,7 +36,7 @@ def _trainer(directory, output_dir, *, base="base", peft=True, adapter="rm", rew
 
 def test_its_scores_are_those_of_the_reward_model_by_itself(tmp_path, directory):
     trainer = _trainer(directory, tmp_path, max_steps=8, learning_rate=1e-2)
-    trainer.train()  # whatever the policy has learnt
+    trainer.train()  # the scores must not depend on the training of the policy
     text = {
         "prompts": ["the fox\n\n", "is the hare\n\n", "world\n\n"],
         "completions": ["is red and the hare", "berries", "x"],

@@ -1,4 +1,4 @@
-"""Reward functions that raise, hang and answer oddly: what a run makes of them."""
+"""A run with reward functions that raise errors, hang, or return something invalid."""
 
 import asyncio
 import functools
@@ -42,7 +42,7 @@ call(prompts=["a"])
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch):
-    """The pauses between attempts, which are not made."""
+    """Skip the pauses between attempts, and record them."""
     made = []
     monkeypatch.setattr(tenacity.nap, "time", SimpleNamespace(sleep=made.append))
     return made
@@ -59,7 +59,7 @@ GONE = ConnectionError("gone")
 
 
 def _fails(times, error=GONE, then=(1.0, 2.0, 3.0)):
-    """A function that fails some times; `calls` counts."""
+    """Return a function that fails in its first calls. Its `calls` counts them."""
 
     def flaky(prompts, log_metric=None, **kwargs):
         flaky.calls += 1
@@ -130,7 +130,7 @@ def test_a_function_that_recovers_is_tried_again(pauses, caplog):
     flaky = _fails(3)
     assert calls.guard(flaky)(**ROWS, log_metric=lambda *entry: logged.append(entry)) == [1.0, 2.0, 3.0]
     assert pauses == [1, 2, 4]
-    assert "`flaky`: attempt 1 of 5 failed: ConnectionError: gone (test_reward_calls.py, line" in caplog.text
+    assert "`flaky`: attempt 1 of 5 failed: ConnectionError: gone (test_calls.py, line" in caplog.text
     assert logged == [("seen", 4)], "what a failed attempt has logged does not count"
     assert calls.settle() == {"flaky/failed_attempts": 3.0, "flaky/failed_calls": 0.0}
     assert calls.settle() == {"flaky/failed_attempts": 0.0, "flaky/failed_calls": 0.0}
@@ -227,7 +227,7 @@ class _AsyncJudge:
 
 
 def test_async_functions_run_at_once_and_keep_their_names(tmp_path):
-    """Each waits for the other."""
+    """Each function waits for the other one."""
     barrier = []
     first = _AsyncJudge(1.0, barrier)
     second = functools.partial(_AsyncJudge(2.0, barrier).__call__)
@@ -236,7 +236,7 @@ def test_async_functions_run_at_once_and_keep_their_names(tmp_path):
     assert trainer.reward_func_names == ["_AsyncJudge", "__call__", "length_reward"]
     assert trainer._metrics["train"]["rewards/_AsyncJudge/mean"] == [1.0]
     assert trainer._metrics["train"]["rewards/__call__/mean"] == [2.0]
-    assert trainer.reward_funcs[0] is first, "the trainer's own list is what the user gave"
+    assert trainer.scorers[0].function is first
 
 
 def test_an_async_function_fails_like_any_other(pauses):

@@ -1,4 +1,4 @@
-"""A served reward model: a real server over loopback, and servers that misbehave."""
+"""A served reward model, with a real server on this machine and with servers that misbehave."""
 
 import json
 import logging
@@ -28,7 +28,6 @@ from rlhf_recipes.rewards.client import TOKEN_VARIABLE, RemoteRewardModel
 from rlhf_recipes.rewards.judges import load_judges
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 from rlhf_recipes.rewards.server import ScoreRequest, ScoringQueue, reward_app
-from rlhf_recipes.trainers.run_identity import fingerprint
 
 pytestmark = pytest.mark.recipe
 
@@ -41,7 +40,7 @@ IDS = [[20, 1], [20, 99], [1]] * 5
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A trained reward model with its card, a policy and prompts."""
+    """Write a trained reward model with its card, a policy and prompts."""
     directory = tmp_path_factory.mktemp("served")
     tok = tiny.tokenizer()
     trainer = RewardModelTrainer(
@@ -138,9 +137,9 @@ def test_a_trainer_takes_it_like_a_local_one(directory, server, tmp_path):
     assert remote.reward_normalizer.mean == pytest.approx(local.reward_normalizer.mean)
     card = RewardModelCard.load(directory / "rm")
     fresh = _trainer(tmp_path / "fresh", server)
-    assert (fresh.reward_normalizer.mean, fresh.reward_funcs[0].timeout) == (pytest.approx(card.score_mean), 300.0)
-    assert remote.reward_funcs[0].timeout == 77.0
-    assert remote.reward_funcs[0].policy_eos_token_ids == tiny.END_IDS
+    assert (fresh.reward_normalizer.mean, fresh.scorers[0].timeout) == (pytest.approx(card.score_mean), 300.0)
+    assert remote.scorers[0].timeout == 77.0
+    assert remote.scorers[0].policy_eos_token_ids == tiny.END_IDS
 
 
 def test_a_run_goes_on_with_the_same_weights_wherever_they_are_served(directory, server, tmp_path):
@@ -162,11 +161,11 @@ def test_a_run_goes_on_with_the_same_weights_wherever_they_are_served(directory,
 
 def test_a_server_that_does_not_know_its_weights_is_known_by_its_address():
     with _answers(GOOD) as url:
-        assert fingerprint(RemoteRewardModel(url)) == url
+        assert RemoteRewardModel(url).identity() == url
 
 
 def _logged(trainer, name):
-    """One value per rollout."""
+    """Return one value per rollout."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
@@ -237,7 +236,7 @@ def test_a_refusal_is_final_and_the_token_is_not_told(server, caplog, no_pauses)
 
 
 class _Recorder:
-    """Scores by length, and writes down which requests were scored together."""
+    """Score by length, and record the size of each batch."""
 
     __name__, card = "recorder", None
 
@@ -299,7 +298,7 @@ def test_too_many_waiting_requests_are_sent_away(directory):
 
 
 def _settled(remote, prompt):
-    """The answer once the queue has room again."""
+    """Return the answer as soon as the queue has room again."""
     while True:
         try:
             return remote([prompt], ["b"])
@@ -337,7 +336,7 @@ def test_a_tokenizer_that_is_not_the_cards_is_not_served(directory):
 
 @contextmanager
 def _answers(*answers):
-    """A server that gives each answer in turn, the last one for ever: (status, body, seconds)."""
+    """Serve each answer (status, body, seconds) once, in order, and then repeat the last one."""
     left = list(answers)
 
     class Handler(BaseHTTPRequestHandler):
@@ -439,7 +438,7 @@ def test_a_server_that_dies_and_comes_back_does_not_end_the_training(directory, 
     with _served(directory, port) as process:
 
         def meddle(completions, **kwargs):
-            """Kill the server before it is asked the second time, and start it again."""
+            """Kill the server before its second request, and start it again."""
             rollouts.append(len(completions))
             if len(rollouts) == 2:
                 process.kill()

@@ -1,4 +1,4 @@
-"""A trained reward model meets a run: same text, or a refusal with the reason."""
+"""A run gives a reward model the text that it was trained on, or refuses it with the reason."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.tiny
 
 @pytest.fixture
 def trained(tmp_path):
-    """A function that trains a reward model of a given kind and returns its directory."""
+    """Return a function that trains a reward model of a given kind and returns its directory."""
 
     def train(*, chat=False, tok=None, **kwargs):
         tok = tok or tiny.tokenizer()
@@ -176,7 +176,7 @@ def test_a_causal_lm_is_not_a_reward_model(tmp_path):
 
 
 def test_chat_gets_the_special_tokens_of_the_template_only():
-    """A tokenizer that opens every text itself would open it twice."""
+    """A tokenizer that adds its own opening token would add a second one."""
     tok = tiny.tokenizer()
     opener = [("<pad>", tok.pad_token_id)]
     tok._tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=opener)

@@ -8,6 +8,8 @@ import tiny
 import torch
 from tolerances import FP32, assert_close
 
+from rlhf_recipes.rewards.protocol import FunctionScorer
+
 pytestmark = pytest.mark.tiny
 
 
@@ -156,8 +158,9 @@ def test_an_unscorable_completion_is_left_out(tmp_path, bad):
     def reward(completions, **kwargs):
         return [bad if i == 2 else float(i) for i in range(len(completions))]
 
-    reward.runs_in_process = True  # as a reward model is, whose overflow is not the end; of a function it would be
-    trainer = _drifted_trainer(tmp_path, rewards=reward)
+    scorer = FunctionScorer(reward)
+    scorer.model = torch.nn.Identity()  # infinity from a model masks a completion; from a function it ends the run
+    trainer = _drifted_trainer(tmp_path, rewards=scorer)
     batch = tiny.rollout(trainer)
     assert batch["completion_mask"][2].sum() == 0
     assert batch["completion_mask"][3].sum() > 0

@@ -118,7 +118,7 @@ def test_a_resume_of_another_run_is_refused_with_the_difference(tmp_path, caplog
 
 def test_another_number_of_processes_is_another_run(tmp_path, monkeypatch):
     args = tiny.ppo_config(tmp_path)
-    given = {"policy": "policy", "rewards": [], "functions": [], "train_dataset": tiny.prompts()}
+    given = {"policy": "policy", "rewards": [], "train_dataset": tiny.prompts()}
     one = facts_of_run(args, **given)
     monkeypatch.setattr(type(args), "world_size", 2)
     with pytest.raises(ValueError, match="the number of processes was 1, is 2"):

@@ -1,0 +1,86 @@
+"""The contract of everything that scores a completion.
+
+The trainer, the preflight and the identity of a run use this contract alone. They know no class of reward models.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_recipes.models.fingerprint import fingerprint
+from rlhf_recipes.rewards.card import RewardModelCard
+
+
+@dataclass(frozen=True)
+class ScoringRun:
+    """Hold what a run tells its scorers before their first call.
+
+    Args:
+        policy: Model in training. A reward adapter joins it.
+        policy_eos_token_ids: Ids that end a completion.
+        batch_size: Completions per forward pass.
+        timeout: Seconds for one request; `None` sets no limit.
+        prepare_frozen: Function that puts a model without gradients on the devices of the run.
+    """
+
+    policy: Any
+    policy_eos_token_ids: list[int]
+    batch_size: int
+    timeout: float | None
+    prepare_frozen: Callable[[Any], Any]
+
+
+class Scorer(Protocol):
+    """Score completions. A subclass may keep the defaults.
+
+    Args:
+        model: Network that runs in this process, if there is one. All processes then call the scorer equally often.
+        tokenizer: Tokenizer of the reward model, if this process has it.
+        card: Card of the reward model, if it has one.
+    """
+
+    __name__: str
+    model: nn.Module | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    card: RewardModelCard | None = None
+
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any
+    ) -> Sequence[float | None]:
+        """Return one score per completion; `None` or NaN where there is none. TRL calls reward functions like this."""
+        ...
+
+    def identity(self) -> str:
+        """Return a text that is the same when a run is resumed with the same scorer."""
+        return self.__name__
+
+    def prepare(self, run: ScoringRun) -> None:
+        """Get ready for the calls of a run."""
+        return
+
+
+class FunctionScorer(Scorer):
+    """Give a plain function, or a module that is called like one, the contract of a scorer."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__name__ = str(getattr(function, "__name__", type(function).__name__))
+        self.model = function if isinstance(function, nn.Module) else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    def identity(self) -> str:
+        """Return the name of a function, or a hash of a module's weights."""
+        return fingerprint(self.function)
+
+
+def scorer_of(function: Any) -> Scorer:
+    """Return a reward function as a `Scorer`: itself, or an adapter around it. TRL keeps the function itself."""
+    # The class is asked, because some objects (a proxy of a remote service) answer to every name.
+    methods = ("identity", "prepare")
+    return function if all(hasattr(type(function), name) for name in methods) else FunctionScorer(function)
