@@ -177,7 +177,7 @@ def test_an_unknown_scorer_trains_a_policy(tmp_path):
         assert (run.batch_size, run.timeout) == (4, 300.0)
         assert run.prepare_frozen(torch.nn.Linear(1, 1)).weight.device == trainer.accelerator.device
     trainer.train()
-    assert trainer._scores.tolist() == [float(len(text)) for text in scorer.calls[-1]]
+    assert trainer.rollout.scores.tolist() == [float(len(text)) for text in scorer.calls[-1]]
     assert any("eval_judge/win_rate" in entry for entry in trainer.state.log_history)
 
 
