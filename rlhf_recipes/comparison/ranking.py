@@ -1,6 +1,6 @@
 """What distinguishes several PPO runs, and which of them is best at equal KL.
 
-Runs whose options differ in seeds, names and places only are one group, whatever their tags say.
+`rlhf_recipes/options/relevance.py` says which options may differ inside a group.
 """
 
 import json
@@ -14,7 +14,7 @@ import pandas as pd
 from rlhf_recipes.comparison.curves import best_score_within, frontier_path, over_samples
 from rlhf_recipes.comparison.runs import Evaluation, TrackedRun
 from rlhf_recipes.evaluation.alarms import find_alarms
-from rlhf_recipes.options.relevance import IGNORED_OPTIONS, SEED_IN_PATH
+from rlhf_recipes.options.relevance import compared_options
 
 # Below this share of the runs' median reach, the common KL says little about where most of them ended.
 FAIR_REACH = 0.5
@@ -66,9 +66,9 @@ def group_runs(runs: list[TrackedRun]) -> tuple[list[Group], dict[str, list[str]
     """
     members: dict[str, list[TrackedRun]] = {}
     for run in runs:
-        options = _compared_options(run)
-        members.setdefault(json.dumps(options, sort_keys=True) if options else run.run_id, []).append(run)
-    options_of = [_compared_options(group[0]) for group in members.values()]
+        key = json.dumps(compared_options(run.options), sort_keys=True) if run.options else run.run_id
+        members.setdefault(key, []).append(run)
+    options_of = [compared_options(group[0].options) for group in members.values()]
     names = sorted({name for options in options_of for name in options})
     table = {name: [options.get(name, "not recorded") for options in options_of] for name in names}
     differing = {name: values for name, values in table.items() if len(set(values) - {"not recorded"}) > 1}
@@ -94,14 +94,6 @@ def _telling_options(differing: dict[str, list[str]]) -> list[str]:
             break
         chosen.append(best)
     return sorted(chosen)
-
-
-def _compared_options(run: TrackedRun) -> dict[str, str]:
-    return {
-        name: SEED_IN_PATH.sub("seed*", value if isinstance(value, str) else json.dumps(value, sort_keys=True))
-        for name, value in run.options.items()
-        if not IGNORED_OPTIONS.fullmatch(name)
-    }
 
 
 def run_path(run: TrackedRun) -> pd.DataFrame:

@@ -5,14 +5,13 @@ error.
 """
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import mlflow
 import pandas as pd
@@ -20,6 +19,10 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+
+from rlhf_recipes.options.relevance import flat
+from rlhf_recipes.options.secrets import without_credentials
+from rlhf_recipes.tracking.store import configure_mlflow
 
 # Everything that the comparison draws, tabulates or raises an alarm from.
 CURVES = (
@@ -111,9 +114,7 @@ def read_experiment(experiment: str, run_ids: Iterable[str], tracking_uri: str) 
         FileNotFoundError: If the store is a SQLite file that does not exist.
         ValueError: If the store cannot be read, or has no such experiment or run; the message names what exists.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's own 7 wait for minutes
+    configure_mlflow()
     _check_file(tracking_uri)
     try:
         client = MlflowClient(tracking_uri)
@@ -123,13 +124,7 @@ def read_experiment(experiment: str, run_ids: Iterable[str], tracking_uri: str) 
         return [_read_run(client, run, evaluations.get(run.info.run_id), tracking_uri) for run in trained]
     except MlflowException as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`tracking_uri` {public_uri(tracking_uri)} cannot be read: {reason}") from error
-
-
-def public_uri(uri: str) -> str:
-    """Return a store's address without user and password."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+        raise ValueError(f"`tracking_uri` {without_credentials(tracking_uri)} cannot be read: {reason}") from error
 
 
 def _check_file(tracking_uri: str) -> None:
@@ -146,7 +141,9 @@ def _runs(client: MlflowClient, experiment: str, tracking_uri: str) -> Iterator[
     found = client.get_experiment_by_name(experiment)
     if found is None or found.lifecycle_stage == "deleted":
         names = ", ".join(sorted(e.name for e in client.search_experiments()))
-        raise ValueError(f"`experiment` {experiment!r} is not in {public_uri(tracking_uri)}, which has: {names}.")
+        raise ValueError(
+            f"`experiment` {experiment!r} is not in {without_credentials(tracking_uri)}, which has: {names}."
+        )
     token = None
     while True:
         page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
@@ -190,7 +187,7 @@ def _read_run(client: MlflowClient, run: Run, evaluation: Run | None, tracking_u
     info, tags, metrics = run.info, run.data.tags, run.data.metrics
     options = _read_options(client, info.run_id, tracking_uri)
     is_server = urlsplit(tracking_uri).scheme in ("http", "https")
-    page = f"{public_uri(tracking_uri).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+    page = f"{without_credentials(tracking_uri).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
     memory = [(match[1], name) for name in metrics if (match := MEMORY.fullmatch(name))]
     peaks = pd.Series([_history(client, info.run_id, name).max() / 1e3 for _, name in memory], dtype=float)
     lineage = {"started from": tags.get("lineage.policy"), "reward model": tags.get("lineage.reward_model")}
@@ -226,10 +223,8 @@ def _run_title(client: MlflowClient, run_id: str) -> str:
 
 
 def _read_options(client: MlflowClient, run_id: str, tracking_uri: str) -> dict[str, Any]:
-    """Return the options of `config.yaml`, whichever class they belong to."""
-    text = _read_artifact(client, run_id, "config.yaml", tracking_uri)
-    classes = (yaml.safe_load(text) or {}).values() if text else []
-    return {option: value for options in classes for option, value in options.items()}
+    """Return the options of `config.yaml` by name."""
+    return flat(yaml.safe_load(_read_artifact(client, run_id, "config.yaml", tracking_uri)) or {})
 
 
 def _read_evaluation(client: MlflowClient, run: Run, tracking_uri: str) -> Evaluation:

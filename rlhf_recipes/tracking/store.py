@@ -29,7 +29,7 @@ from mlflow.utils.validation import (
 
 from rlhf_recipes.durability.checkpoints import wished_checkpoint
 from rlhf_recipes.options.recipes import TrackingArguments, _sqlite_file, tracking_uri
-from rlhf_recipes.options.relevance import config_group
+from rlhf_recipes.options.relevance import config_group, flat
 from rlhf_recipes.options.secrets import public_options, redact, without_credentials
 from rlhf_recipes.tracking.delivery import UNSENT_FILE, send_unsent
 from rlhf_recipes.tracking.lineage import environment_tags, read_run_file, upstream_runs
@@ -37,15 +37,9 @@ from rlhf_recipes.tracking.logged_model import UnknownModelError
 
 
 def flat_options(options: dict[str, dict[str, Any]], limit: int) -> dict[str, str]:
-    """Return every option once, as text of at most `limit` characters; the first class that has a name keeps it."""
-    flat: dict[str, str] = {}
-    for section, values in options.items():
-        for name, value in values.items():
-            text = str(value)
-            shown = text if len(text) <= limit else text[: limit - 1] + "…"
-            if flat.setdefault(name, shown) != shown:
-                flat[f"{section}.{name}"] = shown
-    return flat
+    """Return every option once, as text of at most `limit` characters, named as `flat` names it."""
+    texts = {name: str(value) for name, value in flat(options).items()}
+    return {name: text if len(text) <= limit else text[: limit - 1] + "…" for name, text in texts.items()}
 
 
 # A training does not wait minutes for a store; what it does not take is kept. A setting of the user's stays.
@@ -198,19 +192,19 @@ def _last_steps(run: Run) -> dict[str, int]:
 
 def _record_options(run: Run, configs: tuple[Any, ...], tags: dict[str, Any], *, is_new: bool) -> None:
     options = public_options(configs)
-    flat = flat_options(options, MAX_PARAM_VAL_LENGTH)
+    params = flat_options(options, MAX_PARAM_VAL_LENGTH)
     seeds = [config.seed for config in configs if hasattr(config, "seed")]
     tags |= {"seed": seeds[0]} if seeds else {}
     if not is_new:  # a parameter cannot change, and a tag should not: both say how the run began
         known = run.data.params | run.data.tags
-        now = {name: str(value) for name, value in (flat | tags).items()}
+        now = {name: str(value) for name, value in (params | tags).items()}
         changed = {name: value for name, value in now.items() if known.get(name, value) != value}
-        flat = {name: value for name, value in flat.items() if name not in known}
+        params = {name: value for name, value in params.items() if name not in known}
         tags = {name: value for name, value in tags.items() if name not in changed}
         tags |= {f"resume.{name.removeprefix('resume.')}": value for name, value in changed.items()}
     tags |= {"group": config_group(options)}  # of `config.yaml`, which is replaced
     mlflow.set_tags(tags)
-    items = list(flat.items())
+    items = list(params.items())
     for start in range(0, len(items), MAX_PARAMS_TAGS_PER_BATCH):
         batch = [Param(name, value) for name, value in items[start : start + MAX_PARAMS_TAGS_PER_BATCH]]
         mlflow.MlflowClient().log_batch(run.info.run_id, params=batch)

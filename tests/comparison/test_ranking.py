@@ -16,7 +16,7 @@ from tracked_experiments import (
 
 from rlhf_recipes.comparison.head_to_head import shared_answers, win_matrices
 from rlhf_recipes.comparison.ranking import all_count_samples, group_runs, held_out_winner, rank_groups, run_alarms
-from rlhf_recipes.comparison.runs import public_uri, read_experiment
+from rlhf_recipes.comparison.runs import read_experiment
 
 CONFIGURATIONS = {0.02: {"gain": 2.6, "kl": 8.0}, 0.05: {"gain": 2.2, "kl": 5.0}, 0.2: {"gain": 0.8, "kl": 4.0}}
 
@@ -138,11 +138,6 @@ def test_a_store_that_cannot_be_read_says_why():
     with pytest.raises(ValueError, match=r"`tracking_uri` gopher://x cannot be read: ") as error:
         read_experiment("sweep", [], "gopher://x")
     assert "\n" not in str(error.value)
-
-
-def test_an_address_is_shown_without_its_password():
-    assert public_uri("https://ann:secret@mlflow.example:5000/x") == "https://mlflow.example:5000/x"
-    assert public_uri("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
 
 
 def test_a_single_run(store):
