@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.comparison.runs import Evaluation
-from rlhf_recipes.evaluation.statistics import win_rate
+from rlhf_recipes.evaluation.statistics import compare_scores
+
+Scores = dict[str, list[float | None]]  # of the samples of each prompt
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,11 @@ def _one_scale(judge: str, evaluation: Evaluation, rival: Evaluation) -> bool:
     return judge != "reward_model" or evaluation.reward_model == rival.reward_model
 
 
-def _scores_by_prompt(evaluation: Evaluation, column: str) -> dict[str, list[float]]:
-    """Return the scores of all samples of each prompt; a missing one is NaN."""
-    scores: dict[str, list[float]] = {}
+def _scores_by_prompt(evaluation: Evaluation, column: str) -> Scores:
+    """Return the scores of all samples of each prompt; a missing one is None."""
+    scores: Scores = {}
     for row in evaluation.rows:
-        value = row.get(column)
-        scores.setdefault(prompt_key(row), []).append(math.nan if value is None else float(value))
+        scores.setdefault(prompt_key(row), []).append(row.get(column))
     return scores
 
 
@@ -84,13 +85,13 @@ def prompt_key(row: dict[str, Any]) -> str:
     return json.dumps(row["prompt"], sort_keys=True)
 
 
-def _beats(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> tuple[float, float, float] | None:
+def _beats(ours: Scores, theirs: Scores) -> tuple[float, float, float] | None:
     common = [prompt for prompt in ours if prompt in theirs]
     if not common:
         return None
     width = max(len(scores[prompt]) for scores in (ours, theirs) for prompt in common)
-    padded = [[s[prompt] + [math.nan] * (width - len(s[prompt])) for prompt in common] for s in (ours, theirs)]
-    outcome = win_rate(*padded)
+    padded = [[s[prompt] + [None] * (width - len(s[prompt])) for prompt in common] for s in (ours, theirs)]
+    outcome = compare_scores(*padded)
     if math.isnan(outcome["win_rate"]):
         return None
     return outcome["win_rate"], outcome["win_rate_low"], outcome["win_rate_high"]

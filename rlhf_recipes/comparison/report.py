@@ -41,6 +41,7 @@ from rlhf_recipes.comparison.ranking import (
     run_path,
 )
 from rlhf_recipes.comparison.runs import TrackedRun
+from rlhf_recipes.data.messages import as_text
 
 MISSING = "–"
 
@@ -89,7 +90,7 @@ def write_report(
         runs=[_run_row(name, run) for name, run in named.items()],
         matrices=[_matrix_entry(matrix) for matrix in win_matrices(evaluations)],
         prompts=[
-            (_prompt_text(prompt), [_answer_entry(answer) for answer in answers])
+            (as_text(prompt).strip(), [_answer_entry(answer) for answer in answers])
             for prompt, answers in shared_answers(evaluations, num_shown)
         ],
         number=_number,
@@ -230,13 +231,6 @@ def _cell(share: float, low: float, high: float) -> dict[str, Any]:
         "strength": round(abs(share - 0.5) * 140),  # per cent of the full shade
         "certain": not low <= 0.5 <= high,
     }
-
-
-def _prompt_text(prompt: Any) -> str:
-    """Return a prompt as text; of a chat, every message after its role."""
-    if isinstance(prompt, str):
-        return prompt.strip()
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _answer_entry(answer: Answer) -> dict[str, Any]:

@@ -4,18 +4,16 @@ The answers of step 0 are the baseline: there the policy is the SFT policy, whet
 an adapter, sampled by transformers or by vLLM. Every rank must make each call of `finish`.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from rlhf_recipes.data.messages import as_message
-from rlhf_recipes.evaluation.statistics import mean_gain, preference_rate, swapped_preferences, win_rate
+from rlhf_recipes.data.messages import answer_to
+from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
 from rlhf_recipes.rewards.calls import RewardCalls
 
 Judge = Callable[..., Any]
@@ -99,7 +97,7 @@ class HeldOutComparison:
             if not pairs:
                 continue
             chosen = [index for index, _ in pairs]
-            theirs = [text if isinstance(prompts[i], str) else as_message(text) for i, text in pairs]
+            theirs = [answer_to(prompts[i], text) for i, text in pairs]
             columns = {column: [values[i] for i in chosen] for column, values in known.items()}
             asked, ours = ([values[i] for i in chosen] for values in (prompts, completions))
             preferences = swapped_preferences(judge, asked, ours, theirs, **columns)
@@ -133,14 +131,12 @@ class HeldOutComparison:
         columns = {TRAINED_SCORE: TRAINED_SCORE} | {name: JUDGED + name for name in self.judges}
         for name, column in columns.items():
             ours, theirs = (
-                np.array([[_number(row[column]) for row in x[prompt][:count]] for prompt in prompts])
-                for x in (answers, self._baseline)
+                [[row[column] for row in x[prompt][:count]] for prompt in prompts] for x in (answers, self._baseline)
             )
-            outcome = win_rate(ours, theirs, seed=self._seed) | mean_gain(ours, theirs, seed=self._seed)
-            outcome |= {"policy": _mean(ours), "baseline": _mean(theirs)}
+            outcome = compare_scores(ours, theirs, seed=self._seed)
             metrics |= {f"{name}/{key}": value for key, value in outcome.items()}
         for name in self.pairwise_judges:
-            preferences = np.array([[row[JUDGED + name] for row in answers[prompt][:count]] for prompt in prompts])
+            preferences = [[row[JUDGED + name] for row in answers[prompt][:count]] for prompt in prompts]
             metrics |= {f"{name}/{key}": value for key, value in preference_rate(preferences, seed=self._seed).items()}
         # The figure to choose a checkpoint by: of the first judge that was not trained on, if there is one.
         principal = next(iter((*self.judges, *self.pairwise_judges)), TRAINED_SCORE)
@@ -165,14 +161,6 @@ class HeldOutComparison:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._baseline = state["baseline"]
-
-
-def _number(score: float | None) -> float:
-    return math.nan if score is None else float(score)
-
-
-def _mean(scores: np.ndarray) -> float:
-    return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
 
 
 @contextmanager

@@ -4,12 +4,14 @@ Arrays in, plain floats out; generation and scoring of held-out prompts.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+
+Samples = ArrayLike | Sequence[Sequence[float | None]]
 
 
 def preference_metrics(
@@ -57,6 +59,23 @@ def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
     gaps = [abs((correct - confidence)[bins == b].sum()) for b in range(10)]
     return float(sum(gaps) / confidence.size)
+
+
+def compare_scores(scores: Samples, baseline_scores: Samples, *, seed: int = 0) -> dict[str, float]:
+    """Return the mean score of a policy and of its baseline, and `win_rate` and `mean_gain` with their intervals.
+
+    Args:
+        scores: Scores of the policy, `(N, S)`: S samples of each of N prompts. `None` or NaN is a missing score.
+        baseline_scores: Scores of the baseline on the same prompts, same shape.
+        seed: Seed of the bootstrap.
+    """
+    ours, theirs = np.asarray(scores, dtype=float), np.asarray(baseline_scores, dtype=float)
+    means = {"policy": _mean(ours), "baseline": _mean(theirs)}
+    return means | win_rate(ours, theirs, seed=seed) | mean_gain(ours, theirs, seed=seed)
+
+
+def _mean(scores: np.ndarray) -> float:
+    return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
 
 
 def win_rate(
