@@ -163,6 +163,32 @@ def _judge_disagreement(evaluation: Mapping[str, float], rewards: frozenset[str]
     ]
 
 
+class LogAlarms:
+    """Find the alarms of a growing log once, for all callbacks that ask at the same point of it.
+
+    The newest record identifies the point: a record is never changed, and a run that goes back gets new ones.
+    """
+
+    def __init__(self) -> None:
+        self._newest: Mapping[str, Any] | None = None
+        self._alarms: list[str] = []
+
+    def __call__(self, args: Any, state: Any) -> list[str]:
+        """Return the alarms of a PPO run so far.
+
+        Args:
+            args: Options of the run, a `PPOConfig`.
+            state: transformers' `TrainerState`.
+        """
+        newest = state.log_history[-1] if state.log_history else None
+        if newest is None or newest is not self._newest:
+            self._newest, self._alarms = newest, alarms_of_log(state.log_history, target_kl=args.held_kl)
+        return self._alarms
+
+
+current_alarms = LogAlarms()
+
+
 class AlarmCallback(TrainerCallback):
     """Warn once of each sign of reward hacking, at the evaluation or the save after which it first shows."""
 
@@ -170,10 +196,10 @@ class AlarmCallback(TrainerCallback):
         self._known = set[str]()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the figures so far."""
+        """Warn of alarms of a kind that is new."""
         if not state.is_world_process_zero:
             return
-        for alarm in alarms_of_log(state.log_history, target_kl=args.held_kl):
+        for alarm in current_alarms(args, state):
             kind = re.sub(r"(?<!\w)-?\d+(\.\d+)?", "", alarm)  # a figure moves on while its alarm stays
             if kind not in self._known:
                 logger.warning(f"{alarm} Read some completions: {Path(args.output_dir, SAMPLES_DIRECTORY)}")

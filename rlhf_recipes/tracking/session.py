@@ -27,7 +27,7 @@ from transformers.integrations import MLflowCallback
 from rlhf_recipes.data.digest import dataset_digest
 from rlhf_recipes.durability.ending import leave_together
 from rlhf_recipes.durability.termination import SIGNALS, TerminatedError, terminate
-from rlhf_recipes.evaluation.alarms import alarms_of_log
+from rlhf_recipes.evaluation.alarms import current_alarms
 from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY, tables_of_step, tables_until
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.recipes import TrackingArguments, tracking_uri
@@ -83,7 +83,7 @@ class RunCallback(MLflowCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the alarms that the figures so far give, when they change."""
         if isinstance(args, PPOConfig):
-            alarms = " ".join(alarms_of_log(state.log_history, target_kl=args.held_kl)) or "none"
+            alarms = " ".join(current_alarms(args, state)) or "none"
             if alarms != self._alarms:
                 self._ml_flow.set_tags({"alarms": alarms})
             self._alarms = alarms
