@@ -1,7 +1,6 @@
-"""The PPO runs of an MLflow experiment, read back: curves, options, lineage, cost, and evaluations.
+"""Read the PPO runs of an MLflow experiment: curves, options, lineage, cost and evaluations.
 
-Reads a store through MLflow's client and writes nothing to it; what a run did not record is absent, not an
-error.
+Nothing is written to the store. A record that a run does not have is no error.
 """
 
 import json
@@ -24,16 +23,16 @@ from rlhf_recipes.options.relevance import flat
 from rlhf_recipes.options.secrets import without_credentials
 from rlhf_recipes.tracking.store import configure_mlflow
 
-# Everything that the comparison draws, tabulates or raises an alarm from.
+# The curves that the comparison draws, lists or checks for alarms.
 CURVES = (
     *("episode", "num_tokens", "objective/scores", "objective/kl", "entropy"),
     *("completions/mean_length", "completions/clipped_ratio", "val/explained_variance"),
     "completions/repeated_ngrams",
 )
-# MLflow's SQL stores keep an infinity as the largest double.
+# The SQL stores of MLflow replace infinity by the largest double.
 STORED_INFINITY = 1.7e308
 MEMORY = re.compile(r"system/(?:.*/)?(system|gpu_\d+)_memory_usage_megabytes")
-COMMIT_TAGS = ("git.commit", "mlflow.source.git.commit")  # ours, and what MLflow finds by itself
+COMMIT_TAGS = ("git.commit", "mlflow.source.git.commit")  # ours, and the one that MLflow sets
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,12 @@ class Evaluation:
     """One policy against its baseline on held-out prompts.
 
     Args:
-        run_id: Of the evaluation's own run.
-        name: Of that run.
-        metrics: As of `evaluation.compare_policies`.
-        rows: One per completion: `prompt`, `policy_completion`, `baseline_completion`, `policy_<judge>`,
+        run_id: Id of the run of the evaluation.
+        name: Name of that run.
+        metrics: Metrics that `compare_policies` returned.
+        rows: One row per completion: `prompt`, `policy_completion`, `baseline_completion`, `policy_<judge>`,
             `baseline_<judge>`.
-        reward_model: What the judge `reward_model` was; its scores compare with those of the same one only.
+        reward_model: Identity of the judge `reward_model`. Scores of two reward models cannot be compared.
     """
 
     run_id: str
@@ -61,19 +60,19 @@ class TrackedRun:
     """One PPO run.
 
     Args:
-        run_id: MLflow's.
-        name: Shown in MLflow.
+        run_id: Id in MLflow.
+        name: Name in MLflow.
         status: RUNNING, FINISHED, FAILED or KILLED.
-        seed: As text; empty if unknown.
-        options: The resolved configuration, by option; empty if the run recorded none.
+        seed: Seed as text. Empty if unknown.
+        options: Values of the options by name. Empty if the run recorded none.
         metrics: Last value of every metric.
-        curves: Of `CURVES` those that were logged, each indexed by step.
-        lineage: Names and short ids of the runs that this one stands on, by role.
-        commit: Of the code; empty if unknown.
-        link: Page of the run; empty for a store without a server.
-        hours: Wall time so far; None if MLflow has none.
+        curves: The logged ones of `CURVES`, each indexed by step.
+        lineage: Names and short ids of the runs that this run used, by role.
+        commit: Commit of the code. Empty if unknown.
+        link: Page of the run. Empty for a store without a server.
+        hours: Wall time. None if MLflow has none.
         peak_memory: Gigabytes by device, from the system metrics.
-        evaluation: The latest finished one, if any.
+        evaluation: Latest finished evaluation, if any.
     """
 
     run_id: str
@@ -92,12 +91,12 @@ class TrackedRun:
 
     @property
     def failed(self) -> bool:
-        """Whether the run stopped before its end."""
+        """Whether the run failed or was killed."""
         return self.status in ("FAILED", "KILLED")
 
     @property
     def reward(self) -> str:
-        """What scored the run: two runs' scores have one unit only if this is equal."""
+        """The rewards of the run. The scores of two runs have the same unit only if this is equal."""
         model = self.lineage.get("reward model") or self.options.get("reward_model_path")
         return str((model, self.options.get("reward_adapter"), self.options.get("reward_functions")))
 
@@ -106,13 +105,13 @@ def read_experiment(experiment: str, run_ids: Iterable[str], tracking_uri: str) 
     """Return the PPO runs of an experiment, oldest first, each with its curves and its evaluation.
 
     Args:
-        experiment: Name.
-        run_ids: Ids, beginnings of ids, or names of the runs to read; empty for all.
-        tracking_uri: MLflow store.
+        experiment: Name of the experiment.
+        run_ids: Ids, beginnings of ids, or names of the runs to read. Empty for all.
+        tracking_uri: Address of the MLflow store.
 
     Raises:
         FileNotFoundError: If the store is a SQLite file that does not exist.
-        ValueError: If the store cannot be read, or has no such experiment or run; the message names what exists.
+        ValueError: If the store cannot be read, or has no such experiment or run. The message lists the existing ones.
     """
     configure_mlflow()
     _check_file(tracking_uri)
@@ -128,7 +127,7 @@ def read_experiment(experiment: str, run_ids: Iterable[str], tracking_uri: str) 
 
 
 def _check_file(tracking_uri: str) -> None:
-    """Refuse a SQLite file that is not there, which MLflow would create."""
+    """Refuse a SQLite file that does not exist, because MLflow would create it."""
     path = tracking_uri.removeprefix("sqlite:///")
     if path != tracking_uri and not Path(path).is_file():
         raise FileNotFoundError(
@@ -173,7 +172,7 @@ def _selected(trained: list[Run], runs: list[Run], experiment: str, wanted: Iter
 
 
 def _latest_evaluations(runs: list[Run]) -> dict[str, Run]:
-    """Return the last finished evaluation of each policy by the id of the run that made the policy."""
+    """Return the latest finished evaluation of each policy by the id of the run that trained the policy."""
     return {
         run.data.tags["lineage.policy"]: run
         for run in runs
@@ -209,7 +208,7 @@ def _read_run(client: MlflowClient, run: Run, evaluation: Run | None, tracking_u
 
 
 def _history(client: MlflowClient, run_id: str, name: str) -> pd.Series:
-    """Return a metric by step. Of a step that was logged twice, by a resumed run, the later value counts."""
+    """Return a metric by step. A resumed run may log a step twice; the later value counts."""
     entries = sorted(client.get_metric_history(run_id, name), key=lambda entry: (entry.step, entry.timestamp))
     curve = pd.Series({entry.step: entry.value for entry in entries}, dtype=float)
     return curve.where(curve.abs() < STORED_INFINITY)

@@ -25,17 +25,17 @@ def generate_completions(
     temperature: float = 1.0,
     batch_size: int = 32,
 ) -> list[list[int]]:
-    """Sample one completion per prompt, as token ids that end with the EOS unless the completion was cut off.
+    """Sample one completion per prompt. Return token ids, with the EOS at the end unless the completion was cut off.
 
-    Only temperature shapes the distribution, as in training: no top-k, top-p or penalty of the model's own
-    generation config. A temperature of 0 is greedy.
+    As in training, only the temperature shapes the distribution. Top-k, top-p and penalties of the model's generation
+    config are not used. A temperature of 0 is greedy.
 
     Args:
         model: Causal LM.
-        tokenizer: Its tokenizer.
-        prompts: Plain text, ending with the separator, or messages.
+        tokenizer: Tokenizer of the model.
+        prompts: Text that ends with the separator, or messages.
         max_completion_length: Tokens per completion.
-        temperature: Of the softmax.
+        temperature: Temperature of the softmax.
         batch_size: Prompts per call of `generate`.
     """
     end_ids = eos_token_ids(model, tokenizer)
@@ -112,7 +112,7 @@ def compare_policies(
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every id that ends a completion: the model's and the tokenizer's."""
+    """Return every token id that ends a completion, of the model and of the tokenizer."""
     ids = model.generation_config.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return ids if tokenizer.eos_token_id in ids else [tokenizer.eos_token_id, *ids]
@@ -143,12 +143,12 @@ def sequence_kl(
     """Return the mean over completions of the summed k1 estimate of KL(policy || reference), nats.
 
     Args:
-        policy: The one that sampled the completions.
+        policy: Policy that sampled the completions.
         reference: Usually the SFT policy.
-        tokenizer: Of both.
-        prompts: As given to `generate_completions`.
-        completions: As returned by it.
-        temperature: At which they were sampled; greedy ones are measured at 1.
+        tokenizer: Tokenizer of both.
+        prompts: Argument of `generate_completions`.
+        completions: Token ids that it returned.
+        temperature: Temperature of the sampling. For greedy completions (0) the KL is measured at 1.
     """
     total = 0.0
     for prompt, completion in tqdm(zip(prompts, completions, strict=True), desc="KL", total=len(prompts)):
