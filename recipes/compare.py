@@ -1,10 +1,10 @@
-"""Comparison: which of an experiment's PPO runs is best at equal KL, and how do they differ?
+"""Compare the PPO runs of an experiment: which is best at equal KL, and how do they differ?
 
     python recipes/compare.py --experiment rlhf_recipes
     python recipes/compare.py --experiment my_experiment --runs 3f2a91c0 8b17e5d4 --tracking_uri http://mlflow:5000
 
 Writes `report.html`, one file that needs no network, and its figures as PNG. Runs that differ only in their seed are
-one group; evaluations (`recipes/evaluate.py`) add win rates and completions.
+one group. Evaluations (`recipes/evaluate.py`) add win rates and completions.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from rlhf_recipes.options.recipes import ComparisonArguments, TrackingArguments,
 
 
 def main(script_args: ComparisonArguments) -> dict[str, float]:
-    """Read the runs, rank them and write the report; return each group's score at equal KL."""
+    """Read the runs, rank them and write the report. Return the score of each group at equal KL."""
     store = tracking_uri(TrackingArguments(tracking_uri=script_args.tracking_uri))
     runs = read_experiment(script_args.experiment, script_args.runs, store)
 

@@ -1,4 +1,4 @@
-"""Evaluation: is the policy better than the one it started from, on prompts that it has not seen?
+"""Evaluate a policy: is it better than its baseline on prompts that it has not seen?
 
     python recipes/evaluate.py --config recipes/configs/quickstart/evaluate.yaml
     python recipes/evaluate.py --config my_evaluation.yaml --model_name_or_path runs/my_model/ppo
@@ -31,7 +31,7 @@ from rlhf_recipes.tracking.session import log_datasets, log_results, track_run
 def main(
     script_args: EvaluationArguments, model_args: ModelConfig, tracking_args: TrackingArguments
 ) -> dict[str, float]:
-    """Compare two policies; return the results."""
+    """Compare two policies, and return the results."""
     set_seed(script_args.seed)
     with track_run(tracking_args, script_args.output_dir, "evaluation", script_args, model_args):
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
@@ -43,7 +43,7 @@ def main(
 
         init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
         policy = load_policy(path, **init_kwargs)
-        # A policy on a 4-bit base did not start from weights in full precision: rounding is no progress of PPO's.
+        # A policy on a 4-bit base started from rounded weights, so its baseline needs the same rounding.
         baseline_path = require_model("baseline_path", script_args.baseline_path, model_args.model_revision)
         baseline = load_policy(baseline_path, base_quantization=saved_quantization(path), **init_kwargs)
         check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length)

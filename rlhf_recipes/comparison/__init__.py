@@ -1,1 +1,1 @@
-"""Several runs, read back and ranked on one page."""
+"""Read several runs from MLflow, and rank them on one page."""

@@ -1,7 +1,4 @@
-"""Curves of several runs on common axes: smoothing, bands over seeds, and the score that a run reaches within a KL.
-
-Pandas in, pandas or floats out; knows nothing of MLflow.
-"""
+"""Bring curves of several runs to common axes: smoothing, bands over seeds, best score within a KL."""
 
 import math
 
@@ -10,14 +7,14 @@ import pandas as pd
 
 from rlhf_recipes.evaluation.alarms import finite
 
-# A tenth of a run: wide enough to see a trend of 40 noisy points, too short to move its ends by more than a twentieth.
+# Share of a run in the moving average. A tenth shows the trend of 40 noisy points, and blurs a twentieth at each end.
 SMOOTHED_SHARE = 0.1
 
 
 def smooth(curve: pd.Series) -> pd.Series:
     """Return the centred moving average over a tenth of the finite points.
 
-    At both ends the window is cut, not padded, so a curve shorter than 20 points is returned as it is.
+    The window is cut at both ends, not padded. A curve of less than 20 points does not change.
     """
     points = finite(curve)
     window = max(1, int(len(points) * SMOOTHED_SHARE))
@@ -26,12 +23,12 @@ def smooth(curve: pd.Series) -> pd.Series:
 
 
 def over_samples(curve: pd.Series, samples: pd.Series) -> pd.Series:
-    """Return a curve over steps as one over completions sampled so far.
+    """Return a curve over steps as a curve over the number of completions sampled so far.
 
-    Steps without a count are interpolated; the values of several steps on one rollout are averaged.
+    A step without a count gets an interpolated one. Several steps on one rollout are averaged.
 
     Args:
-        curve: Indexed by step.
+        curve: Values indexed by step.
         samples: Completions sampled so far, indexed by step, at least one finite.
     """
     known = finite(samples).sort_index()
@@ -41,12 +38,12 @@ def over_samples(curve: pd.Series, samples: pd.Series) -> pd.Series:
 
 
 def seed_band(curves: list[pd.Series]) -> pd.DataFrame:
-    """Return mean, smallest and largest value of several curves, where all of them have values.
+    """Return the mean, the smallest and the largest value of several curves, where all of them have values.
 
-    The grid is the union of their points; between its own points a curve is linear, outside its range it says nothing.
+    The grid is the union of their points. A curve is linear between its points, and has no value outside of them.
 
     Args:
-        curves: Of the seeds of one configuration; those without a finite point are left out.
+        curves: One curve per seed of a configuration. Curves without a finite point are left out.
 
     Returns:
         Columns `mean`, `low` and `high`; empty without a common range.
@@ -63,11 +60,11 @@ def seed_band(curves: list[pd.Series]) -> pd.DataFrame:
 
 
 def frontier_path(kl: pd.Series, scores: pd.Series) -> pd.DataFrame:
-    """Return a run's path in the plane of KL and score, both smoothed, in the order of training.
+    """Return the path of a run in the plane of KL and score, both smoothed, in the order of training.
 
     Args:
         kl: Nats per completion, indexed by step.
-        scores: Indexed by step.
+        scores: Scores indexed by step.
 
     Returns:
         Columns `kl` and `score`, at the steps that have both.
@@ -77,17 +74,17 @@ def frontier_path(kl: pd.Series, scores: pd.Series) -> pd.DataFrame:
 
 
 def best_score_within(path: pd.DataFrame, limit: float) -> float:
-    """Return the highest score on a path where its KL is at most `limit`: what the run offers within that budget.
+    """Return the highest score on the part of a path whose KL is at most `limit`.
 
-    The path is linear between its points, so a crossing of the limit counts. A KL that comes back under the limit, as
-    an adaptive controller makes it, counts as well.
+    The path is linear between its points, so a crossing of the limit counts. An adaptive controller can bring the KL
+    back under the limit. That part counts too.
 
     Args:
-        path: As of `frontier_path`.
-        limit: Nats.
+        path: Path that `frontier_path` returned.
+        limit: Largest KL, nats.
 
     Returns:
-        The score; NaN if the whole path lies above the limit.
+        The score. NaN if the whole path is above the limit.
     """
     kl, score = path["kl"].to_numpy(dtype=float), path["score"].to_numpy(dtype=float)
     crossing = np.flatnonzero((kl[:-1] - limit) * (kl[1:] - limit) < 0)

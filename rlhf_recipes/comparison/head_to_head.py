@@ -1,6 +1,6 @@
-"""Final policies against each other, from what their evaluations have sampled on the same held-out prompts.
+"""Compare final policies with each other, on the held-out prompts that their evaluations share.
 
-Reads completions and scores that are there already; generates and judges nothing.
+The evaluations have recorded the completions and their scores. Nothing is generated or judged here.
 """
 
 import json
@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.comparison.runs import Evaluation
-from rlhf_recipes.evaluation.statistics import win_rate
+from rlhf_recipes.evaluation.statistics import compare_scores
+
+Scores = dict[str, list[float | None]]  # of the samples of each prompt
 
 
 @dataclass(frozen=True)
 class WinMatrix:
-    """How often the policy of a row beats that of a column: `(share, low, high)`, or None without common prompts."""
+    """The share of prompts on which a row beats a column: `(share, low, high)`, or None without common prompts."""
 
     judge: str
     names: list[str]
@@ -25,7 +27,7 @@ class WinMatrix:
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion of a prompt: whose, the text, and the scores of the judges."""
+    """One completion of a prompt: the name of its policy, the text, and the scores of the judges."""
 
     name: str
     text: str
@@ -33,7 +35,7 @@ class Answer:
 
 
 def judges_of(evaluations: Iterable[Evaluation]) -> list[str]:
-    """Return the judges of some evaluations, held-out ones before `reward_model`, which PPO was trained on."""
+    """Return the judges of some evaluations. `reward_model` is last, because PPO was trained on it."""
     columns = {name for evaluation in evaluations for row in evaluation.rows[:1] for name in row}
     judges = {name.removeprefix("policy_") for name in columns if name.startswith("policy_")} - {"completion"}
     return sorted(judges, key=lambda judge: (judge == "reward_model", judge))
@@ -42,13 +44,13 @@ def judges_of(evaluations: Iterable[Evaluation]) -> list[str]:
 def win_matrices(policies: dict[str, Evaluation]) -> list[WinMatrix]:
     """Compare every two policies, and each with its baseline, on the prompts that both have answered.
 
-    Scores of `reward_model` compare between evaluations with the same reward model only.
+    Scores of `reward_model` are compared only between evaluations with the same reward model.
 
     Args:
         policies: Evaluations by the name of the policy.
 
     Returns:
-        One matrix per judge. Its last column is the policy's own baseline.
+        One matrix per judge. Its last column is the baseline of the policy in the row.
     """
     return [_win_matrix(judge, policies) for judge in judges_of(policies.values())]
 
@@ -70,36 +72,35 @@ def _one_scale(judge: str, evaluation: Evaluation, rival: Evaluation) -> bool:
     return judge != "reward_model" or evaluation.reward_model == rival.reward_model
 
 
-def _scores_by_prompt(evaluation: Evaluation, column: str) -> dict[str, list[float]]:
-    """Return the scores of all samples of each prompt; a missing one is NaN."""
-    scores: dict[str, list[float]] = {}
+def _scores_by_prompt(evaluation: Evaluation, column: str) -> Scores:
+    """Return the scores of all samples of each prompt; a missing one is None."""
+    scores: Scores = {}
     for row in evaluation.rows:
-        value = row.get(column)
-        scores.setdefault(prompt_key(row), []).append(math.nan if value is None else float(value))
+        scores.setdefault(prompt_key(row), []).append(row.get(column))
     return scores
 
 
 def prompt_key(row: dict[str, Any]) -> str:
-    """Return what identifies a prompt, plain or chat."""
+    """Return a text that identifies a prompt, plain or chat."""
     return json.dumps(row["prompt"], sort_keys=True)
 
 
-def _beats(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> tuple[float, float, float] | None:
+def _beats(ours: Scores, theirs: Scores) -> tuple[float, float, float] | None:
     common = [prompt for prompt in ours if prompt in theirs]
     if not common:
         return None
     width = max(len(scores[prompt]) for scores in (ours, theirs) for prompt in common)
-    padded = [[s[prompt] + [math.nan] * (width - len(s[prompt])) for prompt in common] for s in (ours, theirs)]
-    outcome = win_rate(*padded)
+    padded = [[s[prompt] + [None] * (width - len(s[prompt])) for prompt in common] for s in (ours, theirs)]
+    outcome = compare_scores(*padded)
     if math.isnan(outcome["win_rate"]):
         return None
     return outcome["win_rate"], outcome["win_rate_low"], outcome["win_rate_high"]
 
 
 def shared_answers(policies: dict[str, Evaluation], num_prompts: int) -> list[tuple[Any, list[Answer]]]:
-    """Return some prompts with the answers of the baseline and of every policy, the first sample of each.
+    """Return some prompts with the first answer of the baseline and of every policy.
 
-    Prompts that most policies have answered come first; among equals, they are spread over the data.
+    Only prompts with the most answers are chosen, spread evenly over the data.
     """
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for name, evaluation in policies.items():
@@ -113,7 +114,7 @@ def shared_answers(policies: dict[str, Evaluation], num_prompts: int) -> list[tu
 
 
 def _answers(rows: dict[str, dict[str, Any]], judges: list[str]) -> list[Answer]:
-    """Return the baseline's answer, once if all baselines say the same, then the policies'."""
+    """Return the answers of the baselines, one if all are equal, and then those of the policies."""
 
     def answer(name: str, side: str, row: dict[str, Any]) -> Answer:
         scores = {judge: row[f"{side}_{judge}"] for judge in judges if f"{side}_{judge}" in row}

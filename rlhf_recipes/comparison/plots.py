@@ -1,7 +1,4 @@
-"""Plots of one training run, and of several compared.
-
-Draws what the trainer wrote, or curves that it is given; trains and measures nothing.
-"""
+"""Draw plots of one training run, and of several runs in comparison."""
 
 import io
 import json
@@ -27,8 +24,8 @@ PANELS = {
     "val/explained_variance": "explained variance of the critic",
 }
 COMPARED_PANELS = PANELS | {"entropy": "entropy (nats per token)"}
-# Five colours that readers with the common colour blindnesses tell apart, after Okabe and Ito's palette; a page may
-# replace them, and the ink and the grid, by its own. Line styles and markers tell further groups apart.
+# Five colours that people with common colour blindnesses can distinguish, after the palette of Okabe and Ito. A page
+# may replace them, the ink and the grid. More groups differ in line style and marker.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5508c", "#8a6d00")
 INK, GRID = "#1b1b1f", "#b9b9c0"
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":")
@@ -55,7 +52,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class RunPath:
-    """A run in the plane of KL and score: `group` chooses its colour; `held_out` is its evaluation's point, if any."""
+    """A run in the plane of KL and score. `group` selects the colour; `held_out` is the point of its evaluation."""
 
     name: str
     group: int
@@ -66,7 +63,7 @@ class RunPath:
 
 @dataclass(frozen=True)
 class Band:
-    """A metric of one group over samples: the smoothed curves, which of them failed, and the band of the rest."""
+    """A metric of one group over samples: the smoothed curves, which of them failed, and the band of the others."""
 
     name: str
     group: int
@@ -76,11 +73,11 @@ class Band:
 
 
 def plot_training(state_file: str | Path, output: str | Path) -> Path:
-    """Draw score, KL, length and explained variance over optimiser steps; evaluations during training as points.
+    """Draw score, KL, length and explained variance over optimiser steps, and evaluations during training as points.
 
     Args:
         state_file: `trainer_state.json` of a PPO run.
-        output: PNG to write.
+        output: Path of the PNG.
 
     Returns:
         `output`.
@@ -103,7 +100,7 @@ def plot_training(state_file: str | Path, output: str | Path) -> Path:
 
 
 def draw_frontier(axis: Axes, paths: list[RunPath], common_kl: float | None) -> None:
-    """Draw each run as a path from its start to its labelled end; held-out points are hollow stars."""
+    """Draw each run as a path from its start to its labelled end, and its held-out point as a hollow star."""
     ends = []
     for run in paths:
         colour, marker = COLOURS[run.group % len(COLOURS)], MARKERS[run.group % len(MARKERS)]
@@ -127,7 +124,7 @@ def _line(group: int) -> Any:
 
 
 def _label_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write the names to the right of the axis in the order of the scores, spread so that none hides another."""
+    """Write the names to the right of the axis in the order of the scores, so that no name hides another."""
     low, high = axis.get_ylim()
     ends = sorted(ends, key=lambda end: end[1])
     wanted = np.array([(score - low) / (high - low) for _, score, *_ in ends])
@@ -148,13 +145,13 @@ def _label_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def _spread(wanted: np.ndarray, gap: float) -> np.ndarray:
-    """Move ascending places up, and back below 1 from the top, until they lie at least `gap` apart."""
+    """Return ascending places at least `gap` apart and at most 1, close to the wanted ones."""
     steps = np.arange(len(wanted)) * gap
     return np.minimum(np.maximum.accumulate(wanted - steps) + steps, 1.0 - steps[::-1])
 
 
 def draw_bands(axis: Axes, bands: list[Band], title: str, x_label: str) -> None:
-    """Draw every seed as a thin line, and over them the mean of each group with its band."""
+    """Draw every seed as a thin line, and the mean of each group with its band on top."""
     for group in bands:
         colour, line = COLOURS[group.group % len(COLOURS)], _line(group.group)
         for curve, failed in zip(group.curves, group.failed, strict=True):
@@ -177,12 +174,12 @@ def draw_bands(axis: Axes, bands: list[Band], title: str, x_label: str) -> None:
 
 
 def save_png(draw: list[Callable[[Axes], Any]], legend: list[str], output: Path) -> Path:
-    """Draw panels side by side, at most three in a row, under one legend, for a page or a paper with white background.
+    """Draw panels side by side, at most three in a row, with one legend, on a white background.
 
     Args:
         draw: One function per panel.
-        legend: A text per group, in the order of the colours.
-        output: File to write.
+        legend: One text per group, in the order of the colours.
+        output: Path of the PNG.
     """
     columns = min(len(draw), 3)
     rows = -(-len(draw) // columns)
@@ -200,11 +197,11 @@ def save_png(draw: list[Callable[[Axes], Any]], legend: list[str], output: Path)
 
 
 def inline_svg(draw: Callable[[Axes], Any], name: str, size: tuple[float, float]) -> str:
-    """Return one panel as an SVG element with a transparent background, to be put into a page.
+    """Return one panel as an SVG element with a transparent background, for a page.
 
     Args:
-        draw: Draws it.
-        name: Prefix of the ids inside, which must differ between the figures of a page.
+        draw: Function that draws the panel.
+        name: Prefix of the ids inside. It must differ between the figures of a page.
         size: Width and height, inches.
     """
     with matplotlib.rc_context(STYLE), io.StringIO() as file:

@@ -1,6 +1,6 @@
-"""What distinguishes several PPO runs, and which of them is best at equal KL.
+"""Group PPO runs by their options, and find the best group at equal KL.
 
-Runs whose options differ in seeds, names and places only are one group, whatever their tags say.
+`rlhf_recipes/options/relevance.py` says which options may differ inside a group.
 """
 
 import json
@@ -14,22 +14,22 @@ import pandas as pd
 from rlhf_recipes.comparison.curves import best_score_within, frontier_path, over_samples
 from rlhf_recipes.comparison.runs import Evaluation, TrackedRun
 from rlhf_recipes.evaluation.alarms import find_alarms
-from rlhf_recipes.options.relevance import IGNORED_OPTIONS, SEED_IN_PATH
+from rlhf_recipes.options.relevance import compared_options
 
-# Below this share of the runs' median reach, the common KL says little about where most of them ended.
+# Share of the median reach. A smaller common KL says little about the end of most runs.
 FAIR_REACH = 0.5
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration: `name` is a letter, `label` what sets it apart from the other groups."""
+    """Runs of one configuration: `name` is a letter, `label` names the options that separate it from the others."""
 
     name: str
     label: str
     runs: list[TrackedRun]
 
     def run_name(self, run: TrackedRun) -> str:
-        """Return a short name of one of the runs: the group's letter and, among several, the seed."""
+        """Return a short name of one of the runs: the letter of the group, and the seed if there are several runs."""
         seeds = [other.seed for other in self.runs]
         number = run.seed if run.seed.isdigit() and len(set(seeds)) == len(seeds) else str(self.runs.index(run) + 1)
         return f"{self.name}{number}" if len(self.runs) > 1 else self.name
@@ -37,7 +37,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A group at the common KL: mean score over its runs, smallest, largest, and the mean KL that it ended at."""
+    """A group at the common KL: mean, smallest and largest score of its runs, and the mean KL at their end."""
 
     group: Group
     score: float
@@ -48,7 +48,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer: one sentence, what to beware of, the groups from best to worst, and the KL they are compared at."""
+    """The answer: one sentence, the caveats, the groups from best to worst, and the KL of the comparison."""
 
     headline: str
     caveats: list[str]
@@ -57,18 +57,16 @@ class Verdict:
 
 
 def group_runs(runs: list[TrackedRun]) -> tuple[list[Group], dict[str, list[str]]]:
-    """Group runs by configuration.
-
-    A run that recorded no configuration is a group of its own.
+    """Group runs by configuration. A run that recorded no configuration is a group of its own.
 
     Returns:
         The groups in the order of their first run; the options that differ, each with one value per group.
     """
     members: dict[str, list[TrackedRun]] = {}
     for run in runs:
-        options = _compared_options(run)
-        members.setdefault(json.dumps(options, sort_keys=True) if options else run.run_id, []).append(run)
-    options_of = [_compared_options(group[0]) for group in members.values()]
+        key = json.dumps(compared_options(run.options), sort_keys=True) if run.options else run.run_id
+        members.setdefault(key, []).append(run)
+    options_of = [compared_options(group[0].options) for group in members.values()]
     names = sorted({name for options in options_of for name in options})
     table = {name: [options.get(name, "not recorded") for options in options_of] for name in names}
     differing = {name: values for name, values in table.items() if len(set(values) - {"not recorded"}) > 1}
@@ -82,7 +80,7 @@ def group_runs(runs: list[TrackedRun]) -> tuple[list[Group], dict[str, list[str]
 
 
 def _telling_options(differing: dict[str, list[str]]) -> list[str]:
-    """Return few options by which the groups can be told apart: each time the one that separates most of them."""
+    """Return few options that separate the groups. The option that separates most of them is added first."""
     chosen: list[str] = []
 
     def separated(names: list[str]) -> int:
@@ -96,54 +94,46 @@ def _telling_options(differing: dict[str, list[str]]) -> list[str]:
     return sorted(chosen)
 
 
-def _compared_options(run: TrackedRun) -> dict[str, str]:
-    return {
-        name: SEED_IN_PATH.sub("seed*", value if isinstance(value, str) else json.dumps(value, sort_keys=True))
-        for name, value in run.options.items()
-        if not IGNORED_OPTIONS.fullmatch(name)
-    }
-
-
 def run_path(run: TrackedRun) -> pd.DataFrame:
-    """Return a run's smoothed path of KL and score; empty if it has not logged both."""
+    """Return the smoothed path of KL and score of a run. It is empty if one of them was not logged."""
     empty = pd.Series(dtype=float)
     return frontier_path(run.curves.get("objective/kl", empty), run.curves.get("objective/scores", empty))
 
 
 def curve_over(run: TrackedRun, metric: str, *, samples: bool) -> pd.Series:
-    """Return a metric of a run over completions sampled so far, or over optimiser steps."""
+    """Return a metric of a run over the completions sampled so far, or over the optimiser steps."""
     curve = run.curves.get(metric, pd.Series(dtype=float))
     return over_samples(curve, run.curves["episode"]) if samples and len(curve) else curve
 
 
 def all_count_samples(runs: list[TrackedRun]) -> bool:
-    """Return whether every run has logged how many completions it has sampled."""
+    """Return whether every run has logged its number of sampled completions."""
     return all(np.isfinite(run.curves.get("episode", pd.Series(dtype=float))).any() for run in runs)
 
 
 def rank_groups(groups: list[Group]) -> Verdict:
-    """Answer which group is best at equal KL.
+    """Return which group is best at equal KL.
 
-    The KL is the largest that every run still in question reaches; a run's score there is the best on its smoothed
-    path within that KL. Failed runs, and those that logged no numbers, are left out and named.
+    The KL is the largest that every ranked run reaches. The score of a run is the best one on its smoothed path within
+    that KL. Runs that failed or logged no numbers are not ranked; the caveats name them.
     """
     paths = {run.run_id: run_path(run) for group in groups for run in group.runs if not run.failed}
     paths = {run_id: path for run_id, path in paths.items() if len(path)}
     caveats = [*_left_out(groups, paths), *_running(groups)]
     ranked_groups = [group for group in groups if any(run.run_id in paths for run in group.runs)]
     if not ranked_groups:
-        return Verdict("No run has finished with scores and KL that are numbers: nothing to rank.", caveats, [], None)
+        return Verdict("No finished run has finite scores and KL: nothing to rank.", caveats, [], None)
     limit = min(path["kl"].max() for path in paths.values())
     ranking = [
         _rank(group, [paths[run.run_id] for run in group.runs if run.run_id in paths], limit)
         for group in ranked_groups
     ]
     above = [ranked.group.name for ranked in ranking if math.isnan(ranked.score)]
-    caveats += [f"Above the common KL from its first point on, so not ranked: {', '.join(above)}."] if above else []
+    caveats += [f"Not ranked, because the whole path is above the common KL: {', '.join(above)}."] if above else []
     ranking = sorted((r for r in ranking if not math.isnan(r.score)), key=lambda ranked: -ranked.score)
     if len(ranking) > 1 and not _one_reward(ranking):
         headline = (
-            "The runs were trained on different rewards, whose scores have different units: no ranking by score."
+            "The runs were trained on different rewards. Their scores have different units, so there is no ranking."
         )
         return Verdict(headline, caveats, [], None)
     caveats += _fairness(ranking, paths, limit)
@@ -188,29 +178,30 @@ def _left_out(groups: list[Group], paths: dict[str, pd.DataFrame]) -> list[str]:
 
 def _running(groups: list[Group]) -> list[str]:
     names = [group.run_name(run) for group in groups for run in group.runs if run.status == "RUNNING"]
-    return [f"Not ended yet, or ended without telling MLflow: {', '.join(names)}."] if names else []
+    return [f"Still running, or MLflow did not record the end: {', '.join(names)}."] if names else []
 
 
 def _fairness(ranking: list[Ranked], paths: dict[str, pd.DataFrame], limit: float) -> list[str]:
     caveats = []
     if len(ranking) > 1 and any(ranked.low == ranked.high for ranked in ranking[:2]):
-        caveats.append("One seed says nothing about luck: repeat the first two groups with other seeds.")
+        caveats.append("One seed cannot show the effect of chance: repeat the first two groups with other seeds.")
     reach = {run_id: path["kl"].max() for run_id, path in paths.items()}
     if limit < FAIR_REACH * np.median(list(reach.values())):
         run_id = min(reach, key=lambda key: reach[key])
         name = next(r.group.run_name(run) for r in ranking for run in r.group.runs if run.run_id == run_id)
         caveats.append(
-            f"{name} moved least and sets the common KL: leave it out with `--runs` to compare the others further out."
+            f"{name} has the smallest KL, which limits the comparison: leave it out with `--runs` to compare "
+            "the others at a larger KL."
         )
     if len(ranking) == 1 and not _one_reward(ranking):
-        caveats.append("The runs were trained on different rewards, whose scores have different units.")
+        caveats.append("The runs were trained on different rewards. Their scores have different units.")
     return caveats
 
 
 def held_out_winner(groups: list[Group]) -> str:
-    """Return in one sentence which group wins most against its baseline on held-out prompts; empty without a judge.
+    """Return in one sentence which group beats its baseline most often on held-out prompts; empty without a judge.
 
-    The judge is the first that no run was trained on; without one, the reward model itself.
+    The judge is the first one that no run was trained on. Without such a judge, it is the reward model.
     """
     rates = {
         (judge, group.name): float(np.mean(won))
@@ -223,7 +214,7 @@ def held_out_winner(groups: list[Group]) -> str:
     judge, best = max(rates, key=lambda key: rates[key])
     others = ", ".join(f"{name} {rate:.2f}" for (_, name), rate in rates.items() if name != best)
     trained = judge in {name for group in groups for run in group.runs for name in reward_names(run)}
-    judged_by = f"{judge}, {'which is what PPO was trained on' if trained else 'which PPO did not see'}"
+    judged_by = f"{judge}, {'which PPO was trained on' if trained else 'which PPO was not trained on'}"
     return (
         f"On held-out prompts, each at its own KL and judged by {judged_by}, {best} beats its baseline most often: "
         f"win rate {rates[judge, best]:.2f}{f' ({others})' if others else ''}."
@@ -242,7 +233,7 @@ def _evaluations(group: Group) -> list[Evaluation]:
 
 
 def reward_names(run: TrackedRun) -> list[str]:
-    """Return the names under which an evaluation's judges are what the run was trained on."""
+    """Return the names of the judges that the run was trained on."""
     return ["reward_model", *(str(name).split(":")[-1] for name in run.options.get("reward_functions") or ())]
 
 

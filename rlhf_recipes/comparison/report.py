@@ -1,6 +1,6 @@
-"""The comparison as one HTML page that needs no network, and its figures as PNG.
+"""Write the comparison as one HTML page that needs no network, and its figures as PNG.
 
-Decides how numbers look, computes none: the page is `templates/report.html.jinja`, which escapes every text.
+The page is `templates/report.html.jinja`, which escapes every text. This module formats numbers and computes none.
 """
 
 import math
@@ -41,6 +41,7 @@ from rlhf_recipes.comparison.ranking import (
     run_path,
 )
 from rlhf_recipes.comparison.runs import TrackedRun
+from rlhf_recipes.data.messages import as_text
 
 MISSING = "–"
 
@@ -53,18 +54,18 @@ def write_report(
     output_dir: Path,
     num_shown: int,
 ) -> Path:
-    """Write `report.html`, and `frontier.png` and `curves.png` where there is something to draw.
+    """Write `report.html`, and `frontier.png` and `curves.png` if the runs have curves.
 
     Args:
-        experiment: Its name.
-        groups: As of `comparison.group_runs`.
+        experiment: Name of the experiment.
+        groups: Groups that `group_runs` returned.
         differing: Options that differ, with one value per group.
-        verdict: As of `comparison.rank_groups`.
-        output_dir: Directory to write to.
-        num_shown: Prompts whose completions are shown.
+        verdict: Verdict that `rank_groups` returned.
+        output_dir: Directory of the report.
+        num_shown: Number of prompts whose completions are shown.
 
     Returns:
-        The page.
+        Path of the page.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     named = {group.run_name(run): run for group in groups for run in group.runs}
@@ -89,7 +90,7 @@ def write_report(
         runs=[_run_row(name, run) for name, run in named.items()],
         matrices=[_matrix_entry(matrix) for matrix in win_matrices(evaluations)],
         prompts=[
-            (_prompt_text(prompt), [_answer_entry(answer) for answer in answers])
+            (as_text(prompt).strip(), [_answer_entry(answer) for answer in answers])
             for prompt, answers in shared_answers(evaluations, num_shown)
         ],
         number=_number,
@@ -100,12 +101,12 @@ def write_report(
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    """Return a number as text; one that is unknown or no number as a dash."""
+    """Return a number as text, and a dash if it is unknown or not finite."""
     return MISSING if value is None or not math.isfinite(value) else f"{value:z.{digits}f}"
 
 
 def _costs(run: TrackedRun) -> list[str]:
-    """Return wall time, tokens per second and peak memory, as far as they are known."""
+    """Return wall time, tokens per second and peak memory, each if it is known."""
     runtime, tokens = run.metrics.get("train_runtime"), run.metrics.get("num_tokens")
     time = [] if run.hours is None else [f"{run.hours:.1f} h" if run.hours >= 1 else f"{60 * run.hours:.0f} min"]
     speed = [f"{tokens / runtime:,.0f} tokens/s"] if tokens and runtime else []
@@ -114,7 +115,7 @@ def _costs(run: TrackedRun) -> list[str]:
 
 
 def _code(text: str) -> Markup:
-    """Return a text, escaped, with what stands between backticks as code."""
+    """Return an escaped text. The parts between backticks become code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
@@ -131,7 +132,7 @@ def _group_entry(number: int, group: Group) -> dict[str, Any]:
 
 
 def _figures(groups: list[Group], verdict: Verdict, output_dir: Path) -> dict[str, Any]:
-    """Return the figures as SVG, with an alternative text each, and write the PNGs."""
+    """Return the figures as SVG with their alternative texts, and write the PNGs."""
     legend = [shorten(f"{group.name}: {group.label}", 60) for group in groups]
     paths = [
         RunPath(group.run_name(run), number, path, _held_out_point(run), run.failed)
@@ -212,7 +213,7 @@ def _run_row(name: str, run: TrackedRun) -> dict[str, Any]:
 
 
 def _matrix_entry(matrix: WinMatrix) -> dict[str, Any]:
-    """Return a matrix whose cells carry their text and how far they are from even, for the shading."""
+    """Return a matrix whose cells hold their text, and their distance from 0.5 for the shading."""
     rows = [[None if cell is None else _cell(*cell) for cell in row] for row in matrix.cells]
     return {
         "judge": matrix.judge,
@@ -227,16 +228,9 @@ def _cell(share: float, low: float, high: float) -> dict[str, Any]:
         "share": _number(share),
         "interval": f"[{_number(low)}, {_number(high)}]",
         "wins": share >= 0.5,
-        "strength": round(abs(share - 0.5) * 140),  # per cent of the full shade
+        "strength": round(abs(share - 0.5) * 140),  # percent of the full shade
         "certain": not low <= 0.5 <= high,
     }
-
-
-def _prompt_text(prompt: Any) -> str:
-    """Return a prompt as text; of a chat, every message after its role."""
-    if isinstance(prompt, str):
-        return prompt.strip()
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _answer_entry(answer: Answer) -> dict[str, Any]:

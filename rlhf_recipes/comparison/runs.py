@@ -1,18 +1,16 @@
-"""The PPO runs of an MLflow experiment, read back: curves, options, lineage, cost, and evaluations.
+"""Read the PPO runs of an MLflow experiment: curves, options, lineage, cost and evaluations.
 
-Reads a store through MLflow's client and writes nothing to it; what a run did not record is absent, not an
-error.
+Nothing is written to the store. A record that a run does not have is no error.
 """
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import mlflow
 import pandas as pd
@@ -21,16 +19,20 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-# Everything that the comparison draws, tabulates or raises an alarm from.
+from rlhf_recipes.options.relevance import flat
+from rlhf_recipes.options.secrets import without_credentials
+from rlhf_recipes.tracking.store import configure_mlflow
+
+# The curves that the comparison draws, lists or checks for alarms.
 CURVES = (
     *("episode", "num_tokens", "objective/scores", "objective/kl", "entropy"),
     *("completions/mean_length", "completions/clipped_ratio", "val/explained_variance"),
     "completions/repeated_ngrams",
 )
-# MLflow's SQL stores keep an infinity as the largest double.
+# The SQL stores of MLflow replace infinity by the largest double.
 STORED_INFINITY = 1.7e308
 MEMORY = re.compile(r"system/(?:.*/)?(system|gpu_\d+)_memory_usage_megabytes")
-COMMIT_TAGS = ("git.commit", "mlflow.source.git.commit")  # ours, and what MLflow finds by itself
+COMMIT_TAGS = ("git.commit", "mlflow.source.git.commit")  # ours, and the one that MLflow sets
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ class Evaluation:
     """One policy against its baseline on held-out prompts.
 
     Args:
-        run_id: Of the evaluation's own run.
-        name: Of that run.
-        metrics: As of `evaluation.compare_policies`.
-        rows: One per completion: `prompt`, `policy_completion`, `baseline_completion`, `policy_<judge>`,
+        run_id: Id of the run of the evaluation.
+        name: Name of that run.
+        metrics: Metrics that `compare_policies` returned.
+        rows: One row per completion: `prompt`, `policy_completion`, `baseline_completion`, `policy_<judge>`,
             `baseline_<judge>`.
-        reward_model: What the judge `reward_model` was; its scores compare with those of the same one only.
+        reward_model: Identity of the judge `reward_model`. Scores of two reward models cannot be compared.
     """
 
     run_id: str
@@ -58,19 +60,19 @@ class TrackedRun:
     """One PPO run.
 
     Args:
-        run_id: MLflow's.
-        name: Shown in MLflow.
+        run_id: Id in MLflow.
+        name: Name in MLflow.
         status: RUNNING, FINISHED, FAILED or KILLED.
-        seed: As text; empty if unknown.
-        options: The resolved configuration, by option; empty if the run recorded none.
+        seed: Seed as text. Empty if unknown.
+        options: Values of the options by name. Empty if the run recorded none.
         metrics: Last value of every metric.
-        curves: Of `CURVES` those that were logged, each indexed by step.
-        lineage: Names and short ids of the runs that this one stands on, by role.
-        commit: Of the code; empty if unknown.
-        link: Page of the run; empty for a store without a server.
-        hours: Wall time so far; None if MLflow has none.
+        curves: The logged ones of `CURVES`, each indexed by step.
+        lineage: Names and short ids of the runs that this run used, by role.
+        commit: Commit of the code. Empty if unknown.
+        link: Page of the run. Empty for a store without a server.
+        hours: Wall time. None if MLflow has none.
         peak_memory: Gigabytes by device, from the system metrics.
-        evaluation: The latest finished one, if any.
+        evaluation: Latest finished evaluation, if any.
     """
 
     run_id: str
@@ -89,12 +91,12 @@ class TrackedRun:
 
     @property
     def failed(self) -> bool:
-        """Whether the run stopped before its end."""
+        """Whether the run failed or was killed."""
         return self.status in ("FAILED", "KILLED")
 
     @property
     def reward(self) -> str:
-        """What scored the run: two runs' scores have one unit only if this is equal."""
+        """The rewards of the run. The scores of two runs have the same unit only if this is equal."""
         model = self.lineage.get("reward model") or self.options.get("reward_model_path")
         return str((model, self.options.get("reward_adapter"), self.options.get("reward_functions")))
 
@@ -103,17 +105,15 @@ def read_experiment(experiment: str, run_ids: Iterable[str], tracking_uri: str) 
     """Return the PPO runs of an experiment, oldest first, each with its curves and its evaluation.
 
     Args:
-        experiment: Name.
-        run_ids: Ids, beginnings of ids, or names of the runs to read; empty for all.
-        tracking_uri: MLflow store.
+        experiment: Name of the experiment.
+        run_ids: Ids, beginnings of ids, or names of the runs to read. Empty for all.
+        tracking_uri: Address of the MLflow store.
 
     Raises:
         FileNotFoundError: If the store is a SQLite file that does not exist.
-        ValueError: If the store cannot be read, or has no such experiment or run; the message names what exists.
+        ValueError: If the store cannot be read, or has no such experiment or run. The message lists the existing ones.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's own 7 wait for minutes
+    configure_mlflow()
     _check_file(tracking_uri)
     try:
         client = MlflowClient(tracking_uri)
@@ -123,17 +123,11 @@ def read_experiment(experiment: str, run_ids: Iterable[str], tracking_uri: str) 
         return [_read_run(client, run, evaluations.get(run.info.run_id), tracking_uri) for run in trained]
     except MlflowException as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"`tracking_uri` {public_uri(tracking_uri)} cannot be read: {reason}") from error
-
-
-def public_uri(uri: str) -> str:
-    """Return a store's address without user and password."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+        raise ValueError(f"`tracking_uri` {without_credentials(tracking_uri)} cannot be read: {reason}") from error
 
 
 def _check_file(tracking_uri: str) -> None:
-    """Refuse a SQLite file that is not there, which MLflow would create."""
+    """Refuse a SQLite file that does not exist, because MLflow would create it."""
     path = tracking_uri.removeprefix("sqlite:///")
     if path != tracking_uri and not Path(path).is_file():
         raise FileNotFoundError(
@@ -146,7 +140,9 @@ def _runs(client: MlflowClient, experiment: str, tracking_uri: str) -> Iterator[
     found = client.get_experiment_by_name(experiment)
     if found is None or found.lifecycle_stage == "deleted":
         names = ", ".join(sorted(e.name for e in client.search_experiments()))
-        raise ValueError(f"`experiment` {experiment!r} is not in {public_uri(tracking_uri)}, which has: {names}.")
+        raise ValueError(
+            f"`experiment` {experiment!r} is not in {without_credentials(tracking_uri)}, which has: {names}."
+        )
     token = None
     while True:
         page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
@@ -176,7 +172,7 @@ def _selected(trained: list[Run], runs: list[Run], experiment: str, wanted: Iter
 
 
 def _latest_evaluations(runs: list[Run]) -> dict[str, Run]:
-    """Return the last finished evaluation of each policy by the id of the run that made the policy."""
+    """Return the latest finished evaluation of each policy by the id of the run that trained the policy."""
     return {
         run.data.tags["lineage.policy"]: run
         for run in runs
@@ -190,7 +186,7 @@ def _read_run(client: MlflowClient, run: Run, evaluation: Run | None, tracking_u
     info, tags, metrics = run.info, run.data.tags, run.data.metrics
     options = _read_options(client, info.run_id, tracking_uri)
     is_server = urlsplit(tracking_uri).scheme in ("http", "https")
-    page = f"{public_uri(tracking_uri).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+    page = f"{without_credentials(tracking_uri).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
     memory = [(match[1], name) for name in metrics if (match := MEMORY.fullmatch(name))]
     peaks = pd.Series([_history(client, info.run_id, name).max() / 1e3 for _, name in memory], dtype=float)
     lineage = {"started from": tags.get("lineage.policy"), "reward model": tags.get("lineage.reward_model")}
@@ -212,7 +208,7 @@ def _read_run(client: MlflowClient, run: Run, evaluation: Run | None, tracking_u
 
 
 def _history(client: MlflowClient, run_id: str, name: str) -> pd.Series:
-    """Return a metric by step. Of a step that was logged twice, by a resumed run, the later value counts."""
+    """Return a metric by step. A resumed run may log a step twice; the later value counts."""
     entries = sorted(client.get_metric_history(run_id, name), key=lambda entry: (entry.step, entry.timestamp))
     curve = pd.Series({entry.step: entry.value for entry in entries}, dtype=float)
     return curve.where(curve.abs() < STORED_INFINITY)
@@ -226,10 +222,8 @@ def _run_title(client: MlflowClient, run_id: str) -> str:
 
 
 def _read_options(client: MlflowClient, run_id: str, tracking_uri: str) -> dict[str, Any]:
-    """Return the options of `config.yaml`, whichever class they belong to."""
-    text = _read_artifact(client, run_id, "config.yaml", tracking_uri)
-    classes = (yaml.safe_load(text) or {}).values() if text else []
-    return {option: value for options in classes for option, value in options.items()}
+    """Return the options of `config.yaml` by name."""
+    return flat(yaml.safe_load(_read_artifact(client, run_id, "config.yaml", tracking_uri)) or {})
 
 
 def _read_evaluation(client: MlflowClient, run: Run, tracking_uri: str) -> Evaluation:

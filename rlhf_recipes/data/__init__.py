@@ -1,1 +1,1 @@
-"""Rows, prompts, and the boundary between prompt and response."""
+"""Load rows and prompts, and set the boundary between prompt and response."""

@@ -10,7 +10,7 @@ from rlhf_recipes.options.paths import require_path
 
 
 def load_split(script_args: ScriptArguments, split: str) -> Dataset:
-    """Load one split of the dataset that a recipe names: a Hub name, or a directory of JSON lines, CSV or Parquet.
+    """Load one split of a dataset: a Hub name, or a directory with JSON lines, CSV or Parquet.
 
     Raises:
         ValueError: If no dataset is named, it cannot be loaded, or it has no such split or no rows in it.
@@ -38,7 +38,7 @@ def load_split(script_args: ScriptArguments, split: str) -> Dataset:
 
 
 def load_prompts(script_args: ScriptArguments, split: str) -> Dataset:
-    """Load the prompts of a split, without their answers but with what a reward function may want to know.
+    """Load the prompts of a split and the columns that a reward function may read, without the answers.
 
     Raises:
         ValueError: See `load_split` and `check_columns`.
@@ -47,7 +47,7 @@ def load_prompts(script_args: ScriptArguments, split: str) -> Dataset:
 
 
 def without_answers(dataset: Dataset) -> Dataset:
-    """Return a split's prompts, with what a reward function may want to know.
+    """Return the prompts and the columns that a reward function may read, without the answers.
 
     Raises:
         ValueError: See `check_columns`.
@@ -58,7 +58,7 @@ def without_answers(dataset: Dataset) -> Dataset:
 
 
 def load_demonstrations(script_args: ScriptArguments, split: str, separator: str) -> Dataset:
-    """Load a split for SFT: `prompt` and `completion`, joined by `separator` if plain, or TRL's `messages` or `text`.
+    """Load a split for SFT: `prompt` and `completion`, or TRL's `messages` or `text`. `separator` ends plain prompts.
 
     Raises:
         ValueError: See `load_split` and `check_columns`.

@@ -1,6 +1,6 @@
-"""Datasets: loading, validation and the explicit boundary between prompt and response.
+"""Check prompts, and set the boundary between prompt and response.
 
-Formats are TRL's: `prompt`; `prompt`, `chosen`, `rejected`; `prompt`, `completion`; plain text or messages.
+The formats are TRL's: `prompt`; `prompt`, `chosen`, `rejected`; `prompt`, `completion`. Each is text or messages.
 """
 
 from typing import Any, TypeAlias, TypeVar
@@ -14,7 +14,7 @@ MaybeDataset = TypeVar("MaybeDataset", Dataset, IterableDataset, None)
 
 
 def column_names(dataset: AnyDataset) -> list[str]:
-    """Return the names of the columns, also of a stream that does not declare them."""
+    """Return the names of the columns. A stream may not declare them, so its first row is read."""
     return list(dataset.column_names or next(iter(dataset), {}))
 
 
@@ -22,7 +22,7 @@ def check_columns(dataset: AnyDataset | None, columns: tuple[str, ...], name: st
     """Check that a dataset has rows, and text in the columns that a trainer needs.
 
     Args:
-        dataset: What the user passed; `None` passes.
+        dataset: Dataset of the user. `None` is accepted.
         columns: Names of the required columns.
         name: Name of the argument, for the message.
 
@@ -63,7 +63,7 @@ def _is_empty(text: Any) -> bool:
 
 
 def add_separator(dataset: MaybeDataset, separator: str) -> MaybeDataset:
-    """End every plain-text prompt with `separator`; chat prompts have their template and stay as they are."""
+    """End every plain-text prompt with `separator`. Chat prompts have a template and do not change."""
     if dataset is None or separator == "" or is_conversational(next(iter(dataset))):
         return dataset
 
@@ -80,9 +80,9 @@ def check_prompts_fit(
     """Check that every prompt leaves room for a completion in the model's context.
 
     Args:
-        dataset: Prompts, plain or chat. A stream cannot be checked beforehand.
-        tokenizer: The policy's.
-        config: The model's; one without a limit on positions takes any prompt.
+        dataset: Plain or chat prompts. A stream is not checked.
+        tokenizer: Tokenizer of the policy.
+        config: Configuration of the model. Without a limit on positions, every prompt fits.
         max_new_tokens: Tokens per completion.
 
     Raises:
@@ -100,7 +100,7 @@ def check_prompts_fit(
 
 
 def prompt_length(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens of a prompt as the policy sees it."""
+    """Return the number of tokens that the policy reads for a prompt."""
     if isinstance(prompt, str):
         return len(tokenizer(prompt)["input_ids"])
     return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])

@@ -1,1 +1,1 @@
-"""Is the policy better than before? Win rates, samples, alarms."""
+"""Measure whether the policy is better than before: win rates, samples, alarms."""

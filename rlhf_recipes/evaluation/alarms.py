@@ -1,6 +1,6 @@
-"""Alarms: signs in a run's own numbers that its reward is being exploited instead of earned.
+"""Find signs in the metrics of a run that the policy exploits the reward.
 
-Pure: curves and evaluation metrics in, sentences out. An alarm is a reason to read completions, no proof.
+An alarm is a reason to read completions. It is not a proof.
 """
 
 import logging
@@ -19,22 +19,22 @@ from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY
 logger = logging.getLogger(__name__)
 
 
-# Quarters of fewer points than two have no noise to compare a difference with.
+# Two points per quarter: with fewer, the noise of a quarter is unknown.
 MIN_POINTS = 8
-# Standard errors by which the last quarter must differ from the first: by chance in one run of twenty.
+# Standard errors between the first and the last quarter. Chance alone makes such a difference in one run of twenty.
 SIGNIFICANT = 2.0
-# Answers a quarter longer or shorter. The quickstart's healthy seeds move by at most 12 % (recipes/README.md).
+# Relative change of the length. Healthy seeds of the quickstart change by at most 12 % (recipes/README.md).
 LENGTH_DRIFT = 0.25
-# KL over its target. The adaptive controller keeps the quickstart's seeds within 30 %; half again is out of hand.
+# KL divided by its target. The adaptive controller keeps the seeds of the quickstart within 30 % of the target.
 KL_OVER_TARGET = 1.5
-# Without a target: a KL that grows linearly in time is 7/3 times as large in the last quarter as in the second. More
-# means that it accelerates, while the score per nat is known to fall (Gao et al. 2023, arXiv:2210.10760).
+# KL of the last quarter divided by that of the second. Linear growth gives 7/3. More means that the KL accelerates,
+# but each further nat brings less score (Gao et al. 2023, arXiv:2210.10760).
 KL_ACCELERATION = 2.5
-# Nats. Below this the policy is still close to its reference, and the ratio of two small KLs is noise.
+# Nats. With a smaller KL the policy is close to its reference, and the ratio of two small KLs is noise.
 KL_FLOOR = 1.0
-# Share of completions that end by themselves; a tenth of them is beyond sampling noise from 100 completions on.
+# Change in the share of completions that end by themselves. With 100 completions, a tenth is more than noise.
 EOS_DRIFT = 0.1
-# Share of the 4-grams of an answer that it has said before.
+# Change in the share of 4-grams that occurred earlier in the same answer.
 REPETITION_DRIFT = 0.1
 
 
@@ -48,10 +48,10 @@ def find_alarms(
     """Return one sentence per alarm.
 
     Args:
-        curves: Logged metrics by name, each indexed by step. A NaN is a NaN that was logged.
-        evaluation: Metrics of the run's evaluation on held-out prompts, empty without one.
-        target_kl: What an adaptive controller steers to, nats; None with a fixed coefficient.
-        rewards: Judges of the evaluation that the run was trained on; all others are held out.
+        curves: Logged metrics by name, each indexed by step. A NaN was logged as NaN.
+        evaluation: Metrics of the evaluation on held-out prompts. Empty without an evaluation.
+        target_kl: Target of an adaptive controller, nats. None with a fixed coefficient.
+        rewards: Names of the judges that the run was trained on. All other judges are held out.
     """
     alarms = _broken(curves)
     score = _first_and_last(curves.get("objective/scores"))
@@ -63,11 +63,11 @@ def find_alarms(
 
 
 def alarms_of_log(log_history: Iterable[Mapping[str, Any]], *, target_kl: float | None) -> list[str]:
-    """Return the alarms of a run from its trainer's log, with its latest evaluation during training.
+    """Return the alarms of a run from the log of its trainer, which also holds the latest evaluation.
 
     Args:
-        log_history: Of transformers' `TrainerState`.
-        target_kl: As of `find_alarms`.
+        log_history: Log of transformers' `TrainerState`.
+        target_kl: Same as for `find_alarms`.
     """
     points: dict[str, dict[int, float]] = defaultdict(dict)
     for record in log_history:
@@ -93,7 +93,7 @@ def _broken(curves: Mapping[str, pd.Series]) -> list[str]:
 def _first_and_last(curve: pd.Series | None) -> tuple[float, float, bool] | None:
     """Return the means of the first and the last quarter, and whether they differ by more than noise.
 
-    The noise comes from the differences of successive points, which a trend hardly touches:
+    The differences of successive points give the noise, because a trend hardly changes them:
     `sigma^2 = mean((x_i - x_{i-1})^2) / 2`.
 
     Source: von Neumann 1941, The Annals of Mathematical Statistics 12(4).
@@ -149,7 +149,7 @@ def _repetition_drift(curves: Mapping[str, pd.Series]) -> str:
 
 
 def _judge_disagreement(evaluation: Mapping[str, float], rewards: frozenset[str], rising: bool) -> list[str]:
-    """Name each held-out judge that puts the policy below the baseline while what it was trained on puts it above."""
+    """Return an alarm per held-out judge that prefers the baseline, if the trained score prefers the policy."""
     judges = sorted(name.removesuffix("/win_rate") for name in evaluation if name.endswith("/win_rate"))
     trained = [judge for judge in judges if judge in rewards and f"{judge}/baseline" in evaluation]
     improved = any(evaluation[f"{judge}/policy"] > evaluation[f"{judge}/baseline"] for judge in trained)
@@ -163,18 +163,44 @@ def _judge_disagreement(evaluation: Mapping[str, float], rewards: frozenset[str]
     ]
 
 
+class LogAlarms:
+    """Find the alarms of a growing log once, for all callbacks that ask at the same point of it.
+
+    The newest record identifies the point: a record is never changed, and a run that goes back gets new ones.
+    """
+
+    def __init__(self) -> None:
+        self._newest: Mapping[str, Any] | None = None
+        self._alarms: list[str] = []
+
+    def __call__(self, args: Any, state: Any) -> list[str]:
+        """Return the alarms of a PPO run so far.
+
+        Args:
+            args: Options of the run, a `PPOConfig`.
+            state: transformers' `TrainerState`.
+        """
+        newest = state.log_history[-1] if state.log_history else None
+        if newest is None or newest is not self._newest:
+            self._newest, self._alarms = newest, alarms_of_log(state.log_history, target_kl=args.held_kl)
+        return self._alarms
+
+
+current_alarms = LogAlarms()
+
+
 class AlarmCallback(TrainerCallback):
-    """Warn once of each sign of reward hacking, at the evaluation or the save after which it first shows."""
+    """Warn once of each kind of alarm, after the evaluation or the save that first shows it."""
 
     def __init__(self) -> None:
         self._known = set[str]()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the figures so far."""
+        """Warn of alarms of a kind that is new."""
         if not state.is_world_process_zero:
             return
-        for alarm in alarms_of_log(state.log_history, target_kl=args.held_kl):
-            kind = re.sub(r"(?<!\w)-?\d+(\.\d+)?", "", alarm)  # a figure moves on while its alarm stays
+        for alarm in current_alarms(args, state):
+            kind = re.sub(r"(?<!\w)-?\d+(\.\d+)?", "", alarm)  # the figures change while the alarm is the same
             if kind not in self._known:
                 logger.warning(f"{alarm} Read some completions: {Path(args.output_dir, SAMPLES_DIRECTORY)}")
             self._known.add(kind)
@@ -183,5 +209,5 @@ class AlarmCallback(TrainerCallback):
 
 
 def finite(curve: pd.Series) -> pd.Series:
-    """Return the points of a curve that are numbers."""
+    """Return the finite points of a curve."""
     return curve[np.isfinite(curve.to_numpy(dtype=float))]

@@ -1,42 +1,40 @@
-"""Evaluation during training: the policy against the one that it started from, on the same held-out prompts.
+"""Compare the policy during training with the SFT policy, on the same held-out prompts.
 
-The answers of step 0 are the baseline: there the policy is the SFT policy, whether it is trained whole or by
-an adapter, sampled by transformers or by vLLM. Every rank must make each call of `finish`.
+The answers at step 0 are the baseline, because the policy is then the SFT policy. This holds with and without an
+adapter, and with and without vLLM. Every process must call `finish`.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from rlhf_recipes.data.messages import as_message
-from rlhf_recipes.evaluation.statistics import mean_gain, preference_rate, swapped_preferences, win_rate
+from rlhf_recipes.data.messages import answer_to
+from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
 from rlhf_recipes.rewards.calls import RewardCalls
 
 Judge = Callable[..., Any]
 TRAINED_SCORE = "score"
-JUDGED = "judge/"  # before the name of a judge, in a row
+JUDGED = "judge/"  # prefix of the name of a judge in a row
 
 
 class HeldOutComparison:
-    """Win rates and gains over the baseline, by each judge, with intervals over prompts.
+    """Compute win rates and gains over the baseline for each judge, with intervals over prompts.
 
-    Judged by the score that is trained on (`score`), and by judges that are not. Rows of one prompt are samples of it;
-    a prompt that the dataset repeats counts once.
+    The first judge is the score that PPO is trained on (`score`). Rows with the same prompt are samples of it, so a
+    prompt that the dataset repeats counts once.
 
     Args:
-        judges: Functions of TRL's reward signature, by name.
+        judges: Functions with TRL's reward signature, by name.
         pairwise_judges: Functions that see both answers, by name; see `swapped_preferences`.
-        seed: Of the bootstrap.
-        calls: How judges are called. Default: as `RewardCalls` does.
+        seed: Seed of the bootstrap.
+        calls: Time limit and retries of a judge. Default: those of `RewardCalls()`.
 
     Raises:
-        ValueError: If two judges have one name, or that of the trained score.
+        ValueError: If two judges have the same name, or a judge is named `score`.
     """
 
     def __init__(
@@ -67,14 +65,14 @@ class HeldOutComparison:
         completions: list[Any],
         completion_ids: list[list[int]],
     ) -> None:
-        """Judge answers of this rank and keep them until `finish`.
+        """Judge the answers of this process, and keep them until `finish`.
 
         Args:
-            rows: Of `samples.sample_rows`; judgements are added to them.
-            inputs: Rows of the dataset; judges see their other columns.
+            rows: Rows that `samples.sample_rows` returned. The judgements are added to them.
+            inputs: Rows of the dataset. Judges see their other columns.
             prompts: Text or messages.
-            completions: Likewise.
-            completion_ids: Without padding.
+            completions: Text or messages.
+            completion_ids: Token ids without padding.
         """
         known = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", "completion")}
         for name, judge in self._calls.guard_judges(self.judges).items():
@@ -95,11 +93,11 @@ class HeldOutComparison:
                 pairs.append((index, answers[sample]["completion"]))
         for name, judge in self._calls.guard_judges(self.pairwise_judges).items():
             for row in rows:
-                row[JUDGED + name] = 0.5  # nothing to compare with yet: the policy is its own baseline
+                row[JUDGED + name] = 0.5  # the default, where there is no baseline yet: the policy is its own
             if not pairs:
                 continue
             chosen = [index for index, _ in pairs]
-            theirs = [text if isinstance(prompts[i], str) else as_message(text) for i, text in pairs]
+            theirs = [answer_to(prompts[i], text) for i, text in pairs]
             columns = {column: [values[i] for i in chosen] for column, values in known.items()}
             asked, ours = ([values[i] for i in chosen] for values in (prompts, completions))
             preferences = swapped_preferences(judge, asked, ours, theirs, **columns)
@@ -107,12 +105,12 @@ class HeldOutComparison:
                 rows[index][JUDGED + name] = preference
 
     def finish(self, *, is_start: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Return the metrics of one evaluation, and the rows of all ranks.
+        """Return the metrics of one evaluation, and the rows of all processes.
 
-        Without a baseline there are no comparisons.
+        Without a baseline the metrics hold no comparison.
 
         Args:
-            is_start: Whether nothing is trained yet: these answers are then the baseline.
+            is_start: Whether training has not started. These answers are then the baseline.
 
         Raises:
             RewardCallError: See `RewardCalls.settle`.
@@ -127,30 +125,28 @@ class HeldOutComparison:
         prompts = [prompt for prompt in answers if prompt in self._baseline]
         if not prompts:
             return calls, rows
-        # The last batch may be filled up with prompts of the first, and the samples of one prompt are as many for all.
+        # The last batch may repeat prompts of the first one. All prompts keep the same number of samples.
         count = min(len(x[prompt]) for x in (answers, self._baseline) for prompt in prompts)
         metrics = calls | {"prompts": float(len(prompts))}
         columns = {TRAINED_SCORE: TRAINED_SCORE} | {name: JUDGED + name for name in self.judges}
         for name, column in columns.items():
             ours, theirs = (
-                np.array([[_number(row[column]) for row in x[prompt][:count]] for prompt in prompts])
-                for x in (answers, self._baseline)
+                [[row[column] for row in x[prompt][:count]] for prompt in prompts] for x in (answers, self._baseline)
             )
-            outcome = win_rate(ours, theirs, seed=self._seed) | mean_gain(ours, theirs, seed=self._seed)
-            outcome |= {"policy": _mean(ours), "baseline": _mean(theirs)}
+            outcome = compare_scores(ours, theirs, seed=self._seed)
             metrics |= {f"{name}/{key}": value for key, value in outcome.items()}
         for name in self.pairwise_judges:
-            preferences = np.array([[row[JUDGED + name] for row in answers[prompt][:count]] for prompt in prompts])
+            preferences = [[row[JUDGED + name] for row in answers[prompt][:count]] for prompt in prompts]
             metrics |= {f"{name}/{key}": value for key, value in preference_rate(preferences, seed=self._seed).items()}
-        # The figure to choose a checkpoint by: of the first judge that was not trained on, if there is one.
+        # This figure selects the best checkpoint. A judge that PPO is not trained on is preferred.
         principal = next(iter((*self.judges, *self.pairwise_judges)), TRAINED_SCORE)
         return metrics | {key: metrics[f"{principal}/{key}"] for key in ("win_rate", "win_rate_low")}, rows
 
     def check_baseline(self, checkpoint: str) -> None:
-        """Check that a checkpoint has brought the answers to compare with.
+        """Check that a checkpoint held the answers of the baseline.
 
         Raises:
-            ValueError: If it has not.
+            ValueError: If it did not.
         """
         if not self._baseline:
             raise ValueError(
@@ -159,7 +155,7 @@ class HeldOutComparison:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the baseline's answers."""
+        """Return the answers of the baseline."""
         return {"baseline": self._baseline}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,19 +163,11 @@ class HeldOutComparison:
         self._baseline = state["baseline"]
 
 
-def _number(score: float | None) -> float:
-    return math.nan if score is None else float(score)
-
-
-def _mean(scores: np.ndarray) -> float:
-    return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
-
-
 @contextmanager
 def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Sample inside from a seed, and leave torch's generators as they were: an evaluation then changes no training.
+    """Seed torch inside, and restore its generators after, so that an evaluation does not change the training.
 
-    Every evaluation draws the same random numbers, which makes its difference from the baseline less noisy.
+    Every evaluation draws the same random numbers. This makes the difference from the baseline less noisy.
     """
     accelerator_devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(accelerator_devices, device_type=device.type if accelerator_devices else "cuda"):

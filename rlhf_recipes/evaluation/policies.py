@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.algorithm.kl import estimate_kl
-from rlhf_recipes.evaluation.statistics import mean_gain, preference_rate, swapped_preferences, win_rate
+from rlhf_recipes.data.messages import answer_to
+from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
 
 
 @torch.no_grad()
@@ -24,17 +25,17 @@ def generate_completions(
     temperature: float = 1.0,
     batch_size: int = 32,
 ) -> list[list[int]]:
-    """Sample one completion per prompt, as token ids that end with the EOS unless the completion was cut off.
+    """Sample one completion per prompt. Return token ids, with the EOS at the end unless the completion was cut off.
 
-    Only temperature shapes the distribution, as in training: no top-k, top-p or penalty of the model's own
-    generation config. A temperature of 0 is greedy.
+    As in training, only the temperature shapes the distribution. Top-k, top-p and penalties of the model's generation
+    config are not used. A temperature of 0 is greedy.
 
     Args:
         model: Causal LM.
-        tokenizer: Its tokenizer.
-        prompts: Plain text, ending with the separator, or messages.
+        tokenizer: Tokenizer of the model.
+        prompts: Text that ends with the separator, or messages.
         max_completion_length: Tokens per completion.
-        temperature: Of the softmax.
+        temperature: Temperature of the softmax.
         batch_size: Prompts per call of `generate`.
     """
     end_ids = eos_token_ids(model, tokenizer)
@@ -70,62 +71,48 @@ def compare_policies(
     seed: int = 0,
     **generation: Any,
 ) -> tuple[dict[str, float], dict[str, list[Any]]]:
-    """Sample from two policies on the same prompts and let every judge score both.
+    """Return metrics that compare two policies on the same prompts, and their judged completions as columns.
 
     Args:
-        policy: The trained one.
-        baseline: Usually the SFT policy it started from; the KL is measured against it.
-        tokenizer: Of both.
-        dataset: Held-out prompts in the column `prompt`, plain text ending with the separator, or messages; judges
-            see its other columns.
-        judges: Functions of TRL's reward signature, by name.
+        policy: Trained policy.
+        baseline: Usually the SFT policy that training started from. The KL is measured against it.
+        tokenizer: Tokenizer of both policies.
+        dataset: Held-out prompts in the column `prompt`: text that ends with the separator, or messages. Judges see
+            the other columns.
+        judges: Functions with TRL's reward signature, by name.
         pairwise_judges: Functions that see both answers, by name; see `swapped_preferences`.
         num_samples: Completions per prompt and policy.
-        seed: Of sampling, the same for both, and of the bootstrap.
-        generation: As for `generate_completions`.
-
-    Returns:
-        Metrics, and the completions and scores as columns.
+        seed: Seed of sampling, the same for both policies, and of the bootstrap.
+        generation: Options of `generate_completions`.
     """
     end_ids = eos_token_ids(baseline, tokenizer)
-    results: dict[str, float] = {"prompts": float(len(dataset))}
     known = {name: [value for value in dataset[name] for _ in range(num_samples)] for name in dataset.column_names}
-    prompts = known.pop("prompt")
-    columns: dict[str, list[Any]] = {"prompt": prompts}
-    scores: dict[tuple[str, str], np.ndarray] = {}
-    answers: list[list[Any]] = []
+    prompts = known["prompts"] = known.pop("prompt")
+    results, columns, answers = {"prompts": float(len(dataset))}, {"prompt": prompts}, []
     for name, model in (("policy", policy.eval()), ("baseline", baseline.eval())):
         torch.manual_seed(seed)
         ids = generate_completions(model, tokenizer, prompts, **generation)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        is_chat = not isinstance(prompts[0], str)
-        messages = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
-        answers.append(messages)
-        columns[f"{name}_completion"] = texts
+        columns[f"{name}_completion"] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        answers.append([answer_to(*pair) for pair in zip(prompts, columns[f"{name}_completion"], strict=True)])
         results[f"{name}/length"] = float(np.mean([len(row) for row in ids]))
         results[f"{name}/eos_rate"] = float(np.mean([row[-1] in end_ids for row in ids]))
         if name == "policy":
             temperature = generation.get("temperature", 1.0)
             results["policy/kl"] = sequence_kl(policy, baseline, tokenizer, prompts, ids, temperature)
-        for judge_name, judge in judges.items():
-            judged = judge(prompts=prompts, completions=messages, completion_ids=ids, **known)
-            scores[judge_name, name] = np.array(judged, dtype=float)  # a judge's `None` becomes NaN
-            columns[f"{name}_{judge_name}"] = list(judged)
-            results[f"{judge_name}/{name}"] = float(np.nanmean(scores[judge_name, name]))
-    for judge_name in judges:
-        ours, theirs = (np.reshape(scores[judge_name, name], (-1, num_samples)) for name in ("policy", "baseline"))
-        outcome = win_rate(ours, theirs, seed=seed) | mean_gain(ours, theirs, seed=seed)
-        results |= {f"{judge_name}/{key}": value for key, value in outcome.items()}
-    for judge_name, judge in (pairwise_judges or {}).items():
-        preferences = swapped_preferences(judge, prompts, *answers, **known)
-        columns[f"preference_{judge_name}"] = preferences
-        outcome = preference_rate(np.reshape(preferences, (-1, num_samples)), seed=seed)
-        results |= {f"{judge_name}/{key}": value for key, value in outcome.items()}
+        for title, judge in judges.items():
+            columns[f"{name}_{title}"] = list(judge(completions=answers[-1], completion_ids=ids, **known))
+    for title in judges:
+        ours, theirs = (np.reshape(columns[f"{name}_{title}"], (-1, num_samples)) for name in ("policy", "baseline"))
+        results |= {f"{title}/{key}": value for key, value in compare_scores(ours, theirs, seed=seed).items()}
+    for title, judge in (pairwise_judges or {}).items():
+        columns[f"preference_{title}"] = swapped_preferences(judge, ours=answers[0], theirs=answers[1], **known)
+        preferences = np.reshape(columns[f"preference_{title}"], (-1, num_samples))
+        results |= {f"{title}/{key}": value for key, value in preference_rate(preferences, seed=seed).items()}
     return results, columns
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every id that ends a completion: the model's and the tokenizer's."""
+    """Return every token id that ends a completion, of the model and of the tokenizer."""
     ids = model.generation_config.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return ids if tokenizer.eos_token_id in ids else [tokenizer.eos_token_id, *ids]
@@ -156,12 +143,12 @@ def sequence_kl(
     """Return the mean over completions of the summed k1 estimate of KL(policy || reference), nats.
 
     Args:
-        policy: The one that sampled the completions.
+        policy: Policy that sampled the completions.
         reference: Usually the SFT policy.
-        tokenizer: Of both.
-        prompts: As given to `generate_completions`.
-        completions: As returned by it.
-        temperature: At which they were sampled; greedy ones are measured at 1.
+        tokenizer: Tokenizer of both.
+        prompts: Argument of `generate_completions`.
+        completions: Token ids that it returned.
+        temperature: Temperature of the sampling. For greedy completions (0) the KL is measured at 1.
     """
     total = 0.0
     for prompt, completion in tqdm(zip(prompts, completions, strict=True), desc="KL", total=len(prompts)):

@@ -1,7 +1,7 @@
-"""Completions as tables: what a policy said, what it got for it, and how it stopped.
+"""Write tables of completions, with their scores and the reason why each one stopped.
 
-Written beside the weights, in the form of MLflow's tables: `mlflow.load_table` and `pandas.read_json(path,
-orient="split")` read them.
+The tables are files in the output directory, in the format of MLflow's tables. `mlflow.load_table` and
+`pandas.read_json(path, orient="split")` read them.
 """
 
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ def sample_rows(
     scores: Mapping[str, Tensor],
     truncated: Tensor,
 ) -> list[dict[str, Any]]:
-    """Return one row per completion: prompt, completion, every score, length in tokens, and why it stopped.
+    """Return one row per completion: prompt, completion, every score, length in tokens, and what stopped it.
 
     Args:
         prompts: Text or messages.
-        completions: Likewise.
-        completion_ids: Without padding.
-        scores: Figures by name, each `(B,)`; not a number where there is none.
-        truncated: Which completions the length limit has cut, `(B,)`.
+        completions: Text or messages.
+        completion_ids: Token ids without padding.
+        scores: Scores by name, each `(B,)`. A missing score is NaN.
+        truncated: True where the length limit cut the completion, `(B,)`.
     """
     columns = {name: [round(x, 6) for x in values.tolist()] for name, values in scores.items()}
     return [
@@ -46,13 +46,13 @@ def sample_rows(
 
 
 def write_table(rows: list[dict[str, Any]], output_dir: str | Path, kind: str, step: int) -> Path:
-    """Write rows to `samples/<kind>-<step>.json` in `output_dir`; return where.
+    """Write rows to `samples/<kind>-<step>.json` in `output_dir`, and return the path.
 
     Args:
-        rows: As of `sample_rows`.
-        output_dir: Of the run.
+        rows: Rows that `sample_rows` returned.
+        output_dir: Output directory of the run.
         kind: `training` or `evaluation`.
-        step: Optimiser steps taken.
+        step: Number of optimiser steps so far.
     """
     file = Path(output_dir, SAMPLES_DIRECTORY, f"{kind}-{step:06d}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +61,12 @@ def write_table(rows: list[dict[str, Any]], output_dir: str | Path, kind: str, s
 
 
 def tables_of_step(output_dir: str | Path, step: int) -> list[Path]:
-    """Return the tables that a run has written at a step."""
+    """Return the tables that a run wrote at a step."""
     return sorted(Path(output_dir, SAMPLES_DIRECTORY).glob(f"*-{step:06d}.json"))
 
 
 def tables_until(output_dir: str | Path, step: int) -> list[Path]:
-    """Return the tables that a run has written up to a step, in their order."""
+    """Return the tables that a run wrote up to a step, in the order of the steps."""
     tables = Path(output_dir, SAMPLES_DIRECTORY).glob("*-*.json")
     steps = {table: int(number) for table in tables if (number := table.stem.split("-")[-1]).isdecimal()}
     return sorted((table for table in steps if steps[table] <= step), key=lambda table: (steps[table], table))

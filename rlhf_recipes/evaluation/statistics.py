@@ -1,33 +1,34 @@
-"""Evaluation: how well a reward model ranks, and which of two policies is better.
-
-Arrays in, plain floats out; generation and scoring of held-out prompts.
-"""
+"""Measure how well a reward model ranks, and which of two policies is better."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+Samples = ArrayLike | Sequence[Sequence[float | None]]
+
 
 def preference_metrics(
     chosen_scores: ArrayLike, rejected_scores: ArrayLike, chosen_lengths: ArrayLike, rejected_lengths: ArrayLike
 ) -> dict[str, float]:
-    """Return what accuracy alone hides about a reward model.
+    """Return metrics that show more about a reward model than its accuracy.
 
-    accuracy: share of pairs ranked as labelled.  accuracy_margin_q1..q4: in the quartiles of the predicted
-    margin |r+ - r-|; it should rise.  calibration_error: expected calibration error of sigmoid(|r+ - r-|) as the
-    probability of being right, ten equal bins over [0.5, 1].  length_correlation: Pearson correlation over pairs of
-    the difference in score with the difference in length, in which the shared prompt cancels; near 1, the model has
-    learned to count.  Mean and population standard deviation of the scores, by side and pooled.
+    accuracy: share of pairs in the labelled order.
+    accuracy_margin_q1..q4: accuracy in each quartile of the predicted margin |r+ - r-|. It should rise.
+    calibration_error: expected calibration error of sigmoid(|r+ - r-|) as the probability of the right order, in ten
+    equal bins over [0.5, 1].
+    length_correlation: Pearson correlation over pairs of the difference in score with the difference in length, in
+    which the shared prompt cancels. Near 1, the model rewards length.
+    Also the mean and population standard deviation of the scores: chosen, rejected, and both.
 
     Args:
         chosen_scores: `(N,)`.
         rejected_scores: `(N,)`.
         chosen_lengths: `(N,)`, tokens, with or without the prompt.
-        rejected_lengths: `(N,)`, likewise.
+        rejected_lengths: `(N,)`, tokens, counted in the same way.
 
     Source: Guo et al. 2017, arXiv:1706.04599, eq. 3 (calibration error).
     """
@@ -59,20 +60,37 @@ def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     return float(sum(gaps) / confidence.size)
 
 
+def compare_scores(scores: Samples, baseline_scores: Samples, *, seed: int = 0) -> dict[str, float]:
+    """Return the mean score of a policy and of its baseline, and `win_rate` and `mean_gain` with their intervals.
+
+    Args:
+        scores: Scores of the policy, `(N, S)`: S samples of each of N prompts. `None` or NaN is a missing score.
+        baseline_scores: Scores of the baseline on the same prompts, same shape.
+        seed: Seed of the bootstrap.
+    """
+    ours, theirs = np.asarray(scores, dtype=float), np.asarray(baseline_scores, dtype=float)
+    means = {"policy": _mean(ours), "baseline": _mean(theirs)}
+    return means | win_rate(ours, theirs, seed=seed) | mean_gain(ours, theirs, seed=seed)
+
+
+def _mean(scores: np.ndarray) -> float:
+    return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
+
+
 def win_rate(
     scores: ArrayLike, baseline_scores: ArrayLike, *, confidence_level: float = 0.95, seed: int = 0
 ) -> dict[str, float]:
     """Return the share of prompts on which a policy beats the baseline, with a bootstrap interval over prompts.
 
-    A tie counts as half a win, a pair without two finite scores not at all. Several samples of one prompt are averaged
-    first, since they are not independent. The interval is the percentile bootstrap's: with equal outcomes it has width
-    0, where the accelerated one is undefined.
+    A tie counts as half a win. A pair without two finite scores does not count. Samples of the same prompt are not
+    independent, so they are averaged first. The percentile bootstrap is used, because the accelerated one is undefined
+    if all outcomes are equal. The interval then has width 0.
 
     Args:
-        scores: One per prompt, `(N,)`, or several, `(N, S)`.
-        baseline_scores: The baseline's on the same prompts, same shape.
-        confidence_level: In (0, 1).
-        seed: Of the resampling.
+        scores: One score per prompt, `(N,)`, or one per sample, `(N, S)`.
+        baseline_scores: Scores of the baseline on the same prompts, same shape.
+        confidence_level: Level of the interval, in (0, 1).
+        seed: Seed of the bootstrap.
     """
     outcomes = (np.sign(_differences(scores, baseline_scores)) + 1) / 2
     return _mean_with_interval("win_rate", outcomes, confidence_level, seed)
@@ -81,17 +99,17 @@ def win_rate(
 def mean_gain(
     scores: ArrayLike, baseline_scores: ArrayLike, *, confidence_level: float = 0.95, seed: int = 0
 ) -> dict[str, float]:
-    """Return by how much a policy scores above the baseline, with the same interval; arguments as of `win_rate`."""
+    """Return the mean of score minus baseline score, with an interval. The arguments are those of `win_rate`."""
     return _mean_with_interval("gain", _differences(scores, baseline_scores), confidence_level, seed)
 
 
 def preference_rate(preferences: ArrayLike, *, confidence_level: float = 0.95, seed: int = 0) -> dict[str, float]:
-    """Return `win_rate` from judgements of pairs instead of scores.
+    """Return the win rate from preferences between pairs of answers instead of scores.
 
     Args:
-        preferences: Probability that the policy's answer is the better one, `(N,)` or `(N, S)`, in [0, 1].
-        confidence_level: As of `win_rate`.
-        seed: Likewise.
+        preferences: Probability that the policy's answer is better, `(N,)` or `(N, S)`, in [0, 1].
+        confidence_level: Same as for `win_rate`.
+        seed: Seed of the bootstrap.
     """
     return _mean_with_interval("win_rate", _by_prompt(np.asarray(preferences, dtype=float)), confidence_level, seed)
 
@@ -99,15 +117,15 @@ def preference_rate(preferences: ArrayLike, *, confidence_level: float = 0.95, s
 def swapped_preferences(
     judge: Callable[..., list[float]], prompts: list[Any], ours: list[Any], theirs: list[Any], **columns: list[Any]
 ) -> list[float]:
-    """Ask a judge that sees both answers twice, in either order, and return the mean: a liking for a place cancels.
+    """Ask a judge of pairs twice, with the answers in both orders, and return the mean: a bias for one place cancels.
 
     Args:
-        judge: Called with `prompts`, `completions_a`, `completions_b` and the dataset's other columns, all by name;
-            returns the probability, in [0, 1], that `a` is the better answer, for each.
+        judge: Function of `prompts`, `completions_a`, `completions_b` and the other columns of the dataset, all passed
+            by name. It returns for each prompt the probability, in [0, 1], that `a` is the better answer.
         prompts: Text or messages.
-        ours: Answers whose preference is returned.
-        theirs: Answers that they are compared with.
-        columns: Of the dataset.
+        ours: Answers whose probability to be better is returned.
+        theirs: Answers to compare with.
+        columns: Other columns of the dataset.
 
     Source: Zheng et al. 2023, arXiv:2306.05685, section 3.4.
     """
@@ -117,12 +135,12 @@ def swapped_preferences(
 
 
 def _differences(scores: ArrayLike, baseline_scores: ArrayLike) -> np.ma.MaskedArray:
-    """Return `(N, S)`, without what one of the two has no score for."""
+    """Return the differences, `(N, S)`. A missing score masks its pair."""
     return _by_prompt(np.asarray(scores, dtype=float) - np.asarray(baseline_scores, dtype=float))
 
 
 def _by_prompt(samples: np.ndarray) -> np.ma.MaskedArray:
-    """Return `(N, S)` of `(N,)` or `(N, S)`, without what is not a number."""
+    """Return `(N, S)` for `(N,)` or `(N, S)`, with a mask where a value is not finite."""
     return np.ma.masked_invalid(samples.reshape(len(samples), -1))
 
 

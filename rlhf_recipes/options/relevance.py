@@ -1,61 +1,102 @@
-"""Which option matters for what: resuming a run, its group in MLflow, and a comparison."""
+"""Say which options matter for what: for the group of a run, for a comparison, and for a resume."""
 
 import hashlib
 import json
 import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from rlhf_recipes.options.secrets import public_options
 
-# Where a run writes and what it is called do not change its outcome; the seed is what repeats an experiment.
-NOT_IN_GROUP = {
-    *("seed", "data_seed", "output_dir", "run_name", "logging_dir", "report_to", "resume_from_checkpoint"),
-    *("hub_model_id", "hub_revision", "num_shown", "disable_tqdm", "save_total_limit"),
+# The class of an option: its name, or a beginning of names that ends with `*`. Every other option is of "outcome".
+CLASSES = {
+    "seed": ("seed", "data_seed"),
+    "length": ("max_steps", "num_train_epochs"),
+    "place and name": ("output_dir", "run_name", "report_to", "project", "trackio_*", "push_to_hub*", "hub_*"),
+    "logging and saving": (
+        *("log_*", "logging_*", "logged_samples", "num_completions_to_print", "num_shown", "disable_tqdm", "debug"),
+        *("include_num_input_tokens_seen", "skip_memory_metrics", "save_*", "enable_jit_checkpoint"),
+        *("resume_from_checkpoint", "restore_callback_states_from_checkpoint", "allow_changes_on_resume"),
+    ),
+    "evaluation": (
+        *("do_*", "eval_*", "per_device_eval_*", "batch_eval_metrics", "prediction_loss_only", "include_for_metrics"),
+        *("label_names", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        "early_stopping_patience",
+    ),
+    # How the work is spread over devices and processes, and how long a reward may take.
+    "execution": (
+        *("accelerator_config", "dataloader_*", "ddp_*", "deepspeed", "ds3_*", "fsdp*", "local_rank"),
+        *("activation_checkpointing*", "gradient_checkpointing*", "torch_empty_cache_steps", "trust_remote_code"),
+        *("vllm_server_*", "vllm_group_port", "vllm_gpu_*", "vllm_enable_*", "vllm_tensor_*", "remove_unused_columns"),
+        *("reward_timeout", "reward_retries", "failed_rewards"),
+    ),
+    # A resume compares the weights behind this path.
+    "reward adapter": ("reward_adapter",),
 }
+# Runs that differ only in other classes have one `group` tag in MLflow and are one group in a comparison.
+COMPARED = {"outcome", "length", "evaluation", "execution", "reward adapter"}
+# A run resumes only with equal options of these classes: they make its numbers.
+RESUMED = {"outcome", "length", "seed"}
+SEED_IN_PATH = re.compile(r"(?<![a-z])seed[-_=]?\d+", re.IGNORECASE)
 
 
-def config_group(options: dict[str, dict[str, Any]]) -> str:
-    """Return a short name shared by the runs that differ in the seed, or in what does not change the outcome.
+def class_of(option: str) -> str:
+    """Return the class of an option."""
+    matches = (name for name, patterns in CLASSES.items() if any(fnmatchcase(option, each) for each in patterns))
+    return next(matches, "outcome")
 
-    A directory that is named after a seed (`runs/seed-1/sft`) counts as the same for every seed.
+
+def flat(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return every option once, without its dataclass.
+
+    The first dataclass that has a name keeps it. A later one with another value has it as `Dataclass.name`.
+
+    Args:
+        options: Options by dataclass, as `public_options` returns them.
     """
-    asked = {
-        section: {name: value for name, value in values.items() if name not in NOT_IN_GROUP}
-        for section, values in options.items()
+    known: dict[str, Any] = {}
+    for dataclass, values in options.items():
+        for name, value in values.items():
+            if known.setdefault(name, value) != value:
+                known[f"{dataclass}.{name}"] = value
+    return known
+
+
+def compared_options(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return as text the options that decide which runs are one group.
+
+    A directory that is named after a seed (`runs/seed-1/sft`) is the same for every seed.
+
+    Args:
+        options: Options by name, as `flat` returns them.
+    """
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for name, value in options.items()
     }
-    text = re.sub(r"(?<![a-z])seed[-_=]?\d+", "seed", json.dumps(asked, sort_keys=True), flags=re.IGNORECASE)
+    return {
+        name: SEED_IN_PATH.sub("seed*", text)
+        for name, text in texts.items()
+        if class_of(name.rpartition(".")[2]) in COMPARED
+    }
+
+
+def config_group(options: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a short name that all runs of one group share.
+
+    Args:
+        options: Options by dataclass, as `public_options` returns them.
+    """
+    text = json.dumps(compared_options(flat(options)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-# Beginnings of options that change no weight: where a run writes, what it shows, how often it saves and evaluates, and
-# how the work is spread, which the number of processes says as far as it matters.
-FREE_OPTIONS = (
-    *("log", "save", "eval", "per_device_eval", "batch_eval", "prediction_loss", "do_", "metric", "greater_is_better"),
-    *("load_best", "early_stopping", "output", "run_name", "report_to", "project", "trackio", "push_to", "hub"),
-    *("resume", "restore_callback", "allow_changes", "enable_jit", "disable_tqdm", "num_completions_to_print"),
-    *("include", "skip_memory", "debug", "dataloader", "ddp", "deepspeed", "fsdp", "accelerator_config", "local_rank"),
-    *("gradient_checkpointing", "activation_checkpointing", "torch_empty_cache", "ds3", "vllm_server", "vllm_group"),
-    *("vllm_gpu", "vllm_enable", "vllm_tensor", "trust_remote_code", "remove_unused", "label_names", "reward_adapter"),
-    # How long a reward is waited for, and what becomes of a completion whose reward never came.
-    *("reward_timeout", "reward_retries", "failed_rewards"),
-)
-
-
 def options_that_count(args: Any) -> dict[str, Any]:
-    """Return the options of a trainer that its numbers depend on.
+    """Return the options of a trainer that must be equal on a resume.
 
-    The length of the run is one of them unless the learning rate is constant: another schedule would lead elsewhere.
+    The length of the run is one of them, because a learning rate that decays depends on it. With a constant learning
+    rate, the length is free.
     """
     (options,) = public_options((args,)).values()
-    free: tuple[str, ...] = FREE_OPTIONS
-    if str(options["lr_scheduler_type"]).startswith("constant"):
-        free += ("max_steps", "num_train_epochs")
-    return {f"`{name}`": value for name, value in options.items() if not name.startswith(free)}
-
-
-# Seeds, names, places and verbosity: they change where a run is seen, not what it learns.
-IGNORED_OPTIONS = re.compile(
-    r"seed|data_seed|output_dir|run_name|report_to|resume_from_checkpoint|project|disable_tqdm|num_shown"
-    r"|(logging|log|hub|push_to_hub|trackio|save)(_.*)?"
-)
-SEED_IN_PATH = re.compile(r"seed[-_=]?\d+")  # runs/seed-0/sft and runs/seed-1/sft are one option
+    counting = RESUMED - {"length"} if str(options["lr_scheduler_type"]).startswith("constant") else RESUMED
+    return {f"`{name}`": value for name, value in options.items() if class_of(name) in counting}

@@ -10,7 +10,7 @@ SECRET_NAMES = re.compile(r"passw|secret|credential|authorization|(^|_)(token|ke
 TEXT_TOKENS = {"bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"}
 # user:password@ of an address, a secret in its query, and the formats in which tokens are issued.
 SECRET_VALUES = re.compile(
-    r"(?<=://)[^/\s@]+(?=@)"
+    r"(?<=://)[^/\s]+(?=@)"
     r"|(?<=[?&])((?:\w*_)?(?:token|key|password|secret)=)[^&\s]+"
     r"|\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}",
     re.IGNORECASE,

@@ -1,1 +1,1 @@
-"""MLflow: written now, delivered later, fetched back."""
+"""Record runs and models in MLflow, send records later, and load models back."""

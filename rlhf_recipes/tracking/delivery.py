@@ -1,6 +1,6 @@
-"""Sending a run's records to MLflow without letting the store stop the training.
+"""Send the records of a run to MLflow. A failure of the store does not stop the training.
 
-One thread sends in order; what cannot be sent is kept in a file of JSON lines, and sent later by
+One thread sends in order. Records that cannot be sent are kept in a file of JSON lines. This command sends them later:
 
     python -m rlhf_recipes.tracking.delivery runs/my_model/ppo/mlflow_unsent.jsonl
 """
@@ -29,16 +29,15 @@ logger = logging.getLogger(__name__)
 
 
 class Delivery:
-    """The way from a training loop to one MLflow run.
+    """Send the records of one MLflow run from a training loop.
 
-    Metrics have one value per step: what an interrupted attempt, or the part of a run that it went back before, had
-    recorded up to a step is not recorded again.
+    A metric has one value per step. A run that resumes, or goes back, repeats steps; these are not recorded again.
 
     Args:
-        run_id: Of the run.
-        tracking_uri: Of its store, without credentials; a note for whoever sends the rest.
-        output_dir: Where `mlflow_unsent.jsonl` is written if need be.
-        last_steps: Steps up to which the run has its metrics already, by name.
+        run_id: Id of the run.
+        tracking_uri: Address of its store, without credentials. It is noted beside the unsent records.
+        output_dir: Directory for `mlflow_unsent.jsonl`.
+        last_steps: Last recorded step of each metric, by name.
     """
 
     def __init__(self, run_id: str, tracking_uri: str, output_dir: str | Path, last_steps: dict[str, int]) -> None:
@@ -50,11 +49,11 @@ class Delivery:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow-delivery")
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Send metrics; return at once.
+        """Send metrics, without waiting.
 
         Args:
-            metrics: By name.
-            step: Default: the latest one, and then only what is not recorded there.
+            metrics: Values by name.
+            step: Optimiser step. Default: the latest one. A metric that is recorded there is not sent again.
         """
         self._step = self._step if step is None else step
         fresh = {name: value for name, value in metrics.items() if self._step > self._last_steps.get(name, -1)}
@@ -63,16 +62,16 @@ class Delivery:
             self._submit({"metrics": fresh, "step": self._step})
 
     def log_artifact(self, file: Path, folder: str = "") -> None:
-        """Send a file, which must stay where it is until it is sent, to a folder of the run."""
+        """Send a file to a folder of the run. The file must not change until it is sent."""
         self._submit({"artifact": str(file.resolve()), "folder": folder})
 
     def log_dataset(self, name: str, digest: str, context: str) -> None:
-        """Send what identifies a dataset, and what it is used for."""
+        """Send the identity of a dataset and its purpose."""
         source = {"source_type": "hf", "source": json.dumps({"path": name})}
         self._submit({"dataset": {"name": name, "digest": digest, **source}, "context": context})
 
     def log_model(self, model: dict[str, Any]) -> None:
-        """Send a model (see `tracking/logged_model.py`), whose files must stay where they are until it is sent."""
+        """Send a model that `describe_model` returned. Its files must not change until they are sent."""
         self._submit({"model": model, "step": self._step})
 
     def set_tags(self, tags: dict[str, str]) -> None:
@@ -88,9 +87,9 @@ class Delivery:
             return
         try:
             _apply(mlflow.MlflowClient(), record)
-        except Exception as error:  # whatever a store or the way to it raises must not stop a training
+        except Exception as error:  # no error of a store or of the network may stop a training
             self._keep(record)
-            if getattr(error, "error_code", None) != "INVALID_PARAMETER_VALUE":  # else only this record is at fault
+            if getattr(error, "error_code", None) != "INVALID_PARAMETER_VALUE":  # else only this record is wrong
                 self._paused_until = time.monotonic() + PAUSE_SECONDS
 
     def _keep(self, record: dict[str, Any]) -> None:
@@ -99,14 +98,14 @@ class Delivery:
             file.write(json.dumps(record) + "\n")
 
     def close(self, status: str) -> None:
-        """Wait until everything is sent or kept, end the active run, and say what is left."""
+        """Wait until every record is sent or kept, end the active run, and warn of kept records."""
         self._worker.shutdown(wait=True)
         try:
             mlflow.end_run(status)
-        except Exception:  # as above: the model matters more than its record
+        except Exception:  # the model matters more than its record
             self._keep(self._origin | {"timestamp": int(time.time() * 1000), "status": status})
         else:
-            with suppress(Exception):  # the store may have come back
+            with suppress(Exception):  # the store may answer again
                 send_unsent(self.unsent, mlflow.get_tracking_uri())
         if self.unsent.exists():
             count = len(self.unsent.read_text(encoding="utf-8").splitlines())
@@ -117,18 +116,18 @@ class Delivery:
 
 
 def send_unsent(path: str | Path, tracking_uri: str | None = None) -> int:
-    """Send what a run could not, and delete the file; a value that arrived after all is not sent twice.
+    """Send the kept records of a run, and delete the file. A value that the store already has is not sent again.
 
     Args:
-        path: A run's `mlflow_unsent.jsonl`.
-        tracking_uri: Store to send to. Default: the one of the run, which was noted without credentials: with a
-            password in the address, name it here, or set `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`.
+        path: Path of `mlflow_unsent.jsonl`.
+        tracking_uri: Address of the store. Default: the address that the run noted, without credentials. If the store
+            needs a password, give it here, or set `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`.
 
     Returns:
         The number of records.
 
     Raises:
-        MlflowException: If the store does not take them; the file then stays as it is.
+        MlflowException: If the store refuses a record. The file then does not change.
     """
     if not Path(path).exists():
         return 0
@@ -143,7 +142,7 @@ def send_unsent(path: str | Path, tracking_uri: str | None = None) -> int:
         for start in range(0, len(missing), MAX_METRICS_PER_BATCH):
             client.log_batch(run_id, metrics=missing[start : start + MAX_METRICS_PER_BATCH])
         for record in of_run:
-            # A run that has gone on, or ended, since then knows better how it ended.
+            # A run that is not RUNNING has a newer status.
             if "metrics" not in record and ("status" not in record or _is_running(client, run_id)):
                 _apply(client, record)
     Path(path).unlink()
@@ -155,7 +154,7 @@ def _is_running(client: mlflow.MlflowClient, run_id: str) -> bool:
 
 
 def _missing(client: mlflow.MlflowClient, run_id: str, metrics: list[Metric]) -> list[Metric]:
-    wanted = {(metric.key, metric.step): metric for metric in reversed(metrics)}  # of one step, the first value
+    wanted = {(metric.key, metric.step): metric for metric in reversed(metrics)}  # the first value of each step
     for name in {metric.key for metric in metrics}:
         for metric in client.get_metric_history(run_id, name):
             wanted.pop((name, metric.step), None)

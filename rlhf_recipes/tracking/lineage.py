@@ -1,7 +1,4 @@
-"""Where a run comes from: code, packages, processes, data, and the runs before it.
-
-Reads only; what is done with it is decided in `rlhf_recipes/tracking/session.py`.
-"""
+"""Find the origin of a run: code, packages, processes, and the runs that made its inputs."""
 
 import importlib.metadata
 import json
@@ -16,7 +13,7 @@ from rlhf_recipes.tracking.logged_model import find_model, is_model_uri
 
 RUN_FILE = "mlflow_run.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "rlhf-recipes")
-# The run that wrote what an option names, by the option.
+# The role of the run that made the input, by the option that names the input.
 UPSTREAM = {
     "model_name_or_path": "policy",
     "reward_model_path": "reward_model",
@@ -26,7 +23,7 @@ UPSTREAM = {
 
 
 def environment_tags(*configs: Any) -> dict[str, str]:
-    """Return the commit of the working directory, the versions of the packages, and how accelerate was launched."""
+    """Return the commit of the working directory, the versions of the packages, and the settings of accelerate."""
     precisions = [kind for kind in ("bf16", "fp16") for config in configs if getattr(config, kind, False)]
     tags = {
         "accelerate.num_processes": str(PartialState().num_processes),
@@ -36,13 +33,13 @@ def environment_tags(*configs: Any) -> dict[str, str]:
     for package in PACKAGES:
         try:
             tags[f"versions.{package.replace('-', '_')}"] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # runs from a checkout that is not installed
+        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
             continue
     return tags | git_tags()
 
 
 def git_tags() -> dict[str, str]:
-    """Return the commit of the working directory and whether its files differ from it; in an image that one's."""
+    """Return the commit of the working directory and whether its files differ from it. An image has its own commit."""
     commit = _git("rev-parse", "HEAD")
     if not commit:
         built = os.environ.get("RLHF_RECIPES_COMMIT")
@@ -60,27 +57,27 @@ def _git(*arguments: str) -> str | None:
 
 
 def write_run_file(output_dir: str | Path, run: dict[str, str]) -> None:
-    """Leave a note of the run beside the weights that it has written.
+    """Write a note of the run beside its weights.
 
     Args:
-        output_dir: Of the run.
-        run: `run_id`, `experiment_id` and `tracking_uri`, without credentials; `model_id`, if MLflow has the weights.
+        output_dir: Output directory of the run.
+        run: `run_id`, `experiment_id`, `tracking_uri` without credentials, and `model_id` if MLflow has the weights.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     Path(output_dir, RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def note_model(output_dir: str | Path, run_id: str, model_id: str | None) -> None:
-    """Add the id under which MLflow keeps the weights to the note beside them, if it is still that run's."""
+    """Add the id of the model in MLflow to the note beside the weights, if the note is still of that run."""
     note = read_run_file(output_dir)
     if model_id is not None and note is not None and note["run_id"] == run_id:
         write_run_file(output_dir, note | {"model_id": model_id})
 
 
 def read_run_file(path: str | Path | None) -> dict[str, str] | None:
-    """Return the note of the run that wrote a directory, or a checkpoint inside it; `None` if there is none.
+    """Return the note of the run that wrote a directory, or a checkpoint inside it; `None` without a note.
 
-    The `model_id` is that of the directory's weights, and not of a checkpoint's.
+    `model_id` belongs to the weights of the directory. The note of a checkpoint has none.
     """
     if path is None:
         return None
@@ -93,7 +90,7 @@ def read_run_file(path: str | Path | None) -> dict[str, str] | None:
 
 
 def upstream_runs(*configs: Any) -> dict[str, dict[str, str]]:
-    """Return the notes of the runs that made what these options name, by what it is for.
+    """Return the notes of the runs that made the models in these options, by role.
 
     Raises:
         UnknownModelError: If an option names a model that is not in MLflow.

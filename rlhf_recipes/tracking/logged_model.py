@@ -1,6 +1,6 @@
-"""A trained model in MLflow: its files as they are, what it stands on, and the run that made it.
+"""Record a trained model in MLflow: its files, its base, and the run that made it.
 
-MLflow's `transformers` flavor is not used: it loads an adapter on a local base with random weights.
+MLflow's `transformers` flavor is not used, because it loads an adapter on a local base with random weights.
 """
 
 import json
@@ -24,22 +24,22 @@ from rlhf_recipes.options.secrets import redact
 from rlhf_recipes.rewards.card import CARD_FILE
 
 SCHEME = "models:/"
-# Weights and heads, configurations (also the quantisation's), the tokenizer, the card; not what only a training needs.
+# Weights, heads, configurations, the tokenizer and the card. Files that only a training needs are left out.
 MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*config.json", CARD_FILE),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("chat_template*", "additional_chat_templates/*"),
 )
-UPLOAD_SECONDS = 600  # a server answers when it has stored a file, and one of weights is large
+UPLOAD_SECONDS = 600  # a server answers after it has stored a file, and a file of weights is large
 logger = logging.getLogger(__name__)
 
 
 class UnknownModelError(ValueError):
-    """A `models:/` address that leads to no model."""
+    """A `models:/` address without a model."""
 
 
 def is_model_uri(path: Any) -> TypeGuard[str]:
-    """Return whether this is the address of a model in MLflow: `models:/name@alias`, `/name/version`, or `/m-…`."""
+    """Return whether this is the address of a model in MLflow: `models:/name@alias`, `/name/version` or `/m-…`."""
     return isinstance(path, str) and path.startswith(SCHEME)
 
 
@@ -47,7 +47,7 @@ def find_model(uri: str) -> LoggedModel:
     """Return the model at an address in the current store.
 
     Raises:
-        UnknownModelError: If there is none, or the store does not answer.
+        UnknownModelError: If there is no model, or the store does not answer.
     """
     client = mlflow.MlflowClient()
     try:
@@ -61,17 +61,17 @@ def find_model(uri: str) -> LoggedModel:
 
 
 def model_files(directory: str | Path) -> list[Path]:
-    """Return the files that a model needs, without checkpoints, states of the optimiser, logs and plots."""
+    """Return the files that a model needs, without checkpoints, optimiser states, logs and plots."""
     return sorted({file for pattern in MODEL_FILES for file in Path(directory).glob(pattern) if file.is_file()})
 
 
 def describe_model(directory: str | Path, model_type: str, revision: str | None = None) -> dict[str, Any] | None:
-    """Return what is recorded of a model beside its files, as values that JSON knows; `None` without weights.
+    """Return the record of a model without its files, as JSON values; `None` without weights.
 
     Args:
-        directory: Where it was saved.
+        directory: Directory of the saved model.
         model_type: `policy` or `reward_model`.
-        revision: Of the base of an adapter, if that is on the Hub.
+        revision: Revision of the base of an adapter, if the base is on the Hub.
     """
     directory = Path(directory).resolve()
     fingerprint = weights_fingerprint(directory)
@@ -83,12 +83,12 @@ def describe_model(directory: str | Path, model_type: str, revision: str | None 
         params |= {"base_model": redact(str(base)), "base_revision": revision or "main"}
         try:
             of_base = base_fingerprint(str(base), revision, local_files_only=True)
-        except (OSError, ValueError):  # no path or name: the base was built in memory
+        except (OSError, ValueError):  # the base was built in memory and has no path or name
             of_base = None
         params |= {"base_fingerprint": of_base} if of_base else {}
     return {
         "directory": str(directory),
-        "name": re.sub(r"[^\w-]", "_", directory.name),  # MLflow takes no dots
+        "name": re.sub(r"[^\w-]", "_", directory.name),  # MLflow refuses dots
         "model_type": model_type,
         "params": params,
         "tags": {"weights": fingerprint},
@@ -98,17 +98,17 @@ def describe_model(directory: str | Path, model_type: str, revision: str | None 
 def send_model(
     client: mlflow.MlflowClient, run_id: str, model: dict[str, Any], *, step: int, timestamp: int
 ) -> str | None:
-    """Record a model as the output of a run, with the run's latest metrics; go on where an attempt was cut off.
+    """Record a model as the output of a run, with the latest metrics of the run; continue an interrupted attempt.
 
     Args:
-        client: Of the store.
-        run_id: Of the run that has written it.
-        model: See `describe_model`; may name a `registered_model_name` and a `registered_model_alias`.
-        step: Of the run.
-        timestamp: When it was written, milliseconds. An alias does not go back to an older model.
+        client: Client of the store.
+        run_id: Id of the run that wrote the model.
+        model: Record that `describe_model` returned, with `registered_model_name` and `registered_model_alias`.
+        step: Step of the run.
+        timestamp: Time of the record, milliseconds. An alias does not move to an older model.
 
     Returns:
-        Its id; `None` if the directory has been overwritten since.
+        The id of the model; `None` if the directory now holds other weights.
     """
     if weights_fingerprint(model["directory"]) != model["tags"]["weights"]:
         logger.warning(
@@ -132,7 +132,7 @@ def send_model(
 
 
 def _begun(client: mlflow.MlflowClient, run: Run, model: dict[str, Any]) -> LoggedModel:
-    """Return this model as an earlier attempt has left it, or a new one."""
+    """Return the model of an earlier attempt, or a new one."""
     known = client.search_logged_models(
         [run.info.experiment_id],
         filter_string=f"source_run_id = '{run.info.run_id}' AND tags.weights = '{model['tags']['weights']}'",
@@ -157,7 +157,7 @@ def _time_to_upload() -> Iterator[None]:
 
 
 def _copy_metrics(client: mlflow.MlflowClient, run: Run, model_id: str) -> None:
-    """Give a model the latest metrics of its run: the store knows each by its time, and keeps one value in the run."""
+    """Copy the latest metrics of a run to its model. With equal times, the store keeps one value in the run."""
     names = [name for name in run.data.metrics if not name.startswith("system/")]
     latest = [client.get_metric_history(run.info.run_id, name)[-1] for name in names]
     metrics = [Metric(each.key, each.value, each.timestamp, each.step, model_id=model_id) for each in latest]
@@ -168,7 +168,7 @@ def _register(client: mlflow.MlflowClient, logged: LoggedModel, name: str, alias
     version = _version(client, logged, name, timestamp)
     linked = json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
     link = {"name": name, "version": version}
-    if link not in linked:  # MLflow's page shows it
+    if link not in linked:  # the page of MLflow shows the link
         client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([*linked, link])})
     if alias is None:
         return
@@ -178,7 +178,7 @@ def _register(client: mlflow.MlflowClient, logged: LoggedModel, name: str, alias
 
 
 def _version(client: mlflow.MlflowClient, logged: LoggedModel, name: str, timestamp: int) -> int:
-    """Return the version of a registered model that this model is; make it if it is none."""
+    """Return the version that this model has in a registered model; create the version if it has none."""
     uri, run_id = f"{SCHEME}{logged.model_id}", logged.source_run_id
     for known in client.search_model_versions(f"run_id = '{run_id}'"):
         if (known.name, known.source) == (name, uri):

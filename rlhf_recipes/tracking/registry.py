@@ -1,6 +1,6 @@
-"""Models from MLflow, loaded as from the directory that a recipe wrote.
+"""Load models from MLflow, with the same result as from the directory that a recipe wrote.
 
-`models:/name@alias`, `models:/name/version` and `models:/m-…` are taken; the store is MLflow's current one
+An address is `models:/name@alias`, `models:/name/version` or `models:/m-…`. The store is the current one of MLflow
 (`MLFLOW_TRACKING_URI`, `mlflow.set_tracking_uri`).
 """
 
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_registered_policy(uri: str, *, base: str | None = None, **kwargs: Any) -> PreTrainedModel | PeftModel:
-    """Load a policy from MLflow; it generates what it generated where it was trained. See `load_policy`.
+    """Load a policy from MLflow. It generates the same text as after its training. See `load_policy`.
 
     Args:
         uri: Address of the model.
-        base: Where the base of an adapter is here: a directory, a Hub name, or the address of a model in MLflow.
-            Default: where the adapter says.
-        kwargs: Passed on to `from_pretrained`; `revision` is the base's.
+        base: Base of an adapter: a directory, a Hub name, or the address of a model in MLflow. Default: the path in
+            the adapter's configuration.
+        kwargs: Arguments of `from_pretrained`. `revision` is the revision of the base.
 
     Raises:
         ValueError: See `download_model`.
@@ -47,12 +47,12 @@ def load_registered_policy(uri: str, *, base: str | None = None, **kwargs: Any) 
 
 
 def load_registered_reward_model(uri: str, *, base: str | None = None, **kwargs: Any) -> RewardModelScorer:
-    """Load a reward model with its tokenizer and card from MLflow; it scores as where it was trained.
+    """Load a reward model with its tokenizer and card from MLflow. It gives the same scores as after its training.
 
     Args:
         uri: Address of the model.
         base: See `load_registered_policy`.
-        kwargs: Passed on to `from_pretrained`; `revision` is the base's.
+        kwargs: Arguments of `from_pretrained`. `revision` is the revision of the base.
 
     Raises:
         ValueError: See `download_model`.
@@ -63,12 +63,12 @@ def load_registered_reward_model(uri: str, *, base: str | None = None, **kwargs:
 
 
 def require_model(option: str, path: str | None, revision: str | None = None) -> str:
-    """Return where a model can be loaded from: an address in MLflow is downloaded, all else is for `require_path`.
+    """Return the directory or Hub name of a model. A model in MLflow is downloaded; see `require_path` for the rest.
 
     Args:
         option: Name of the option, for the message.
-        path: Its value.
-        revision: Of the base of an adapter, if that is on the Hub.
+        path: Value of the option.
+        revision: Revision of the base of an adapter, if the base is on the Hub.
 
     Raises:
         ValueError: See `download_model` and `require_path`.
@@ -78,18 +78,18 @@ def require_model(option: str, path: str | None, revision: str | None = None) ->
 
 
 def download_model(uri: str, base: str | None = None, revision: str | None = None) -> str:
-    """Download a model from MLflow, once, into `$HF_HOME/rlhf_recipes`, and check what it stands on.
+    """Download a model from MLflow once into `$HF_HOME/rlhf_recipes`, and check its base.
 
     Args:
         uri: Address of the model.
-        base: Directory or Hub name of the base of an adapter. Default: where the adapter says.
-        revision: Of the base on the Hub.
+        base: Directory or Hub name of the base of an adapter. Default: the path in the adapter's configuration.
+        revision: Revision of the base on the Hub.
 
     Returns:
-        A directory as a recipe writes it.
+        The directory, with the files that a recipe writes.
 
     Raises:
-        ValueError: If the model cannot be read or is not whole, or its base is not here or has other weights.
+        ValueError: If the model cannot be read or is not whole, or its base is missing or has other weights.
     """
     configure_mlflow()
     model = find_model(uri)
@@ -119,7 +119,7 @@ def _download(uri: str, model: LoggedModel) -> Path:
     cache = os.environ.get("HF_HOME", constants.HF_HOME)
     folder = Path(cache, "rlhf_recipes", model.model_id, model.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder.parent}.lock"):  # of all processes of a machine, one downloads
+    with FileLock(f"{folder.parent}.lock"):  # one process of a machine downloads, the others wait
         if folder.is_dir():
             return folder
         if model.status != LoggedModelStatus.READY:

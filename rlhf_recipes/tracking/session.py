@@ -1,8 +1,8 @@
-"""MLflow runs, owned by the recipe.
+"""Open and end the MLflow runs of the recipes, and record into the open run.
 
-Transformers' callback logs metrics into the run that is open; who opens and ends it is decided here, so that
-a crash is recorded as FAILED, a termination as KILLED, an evaluation after training opens no run of its own, and a
-resumed training continues the run that was interrupted.
+The callback of transformers logs metrics into the open run. The recipe opens and ends the run. So a crash is recorded
+as FAILED and a termination as KILLED, an evaluation after training opens no second run, and a resumed training
+continues the interrupted run.
 """
 
 import json
@@ -27,7 +27,7 @@ from transformers.integrations import MLflowCallback
 from rlhf_recipes.data.digest import dataset_digest
 from rlhf_recipes.durability.ending import leave_together
 from rlhf_recipes.durability.termination import SIGNALS, TerminatedError, terminate
-from rlhf_recipes.evaluation.alarms import alarms_of_log
+from rlhf_recipes.evaluation.alarms import current_alarms
 from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY, tables_of_step, tables_until
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.recipes import TrackingArguments, tracking_uri
@@ -37,12 +37,12 @@ from rlhf_recipes.tracking.lineage import write_run_file
 from rlhf_recipes.tracking.logged_model import describe_model
 from rlhf_recipes.tracking.store import end_run, open_run, system_metrics
 
-SHOWN_TABLES = 60  # that MLflow's page shows as tables, the latest: a tag holds no more than 8,000 characters
+SHOWN_TABLES = 60  # the latest ones, which the page of MLflow shows: a tag holds at most 8,000 characters
 logger = logging.getLogger(__name__)
 
 
 class RunCallback(MLflowCallback):
-    """transformers' callback, writing into the run that is open, by a way that does not lose what a store refuses."""
+    """The callback of transformers, which sends the records of the open run by a `Delivery`."""
 
     def __init__(self, delivery: Delivery, output_dir: str, run: dict[str, str]) -> None:
         super().__init__()
@@ -54,17 +54,17 @@ class RunCallback(MLflowCallback):
         self.has_noted = False
 
     def setup(self, args: Any, state: Any, model: Any) -> None:
-        """Leave the run and its parameters alone: they are recorded before training."""
-        self._async_log = False  # as far as transformers is concerned: a delivery returns at once
+        """Do not open a run or record parameters: `open_run` does both before training."""
+        self._async_log = False  # a delivery does not wait
         self._initialized = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Know the tables that the run has sent before it was interrupted: the tag that shows tables holds all."""
+        """Find the tables that the run sent before it was interrupted: the tag that shows tables lists them too."""
         super().on_train_begin(args, state, control, **kwargs)
         self._tables = tables_until(self._output_dir, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any = None, **kwargs: Any) -> None:
-        """Send the figures, and the tables of completions that the trainer has written at this step."""
+        """Send the metrics, and the tables of completions that the trainer wrote at this step."""
         super().on_log(args, state, control, logs, model, **kwargs)
         tables = [table for table in tables_of_step(self._output_dir, state.global_step) if table not in self._tables]
         for table in tables:
@@ -75,25 +75,25 @@ class RunCallback(MLflowCallback):
             self._ml_flow.set_tags({LOGGED_ARTIFACTS: json.dumps(shown[-SHOWN_TABLES:])})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the run beside the checkpoint, for a resume."""
+        """Write the note of the run for a resume, and record the alarms."""
         if state.is_world_process_zero:
             self.note()
         self.on_evaluate(args, state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the alarms that the figures so far give, when they change."""
+        """Record the alarms of the log so far, if they have changed."""
         if isinstance(args, PPOConfig):
-            alarms = " ".join(alarms_of_log(state.log_history, target_kl=args.held_kl)) or "none"
+            alarms = " ".join(current_alarms(args, state)) or "none"
             if alarms != self._alarms:
                 self._ml_flow.set_tags({"alarms": alarms})
             self._alarms = alarms
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the run where the weights are about to be saved, and the alarms that its figures give."""
+        """Write the note of the run before the weights are saved, and record the alarms."""
         self.on_save(args, state, control)
 
     def note(self) -> None:
-        """Write which run has made what is in the output directory."""
+        """Write the note of the run into the output directory."""
         write_run_file(self._output_dir, self._run)
         self.has_noted = True
 
@@ -105,26 +105,26 @@ _open: ContextVar[RunCallback | None] = ContextVar("open", default=None)
 def track_run(
     tracking: TrackingArguments, run_name: str, stage: str, *configs: Any
 ) -> Iterator[list[TrainerCallback]]:
-    """Record what happens inside as one MLflow run, on the main process.
+    """Record the body of the `with` statement as one MLflow run, on the main process.
 
-    The run ends as FINISHED, as FAILED after an exception, as KILLED after SIGTERM or Ctrl-C. Its configuration
-    becomes its parameters, long values shortened, and the artifact `config.yaml`, whole. If it resumes from the
-    checkpoint of another run, that run goes on: steps that it has recorded are not recorded again (MLflow deletes no
-    values), and what has changed becomes a tag `resume.<option>`.
+    The run ends as FINISHED, as FAILED after an exception, or as KILLED after SIGTERM or Ctrl-C. The options become
+    parameters, where long values are shortened, and the artifact `config.yaml`, where they are not. A run that resumes
+    from a checkpoint continues the run of the checkpoint. Its recorded steps are not recorded again, because MLflow
+    deletes no values. An option that changed becomes a tag `resume.<option>`.
 
     Args:
-        tracking: Where to record, or not at all.
-        run_name: Name shown in MLflow.
-        stage: `sft`, `reward_modeling`, `ppo` or `evaluation`; a tag to filter by.
-        configs: Dataclasses with the run's options.
+        tracking: Whether and where to record.
+        run_name: Name in MLflow.
+        stage: `sft`, `reward_modeling`, `ppo` or `evaluation`: a tag for filters.
+        configs: Dataclasses with the options of the run.
 
     Yields:
-        Callbacks for the trainer, which takes the place of `report_to: mlflow`.
+        Callbacks for the trainer. They replace `report_to: mlflow`.
 
     Raises:
-        ValueError: If the store cannot be reached or written; before anything is trained.
+        ValueError: If the store cannot be reached or written. It is raised before the training.
     """
-    mlflow.set_tracking_uri(tracking_uri(tracking))  # where every process looks for `models:/..`
+    mlflow.set_tracking_uri(tracking_uri(tracking))  # every process looks for `models:/..` there
     for config in configs:
         if hasattr(config, "report_to"):
             config.report_to = [name for name in config.report_to if name != "mlflow"]
@@ -141,7 +141,7 @@ def track_run(
         try:
             with system_metrics(note["run_id"], resumed=bool(last_steps)), signals_as_exceptions():
                 yield [callback]
-            if not callback.has_noted:  # else the model's id may stand there already
+            if not callback.has_noted:  # else the note may already hold the id of the model
                 callback.note()
             status = "FINISHED"
         except BaseException as error:
@@ -153,7 +153,7 @@ def track_run(
 
 
 def outcome(error: BaseException) -> str:
-    """Return the status of a run that an exception has ended."""
+    """Return the status of a run that an exception ended."""
     if isinstance(error, KeyboardInterrupt | TerminatedError):
         return "KILLED"
     return "FINISHED" if isinstance(error, SystemExit) and not error.code else "FAILED"
@@ -161,9 +161,9 @@ def outcome(error: BaseException) -> str:
 
 @contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 unwind what is inside, as Ctrl-C does; the exit code is the shell's, 143 or 138.
+    """Turn SIGTERM and SIGUSR1 into exceptions inside. The exit code is the one of a shell, 143 or 138.
 
-    While a trainer trains, `PreemptionCallback` answers first.
+    During training, `PreemptionCallback` answers the signals.
     """
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield
@@ -172,7 +172,7 @@ def signals_as_exceptions() -> Iterator[None]:
     try:
         yield
     except TerminatedError:
-        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)  # the next signal must not cut short the record of the end
+        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)  # a second signal must not interrupt the record of the end
         raise
     finally:
         for number, handler in before.items():
@@ -180,7 +180,7 @@ def signals_as_exceptions() -> Iterator[None]:
 
 
 def log_results(metrics: dict[str, float], *files: Path) -> None:
-    """Record metrics and files in the open run, at its latest step; without one, do nothing."""
+    """Record metrics and files in the open run, at its latest step. Without an open run, do nothing."""
     if (run := _open.get()) is None:
         return
     run.delivery.log_metrics(metrics)
@@ -189,13 +189,13 @@ def log_results(metrics: dict[str, float], *files: Path) -> None:
 
 
 def log_model(tracking: TrackingArguments, directory: str, model_type: str, revision: str | None = None) -> None:
-    """Record the model that the open run has trained and saved, and register it if asked; without a run, do nothing.
+    """Record and register the model that the open run trained and saved. Without an open run, do nothing.
 
     Args:
-        tracking: Whether to, and as a version of which registered model.
-        directory: Where the model was saved.
+        tracking: Options `log_model`, `registered_model_name` and `registered_model_alias`.
+        directory: Directory of the saved model.
         model_type: `policy` or `reward_model`.
-        revision: Of the base of an adapter, if that is on the Hub.
+        revision: Revision of the base of an adapter, if the base is on the Hub.
     """
     run = _open.get()
     if run is None or not tracking.log_model:
@@ -206,16 +206,16 @@ def log_model(tracking: TrackingArguments, directory: str, model_type: str, revi
         return
     model["registered_model_name"] = tracking.registered_model_name
     model["registered_model_alias"] = tracking.registered_model_alias
-    run.note()  # to which the model's id is added when it is sent
+    run.note()  # the id of the model is added to the note when the model is sent
     run.delivery.log_model(model)
 
 
 def log_datasets(name: str | None, **datasets: Dataset | None) -> None:
-    """Record which data the open run uses, by a hash of its content; without a run, do nothing.
+    """Record the datasets of the open run by a hash of their content. Without an open run, do nothing.
 
     Args:
-        name: Of the dataset, as given by the user.
-        datasets: By what they are for (`training`, `evaluation`); `None` is left out.
+        name: Name of the dataset in the options.
+        datasets: Splits by purpose (`training`, `evaluation`). `None` is left out.
     """
     if (run := _open.get()) is None:
         return
@@ -228,17 +228,17 @@ def log_datasets(name: str | None, **datasets: Dataset | None) -> None:
 
 @contextmanager
 def track_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> Iterator[list[str]]:
-    """Record a run that holds those of several stages, which run in processes of their own.
+    """Record a parent run of several stages, each of which runs in its own process.
 
-    MLflow works in a process of its own too: a store that is open must not be carried into a forked stage.
+    MLflow also works in its own process, because a forked stage must not inherit an open store.
 
     Args:
-        tracking: Where to record.
-        run_name: Name shown in MLflow.
-        seed: Of all stages.
+        tracking: Whether and where to record.
+        run_name: Name in MLflow.
+        seed: Seed of all stages.
 
     Yields:
-        The options that put a stage's run under it; none without tracking.
+        Command-line options that put the run of a stage under the parent. Empty without tracking.
     """
     if not tracking.tracking:
         yield []
@@ -264,5 +264,5 @@ def _in_own_process(function: Any, *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         try:
             return pool.submit(function, *arguments).result()
-        except ValueError as error:  # raised again here, where a recipe knows it as a refusal of this library
+        except ValueError as error:  # raised here again, so that the recipe shows only the message
             raise ValueError(str(error)) from None

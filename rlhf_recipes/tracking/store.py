@@ -1,6 +1,6 @@
-"""The MLflow store, and a run opened in it: new, or the one that a checkpoint belongs to.
+"""Open a run in the MLflow store: a new one, or the run of a checkpoint.
 
-Everything that can fail because of the store fails here, before anything is trained.
+An error of the store is raised here, before the training.
 """
 
 import logging
@@ -29,7 +29,7 @@ from mlflow.utils.validation import (
 
 from rlhf_recipes.durability.checkpoints import wished_checkpoint
 from rlhf_recipes.options.recipes import TrackingArguments, _sqlite_file, tracking_uri
-from rlhf_recipes.options.relevance import config_group
+from rlhf_recipes.options.relevance import config_group, flat
 from rlhf_recipes.options.secrets import public_options, redact, without_credentials
 from rlhf_recipes.tracking.delivery import UNSENT_FILE, send_unsent
 from rlhf_recipes.tracking.lineage import environment_tags, read_run_file, upstream_runs
@@ -37,25 +37,19 @@ from rlhf_recipes.tracking.logged_model import UnknownModelError
 
 
 def flat_options(options: dict[str, dict[str, Any]], limit: int) -> dict[str, str]:
-    """Return every option once, as text of at most `limit` characters; the first class that has a name keeps it."""
-    flat: dict[str, str] = {}
-    for section, values in options.items():
-        for name, value in values.items():
-            text = str(value)
-            shown = text if len(text) <= limit else text[: limit - 1] + "…"
-            if flat.setdefault(name, shown) != shown:
-                flat[f"{section}.{name}"] = shown
-    return flat
+    """Return every option once, as text of at most `limit` characters, named as `flat` names it."""
+    texts = {name: str(value) for name, value in flat(options).items()}
+    return {name: text if len(text) <= limit else text[: limit - 1] + "…" for name, text in texts.items()}
 
 
-# A training does not wait minutes for a store; what it does not take is kept. A setting of the user's stays.
+# A training must not wait minutes for a store; unsent records are kept. A setting of the user has priority.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-# Migrations of a new store, retries, and failures that are said here in one line.
+# Messages about migrations and retries, and about failures that this library reports in one line.
 QUIET = {
     "alembic": logging.WARNING,
     "mlflow.store.db.utils": logging.WARNING,
@@ -63,12 +57,12 @@ QUIET = {
     "mlflow.system_metrics": logging.CRITICAL,
     "urllib3.connectionpool": logging.ERROR,
 }
-MIGRATION_SECONDS = 300  # to wait for another job that creates the same store
+MIGRATION_SECONDS = 300  # the wait for another job that creates the same store
 logger = logging.getLogger(__name__)
 
 
 def configure_mlflow() -> None:
-    """Let MLflow answer soon, and say what matters."""
+    """Shorten the timeouts of MLflow, and silence its minor messages."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name, level in QUIET.items():
@@ -76,10 +70,10 @@ def configure_mlflow() -> None:
 
 
 def check_registered_names(tracking: TrackingArguments) -> None:
-    """Check what MLflow would refuse only when the model is trained.
+    """Check the names for the registry before the training. MLflow would check them after it.
 
     Raises:
-        ValueError: If `registered_model_name` or `registered_model_alias` cannot be one.
+        ValueError: If `registered_model_name` or `registered_model_alias` is not valid.
     """
     checks = {
         "registered_model_name": [_validate_model_name],
@@ -96,25 +90,25 @@ def check_registered_names(tracking: TrackingArguments) -> None:
 def open_run(
     tracking: TrackingArguments, run_name: str, stage: str, configs: tuple[Any, ...], **tags: Any
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """Open a run and record its configuration and lineage.
+    """Open a run, and record its options and lineage.
 
     Args:
-        tracking: Where.
-        run_name: Name shown in MLflow.
-        stage: Tag.
-        configs: Dataclasses with the run's options.
+        tracking: Options of the store.
+        run_name: Name in MLflow.
+        stage: Value of the tag `stage`.
+        configs: Dataclasses with the options of the run.
         tags: More tags.
 
     Returns:
-        The note of the run file (see `tracking/lineage.py`), and by metric the last step that the run has.
+        The note for `write_run_file`, and the last recorded step of each metric.
 
     Raises:
-        ValueError: If the store cannot be reached or written, or an option names what is not in it.
+        ValueError: If the store cannot be reached or written, or has no model that an option names.
     """
     configure_mlflow()
     check_registered_names(tracking)
     uri, run = tracking_uri(tracking), None
-    if redact(uri) != uri:  # MLflow prints the address of a run that ends, with the password
+    if redact(uri) != uri:  # at the end of a run, MLflow prints its address with the password
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
         mlflow.set_tracking_uri(uri)
@@ -129,7 +123,7 @@ def open_run(
         _record_inputs(run, [note["model_id"] for note in upstream.values() if "model_id" in note])
     except UnknownModelError:
         raise
-    except Exception as error:  # a store and the way to it raise what they like
+    except Exception as error:  # a store and the network can raise any error
         if run is not None:
             with suppress(Exception):
                 mlflow.end_run("FAILED")
@@ -146,7 +140,7 @@ def open_run(
 
 
 def _migration_lock(uri: str) -> AbstractContextManager[Any]:
-    """Let one process at a time open a SQLite store: the first creates its tables, and a second would fail at it."""
+    """Let one process at a time open a SQLite store: two processes cannot create its tables at once."""
     file = _sqlite_file(uri)
     if file is None:
         return nullcontext()
@@ -165,7 +159,7 @@ def _start_run(tracking: TrackingArguments, run_name: str, configs: tuple[Any, .
 
 
 def _interrupted_run(configs: tuple[Any, ...]) -> Run | None:
-    """Return the run to go on with: the one of the checkpoint to resume from, or `MLFLOW_RUN_ID`."""
+    """Return the run to continue: the run of the checkpoint to resume from, or `MLFLOW_RUN_ID`."""
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         return mlflow.MlflowClient().get_run(run_id)
     for config in configs:
@@ -198,19 +192,19 @@ def _last_steps(run: Run) -> dict[str, int]:
 
 def _record_options(run: Run, configs: tuple[Any, ...], tags: dict[str, Any], *, is_new: bool) -> None:
     options = public_options(configs)
-    flat = flat_options(options, MAX_PARAM_VAL_LENGTH)
+    params = flat_options(options, MAX_PARAM_VAL_LENGTH)
     seeds = [config.seed for config in configs if hasattr(config, "seed")]
     tags |= {"seed": seeds[0]} if seeds else {}
-    if not is_new:  # a parameter cannot change, and a tag should not: both say how the run began
+    if not is_new:  # parameters and tags keep the values of the first start
         known = run.data.params | run.data.tags
-        now = {name: str(value) for name, value in (flat | tags).items()}
+        now = {name: str(value) for name, value in (params | tags).items()}
         changed = {name: value for name, value in now.items() if known.get(name, value) != value}
-        flat = {name: value for name, value in flat.items() if name not in known}
+        params = {name: value for name, value in params.items() if name not in known}
         tags = {name: value for name, value in tags.items() if name not in changed}
         tags |= {f"resume.{name.removeprefix('resume.')}": value for name, value in changed.items()}
-    tags |= {"group": config_group(options)}  # of `config.yaml`, which is replaced
+    tags |= {"group": config_group(options)}  # `config.yaml` is replaced too
     mlflow.set_tags(tags)
-    items = list(flat.items())
+    items = list(params.items())
     for start in range(0, len(items), MAX_PARAMS_TAGS_PER_BATCH):
         batch = [Param(name, value) for name, value in items[start : start + MAX_PARAMS_TAGS_PER_BATCH]]
         mlflow.MlflowClient().log_batch(run.info.run_id, params=batch)
@@ -225,16 +219,16 @@ def _record_inputs(run: Run, model_ids: list[str]) -> None:
     client = mlflow.MlflowClient()
     for model_id in model_ids:
         try:
-            client.get_logged_model(model_id)  # MLflow takes an edge from nowhere too
+            client.get_logged_model(model_id)  # MLflow would also accept an unknown model
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # a run of another store
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # the run is in another store
                 raise
         else:
             client.log_inputs(run.info.run_id, models=[LoggedModelInput(model_id)])
 
 
 def end_run(tracking: TrackingArguments, run_id: str, status: str) -> None:
-    """End a run that another process has opened."""
+    """End a run that another process opened."""
     try:
         mlflow.MlflowClient(tracking_uri(tracking)).set_terminated(run_id, status)
     except MlflowException:
@@ -242,7 +236,7 @@ def end_run(tracking: TrackingArguments, run_id: str, status: str) -> None:
 
 
 def ui_command(tracking: TrackingArguments) -> str:
-    """Return where to look at the runs: the server's address, or the command that starts one."""
+    """Return the address of the server, or the command that starts one."""
     uri = tracking_uri(tracking)
     mlflow_command = Path(sys.executable).with_name("mlflow")
     return redact(uri) if uri.startswith("http") else f"{mlflow_command} ui --backend-store-uri {uri}"
@@ -250,9 +244,9 @@ def ui_command(tracking: TrackingArguments) -> str:
 
 @contextmanager
 def system_metrics(run_id: str, *, resumed: bool) -> Iterator[None]:
-    """Sample processor, memory, disk, network and GPUs beside what is inside, as `system/*`.
+    """Record processor, memory, disk, network and GPUs inside, as metrics `system/*`.
 
-    MLflow's own switch would leave the sampling thread running when the store is gone at the end.
+    MLflow's own switch is not used: its thread would not stop if the store does not answer at the end.
     """
     wanted = MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() or not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.defined
     if not wanted:

@@ -1,13 +1,15 @@
 """Alarms: each is raised by its own sign, and not by a healthy run, by noise, or without a rising score."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from tracked_experiments import evaluation_metrics, learning_curves
 
-from rlhf_recipes.evaluation.alarms import alarms_of_log, find_alarms
+from rlhf_recipes.evaluation import alarms
+from rlhf_recipes.evaluation.alarms import LogAlarms, alarms_of_log, find_alarms
 
 POINTS = 40
 TIME = np.linspace(0, 1, POINTS)
@@ -128,3 +130,18 @@ def test_the_log_of_a_trainer_raises_what_its_curves_raise():
     length, judge = alarms_of_log(log, target_kl=None)
     assert "length itself may be what is rewarded" in length
     assert "The held-out judge gold prefers the baseline (win rate 0.30" in judge
+
+
+def test_a_log_is_searched_once_for_all_callbacks_that_ask(monkeypatch):
+    """The evaluation and the save after one log entry find nothing new. A run that went back does."""
+    searched = []
+    monkeypatch.setattr(alarms, "alarms_of_log", lambda log, *, target_kl: searched.append(len(log)) or [f"{log}"])
+    ask, args, state = LogAlarms(), SimpleNamespace(held_kl=None), SimpleNamespace(log_history=[])
+    assert ask(args, state) == ["[]"]
+    for records, expected in (([{"step": 1}], [0, 1]), ([{"step": 1}, {"step": 2}], [0, 1, 2])):
+        state.log_history = records
+        assert ask(args, state) is ask(args, state)
+        assert searched == expected
+    state.log_history = [state.log_history[0], {"step": 2}]
+    assert ask(args, state) == [str(state.log_history)]
+    assert searched == [0, 1, 2, 2], "an equal record, written again"

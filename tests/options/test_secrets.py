@@ -1,11 +1,10 @@
-"""What may be shown of a configuration, and which configurations are one experiment."""
+"""Secrets stay out of what a run shows of its options."""
 
 from dataclasses import dataclass, field
 
 import pytest
 
-from rlhf_recipes.options.relevance import config_group
-from rlhf_recipes.options.secrets import public_options, redact
+from rlhf_recipes.options.secrets import public_options, redact, without_credentials
 from rlhf_recipes.tracking.store import flat_options
 
 
@@ -25,14 +24,6 @@ class Options:
     seed: int = 0
 
 
-@dataclass
-class Others:
-    """Options of a second class."""
-
-    seed: int = 0
-    model: str = "other"
-
-
 def test_secrets_are_left_out_by_name_at_every_depth():
     options = public_options((Options(),))["Options"]
     assert "abc" not in str(options)
@@ -47,6 +38,7 @@ def test_secrets_are_left_out_by_name_at_every_depth():
         ("http://me:pass@host:5000/x", "http://***@host:5000/x"),
         ("postgresql+psycopg://me:p%40ss@db/mlflow", "postgresql+psycopg://***@db/mlflow"),
         ("https://token@host", "https://***@host"),
+        ("https://me:p@ss@host/x", "https://***@host/x"),
         ("https://host/x?access_token=abc&size=3", "https://host/x?access_token=***&size=3"),
         ("use hf_abcdefghijklmnop now", "use *** now"),
         ("me@example.org", "me@example.org"),
@@ -58,25 +50,12 @@ def test_secrets_are_replaced_inside_values(text, shown):
     assert redact(text) == shown
 
 
+def test_an_address_is_shown_without_its_password():
+    assert without_credentials("https://ann:secret@mlflow.example:5000/x") == "https://mlflow.example:5000/x"
+    assert without_credentials("https://ann:se@cret@mlflow.example") == "https://mlflow.example"
+    assert without_credentials("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
+
+
 def test_a_flat_option_is_short_and_there_once():
     flat = flat_options({"A": {"x": "abcdef", "same": 1}, "B": {"x": "other", "same": 1}}, 5)
     assert flat == {"x": "abcd…", "same": "1", "B.x": "other"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "same"),
-    [
-        ({"seed": 1}, True),
-        ({"output_dir": "elsewhere"}, True),
-        ({"model": "runs/seed-1/sft"}, True),
-        ({"learning_rate": 2e-5}, False),
-    ],
-)
-def test_a_group_is_an_experiment_whatever_the_seed(changes, same):
-    groups = [config_group(public_options((options, Others()))) for options in (Options(), Options(**changes))]
-    assert (groups[0] == groups[1]) is same
-
-
-def test_only_a_seed_is_taken_for_a_seed():
-    groups = [config_group(public_options((Options(model=f"runs/linseed-{n}/sft"),))) for n in (0, 1)]
-    assert groups[0] != groups[1]
