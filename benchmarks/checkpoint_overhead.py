@@ -1,10 +1,10 @@
-"""What checkpoints cost a PPO run: the share of the quickstart's training that is spent in writing them.
+"""Measure the cost of checkpoints in a PPO run: their share of the time of the quickstart's training.
 
     make demo
     python benchmarks/checkpoint_overhead.py
 
-Measured inside one run: the seconds in which a checkpoint is written, hashed, brought to the disk and renamed, of the
-seconds of training. Writes `checkpoint_overhead.md`.
+The time is taken inside one run: the seconds in which checkpoints are written, hashed, synchronised to the disk and
+renamed, and the seconds of training. Writes `checkpoint_overhead.md`.
 """
 
 import argparse
@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    """Train, add up, and write the table."""
+    """Train, add up the seconds and write the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--save_steps", type=int, default=40, help="the quickstart's own")
+    parser.add_argument("--save_steps", type=int, default=40, help="the default is the quickstart's")
     parser.add_argument("--directory", type=Path, default=Path("runs/checkpoint_overhead"))
     options = parser.parse_args()
     directory, seconds = options.directory.resolve(), []
@@ -39,7 +39,7 @@ def main() -> None:
         save_checkpoint(*args)
         seconds.append(time.perf_counter() - start)
 
-    setattr(PPOTrainer, "_save_checkpoint", timed)  # noqa: B010  (an attribute that mypy takes for a method)
+    setattr(PPOTrainer, "_save_checkpoint", timed)  # noqa: B010  (mypy refuses an assignment to a method)
     os.chdir(ROOT)
     sys.argv = [
         "recipes/ppo.py", "--output_dir", str(directory), "--max_steps", str(options.steps), "--tracking", "false",

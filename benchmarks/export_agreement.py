@@ -1,10 +1,11 @@
-"""How far an exported policy says what the trained one says: a 4-bit base with its adapter against the merged model.
+"""Compare an exported policy with the trained one: the merged model with a 4-bit base and its adapter.
 
     python recipes/export.py --model_name_or_path runs/my_model/ppo --output_dir runs/my_model/export
     python benchmarks/export_agreement.py --policy runs/my_model/ppo --export runs/my_model/export --dataset DIRECTORY
 
-Both answer the same held-out prompts greedily; the export as a user runs it, by a plain `pipeline`. Counted are the
-answers that agree to the end, and the share of characters before the first that differs. Writes `export_agreement.md`.
+Both answer the same held-out prompts greedily. The export runs in a plain `pipeline`, as a user would run it. The
+script counts the answers that agree to the end, and the share of characters before the first difference. Writes
+`export_agreement.md`.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from rlhf_recipes.models.quantization import saved_quantization
 
 
 def live_answers(directory: str, prompts: list, max_new_tokens: int, dtype: torch.dtype) -> list[str]:
-    """Return the greedy answers of the policy as it was trained: the adapter beside its quantised base."""
+    """Return the greedy answers of the policy in its training form: an adapter on its quantised base."""
     tokenizer, quantization = load_tokenizer(directory), saved_quantization(directory)
     options = {} if quantization is None else {"quantization_config": quantization}
     policy = load_policy(directory, dtype=dtype, **options).eval()
@@ -35,21 +36,21 @@ def live_answers(directory: str, prompts: list, max_new_tokens: int, dtype: torc
 
 
 def exported_answers(directory: str, prompts: list, max_new_tokens: int, dtype: torch.dtype) -> list[str]:
-    """Return the greedy answers of the export, by `pipeline`."""
+    """Return the greedy answers of the export in a `pipeline`."""
     generate = pipeline("text-generation", model=directory, dtype=dtype)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_full_text": False}
     return [generate(prompt, **options)[0]["generated_text"] for prompt in prompts]
 
 
 def main() -> None:
-    """Compare, print and write."""
+    """Compare the answers, print the result and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", required=True)
     parser.add_argument("--export", required=True)
     parser.add_argument("--dataset", required=True, help="directory with eval.jsonl or test.jsonl, chat prompts")
     parser.add_argument("--num_prompts", type=int, default=50)
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--dtype", default="float32", help="of the products, in both")
+    parser.add_argument("--dtype", default="float32", help="precision of the products, in both")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     args = parser.parse_args()
     (file,) = [path for name in ("eval", "test") if (path := Path(args.dataset, f"{name}.jsonl")).is_file()]

@@ -1,12 +1,13 @@
-"""Whether anything is lost: the quickstart's PPO killed with SIGKILL again and again, against a run left alone.
+"""Check that nothing is lost: kill the quickstart's PPO with SIGKILL many times, and compare it with a run left alone.
 
     make demo
     python benchmarks/kill_and_resume.py
 
-A run is killed while it samples, while it updates and while it writes a checkpoint, at random moments of each, and is
-started again by the same command, `--resume_from_checkpoint true`, until it ends. Compared with an uninterrupted run,
-bit for bit: weights, value head, moving statistics and KL coefficient, optimiser and every logged figure but times.
-Full fine-tuning, LoRA, and two processes. Writes `kill_and_resume.md`; exits with 1 at any difference.
+A run is killed at random moments while it samples, while it updates and while it writes a checkpoint. The same
+command, `--resume_from_checkpoint true`, starts it again until it ends. Then these are compared bit for bit with an
+uninterrupted run: weights, value head, moving statistics, KL coefficient, optimiser, and every logged figure except
+times. The variants are full fine-tuning, LoRA, and two processes. Writes `kill_and_resume.md`, and exits with 1 if
+there is a difference.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from rlhf_recipes.durability.checkpoints import checkpoints_by_age
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("sampling", "updating", "saving")
-LONGEST_SECONDS = (0.5, 0.2, 0.06)  # of one piece of each, about
+LONGEST_SECONDS = (0.5, 0.2, 0.06)  # rough length of one piece of each phase
 TIMES = ("step_time", "runtime", "per_second")
 VARIANTS: dict[str, tuple[int, list[str]]] = {
     "full": (1, []),
@@ -43,7 +44,7 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
 
 
 def recipe(rank: int, world_size: int, port: int, arguments: list[str], log: str, phase: Any) -> None:
-    """Run `recipes/ppo.py` as its command would, noting what it is doing and how many checkpoints it has written."""
+    """Run `recipes/ppo.py` like its command. Note its phase and the number of checkpoints that it has written."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -74,7 +75,7 @@ def recipe(rank: int, world_size: int, port: int, arguments: list[str], log: str
 
 
 def start(variant: str, output_dir: Path, steps: int) -> tuple[list[Any], Any]:
-    """Start a run, or take it up again."""
+    """Start or resume a run."""
     world_size, options = VARIANTS[variant]
     arguments = [
         "--config", "recipes/configs/quickstart/ppo.yaml", "--max_steps", str(steps), "--save_strategy", "steps",
@@ -93,7 +94,7 @@ def start(variant: str, output_dir: Path, steps: int) -> tuple[list[Any], Any]:
 
 
 def kill_in(processes: list[Any], phase: Any, wanted: int) -> bool:
-    """Kill a run, after a few checkpoints, at a random moment of what is wanted; tell whether it was alive."""
+    """Kill a run at a random moment of the wanted phase, after a few checkpoints. Return whether it was alive."""
     checkpoints = random.randint(0 if wanted == 1 else 1, 2)
     while all(process.is_alive() for process in processes):
         if phase[0] == wanted and phase[1] >= checkpoints:
@@ -109,7 +110,7 @@ def kill_in(processes: list[Any], phase: Any, wanted: int) -> bool:
 
 
 def results(output_dir: Path) -> dict[str, Any]:
-    """Return everything that must be equal."""
+    """Return all results that must be equal."""
     checkpoint = checkpoints_by_age(output_dir)[-1]
     history = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     figures = [entry for entry in history if "train_runtime" not in entry]
@@ -123,7 +124,7 @@ def results(output_dir: Path) -> dict[str, Any]:
 
 
 def differences(left: Any, right: Any, path: str = "") -> list[str]:
-    """Return where two nested results differ."""
+    """Return the paths at which two nested results differ."""
     if isinstance(left, dict):
         if left.keys() != right.keys():
             return [path]
@@ -144,7 +145,7 @@ def differences(left: Any, right: Any, path: str = "") -> list[str]:
 def measure(variant: str, kills: int, steps: int, directory: Path) -> tuple[str, bool]:
     """Return a row of the table, and whether nothing was lost."""
     whole, killed = directory / f"{variant}-whole", directory / f"{variant}-killed"
-    processes, phase = start(variant, whole, steps)  # a process reads its arguments later: `phase` has to live on
+    processes, phase = start(variant, whole, steps)  # a process reads its arguments later: `phase` must stay alive
     for process in processes:
         process.join()
     died: Counter[str] = Counter()
@@ -157,7 +158,7 @@ def measure(variant: str, kills: int, steps: int, directory: Path) -> tuple[str,
             break
         if kill_in(processes, phase, wanted):
             died[PHASES[wanted - 1]] += 1
-        else:  # it came to its end: kill another one
+        else:  # the run ended first: start another one
             if found := differences(results(whole), results(killed)):
                 return f"| {variant} | differs | {found[:3]} |", False
             shutil.rmtree(killed)
@@ -169,9 +170,9 @@ def measure(variant: str, kills: int, steps: int, directory: Path) -> tuple[str,
 
 
 def main() -> int:
-    """Kill, resume, compare, and write the table."""
+    """Kill, resume and compare the variants, and write the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=21, help="of full fine-tuning; a quarter of others")
+    parser.add_argument("--kills", type=int, default=21, help="kills of full fine-tuning; others get a quarter")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, default=Path("runs/kill_and_resume"))

@@ -1,10 +1,10 @@
-"""Peak memory of one PPO iteration by set-up: four models, LoRA and a reward model, one backbone, one 4-bit backbone.
+"""Measure the peak memory of one PPO iteration in four set-ups, from full models to one 4-bit backbone.
 
     python benchmarks/memory.py --output runs/benchmark
     python benchmarks/memory.py --sizes smollm2_135m qwen2.5_0.5b --device cuda
 
-Every set-up is a process of its own with random weights of the given shape; what is counted is the process's peak
-above what importing the libraries took (on a GPU: the peak of the allocator). Sizes of `--computed` are not run: their
+Every set-up is a process of its own with random weights of the given shape. The result is the process's peak memory
+minus the memory after the imports (on a GPU: the peak of the allocator). Sizes of `--computed` do not run: their
 weights, gradients and Adam states are added up, without activations. Writes `memory.json` and `memory.md`.
 """
 
@@ -36,7 +36,7 @@ RANK = 16
 
 
 def write_models(setup: str, size: str, dtype: str, bits, base: str, rm: str) -> None:
-    """Write a random policy and a reward model, whole or as an adapter on that policy's base."""
+    """Write a random policy and a reward model, which is a whole model or an adapter on the policy's base."""
     import torch
     from peft import LoraConfig, get_peft_model
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -92,7 +92,7 @@ def work(setup: str, size: str, device: str) -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         base, rm = f"{folder}/base", f"{folder}/rm"
-        if os.fork() == 0:  # a process of its own, whose memory is not counted here
+        if os.fork() == 0:  # the memory of a process of its own does not count here
             write_models(setup, size, dtype, bits, base, rm)
             os._exit(0)
         os.wait()

@@ -1,14 +1,14 @@
-"""Time and memory of one PPO iteration: this trainer, TRL's GRPO on the same batch, and TRL's last PPO.
+"""Measure time and memory of one PPO iteration: this trainer, TRL's GRPO on the same batch, and TRL's last PPO.
 
     python benchmarks/ppo_iteration.py --output runs/benchmark
     pip install --no-deps --target build/trl-1.12 trl==1.12.0
     python benchmarks/ppo_iteration.py --output runs/benchmark --trl_1_12 build/trl-1.12
 
 Every trainer is a process of its own with the same random weights, LoRA, prompts, completion lengths, epochs and
-micro-batches: each iteration is on all 32 prompts. They take turns, iteration by iteration and every round in another
-order, so that a busy machine slows all of them: what counts are the ratios, of iterations in the same round. The
-weights are random, which speed does not notice; the lengths are forced by a logits processor, so that all train on as
-many tokens. Writes `<scenario>.json`, `.md` and `.png`.
+micro-batches. Each iteration uses all 32 prompts. The trainers take turns, one iteration each, and every round has
+another order. So a busy machine slows all of them, and the ratios within a round are the result. Random weights do not
+change the speed. A logits processor forces the lengths, so that all trainers get the same number of tokens. Writes
+`<scenario>.json`, `.md` and `.png`.
 """
 
 import argparse
@@ -55,7 +55,7 @@ FIRST_TOKEN = 10  # prompt i consists of the token 10 + i
 
 
 def completion_lengths(scenario: dict) -> list[int]:
-    """Length of each prompt's completion: all at the limit, or log-normal around an eighth of it, one at the limit."""
+    """Return the length of each completion: the limit, or log-normal around an eighth of it with one at the limit."""
     import numpy as np
 
     limit = scenario["completion"]
@@ -132,7 +132,7 @@ def force_lengths(policy, lengths: list[int]) -> None:
 
 
 class Clock:
-    """Seconds spent in named phases, nested calls counted in the innermost."""
+    """Add up the seconds in named phases. Nested calls count in the innermost phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -140,7 +140,7 @@ class Clock:
         self.since = 0.0
 
     def lap(self) -> None:
-        """Book the time since the last lap to the phase that is running."""
+        """Add the time since the last lap to the current phase."""
         synchronize()
         now = time.perf_counter()
         self.seconds[self.stack[-1] if self.stack else "update"] += now - self.since
@@ -148,7 +148,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str):
-        """Time what happens inside."""
+        """Time the block inside."""
         self.lap()
         self.stack.append(name)
         yield
@@ -178,7 +178,7 @@ def synchronize() -> None:
 
 
 def make_trainer(kind: str, scenario: dict, device: str, folder: str):
-    """Return a trainer of the kind, ready to train for ever, and its clock."""
+    """Return a trainer of the kind with an endless training, its clock, and its optimiser steps per iteration."""
     import torch
     from peft import LoraConfig
 
@@ -225,7 +225,7 @@ def make_trainer(kind: str, scenario: dict, device: str, folder: str):
         from trl import GRPOConfig, GRPOTrainer
 
         args = GRPOConfig(folder, **common, num_generations=2, beta=0.01, scale_rewards="none")
-        args.num_generations = 1  # what GRPOConfig refuses: a group of one learns nothing and costs as much
+        args.num_generations = 1  # GRPOConfig refuses it: a group of one learns nothing, but costs the same
         trainer = GRPOTrainer(
             model, parts["classifier"](), args,
             train_dataset=parts["dataset"], processing_class=parts["tokenizer"], peft_config=lora,
@@ -243,7 +243,7 @@ def make_trainer(kind: str, scenario: dict, device: str, folder: str):
 
 
 def work(kind: str, scenario: dict, device: str) -> None:
-    """Train, and after each iteration tell the driver how long it took and wait for its word."""
+    """Train. After each iteration, send its times to the driver and wait for the next `go`."""
     answers, sys.stdout = sys.stdout, sys.stderr
     import torch
     from transformers import TrainerCallback
@@ -279,7 +279,7 @@ def work(kind: str, scenario: dict, device: str) -> None:
 
 
 def measure(name: str, kinds: list[str], args: argparse.Namespace) -> list[dict]:
-    """Let the trainers take turns for some rounds, after one to warm up."""
+    """Let the trainers take turns for some rounds, after one round of warm-up."""
     workers = {}
     for kind in kinds:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -307,7 +307,7 @@ def measure(name: str, kinds: list[str], args: argparse.Namespace) -> list[dict]
 
 
 def summarize(name: str, rows: list[dict], device: str) -> str:
-    """Return a table: phases, seconds per iteration, peak memory, and the ratio of the others to ours by round."""
+    """Return a table: phases, seconds per iteration, peak memory, and the ratio to our time in the same round."""
     import numpy as np
 
     seconds = {(row["trainer"], row["round"]): sum(row["phases"].values()) for row in rows}
@@ -327,7 +327,7 @@ def summarize(name: str, rows: list[dict], device: str) -> str:
         ratios = [seconds[kind, r] / seconds["ours", r] for r in rounds]
         texts = [f"{cell:.1f}" if cell else "" for cell in cells]
         if kind == "trl_1_12":
-            texts = [""] * len(phases)  # one method does all
+            texts = [""] * len(phases)  # one method does all phases
         total, peak = np.median([seconds[kind, r] for r in rounds]), max(row["peak_bytes"] for row in mine) / 1e9
         spread = f"{np.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         lines.append(f"| {TRAINERS[kind]} | " + " | ".join(texts) + f" | {total:.1f} | {spread} | {peak:.2f} |")
@@ -335,14 +335,14 @@ def summarize(name: str, rows: list[dict], device: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """Return what the numbers were measured on."""
+    """Return the name of the GPU, or the cores and the processor type."""
     import torch
 
     return torch.cuda.get_device_name() if device != "cpu" else f"{os.cpu_count()} cores, {platform.machine()}"
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Draw the phases of each trainer, stacked."""
+    """Draw the phases of each trainer as stacked bars."""
     import pandas as pd
     from matplotlib.figure import Figure
 
@@ -361,8 +361,8 @@ def main() -> None:
     """Measure every scenario and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=["even", "long_tail", "large_vocabulary"])
-    parser.add_argument("--trl_1_12", help="directory with TRL 1.12.0, to measure its PPO too")
-    parser.add_argument("--padded", action="store_true", help="measure this trainer without trimming, too")
+    parser.add_argument("--trl_1_12", help="directory with TRL 1.12.0, whose PPO is then measured too")
+    parser.add_argument("--padded", action="store_true", help="also measure this trainer without trimming")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))

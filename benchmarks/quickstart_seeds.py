@@ -1,9 +1,9 @@
-"""The quickstart over several seeds, and a control whose advantages are zero.
+"""Run the quickstart with several seeds, and a control whose advantages are zero.
 
     python benchmarks/quickstart_seeds.py
     python benchmarks/quickstart_seeds.py --seeds 0 1 --directory runs/seeds
 
-Each seed trains its own SFT policy, reward model and PPO policy; the world and the held-out prompts are the same.
+Each seed trains its own SFT policy, reward model and PPO policy. The world and the held-out prompts are the same.
 Writes `results.json` and `results.md` (the table of recipes/README.md).
 """
 
@@ -26,12 +26,12 @@ RESULTS = "runs/quickstart/evaluate/results.json"
 
 
 def run(directory: Path, *command: str) -> None:
-    """Run a script in `directory`, which `runs/` is relative to."""
+    """Run a script in `directory`, which then holds `runs/`."""
     subprocess.run([sys.executable, *command], cwd=directory, check=True)
 
 
 def run_seed(directory: Path, seed: int, *, with_control: bool) -> None:
-    """Run the quickstart of one seed, and its control; what is there already is kept."""
+    """Run the quickstart of one seed, and its control. Existing results are kept."""
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / RESULTS).exists():
         run(directory, str(ROOT / "recipes" / "quickstart.py"), "--seed", str(seed))
@@ -67,7 +67,7 @@ def read_row(directory: Path, seed: int) -> dict[str, float]:
 
 
 def train_control(seed: int) -> None:
-    """PPO's stage with every advantage set to zero after it was computed."""
+    """Train the PPO stage with every advantage set to zero after its computation."""
     from trl import ModelConfig, TrlParser
 
     from rlhf_recipes import PPOConfig, PPOTrainer

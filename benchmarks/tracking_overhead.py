@@ -1,12 +1,13 @@
-"""What tracking costs a PPO run: the share of the quickstart's training that is spent on its records.
+"""Measure the cost of tracking in a PPO run: the share of the time of the quickstart's training.
 
     make demo
     python benchmarks/tracking_overhead.py
 
-Recorded are metrics, system metrics, tables of completions, lineage and the model, in a real `mlflow server` on this
-machine. Two runs, one with and one without, scatter by more than they differ, so the time is taken inside of one run:
-the seconds in which training waits for a record, and the processor seconds of the threads that send records and sample
-the system beside it, as if they had stopped training altogether. Writes `tracking_overhead.md`.
+The run records metrics, system metrics, tables of completions, lineage and the model in a real `mlflow server` on this
+machine. The difference between a run with and a run without tracking is smaller than their noise, so the time is taken
+inside one run. Two times are added: the seconds in which training waits for a record, and the processor seconds of the
+threads beside it that send records and sample the system, as if training had stopped for them. Writes
+`tracking_overhead.md`.
 """
 
 import argparse
@@ -40,7 +41,7 @@ seconds: dict[str, float] = defaultdict(float)
 
 @contextmanager
 def mlflow_server(directory: Path):
-    """Run a server with a SQLite store; yield its address."""
+    """Run a server with a SQLite store, and yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -65,7 +66,7 @@ def mlflow_server(directory: Path):
 
 
 def count(place: Any, name: str, label: str, clock: Callable[[], float]) -> None:
-    """Let a function add up the time that its calls take."""
+    """Let a function add up the time of its calls."""
     original = getattr(place, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -79,9 +80,9 @@ def count(place: Any, name: str, label: str, clock: Callable[[], float]) -> None
 
 
 def main() -> None:
-    """Train with everything recorded, print and write."""
+    """Train with all records, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80, help="optimiser steps; four are a rollout")
+    parser.add_argument("--steps", type=int, default=80, help="optimiser steps; four make a rollout")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     args = parser.parse_args()
     for name in CALLBACKS:

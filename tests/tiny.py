@@ -50,7 +50,7 @@ def _config(tok, **kwargs):
 
 
 END_IDS = [1, *range(20, 60)]
-"""Many ends, as of a model with several stop tokens: an untrained policy then stops at every length."""
+"""Many stop tokens, as some real models have them: an untrained policy then stops at every length."""
 
 
 def policy(tok, seed=0):
@@ -66,7 +66,7 @@ def reward_model(tok, seed=1, num_labels=1):
 
 
 def save(model, directory):
-    """Write a model and the tokenizer beside it; return where."""
+    """Write a model and the tokenizer beside it, and return the directory."""
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return str(directory)
@@ -141,7 +141,7 @@ def reward_config(output_dir, **kwargs):
 
 
 def length_reward(completions, **kwargs):
-    """A reward function of TRL's signature."""
+    """Score the length of a completion, with the signature of TRL's reward functions."""
     return [float(len(c if isinstance(c, str) else c[0]["content"])) for c in completions]
 
 
@@ -174,7 +174,7 @@ def ppo_trainer(
 
 
 def rollout(trainer, rows=None):
-    """One rollout as the trainer makes it: the batch with advantages, before it is shuffled and cut."""
+    """Return one rollout of the trainer: the batch with advantages, before it is shuffled and cut."""
     trainer.model.train()
     inputs = [trainer.train_dataset[i] for i in range(rows or trainer.args.generation_batch_size)]
     return trainer._generate_and_score_completions(inputs)

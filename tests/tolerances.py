@@ -1,14 +1,14 @@
 """The only place where a test tolerance is a number (test_architecture.py enforces it).
 
-Each constant is a pair for `torch.testing.assert_close`; pick the tightest one that the arithmetic allows.
+Each constant is a pair for `torch.testing.assert_close`. Choose the tightest one that the arithmetic allows.
 """
 
 import torch
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
-"""Bit for bit: hand numbers that are binary fractions, round trips, untouched cells."""
+"""Bit for bit: hand numbers that are binary fractions, round trips, unchanged cells."""
 FP64 = {"rtol": 1e-10, "atol": 1e-10}
-"""Same formula, other order of operations, both in float64."""
+"""The same formula with another order of operations, both in float64."""
 FP32 = {"rtol": 1e-5, "atol": 1e-6}
 """Computed in float32, compared with float64."""
 FIRST_UPDATE = {"rtol": 0.0, "atol": 4e-6}
@@ -24,9 +24,9 @@ BF16 = {"rtol": 1.6e-2, "atol": 1e-2}
 EMA_STREAM = {"rtol": 1e-9, "atol": 1e-9}
 """A float64 recursion of a few hundred steps against exact rationals."""
 FP32_LARGE_MEAN = {"rtol": 5e-3, "atol": 5e-2}
-"""Whitened float32 N(1e4, 0.05): the inputs are spaced 1e-3 = sd/50 apart. The raw-moment form is off by > 1."""
+"""Whitened float32 N(1e4, 0.05): the spacing of the inputs is 1e-3 = sd/50. The raw-moment form is off by > 1."""
 FP32_LARGE_VARIANCE = {"rtol": 5e-3, "atol": 0.0}
-"""Its variance, 0.0025: an absolute tolerance would swallow it."""
+"""The variance of these inputs, 0.0025: an absolute tolerance would be larger than it."""
 TABLE_3_DECIMALS = {"rtol": 0.0, "atol": 6e-4}
 """The notes' GAE table: three decimals, each row computed from the *rounded* row below it (so .114 for .11343)."""
 FINITE_DIFFERENCE = {"rtol": 1e-6, "atol": 1e-7}
@@ -40,6 +40,6 @@ ALL = {name: value for name, value in globals().items() if name.isupper()}
 
 
 def assert_close(actual, expected, tolerance):
-    """Elementwise comparison in float64 (shapes must agree, dtypes need not; NaN is never equal to anything)."""
+    """Compare elementwise in float64. Shapes must agree, dtypes need not. NaN is not equal to any number."""
     actual, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))
     torch.testing.assert_close(actual, expected, **tolerance)

@@ -21,7 +21,7 @@ OLDEST, LATEST = "1.31", "1.37"  # podFailurePolicy is stable since 1.31
 
 @functools.cache
 def _kubernetes_validator(kind, api_version, version):
-    """Return the validator of `kubernetes-validate --strict`, built once: it reads megabytes of JSON per document."""
+    """Return the validator of `kubernetes-validate --strict`, built once, because it reads megabytes of JSON."""
     group, _, rest = api_version.rpartition("/")
     file = "-".join(filter(None, [kind.lower(), group.split(".")[0], rest]))
     folder = f"kubernetes-json-schema/v{version}.0-local-strict"
@@ -33,7 +33,7 @@ def _kubernetes_validator(kind, api_version, version):
 
 
 def close(schema):
-    """Forbid keys that a schema does not name, at every depth. Mappings with free keys name none."""
+    """Forbid keys that a schema does not name, at every depth. Mappings with free keys name no key."""
     if isinstance(schema, dict):
         if isinstance(schema.get("properties"), dict):
             schema["additionalProperties"] = False

@@ -49,7 +49,7 @@ def misspell(holder, key):
 
 
 def change_type(holder, key):
-    """Put a list of lists there, which is never right."""
+    """Put a list of lists there, which is always wrong."""
     holder[key] = [[holder[key]]]
 
 

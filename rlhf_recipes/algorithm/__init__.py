@@ -1,1 +1,1 @@
-"""PPO's formulas, a page each: PyTorch and nothing else."""
+"""PPO's formulas, one page each. Imports only PyTorch and the standard library."""

@@ -1,7 +1,7 @@
 """From scores to advantages: reward shaping, generalised advantage estimation, explained variance.
 
-Pure torch, stateless. `mask` is `(B, T)`, 1 on the policy's own completion tokens. It may have holes (tool output);
-the recursions skip them. Nothing here whitens: see `algorithm/masked.py`.
+Pure torch, stateless. `mask` is `(B, T)`, 1 on the policy's own completion tokens. It may have holes (tool output),
+which the recursions skip. Nothing here whitens: see `algorithm/masked.py`.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,18 @@ from rlhf_recipes.algorithm.masked import masked_mean, masked_var
 
 
 def last_valid_index(mask: Tensor) -> Tensor:
-    """Return the index of the last cell whose mask is 1, `(B,)`; 0 for a row without any."""
+    """Return the index of the last cell whose mask is 1, `(B,)`; 0 for a row without one."""
     positions = torch.arange(mask.size(1), device=mask.device)
     return (positions * mask.bool()).amax(dim=1)
 
 
 def is_truncated(completion_ids: Tensor, mask: Tensor, eos_token_ids: list[int]) -> Tensor:
-    """Return which completions do not end with an EOS, `(B,)`: the stop reason, never the padded width.
+    """Return whether each completion lacks an EOS at its end, `(B,)`.
 
-    A row with an empty mask was not truncated.
+    Only the last token decides, never the padded width. A row with an empty mask was not truncated.
 
     Args:
-        completion_ids: `(B, T)`.
+        completion_ids: Token ids, `(B, T)`.
         mask: Completion tokens, `(B, T)`.
         eos_token_ids: Every token that ends a completion.
     """
@@ -38,11 +38,11 @@ def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -
 
     r_t = -kl_coef * kl_t + [t = last] * score
 
-    The last token is the EOS itself when the policy produced one, never the padding after it. A row with an empty
-    mask has no token to be rewarded and stays zero.
+    The last token is the EOS itself if the policy produced one, never the padding after it. A row with an empty mask
+    stays zero.
 
     Args:
-        scores: One per completion, `(B,)`, already normalised.
+        scores: Normalised scores, one per completion, `(B,)`.
         kl: Per-token KL estimate, `(B, T)`, nats.
         mask: Valid completion tokens, `(B, T)`.
         kl_coef: Price of one nat, in score units.
@@ -72,8 +72,8 @@ def generalized_advantage_estimation(
 
     delta_t = r_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1},   R_t = A_t + V_t
 
-    V after the last valid token is 0: a completion is a finished episode. For a completion that was cut off it may be
-    given in `bootstrap_values`. lam=0 is the one-step error; lam=1 is the return to go minus the value.
+    V after the last valid token is 0: a completion is a finished episode. For a completion that was cut off,
+    `bootstrap_values` may give another value. lam=0 is the one-step error. lam=1 is the return to go minus the value.
 
     Args:
         rewards: Per-token rewards, `(B, T)`, KL penalty included.
@@ -87,7 +87,7 @@ def generalized_advantage_estimation(
         `(advantages, returns)`, each `(B, T)`, zero where `mask` is 0. Not whitened.
 
     Raises:
-        ValueError: If shapes differ, or `gamma` or `lam` lies outside [0, 1].
+        ValueError: If shapes differ, or `gamma` or `lam` is outside [0, 1].
 
     Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16. Differs: optional bootstrap, holes in the mask.
     """
@@ -121,15 +121,15 @@ def explained_variance(
 ) -> Tensor:
     """Return `1 - Var(returns - values) / Var(returns)` over the mask: 1 is a perfect critic, 0 a useless one.
 
-    Constant returns leave nothing to explain: 0.
+    The result is 0 for constant returns, because they leave nothing to explain.
 
     Args:
-        values: `(B, T)`.
-        returns: `(B, T)`.
+        values: Predicted values, `(B, T)`.
+        returns: Targets, `(B, T)`.
         mask: Valid completion tokens, `(B, T)`.
-        variance: Population variance of `(values, mask)`; another one may look at all ranks.
+        variance: Function of `(values, mask)` that returns a population variance, for example over all ranks.
     """
     total, residual = variance(returns, mask), variance(returns - values, mask)
-    # The mean of equal numbers is off by a rounding error, whose square is not a variance to divide by.
+    # The mean of equal numbers has a rounding error. The square of this error must not count as a variance.
     rounding = (4 * torch.finfo(total.dtype).eps * masked_mean(returns, mask)) ** 2
     return torch.where(total > rounding, 1 - residual / total, 0)

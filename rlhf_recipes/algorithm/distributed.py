@@ -1,6 +1,6 @@
-"""Statistics over all ranks, and their common end.
+"""Statistics over all ranks.
 
-Every rank must make each call. On one process these are the local statistics.
+Every rank must make each call. In a single process the results are the local statistics.
 """
 
 import torch
@@ -27,12 +27,12 @@ def global_max(values: Tensor) -> Tensor:
 def global_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(count, mean, var)` of the masked cells of all ranks, as scalars.
 
-    Two passes: the squared deviations are taken from the global mean, so nothing cancels. A rank may be empty; if all
-    are, the answer is `(0, 0, 0)`. The variance is the population's.
+    The second pass sums the squared deviations from the global mean, so nothing cancels. A rank may be empty. If all
+    ranks are empty, the result is `(0, 0, 0)`. The variance is the population variance.
 
     Args:
-        values: Any shape.
-        mask: Same shape, 1 = counts.
+        values: Numbers of any shape.
+        mask: Mask of the same shape, 1 = counts.
     """
     mask = mask.bool()
     # A device without float64 (Apple's MPS) keeps float32.
@@ -52,11 +52,11 @@ def global_var(values: Tensor, mask: Tensor) -> Tensor:
 def global_means(mask: Tensor, *values: Tensor) -> tuple[float, list[float]]:
     """Return the number of masked cells of all ranks, and the mean of each tensor over them.
 
-    One reduction and one wait for the device, however many tensors: meant for metrics.
+    This costs one reduction and one wait for the device for all tensors together. It is meant for metrics.
 
     Args:
-        mask: 1 = counts.
-        values: Each of the mask's shape.
+        mask: Mask, 1 = counts.
+        values: Tensors of the mask's shape.
     """
     totals = [torch.where(mask.bool(), value, 0).float().sum() for value in values]
     count, *sums = global_sum(torch.stack([mask.sum().float(), *totals])).tolist()

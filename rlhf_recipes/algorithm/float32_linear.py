@@ -1,14 +1,14 @@
-"""The layer that every scalar head ends in."""
+"""The last layer of every scalar head."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32, whatever the autocast and whatever its weights are stored in.
+    """Compute a linear layer in float32, also under autocast and with weights in another precision.
 
     bfloat16 has eight bits of mantissa: two responses whose scores differ by a hundredth would often tie. DeepSpeed
-    stores the weights in bfloat16, beside a float32 copy for the optimiser; the product is float32 still.
+    stores the weights in bfloat16, and a float32 copy for the optimiser. The product is still computed in float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Per-token estimators of the KL divergence to the reference policy.
 
-Pure torch, stateless. Says nothing about where the estimate is used; see `estimate_kl` for which kind fits.
+Pure torch, stateless. `estimate_kl` says which kind is right for which use.
 """
 
 from typing import Literal
@@ -16,13 +16,13 @@ def estimate_kl(per_token_logps: Tensor, ref_per_token_logps: Tensor, kind: KLEs
 
     With `d = log pi - log ref`:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d.
 
-    k1 is unbiased and signed; k3 is unbiased and non-negative; k2 is biased and non-negative. As a *reward*, k1
-    gives the gradient of the KL, while the gradient of k3 vanishes near the reference; k3 is the one to watch.
+    k1 is unbiased and signed. k3 is unbiased and non-negative. k2 is biased and non-negative. As a *reward*, k1 gives
+    the gradient of the KL, while the gradient of k3 vanishes near the reference. Use k3 for monitoring.
 
     Args:
         per_token_logps: Log-probabilities under pi, `(B, T)`, nats.
         ref_per_token_logps: Log-probabilities of the same tokens under the reference, `(B, T)`, nats.
-        kind: `"k1"`, `"k2"` or `"k3"`.
+        kind: Estimator, `"k1"`, `"k2"` or `"k3"`.
 
     Returns:
         `(B, T)`, nats.

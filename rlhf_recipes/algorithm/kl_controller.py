@@ -1,6 +1,6 @@
-"""The price of a nat: controllers of the KL coefficient.
+"""Controllers of the KL coefficient, the price of one nat.
 
-One float of state, updated once per rollout and kept in `ppo_state.json` of every checkpoint.
+The state is one float. It is updated once per rollout, and every checkpoint keeps it in `ppo_state.json`.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class FixedKLController:
-    """A KL coefficient that stays where it was set.
+    """Keep the KL coefficient at its initial value.
 
     Args:
         kl_coef: Price of one nat, in score units, >= 0.
@@ -26,18 +26,18 @@ class FixedKLController:
         return {"kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.kl_coef = float(state["kl_coef"])
 
 
 class AdaptiveKLController(FixedKLController):
-    """A KL coefficient that steers the KL towards a target.
+    """Change the KL coefficient so that the KL moves towards a target.
 
     e = clip(KL / target - 1, -0.2, 0.2);   kl_coef *= 1 + e * n_sequences / horizon
 
     Args:
         kl_coef: Initial price of one nat, in score units, > 0.
-        target_kl: KL per sequence to hold, nats, > 0.
+        target_kl: Target of the KL per sequence, nats, > 0.
         kl_horizon: Number of sequences over which the coefficient may grow by about a fifth.
 
     Raises:
@@ -54,16 +54,16 @@ class AdaptiveKLController(FixedKLController):
         self.target_kl, self.kl_horizon = target_kl, kl_horizon
 
     def update(self, kl: float, n_sequences: int) -> None:
-        """Correct the coefficient after a rollout.
+        """Change the coefficient after a rollout.
 
         Args:
-            kl: Mean over sequences of the summed k1 estimate, nats, over all ranks. Ignored when not finite.
-            n_sequences: Sequences in the rollout, over all ranks.
+            kl: Mean over the sequences of all ranks of the summed k1 estimate, nats. A non-finite one changes nothing.
+            n_sequences: Number of sequences in the rollout, over all ranks.
         """
         if not math.isfinite(kl):
             return
         error = min(max(kl / self.target_kl - 1, -0.2), 0.2)
-        # Beyond four and a half horizons per rollout the step is bounded: at five it would turn the price negative.
+        # Beyond 4.5 horizons per rollout the step is bounded: beyond five the coefficient would become negative.
         factor = max(1 + error * n_sequences / self.kl_horizon, 0.1)
         self.kl_coef = max(self.kl_coef * factor, sys.float_info.min)
 

@@ -1,7 +1,6 @@
-"""The losses that TRL does not have: the clipped value loss, and how token losses are averaged.
+"""The losses that TRL does not have: the clipped value loss, and the averaging of token losses.
 
-Pure torch, stateless. The policy's clipped surrogate is TRL's own, called by the trainer; its definition is
-repeated only in the tests.
+Pure torch, stateless. TRL computes the clipped surrogate of the policy. Only the tests repeat its definition.
 """
 
 import torch
@@ -11,17 +10,17 @@ from rlhf_recipes.algorithm.masked import masked_mean
 
 
 def per_token_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange: float) -> Tensor:
-    """Return the clipped squared error of the critic, elementwise.
+    """Return the clipped squared error of the critic for each element.
 
     0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
 
-    The maximum removes the reward for moving further than `cliprange` away from the rollout's critic.
+    Because of the maximum, the critic gains nothing by a move of more than `cliprange` from the rollout's value.
 
     Args:
-        values: Current values, any shape; the only differentiated argument.
-        old_values: Values at rollout time, same shape.
-        returns: Targets, same shape.
-        cliprange: c above, in units of the return.
+        values: Current values of any shape, the only argument that gets a gradient.
+        old_values: Values at rollout time, of the same shape.
+        returns: Targets of the same shape.
+        cliprange: Half width of the clip, c above, in units of the return.
 
     Source: Schulman et al. 2017 reference code; Huang et al. 2022, "The 37 implementation details of PPO", detail 9.
     """
@@ -45,9 +44,9 @@ def aggregate_token_loss(
     None of the three depends on how a batch of whole sequences is cut into equal micro-batches.
 
     Args:
-        per_token_loss: `(B, T)`.
-        mask: Valid completion tokens, `(B, T)`; a row without any counts as 0.
-        loss_type: `"grpo"`, `"dapo"` or `"dr_grpo"`.
+        per_token_loss: Loss of each token, `(B, T)`.
+        mask: Valid completion tokens, `(B, T)`. A row without one counts as 0.
+        loss_type: Kind of average, `"grpo"`, `"dapo"` or `"dr_grpo"`.
         num_items: Number of tokens to divide by, for `"dapo"`.
         max_completion_length: Number of tokens per sequence to divide by, for `"dr_grpo"`.
 
@@ -75,25 +74,25 @@ def clipped_value_loss(
     """Return the clipped value loss, averaged over each sequence's tokens and then over sequences.
 
     Args:
-        values: Current values, `(B, T)`; the only differentiated argument.
+        values: Current values, `(B, T)`, the only argument that gets a gradient.
         old_values: Values at rollout time, `(B, T)`.
         returns: Targets, `(B, T)`.
         mask: Valid completion tokens, `(B, T)`.
-        cliprange: Trust region of the critic, in units of the return.
+        cliprange: Half width of the clip, in units of the return.
 
     Returns:
         A scalar.
     """
-    # The fill comes before the squares: a NaN in the padding would reach the gradient through them.
+    # The fill comes before the squares. Otherwise a NaN in the padding would reach the gradient through them.
     values, old_values, returns = (torch.where(mask.bool(), x, 0) for x in (values, old_values, returns))
     return aggregate_token_loss(per_token_value_loss(values, old_values, returns, cliprange=cliprange), mask)
 
 
 def is_value_clipped(values: Tensor, old_values: Tensor, *, cliprange: float) -> Tensor:
-    """Return 1 where a value moved further than `cliprange` since the rollout, else 0; elementwise."""
+    """Return, for each element, 1 if the value moved further than `cliprange` since the rollout, else 0."""
     return ((values - old_values).abs() > cliprange).to(values.dtype)
 
 
 def l2_penalty(scores: Tensor) -> Tensor:
-    """Return the mean squared score: with weight decay, what keeps an unnormalised reward model bounded."""
+    """Return the mean squared score. Together with weight decay it keeps an unnormalised reward model bounded."""
     return (scores**2).mean()

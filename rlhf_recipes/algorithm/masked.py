@@ -1,7 +1,7 @@
-"""Masked reductions: the only place where padding meets arithmetic.
+"""Masked reductions: means, variances and whitening that leave out padding.
 
-Pure torch, stateless. Cells whose mask is 0 may hold anything, NaN included.
-Does not reduce over ranks; `rlhf_recipes.algorithm.distributed` does.
+Pure torch, stateless. Cells whose mask is 0 may hold any number, also NaN. Nothing here reduces over ranks: see
+`algorithm/distributed.py`.
 """
 
 import torch
@@ -14,9 +14,9 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     An empty mask has mean 0, so that a fully masked row adds nothing.
 
     Args:
-        values: Any shape.
-        mask: Same shape, 1 = counts.
-        dim: Dimension to reduce; all of them when `None`.
+        values: Numbers of any shape.
+        mask: Mask of the same shape, 1 = counts.
+        dim: Dimension to reduce. `None` reduces all of them.
 
     Returns:
         A scalar, or `values` without `dim`.
@@ -28,9 +28,9 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_var(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the population variance of the cells whose mask is 1; 0 for an empty mask.
+    """Return the population variance of the cells whose mask is 1, or 0 for an empty mask.
 
-    Population, not sample: the statistic normalises this batch, it does not estimate another one.
+    It is not the sample variance, because it normalises this batch and does not estimate another one.
     """
     return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
 
@@ -47,15 +47,15 @@ def masked_whiten(
     """Scale the masked cells to unit variance and, with `center`, to mean zero.
 
     Args:
-        values: Any shape.
-        mask: Same shape, 1 = counts.
-        center: Whether the output has mean zero; otherwise the mean is put back after scaling.
-        mean: Statistic to use instead of this tensor's own, for example over all ranks.
+        values: Numbers of any shape.
+        mask: Mask of the same shape, 1 = counts.
+        center: Whether the output has mean zero. Otherwise the mean is added again after scaling.
+        mean: Mean to use instead of this tensor's own, for example over all ranks.
         var: Population variance to use instead of this tensor's own.
-        eps: Added to the variance.
+        eps: Number that is added to the variance.
 
     Returns:
-        Same shape as `values`, zero where `mask` is 0.
+        A tensor of the shape of `values`, zero where `mask` is 0.
     """
     mean = masked_mean(values, mask) if mean is None else torch.as_tensor(mean, device=values.device)
     var = masked_var(values, mask) if var is None else torch.as_tensor(var, device=values.device)

@@ -1,6 +1,6 @@
 """Normalisation of reward-model scores over time.
 
-Holds state in float64, outside any module, so that no cast and no sharding can degrade it.
+The state is float64 and is outside every module, so that no cast and no sharding can change it.
 """
 
 import math
@@ -11,27 +11,27 @@ from torch import Tensor
 
 
 class RewardNormalizer:
-    """Exponential moving mean and variance of the scores, with exact bias correction.
+    """Normalise scores by their exponential moving mean and variance, with exact bias correction.
 
-    Per update with batch mean mu and population variance v, decay b:
+    Each update, with batch mean mu, population variance v and decay b:
     W = b W + (1-b);  a = (1-b)/W;  d = mu - m;  m += a d;  V = (1-a)(V + a d^2) + a v
 
-    W starts at 0, so the first batch sets the statistics and none is biased towards a made-up prior. The centred form
-    does not cancel; raw moments do (in fp32 at mean 1000 and sd 0.05 they give a negative variance).
+    W starts at 0, so the first batch sets the statistics, and no invented prior biases them. The centred form does not
+    cancel. Raw moments cancel: in fp32 at mean 1000 and sd 0.05 they give a negative variance.
 
-    State: three floats. The PPO trainer updates it once per rollout with the scores of all ranks, and keeps it in
-    `ppo_state.json` of every checkpoint. Before the first update, scores pass through (mean 0, sd 1).
+    The state is three floats. The PPO trainer updates it once per rollout with the scores of all ranks, and every
+    checkpoint keeps it in `ppo_state.json`. Before the first update, scores pass through (mean 0, sd 1).
 
     Args:
-        decay: Weight of the past, in [0, 1). 0 uses the current batch alone.
+        decay: Weight of the past, in [0, 1). With 0 only the current batch counts.
         clip: Bound on a normalised score, in standard deviations, > 0.
-        eps: Added to the variance.
+        eps: Number that is added to the variance.
 
     Raises:
         ValueError: If `decay` or `clip` is out of range.
 
     Source: Adam's bias correction, arXiv:1412.6980, applied to West's weighted centred update. Differs from PPO-max,
-        arXiv:2307.04964: that one never forgets.
+        arXiv:2307.04964: the statistics of PPO-max never forget.
     """
 
     def __init__(self, decay: float = 0.99, clip: float = 5.0, eps: float = 1e-8) -> None:
@@ -44,20 +44,20 @@ class RewardNormalizer:
 
     @property
     def mean(self) -> float:
-        """Moving mean of the scores."""
+        """Return the moving mean of the scores."""
         return self._mean
 
     @property
     def std(self) -> float:
-        """Moving standard deviation of the scores, `eps` included."""
+        """Return the moving standard deviation of the scores, `eps` included."""
         return math.sqrt(self._variance + self.eps)
 
     def warm_start(self, mean: float, std: float) -> None:
-        """Begin from known statistics, as if they had been observed for ever."""
+        """Start from known statistics, with the weight of an infinite past."""
         self._weight, self._mean, self._variance = 1.0, float(mean), float(std) ** 2
 
     def update(self, scores: Tensor) -> None:
-        """Move the statistics towards this batch of all ranks, `(B,)`. Non-finite scores and empty batches do not."""
+        """Move the statistics towards this batch of all ranks, `(B,)`. Ignore non-finite scores and empty batches."""
         scores = scores.detach().flatten().to("cpu", torch.float64)
         scores = scores[scores.isfinite()]
         if scores.numel() == 0:
@@ -71,20 +71,20 @@ class RewardNormalizer:
         self._variance = (1 - step) * (self._variance + step * delta**2) + step * variance.item()
 
     def normalize(self, scores: Tensor) -> Tensor:
-        """Return `clip((scores - mean) / std, -clip, +clip)`; a non-finite score has no place on the scale: NaN."""
+        """Return `clip((scores - mean) / std, -clip, +clip)`, and NaN for a non-finite score."""
         finite = torch.where(scores.isfinite(), scores, torch.nan)
-        # Subtracted in float64: at a mean of 1e4, float32 keeps three decimals of a score.
+        # The subtraction is in float64: at a mean of 1e4, float32 keeps three decimals of a score.
         normalized = (finite.to("cpu", torch.float64) - self._mean) / self.std
         return normalized.clamp(-self.clip, self.clip).to(scores.device, scores.dtype)
 
     def denormalize(self, normalized: Tensor) -> Tensor:
-        """Return the score that `normalize` maps to `normalized`, clipping aside."""
+        """Return the score that `normalize` maps to `normalized`, without clipping."""
         return (normalized.to("cpu", torch.float64) * self.std + self._mean).to(normalized.device, normalized.dtype)
 
     def state_dict(self) -> dict[str, float]:
-        """Return the statistics; JSON keeps them bit by bit."""
+        """Return the statistics. JSON keeps them bit by bit."""
         return {"weight": self._weight, "mean": self._mean, "variance": self._variance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the statistics that `state_dict` returned."""
         self._weight, self._mean, self._variance = (float(state[key]) for key in ("weight", "mean", "variance"))

@@ -1,7 +1,7 @@
-"""The critic: an MLP on the policy's own hidden states, carried by the policy as a submodule.
+"""The critic: an MLP on the policy's own hidden states, and a submodule of the policy.
 
-DDP, ZeRO, FSDP, PEFT's `modules_to_save` and checkpoints see one more submodule of the causal LM; generation
-and weight synchronisation never call it.
+DDP, ZeRO, FSDP, PEFT's `modules_to_save` and checkpoints see one more submodule of the causal LM. Generation and
+weight synchronisation never call it.
 """
 
 import torch
@@ -15,16 +15,16 @@ ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU}
 class ValueHead(nn.Module):
     """Map hidden states to state values: Linear -> SiLU or GELU -> Linear, in float32.
 
-    The output is unbounded and starts at exactly 0, so that the first advantages are those of the rewards alone.
-    ReLU is refused: a head whose units have died cannot follow a reward whose sign changes.
+    The output is unbounded and starts at exactly 0, so that only the rewards make the first advantages. ReLU is
+    refused: a head with dead units cannot follow a reward whose sign changes.
 
     Args:
         hidden_size: Width of the hidden states, H.
-        head_size: Width of the hidden layer; H when `None`.
-        activation: `"silu"` or `"gelu"`.
+        head_size: Width of the hidden layer. `None` stands for H.
+        activation: Activation of the hidden layer, `"silu"` or `"gelu"`.
 
     Raises:
-        ValueError: If `activation` is neither.
+        ValueError: If `activation` is unknown.
 
     Source: zero-initialised output, Huang et al. 2023, "The N implementation details of RLHF with PPO".
     """
@@ -41,6 +41,6 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return values `(B, L)` of hidden states `(B, L, H)`; float32 whatever the autocast."""
+        """Return the values `(B, L)` of hidden states `(B, L, H)`, in float32 also under autocast."""
         values: Tensor = self.output(self.activation(self.hidden(hidden_states)))
         return values.squeeze(-1)

@@ -1,1 +1,1 @@
-"""Networks loaded safely; one forward for log-probabilities and values; the value head attached."""
+"""Safe loading of networks, one forward for log-probabilities and values, and the attached value head."""

@@ -1,4 +1,4 @@
-"""Attach the value head to a causal LM, save it and load it."""
+"""Attach a value head to a causal LM, save it and load it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +26,8 @@ def attach_value_head(
 ) -> None:
     """Give a causal LM a value head: the one saved in `directory`, or a new one, the same on every rank.
 
-    Call this after PEFT, which would adapt the head's layers as the policy's; the head becomes part of the active
-    adapter (trained, saved and switched with it). Call it before an accelerator wraps the model.
+    Call this after PEFT, which would otherwise adapt the head's layers too. The head becomes part of the active
+    adapter: it is trained, saved and switched with it. Call this before an accelerator wraps the model.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.random.fork_rng():
@@ -35,7 +35,7 @@ def attach_value_head(
         head = ValueHead(base.config.get_text_config().hidden_size, head_size, activation)
     load_value_head(head, directory)
     head.to(base.device)
-    if is_deepspeed_zero3_enabled():  # which puts all that is trained into one buffer, of one precision
+    if is_deepspeed_zero3_enabled():  # it puts all trained weights into one buffer, in one precision
         head.to(next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad))
     setattr(base, VALUE_HEAD_NAME, head)
     if isinstance(model, PeftModel):
@@ -46,7 +46,7 @@ def attach_value_head(
 
 @contextmanager
 def without_value_head(model: nn.Module) -> Iterator[None]:
-    """Take the head off a model (and out of its PEFT configuration) while a plain policy is saved."""
+    """Remove the head from a model and its PEFT configuration while a plain policy is saved."""
     owner = next((m for m in model.modules() if VALUE_HEAD_NAME in m._modules), None)
     configs = getattr(model, "peft_config", {}).values()
     saved_modules = [config.modules_to_save for config in configs]
@@ -64,7 +64,7 @@ def without_value_head(model: nn.Module) -> Iterator[None]:
 
 
 def trained_value_head(model: nn.Module) -> ValueHead:
-    """Return the head that learns: under PEFT, the adapter's copy and not the frozen original."""
+    """Return the head that is trained: under PEFT, the adapter's copy and not the frozen original."""
     heads = (module for module in model.modules() if isinstance(module, ValueHead))
     return next(head for head in heads if all(parameter.requires_grad for parameter in head.parameters()))
 
@@ -73,8 +73,8 @@ def save_value_head(model: nn.Module, directory: str | Path, *, should_save: boo
     """Write the trained head beside a policy that was saved without it. Every rank must call this.
 
     Args:
-        model: Policy, its parameters whole or in shards (ZeRO-3, FSDP2).
-        directory: Where the policy was saved.
+        model: Policy with whole or sharded parameters (ZeRO-3, FSDP2).
+        directory: Directory of the saved policy.
         should_save: Whether this rank writes.
     """
     head = trained_value_head(model)
@@ -85,12 +85,12 @@ def save_value_head(model: nn.Module, directory: str | Path, *, should_save: boo
 
 
 def load_value_head(head: ValueHead, directory: str | Path) -> bool:
-    """Load the head that `save_value_head` wrote, if there is one. Return whether there was.
+    """Load the head that `save_value_head` wrote, and return whether there was one.
 
-    A model that was not loaded from anywhere has the directory "", and no head.
+    A model that was not loaded from a directory has the directory "" and no saved head.
 
     Raises:
-        ValueError: If it has another size than the run's `value_head_size`.
+        ValueError: If the saved head's size is not the run's `value_head_size`.
     """
     path = Path(directory, VALUE_HEAD_FILE)
     if not directory or not path.is_file():
@@ -98,8 +98,8 @@ def load_value_head(head: ValueHead, directory: str | Path) -> bool:
     state = load_file(path)
     if state["hidden.weight"].shape != head.hidden.weight.shape:
         raise ValueError(
-            f"The value head in {directory} has shape {tuple(state['hidden.weight'].shape)}, this run's has "
-            f"{tuple(head.hidden.weight.shape)}. Set `value_head_size` to {state['hidden.weight'].size(0)}."
+            f"The value head in {directory} has shape {tuple(state['hidden.weight'].shape)}, and this run's head has "
+            f"shape {tuple(head.hidden.weight.shape)}. Set `value_head_size` to {state['hidden.weight'].size(0)}."
         )
     head.load_state_dict(state)
     return True

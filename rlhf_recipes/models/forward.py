@@ -1,8 +1,8 @@
-"""One forward for log-probabilities and values, over the tokens that count.
+"""One forward for log-probabilities and values, without needless padding.
 
-TRL pads every micro-batch to the longest prompt and the longest completion of the whole rollout, and where
-there is no Triton it projects the prompt to the vocabulary too. Here a forward sees no column that is padding in each
-of its rows, and only the completion reaches the LM head and the value head. The numbers are the same.
+TRL pads every micro-batch to the longest prompt and the longest completion of the whole rollout. Without Triton it
+also projects the prompt to the vocabulary. Here a forward gets no column that is padding in all of its rows, and only
+the completion reaches the LM head and the value head. The results are the same.
 """
 
 import functools
@@ -20,9 +20,10 @@ from rlhf_recipes.models.critic import VALUE_HEAD_NAME
 
 @dataclass
 class ActorCriticOutput(FusedCausalLMOutput):
-    """TRL's fused output, and the values of the states around each completion token, `(B, T + 1)`.
+    """Add to TRL's fused output the values of the states around each completion token, `(B, T + 1)`.
 
-    `state_values[:, t]` reads the hidden state that precedes completion token `t`; the last column, the final state.
+    `state_values[:, t]` is the value of the hidden state that precedes completion token `t`. The last column is the
+    value of the final state.
     """
 
     state_values: Tensor | None = None
@@ -31,10 +32,10 @@ class ActorCriticOutput(FusedCausalLMOutput):
 def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone: bool = False) -> None:
     """Let a causal LM take `completion_length=T`: its heads then see the last `T + 1` hidden states only.
 
-    It returns the log-probabilities of the last T tokens, given as `shift_labels`, and, if it has a value head, their
-    values: one forward of the backbone serves both. With `backbone_only=True` it returns the backbone's output, by
-    way of whatever wraps the model. Every other call, generation included, is left as it was. Call this after TRL has
-    added its fused LM head.
+    The model then returns the log-probabilities of the last T tokens, given as `shift_labels`. If it has a value head,
+    it also returns their values, from the same forward of the backbone. With `backbone_only=True` it returns the
+    backbone's output, through every wrapper of the model (DDP, FSDP). Every other call stays as it was, also
+    generation. Call this after TRL has added its fused LM head.
 
     Args:
         model: Causal LM on which TRL's `add_fused_lm_head` was called.
@@ -77,23 +78,24 @@ def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone
 
 
 class CompletionForward:
-    """Stand in for a model inside TRL's log-probability method: trim its input, and keep the values of its forward.
+    """Replace a model inside TRL's log-probability method, to trim its input and keep the values of its forward.
 
-    TRL's method returns log-probabilities and entropies only. Recording outside the (wrapped) model leaves its outputs
-    and its gradient hooks alone.
+    TRL's method returns log-probabilities and entropies only. The values are recorded outside the (wrapped) model, so
+    that its outputs and its gradient hooks stay as they are.
 
     Args:
         model: Causal LM, wrapped or not, on which `add_completion_forward` was called.
-        completion_length: Columns of the input that are completion, T; the prompt comes before them.
-        pad_to_multiple_of: Divides the remaining numbers of prompt and completion columns, where possible.
-        takes_positions: Whether the model gets the position of each token, as in `generate`. Without them, a model of
-            absolute positions would number a row differently in each batch. A model for images counts by itself.
+        completion_length: Number of completion columns at the end of the input, T.
+        pad_to_multiple_of: Number that divides the kept prompt columns and the kept completion columns, if possible.
+        takes_positions: Whether the model gets the position of each token, as in `generate`. Without positions, a
+            model with absolute positions would number a row differently in each batch. A model for images counts by
+            itself.
     """
 
     per_token_logps: Tensor
-    """`(B, T)`, after `finish`."""
+    """Log-probabilities, `(B, T)`, after `finish`."""
     state_values: Tensor
-    """`(B, T + 1)`, after `finish`; only of a model with a value head."""
+    """Values, `(B, T + 1)`, after `finish`, if the model has a value head."""
 
     def __init__(
         self, model: nn.Module, completion_length: int, *, pad_to_multiple_of: int | None, takes_positions: bool
@@ -126,8 +128,8 @@ class CompletionForward:
         """Keep the results of all chunks, and return the log-probabilities.
 
         Args:
-            per_token_logps: Of all chunks, `(B, T)`.
-            original: Index that brings the rows back into the order of the batch.
+            per_token_logps: Log-probabilities of all chunks, `(B, T)`.
+            original: Index that restores the order of the rows in the batch.
         """
         self.per_token_logps = per_token_logps[original]
         if self._values:
@@ -135,7 +137,7 @@ class CompletionForward:
         return self.per_token_logps
 
     def _columns(self, attention_mask: Tensor) -> tuple[int, int]:
-        """Return the columns to keep: those with a token, and at least one of the prompt and of the completion."""
+        """Return the range of columns with a token, with at least one of the prompt and one of the completion."""
         width = attention_mask.size(1)
         prompt_end = width - self.completion_length
         used = attention_mask.any(dim=0).int()
@@ -148,9 +150,9 @@ class CompletionForward:
 
 
 def rows_by_length(attention_mask: Tensor | None) -> tuple[Any, Any]:
-    """Return the index that brings rows of one length together, so that little is padded, and the one that undoes it.
+    """Return an index that sorts rows by length, so that chunks need little padding, and the index that undoes it.
 
-    Without a mask both leave every row where it is.
+    Without a mask both indices leave the order as it is.
     """
     if attention_mask is None:
         return slice(None), slice(None)

@@ -1,6 +1,6 @@
 """Loading of policies and tokenizers.
 
-Chooses classes, precision, quantisation and LoRA from TRL's `ModelConfig`; trains nothing.
+TRL's `ModelConfig` decides on classes, precision, quantisation and LoRA. Nothing is trained here.
 """
 
 import functools
@@ -28,7 +28,7 @@ from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 
 
 def load_tokenizer(path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; one without a padding token pads with its EOS token."""
+    """Load a tokenizer. Without a padding token it pads with its EOS token."""
     with safe_loading(path):
         tokenizer = AutoTokenizer.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
     if tokenizer.pad_token is None:
@@ -37,7 +37,7 @@ def load_tokenizer(path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
-    """Return the `from_pretrained` options that TRL's `ModelConfig` stands for."""
+    """Return the `from_pretrained` options for TRL's `ModelConfig`."""
     kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -49,11 +49,11 @@ def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
 
 
 def from_pretrained_kwargs(args: Any, quantization_config: Any) -> dict[str, Any]:
-    """Return the `from_pretrained` options that a trainer's arguments stand for.
+    """Return the `from_pretrained` options for a trainer's arguments.
 
     Args:
         args: `PPOConfig` or `RewardModelConfig`.
-        quantization_config: For bitsandbytes; `None` for none.
+        quantization_config: Quantisation by bitsandbytes. `None` stands for no quantisation.
     """
     kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
@@ -68,15 +68,16 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """Load a causal LM for evaluation or export: a plain model, or an adapter on the base that it names.
 
-    The adapter is merged into its base: into a dequantised copy if it was trained on a 4-bit one, because that is what
-    it was trained to correct. Only with a `quantization_config` does the base stay quantised, the adapter beside it.
+    The adapter is merged into its base. An adapter that was trained on a 4-bit base is merged into a dequantised copy
+    of it, because it was trained to correct these weights. With a `quantization_config`, the base stays quantised and
+    the adapter stays separate.
 
     Args:
         path: Directory or Hub name.
-        base: Directory or Hub name of an adapter's base. Default: what the adapter names.
-        base_quantization: Round the weights as a quantised base does, and dequantise them: a policy that was trained
-            on such a base started from these. An adapter that was trained on one needs no telling.
-        kwargs: Passed on to `from_pretrained`; float32 unless they say otherwise.
+        base: Directory or Hub name of an adapter's base. Default: the base that the adapter names.
+        base_quantization: Quantisation that rounds the weights before they are dequantised again. A policy that was
+            trained on such a base started from these weights. An adapter that was trained on one does not need this.
+        kwargs: Options of `from_pretrained`. The default precision is float32.
     """
     kwargs.setdefault("dtype", "float32")
     stays_quantized = "quantization_config" in kwargs
@@ -94,7 +95,7 @@ def load_policy(
 
 @contextmanager
 def only_active_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Let a `PeftModel` save its active adapter alone, the policy's, whoever calls `save_pretrained`."""
+    """Let every call of `save_pretrained` on a `PeftModel` save only the active adapter, the policy's."""
     if not isinstance(model, PeftModel):
         yield
         return
@@ -106,11 +107,11 @@ def only_active_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def check_output_dir(directory: str, *, adapter: bool) -> None:
-    """Check that a run will not write weights of one kind beside weights of the other, which then win on loading.
+    """Refuse a directory with weights of the other kind: loading would prefer them to the weights of the run.
 
     Args:
-        directory: Where the run saves.
-        adapter: Whether it saves an adapter, or a whole model.
+        directory: Directory in which the run saves.
+        adapter: Whether the run saves an adapter, and not a whole model.
 
     Raises:
         ValueError: If the directory holds the other kind.
@@ -120,12 +121,12 @@ def check_output_dir(directory: str, *, adapter: bool) -> None:
     if any(Path(directory).glob(patterns[not adapter])):
         raise ValueError(
             f"`output_dir` {directory} holds {kinds[not adapter]}, and this run would save {kinds[adapter]} beside "
-            "it. Choose another `output_dir`, or move what is there."
+            "it. Choose another `output_dir`, or move the files."
         )
 
 
 def prepare_frozen(model: PreTrainedModel, accelerator: Accelerator) -> Any:
-    """Prepare a model that is only evaluated, sharded as the policy is."""
+    """Prepare a model that is only evaluated. It is sharded like the policy."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:

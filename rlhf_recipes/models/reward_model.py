@@ -1,7 +1,4 @@
-"""The reward model: a causal LM's backbone with a scalar head, and how to load one.
-
-Trains and scores nothing.
-"""
+"""Loading of reward models: a causal LM's backbone with a scalar head. Nothing is trained or scored here."""
 
 import math
 from pathlib import Path
@@ -22,7 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 class ScoreHead(Float32Linear):
-    """The reward model's scalar head."""
+    """Map the last hidden state to a reward model's score."""
 
 
 def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> PreTrainedModel:
@@ -30,12 +27,12 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
 
     Args:
         path: Directory or Hub name.
-        base: Directory or Hub name of an adapter's base. Default: what the adapter names.
-        kwargs: Passed on to `from_pretrained`; float32, and the quantisation that an adapter was trained on, unless
-            they say otherwise.
+        base: Directory or Hub name of an adapter's base. Default: the base that the adapter names.
+        kwargs: Options of `from_pretrained`. The defaults are float32 and, for an adapter, the quantisation of its
+            base in training.
 
     Raises:
-        ValueError: If it is not a sequence classifier with one output.
+        ValueError: If the model is not a sequence classifier with one output.
     """
     kwargs = {"dtype": "float32", **safe_kwargs(kwargs)}
     if is_adapter(path):
@@ -47,7 +44,7 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
         if kwargs["quantization_config"] is not None:
             return load_adapter(model, path)  # a merge would round it
         model = PeftModel.from_pretrained(model, path)
-        return model if is_deepspeed_zero3_enabled() else model.merge_and_unload()  # ZeRO-3 holds a shard only
+        return model if is_deepspeed_zero3_enabled() else model.merge_and_unload()  # a ZeRO-3 rank has only a shard
     with safe_loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs["trust_remote_code"])
         check_reward_config(config, path, trained=True)
@@ -55,19 +52,19 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
 
 
 def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
-    """Load the model that reward modelling starts from.
+    """Load the model from which reward modelling starts.
 
-    A causal LM gets a new score head, drawn from N(0, 1/sqrt(H+1)); a reward model keeps its own.
+    A causal LM gets a new score head, drawn from N(0, 1/sqrt(H+1)). A reward model keeps its own.
 
     Raises:
-        ValueError: If `path` is a classifier with more than one output.
+        ValueError: If `path` is an adapter, or a classifier with more than one output.
 
     Source: head initialisation, Stiennon et al. 2020, arXiv:2009.01325; Huang et al. 2024, arXiv:2403.17031.
     """
     if is_adapter(path):
         raise ValueError(
-            f"{path} is an adapter; a reward model starts from a whole model. Merge it into its base first: "
-            f"`rlhf_recipes.models.loading.load_policy({path!r}).save_pretrained(..)`, likewise its tokenizer."
+            f"{path} is an adapter, but a reward model starts from a whole model. Merge it into its base first: "
+            f"`rlhf_recipes.models.loading.load_policy({path!r}).save_pretrained(..)`. Save its tokenizer there too."
         )
     kwargs = {"dtype": "float32", **safe_kwargs(kwargs)}
     with suppress_seqcls_warning(), safe_loading(path):
@@ -84,12 +81,15 @@ def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def check_reward_config(config: Any, path: str, *, trained: bool = False) -> bool:
-    """Return whether the configuration is a reward model's; refuse one with several outputs.
+    """Return whether the configuration is a reward model's.
 
     Args:
         config: Model configuration.
-        path: Name for the message.
-        trained: Whether anything but a reward model is refused.
+        path: Name of the model in messages.
+        trained: Whether only a reward model is accepted.
+
+    Raises:
+        ValueError: If the model has several outputs, or if `trained` is true and it is not a reward model.
     """
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if is_classifier and config.num_labels != 1:
@@ -103,20 +103,20 @@ def check_reward_config(config: Any, path: str, *, trained: bool = False) -> boo
 
 
 def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a classifier's `score` layer a `ScoreHead`, in place.
+    """Turn a classifier's `score` layer into a `ScoreHead`, in place.
 
     Raises:
-        ValueError: If the architecture has no `score` layer without bias, as every decoder of transformers does.
+        ValueError: If there is no `score` layer without bias. Every decoder of transformers has one.
     """
     if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.bias is not None:
         raise ValueError(f"{type(model).__name__} has no `score` layer; use a decoder architecture for reward models.")
-    model.score.__class__ = ScoreHead  # the weight stays where it is, which under ZeRO-3 is on all ranks
+    model.score.__class__ = ScoreHead  # the weight stays in place: under ZeRO-3 it is on all ranks
     store_in_float32(model.score)
     return model
 
 
 def store_in_float32(head: ScoreHead) -> None:
-    """Keep the weights of a head in float32, in place, but under ZeRO-3, which stores all weights in one precision."""
+    """Store a head in float32, in place, except under ZeRO-3, which stores all weights in one precision."""
     if not is_deepspeed_zero3_enabled():
         head.float()
 

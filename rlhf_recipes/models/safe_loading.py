@@ -1,7 +1,7 @@
 """Loading of weights from a directory that someone else may have written: data is read, code is not run.
 
-Transformers asks on the terminal whether to run a repository's code unless it is told, and falls back to
-pickled weights; here the answer is no, and weights are safetensors.
+By default, transformers asks on the terminal whether to run a repository's code, and falls back to pickled weights.
+Here the answer is no, and weights are safetensors.
 """
 
 from collections.abc import Iterator
@@ -13,16 +13,16 @@ PICKLES = {"pytorch_model*.bin": "model*.safetensors", "adapter_model*.bin": "ad
 
 
 def safe_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return `from_pretrained` options for weights with the safe defaults where they say nothing."""
+    """Return `from_pretrained` options for weights, with safe defaults for missing ones."""
     return {"trust_remote_code": False, "use_safetensors": True, **kwargs}
 
 
 @contextmanager
 def safe_loading(*paths: str) -> Iterator[None]:
-    """Refuse pickled weights in these directories, and say in one line why something was refused inside.
+    """Refuse pickled weights in these directories, and report refused code in one line.
 
     Raises:
-        ValueError: If a directory holds weights as pickles only, or needs code of its own that was not asked for.
+        ValueError: If a directory holds weights as pickles only, or needs code of its own that is not allowed.
     """
     for path in paths:
         _refuse_pickles(path)
@@ -32,9 +32,9 @@ def safe_loading(*paths: str) -> Iterator[None]:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"{' or '.join(dict.fromkeys(paths))} brings Python code of its own, which loading would run; it has not "
-            "been run. Read it, and if you trust it set `trust_remote_code: true`; reward models and judges of a run "
-            "never bring code."
+            f"{' or '.join(dict.fromkeys(paths))} brings Python code of its own, which loading would run. It was not "
+            "run. Read the code. If you trust it, set `trust_remote_code: true`. Reward models and judges of a run "
+            "may never bring code."
         ) from None
 
 
@@ -43,7 +43,7 @@ def _refuse_pickles(path: str) -> None:
         found = sorted(Path(path).glob(pickles)) if Path(path).is_dir() else []
         if found and not any(Path(path).glob(tensors)):
             raise ValueError(
-                f"{path} holds its weights as a pickle ({found[0].name}), which can run code when it is loaded. Where "
-                "that does no harm, load it by transformers or PEFT and write it anew by `save_pretrained`, as "
-                "safetensors."
+                f"{path} holds its weights as a pickle ({found[0].name}), which can run code when it is loaded. On a "
+                "machine where that does no harm, load it with transformers or PEFT, and write it as safetensors with "
+                "`save_pretrained`."
             )

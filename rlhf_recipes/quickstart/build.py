@@ -18,7 +18,7 @@ from rlhf_recipes.quickstart.world import TextWorld, Topic
 def split_prompts(world: TextWorld, seed: int) -> tuple[list[str], list[str]]:
     """Split the prompts into 320 for training and 80 held out: one wording, drawn at random, of every topic.
 
-    So training meets every topic, but no held-out prompt.
+    So every topic occurs in training, but no held-out prompt does.
     """
     rng = random.Random(seed)
     wordings: dict[Topic, list[str]] = {}
@@ -32,14 +32,16 @@ def split_prompts(world: TextWorld, seed: int) -> tuple[list[str], list[str]]:
 def build_dataset(
     world: TextWorld, prompts: Sequence[str], n: int, seed: int, path: str | PathLike | None = None
 ) -> Dataset:
-    """Return demonstrations in TRL's prompt-completion format, every prompt used equally often (give or take one).
+    """Return demonstrations in TRL's prompt-completion format.
+
+    Every prompt occurs equally often, give or take one time.
 
     Args:
-        world: Writes the responses.
-        prompts: Repeated, with fresh responses, until there are enough rows.
+        world: Source of the responses.
+        prompts: Prompts, which repeat with fresh responses until there are enough rows.
         n: Number of rows.
-        seed: Fixes rows and order.
-        path: Also write the rows there as JSON lines.
+        seed: Seed of rows and order.
+        path: File that also gets the rows, as JSON lines.
 
     Returns:
         Columns `prompt` and `completion`, without separator or EOS, in random order.
@@ -57,8 +59,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 600) -> PreTrainedTo
     """Return a byte-level BPE tokenizer: any text survives encoding and decoding, and no token is unknown.
 
     Args:
-        texts: What the merges are learned from.
-        vocab_size: Upper limit, with 256 bytes and four special tokens. 589 hold all of the world's words.
+        texts: Texts from which the merges are learned.
+        vocab_size: Upper limit, with 256 bytes and four special tokens. 589 are enough for all of the world's words.
     """
     special_tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -75,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 600) -> PreTrainedTo
 
 
 def build_base_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Return an untrained Llama of 1.9 M parameters. The global random state is left as it was."""
+    """Return an untrained Llama of 1.9 M parameters. The global random state does not change."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -101,19 +103,19 @@ def sample_preferences(
     temperature: float,
     seed: int,
 ) -> Dataset:
-    """Label pairs as a noisy judge would, by the model of Bradley and Terry.
+    """Label pairs like a noisy judge, with the model of Bradley and Terry.
 
     P(a preferred) = sigmoid((s_a - s_b) / temperature)
 
-    Pairs of identical texts and pairs with an empty one are dropped; that does not shift the draws of the others.
+    Pairs of identical texts and pairs with an empty text are dropped. This does not change the draws of other pairs.
 
     Args:
-        prompts: One for each pair.
+        prompts: Prompt of each pair.
         completions_a: First text of each pair.
         completions_b: Second text of each pair.
-        scorer: Called as a TRL reward function, `scorer(prompts=..., completions=...)`.
-        temperature: Noise, in units of the score, > 0. Small: the better text nearly always wins.
-        seed: Fixes the noise.
+        scorer: Function that is called like a TRL reward function, `scorer(prompts=..., completions=...)`.
+        temperature: Noise, in units of the score, > 0. If it is small, the better text nearly always wins.
+        seed: Seed of the noise.
 
     Returns:
         Columns `prompt`, `chosen`, `rejected`, one row per pair that was kept.
@@ -133,15 +135,15 @@ def sample_preferences(
 
 
 def write_world(folder: Path, seed: int, separator: str, num_demonstrations: int = 10_000) -> None:
-    """Write the quickstart's start: demonstrations, prompts, a tokenizer and an untrained model.
+    """Write the inputs of the quickstart: demonstrations, prompts, a tokenizer and an untrained model.
 
-    The world and the split of its prompts are always the same; the seed varies demonstrations and weights.
+    The world and the split of its prompts are always the same. The seed changes demonstrations and weights.
 
     Args:
-        folder: Receives `data/`, `prompts/` (each with `train.jsonl` and `test.jsonl`) and `base/`.
-        seed: Of demonstrations and weights.
-        separator: Between prompt and answer, for the tokenizer to learn from.
-        num_demonstrations: Demonstrations for SFT.
+        folder: Folder that gets `data/`, `prompts/` (each with `train.jsonl` and `test.jsonl`) and `base/`.
+        seed: Seed of demonstrations and weights.
+        separator: Text between prompt and answer, which the tokenizer learns too.
+        num_demonstrations: Number of demonstrations for SFT.
     """
     world = TextWorld()
     train, held_out = split_prompts(world, seed=0)

@@ -2,11 +2,12 @@
 
 Sixteen animals have a home, a food, a colour, hours and a voice, drawn from a seed. A prompt asks about one of them.
 An answer is a few sentences of a closed grammar: courtesies, true or false facts, facts about another animal, filler,
-insults, repetitions. Every sentence is looked up, so the gold score of any text is exact, needs no network, and cannot
-be had by length or by one magic token. Demonstrations are of mixed quality on purpose: SFT lands mid-range, and PPO
-has somewhere to go. The reward model never sees the gold score, only noisy preferences drawn from it.
+insults, repetitions. Every sentence is looked up in the grammar, so the gold score of any text is exact and needs no
+network. A long text or one magic token does not raise it. Demonstrations have mixed quality on purpose: SFT ends in
+the middle of the range, and PPO has room to improve. The reward model never sees the gold score, but only noisy
+preferences that are drawn from it.
 
-Prompts and answers hold no newline: the caller joins them with its `response_separator`.
+Prompts and answers hold no newline. The caller joins them with its `response_separator`.
 """
 
 import itertools
@@ -67,14 +68,14 @@ BEST_SCORE = MAX_FACTS * WEIGHTS["fact"] + WEIGHTS["asked"] + 2 * WEIGHTS["court
 
 
 class Topic(NamedTuple):
-    """What a prompt asks about."""
+    """Hold the subject and the attribute that a prompt asks about."""
 
     subject: str
     attribute: str
 
 
 class Fact(NamedTuple):
-    """What a sentence claims, truly or falsely."""
+    """Hold the claim of a sentence, true or false."""
 
     topic: Topic
     value: str
@@ -82,23 +83,23 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class TextWorld:
-    """The animals, what is true of them, the prompts, the answers, and what an answer is worth.
+    """Hold the facts of the world, write its prompts and answers, and score answers.
 
     Args:
-        seed: Fixes the facts. Prompts and grammar are the same in every world.
+        seed: Seed of the facts. Prompts and grammar are the same in every world.
     """
 
     seed: int = 0
 
     @cached_property
     def truth(self) -> dict[Topic, str]:
-        """The true value of every attribute of every animal."""
+        """Return the true value of every attribute of every animal."""
         rng = random.Random(self.seed)
         return {Topic(subject, name): rng.choice(VALUES[name]) for subject in SUBJECTS for name in VALUES}
 
     @cached_property
     def topics(self) -> dict[str, Topic]:
-        """What each prompt asks about."""
+        """Return the topic of each prompt."""
         return {
             template.format(**topic._asdict()): topic
             for topic, template in itertools.product(self.truth, PROMPT_TEMPLATES)
@@ -106,7 +107,7 @@ class TextWorld:
 
     @cached_property
     def grammar(self) -> dict[str, Fact | str]:
-        """Every sentence there is, with what it claims or, for a stock sentence, its kind."""
+        """Return every sentence of the grammar with its fact or, for a stock sentence, its kind."""
         sentences: dict[str, Fact | str] = {text: kind for kind, texts in STOCK_SENTENCES.items() for text in texts}
         for topic in self.truth:
             for value, template in itertools.product(VALUES[topic.attribute], FACT_TEMPLATES[topic.attribute]):
@@ -118,10 +119,10 @@ class TextWorld:
         return list(self.topics)
 
     def topic(self, prompt: str) -> Topic:
-        """Return what a prompt asks about. What follows its full stop or question mark is taken for a separator.
+        """Return the topic of a prompt. The text after its full stop or question mark counts as a separator.
 
         Raises:
-            ValueError: The prompt is not one of `prompts()`.
+            ValueError: If the prompt is not one of `prompts()`.
         """
         text = re.split(r"(?<=[.?])", prompt, maxsplit=1)[0].strip()
         if text not in self.topics:
@@ -129,10 +130,10 @@ class TextWorld:
         return self.topics[text]
 
     def sample_response(self, prompt: str, rng: random.Random) -> str:
-        """Return a demonstration of mixed quality: a few sentences, written with a care drawn for this answer.
+        """Return a demonstration of mixed quality: a few sentences, written with a random care.
 
-        Care, uniform on [0, 1], is the chance to be courteous, to begin with what was asked, and to keep any one
-        sentence free of flaws. It differs between the answers to one prompt, so that their scores spread widely.
+        Care is uniform on [0, 1]. It is the probability of a courtesy, of a start with the topic of the prompt, and of
+        a sentence without flaw. It differs between the answers to one prompt, so that their scores spread widely.
         """
         topic, care = self.topic(prompt), rng.random()
         attributes = rng.sample(list(VALUES), len(VALUES))
@@ -159,7 +160,7 @@ class TextWorld:
         return rng.choice(FACT_TEMPLATES[topic.attribute]).format(subject=topic.subject, value=value)
 
     def best_response(self, prompt: str) -> str:
-        """Return one answer of the highest score: courteous, true, what was asked and two facts more."""
+        """Return one answer with the highest score: two courtesies, the wanted fact and two more true facts."""
         topic = self.topic(prompt)
         names = sorted(VALUES, key=lambda name: name != topic.attribute)[:MAX_FACTS]
         facts = [
@@ -171,9 +172,9 @@ class TextWorld:
     def assess(self, prompt: str, response: str) -> Counter[str]:
         """Return how often each virtue and flaw of `WEIGHTS` occurs in the response.
 
-        A sentence is known to the letter or is nonsense. A fact is the same fact in any wording. A courtesy counts
-        only in its place, an opening first and a closing last; elsewhere it is filler, and so is a true fact after
-        the third.
+        A sentence that is not in the grammar letter for letter is nonsense. Two wordings of a fact are the same fact.
+        An opening is a courtesy only as the first sentence, and a closing only as the last. Elsewhere they are filler,
+        and so is a true fact after the third.
         """
         topic, sentences = self.topic(prompt), split_sentences(response)
         counts: Counter[str] = Counter() if sentences else Counter(empty=1)
@@ -202,7 +203,7 @@ class TextWorld:
 
         s = sum_k WEIGHTS[k] * assess(prompt, response)[k]
 
-        At most `BEST_SCORE`; not bounded below.
+        It is at most `BEST_SCORE` and has no lower bound.
         """
         return sum(WEIGHTS[kind] * count for kind, count in self.assess(prompt, response).items())
 
@@ -214,13 +215,13 @@ def gold_score(prompts: Sequence[str], completions: Sequence[str], **kwargs) -> 
     """Score completions in the default world, with the signature of a TRL reward function.
 
     Args:
-        prompts: With or without the separator.
-        completions: Plain text, special tokens already removed.
-        **kwargs: Ignored: TRL also passes token ids, dataset columns and the trainer state.
+        prompts: Prompts, with or without the separator.
+        completions: Plain texts without special tokens.
+        **kwargs: Token ids, dataset columns and the trainer state, which TRL also passes. They are ignored.
     """
     return [DEFAULT_WORLD.gold_score(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut a text after every full stop. What follows the last one, an unfinished sentence, is a piece as well."""
+    """Cut a text after every full stop. An unfinished sentence at the end is a piece too."""
     return [piece.strip() for piece in re.findall(r"[^.]*\.|[^.]+$", text) if piece.strip()]

@@ -21,7 +21,7 @@ def test_shaped_rewards_by_hand():
     kl = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).expand(5, 5)
     expected = [
         [-0.5, -1.0, -1.5, -2.0, 7.5],
-        [-0.5, -1.0, 18.5, 0.0, 0.0],  # on the last valid token, never on a pad
+        [-0.5, -1.0, 18.5, 0.0, 0.0],  # the score is on the last valid token, never on a pad
         [-0.5, -1.0, 0.0, 0.0, 27.5],  # holes stay 0
         [0.0, -1.0, 0.0, 38.0, 0.0],
         [0.0, 0.0, 0.0, 0.0, 0.0],
@@ -102,7 +102,7 @@ def test_the_notes_table():
     ],
 )
 def test_gae_by_hand(bootstrap, advantages, returns):
-    """Powers of two, and gamma != lam so that neither can stand in for the other."""
+    """All numbers are binary fractions, so that the comparison is exact."""
     after = None if bootstrap is None else torch.tensor([bootstrap])
     actual = generalized_advantage_estimation(
         torch.tensor([[1.0, 2.0, 4.0]]),
@@ -195,7 +195,7 @@ def test_holes_are_skipped_as_if_they_were_not_there():
 
 def test_masked_cells_and_empty_rows_come_out_zero():
     rewards, values, after = gae_inputs()
-    after[4] = float("nan")  # nobody has a value after an empty completion
+    after[4] = float("nan")  # an empty completion has no value after it
     for output in generalized_advantage_estimation(rewards, values, MASK, gamma=0.9, lam=0.8, bootstrap_values=after):
         assert_close(output[MASK == 0], torch.zeros(int((MASK == 0).sum())), EXACT)
         assert output[MASK == 1].ne(0).all()
@@ -224,7 +224,7 @@ def test_gae_accepts_every_mask_dtype(dtype):
 
 
 def test_rows_do_not_talk_to_each_other():
-    """Permuting or splitting the batch permutes or splits the result, bit for bit."""
+    """A permuted or split batch gives the permuted or split result, bit for bit."""
     rewards, values, after = gae_inputs()
     options = {"gamma": 0.9, "lam": 0.8}
     whole = generalized_advantage_estimation(rewards, values, MASK, bootstrap_values=after, **options)

@@ -17,13 +17,13 @@ VOCABULARY = 7
 
 
 def two_policies(seed, distance=1.0):
-    """Log-probabilities over a small vocabulary; `distance` scales the logit difference."""
+    """Return log-probabilities over a small vocabulary. `distance` scales the logit difference."""
     logits, step = gaussians(seed, (VOCABULARY,), 2)
     return torch.log_softmax(logits + distance * step, -1), torch.log_softmax(logits, -1)
 
 
 def expectation(logps, ref_logps, kind):
-    """E_{v ~ pi} of the estimate: one column per vocabulary entry, weighted by its probability. No sampling."""
+    """Return E_{v ~ pi} of the estimate, without sampling: each vocabulary entry has the weight of its probability."""
     estimates = estimate_kl(logps[None], ref_logps[None], kind)[0]
     return math.fsum((logps.exp() * estimates).tolist())
 
@@ -49,7 +49,7 @@ def test_the_mean_of_k1_and_k3_is_the_exact_kl(kind, seed, distance):
     logps, ref_logps = two_policies(seed, distance)
     exact = oracles.exact_kl(logps.tolist(), ref_logps.tolist())
     assert_close(expectation(logps, ref_logps, kind), exact, FP64)
-    # The direction matters: KL(ref || pi) is another number.
+    # The direction counts: KL(ref || pi) is another number.
     if distance >= 1.0:
         reverse = oracles.exact_kl(ref_logps.tolist(), logps.tolist())
         assert abs(expectation(logps, ref_logps, kind) - exact) < abs(reverse - exact)

@@ -54,7 +54,7 @@ def test_one_step_matches_the_definition(kl, target_kl, n_sequences, kl_coef):
 
 @pytest.mark.parametrize("start", [0.001, 5.0])
 def test_it_drives_the_kl_to_the_target_from_both_sides(start):
-    """A toy policy whose KL is 1 / kl_coef: the target 4 is reached at coefficient 1/4."""
+    """The KL of this toy policy is 1 / kl_coef: it reaches the target 4 at coefficient 1/4."""
     controller = adaptive(start, target_kl=4.0, kl_horizon=1000)
     for _ in range(1000):
         controller.update(1 / controller.kl_coef, 64)

@@ -1,4 +1,4 @@
-"""The value loss, the token aggregation, the clip fraction; and the oracle of TRL's policy loss."""
+"""The value loss, the average over tokens, the clip fraction, and the oracle of TRL's policy loss."""
 
 import oracles
 import pytest
@@ -22,9 +22,9 @@ POISONS = [float("nan"), float("inf"), float("-inf")]
 HAND_CELLS = [
     (0.25, 1.0, 0.28125, -0.75),  # inside the clip: 0.5 * 0.75^2
     (-0.25, 1.0, 0.78125, -1.25),
-    (1.0, 0.0, 0.5, 1.0),  # moved too far and away from R: unclipped 1 > clipped .25, pulled back
+    (1.0, 0.0, 0.5, 1.0),  # moved too far away from R: unclipped 1 > clipped .25, so it is pulled back
     (-1.0, 0.0, 0.5, -1.0),
-    (1.0, 2.0, 1.125, 0.0),  # moved far towards R: clipped 1.5^2 > 1, no reason to go on
+    (1.0, 2.0, 1.125, 0.0),  # moved far towards R: clipped 1.5^2 > 1, so there is no gradient
     (-1.0, -2.0, 1.125, 0.0),
     (4.0, 2.0, 2.0, 2.0),  # overshot R: |V - R| = 2 > 1.5
     (-4.0, -2.0, 2.0, -2.0),
@@ -66,7 +66,7 @@ def test_per_token_value_loss_matches_the_definition(seed, cliprange):
     ]
     loss = per_token_value_loss(values, old_values, returns, cliprange=cliprange)
     assert_close(loss, expected, FP64)
-    # Pessimistic: never below the plain squared error, and equal to it when nothing is clipped.
+    # The loss is pessimistic: never below the plain squared error, and equal to it without clipping.
     assert (loss >= 0.5 * (values - returns) ** 2).all()
     wide = per_token_value_loss(values, old_values, returns, cliprange=1e3)
     assert_close(wide, 0.5 * (values - returns) ** 2, FP64)
@@ -173,7 +173,7 @@ TOKEN_MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
         ({}, 10 / 3),  # the default is the notes' formula: (2 + 8 + 0) / 3
         ({"loss_type": "grpo"}, 10 / 3),
         ({"loss_type": "dapo", "num_items": 4}, 14 / 4),
-        ({"loss_type": "dapo", "num_items": torch.tensor(28)}, 14 / 28),  # of the whole step, not of this piece
+        ({"loss_type": "dapo", "num_items": torch.tensor(28)}, 14 / 28),  # the step's number, not this piece's
         ({"loss_type": "dr_grpo", "max_completion_length": 10}, 14 / 30),
     ],
 )
@@ -215,7 +215,7 @@ def test_aggregation_of_nothing_is_zero(options):
 
 
 def test_token_sums_do_not_depend_on_the_cut():
-    """dapo pieces add up; grpo and dr_grpo pieces of equal size average."""
+    """The pieces of dapo add up. Pieces of grpo and dr_grpo of equal size have the loss of the whole as their mean."""
     (tokens,) = gaussians(0, (4, 3), 1)
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
     pieces = [(tokens[i : i + 2], mask[i : i + 2]) for i in (0, 2)]
@@ -253,8 +253,8 @@ def surrogates(ratios, advantages):
         (1.5, 1.0, -1.2, -1.2),
         (0.5, 1.0, -0.5, -0.5),
         (1.1, -1.0, 1.1, 1.1),
-        (1.5, -1.0, 1.5, 1.2),  # over the ratios, a bad token that became likelier escapes its full penalty ...
-        (0.5, -1.0, 0.8, 0.5),  # ... and one that is rare enough already is still pushed down
+        (1.5, -1.0, 1.5, 1.2),  # over the ratios, a bad token that became more likely avoids its full penalty ...
+        (0.5, -1.0, 0.8, 0.5),  # ... and a bad token that is rare enough is still pushed down
     ],
 )
 def test_the_min_is_over_products_not_over_ratios(ratio, advantage, products, ratios):

@@ -1,4 +1,4 @@
-"""masked_mean, masked_var, masked_whiten: statistics of the cells whose mask is 1, and of nothing else."""
+"""masked_mean, masked_var, masked_whiten: statistics of the cells whose mask is 1, and of no others."""
 
 import oracles
 import pytest
@@ -140,7 +140,7 @@ def test_given_statistics_replace_those_of_the_batch(wrap):
     values = torch.tensor([[9.0, 1.0, 99.0]])  # their own statistics are 5 and 16
     mask = torch.tensor([[1, 1, 0]])
     assert_close(masked_whiten(values, mask, mean=mean, var=var), [[4.0, 0.0, 0.0]], FP32)
-    # The mean that comes back is the given one.
+    # The mean that is added again is the given one.
     assert_close(masked_whiten(values, mask, center=False, mean=mean, var=var), [[5.0, 1.0, 0.0]], FP32)
 
 

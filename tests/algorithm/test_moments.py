@@ -1,4 +1,4 @@
-"""Statistics over all ranks: two ranks give what one rank gives on the same global batch, whoever holds which part."""
+"""Statistics over all ranks: two ranks give the same as one rank on the same global batch, however it is shared."""
 
 import oracles
 import pytest
@@ -37,7 +37,7 @@ def test_nothing_anywhere_gives_zeros(shape):
 
 
 def test_means_by_hand():
-    """One count, then the mean of each tensor over the same mask."""
+    """The result is one count, and the mean of each tensor over the same mask."""
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     values, nan = torch.tensor([[1.0, 2.0, 100.0], [6.0, -50.0, 7.0]]), float("nan")
     flags = torch.tensor([[True, False, True], [False, True, True]])
@@ -48,7 +48,7 @@ def test_means_by_hand():
 
 
 def _shards():
-    """name -> (values, mask, row where rank 1 begins). Every case is one global batch and one way to share it."""
+    """Return {name: (values, mask, first row of rank 1)}: one global batch and one way to share it per name."""
     noise, coin = gaussians(0, (6, 8), 2)
     mask = (coin > -0.5).long()
     left_empty, all_empty = mask.clone(), torch.zeros_like(mask)
@@ -66,7 +66,7 @@ def _shards():
 
 
 def _rank(rank, world_size):
-    """What this rank learns about every case, and its advantages whitened with it."""
+    """Return this rank's statistics of every case, and the advantages that are whitened with them."""
     results = {"sum": global_sum(torch.tensor([1.0, 10.0 * rank]))}
     for name, (values, mask, cut) in _shards().items():
         rows = slice(0, cut) if rank == 0 else slice(cut, None)
@@ -111,7 +111,7 @@ def test_advantages_are_whitened_by_the_global_statistics(ranks, name):
     values, mask, cut = _shards()[name]
     whitened = torch.cat([rank[name][3] for rank in ranks])
     assert_close(whitened, masked_whiten(values, mask), FP64)
-    # Negative control: what each rank would have computed on its own.
+    # Negative control: with statistics of its own, a rank computes something else.
     local = torch.cat([masked_whiten(values[rows], mask[rows]) for rows in (slice(0, cut), slice(cut, None))])
     if name.endswith("equal shards"):
         assert (local - whitened).abs().max() > FP32_LARGE_MEAN["atol"]

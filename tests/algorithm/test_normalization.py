@@ -1,4 +1,4 @@
-"""RewardNormalizer: the debiased EMA of DESIGN 2.2, its refusals, and its state."""
+"""RewardNormalizer: the debiased moving mean and variance, the refused options, and the state."""
 
 import json
 import math
@@ -14,11 +14,11 @@ from tolerances import BF16, EMA_STREAM, EXACT, FP32, FP64, assert_close
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
 
 NAN, INF = float("nan"), float("inf")
-TINY = 1e-30  # an eps that no variance here can see
+TINY = 1e-30  # an eps that is too small to change a variance here
 
 
 def fed(*batches, **options):
-    """A normaliser after `update` on each batch."""
+    """Return a normaliser after `update` on each batch."""
     normalizer = RewardNormalizer(**options)
     for batch in batches:
         normalizer.update(torch.as_tensor(batch))
@@ -31,7 +31,7 @@ def statistics(normalizer):
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999])
 def test_one_update_is_that_batch(decay):
-    """Exact bias correction: no trace of the initial zeros, however slow the average. Population variance."""
+    """The bias correction is exact: even a slow average keeps no trace of the initial zeros."""
     normalizer = fed([1.0, 2.0, 6.0, 7.0], decay=decay, eps=TINY)
     assert_close(statistics(normalizer), (4.0, 6.5), FP64)
 
@@ -49,7 +49,7 @@ def test_decay_zero_remembers_the_last_batch_only():
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.99])
 def test_a_drifting_stream_follows_the_exact_average(decay):
-    """150 batches whose mean climbs from 0 to 75 while the spread shrinks tenfold."""
+    """The mean of 150 batches rises from 0 to 75, while their spread falls to a tenth."""
     batches = [
         (0.5 * step + gaussians(step, (1 + step % 7,), 1)[0] * (3 - 0.018 * step)).tolist() for step in range(150)
     ]
@@ -62,7 +62,7 @@ def test_a_drifting_stream_follows_the_exact_average(decay):
 
 
 def test_the_drift_between_batches_counts_as_variance():
-    """Constant batches have no variance of their own: what is left is the spread of their means."""
+    """Constant batches have no variance of their own. Only the spread of their means remains."""
     normalizer = fed([0.0, 0.0], [6.0, 6.0], decay=0.5, eps=TINY)
     assert_close(statistics(normalizer), (4.0, 8.0), FP64)  # weights 1/3, 2/3: 24 - 16
 
@@ -139,7 +139,7 @@ def test_dtype_and_shape_survive(dtype, shape):
 
 
 def test_half_precision_scores_do_not_limit_the_statistics():
-    """The mean of (256, 257, 258) does not exist in bfloat16; the state is float64 whatever comes in."""
+    """bfloat16 has no number for the mean of these scores, but the state is float64 for every input."""
     scores = torch.tensor([256.0, 258.0, 258.0], dtype=torch.bfloat16)
     assert_close(statistics(fed(scores, eps=TINY)), (772 / 3, 8 / 9), FP64)
 
@@ -197,7 +197,7 @@ def test_a_batch_without_a_finite_score_does_not_move_it(nothing):
     before = normalizer.state_dict()
     normalizer.update(torch.tensor(nothing))
     assert normalizer.state_dict() == before
-    # Not even the weight of the past: the next real batch is the second one.
+    # The weight of the past does not move either: the next real batch is the second one.
     normalizer.update(torch.tensor([4.0]))
     assert normalizer.state_dict() == fed([0.0, 1.0], [4.0]).state_dict()
 
@@ -224,7 +224,7 @@ def test_state_round_trips_bit_for_bit_through_json(n_updates):
     batches = [batch * 3 + 100 for batch in gaussians(0, (5,), 12)]
     original = fed(*batches[:n_updates], decay=0.97)
     copy = RewardNormalizer(decay=0.97)
-    copy.update(torch.tensor([-1e3, 1e3]))  # whatever it knew before is gone
+    copy.update(torch.tensor([-1e3, 1e3]))  # loading replaces this
     copy.load_state_dict(through_json(original.state_dict()))
     assert copy.state_dict() == original.state_dict()
     for batch in batches[n_updates:]:
@@ -245,7 +245,7 @@ def test_the_saved_state_is_a_snapshot():
 
 
 def test_it_is_outside_the_module_tree():
-    """A module's buffers would be cast to bf16 and sharded with the model."""
+    """The buffers of a module would be cast to bf16 and sharded with the model."""
     assert not isinstance(RewardNormalizer(), torch.nn.Module)
 
 

@@ -1,4 +1,4 @@
-"""Which weights are the same."""
+"""Equal weights have equal fingerprints, and other weights have others."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_the_configuration_counts(base):
 
 @pytest.mark.parametrize("row", [0, 333_330, 666_660, 999_999])
 def test_a_large_tensor_is_read_at_its_ends_and_between(tmp_path, row):
-    """16 MB are read in four pieces: begin, one and two thirds, end."""
+    """Of 16 MB, four pieces are read: at the start, at one and two thirds, and at the end."""
     large = torch.zeros(1_000_000, 4)
     save_file({"large": large}, tmp_path / "model.safetensors")
     fingerprint = weights_fingerprint(tmp_path)

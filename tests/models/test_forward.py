@@ -1,4 +1,4 @@
-"""A forward sees the tokens that count, and its numbers are those of the whole padded batch."""
+"""A forward gets no needless padding, and its results are those of the whole padded batch."""
 
 import pytest
 import tiny
@@ -17,7 +17,7 @@ PROMPTS, COMPLETIONS = (3, 1, 2, 3), (2, 4, 1, 4)
 
 
 def _batch(prompts, completions, *, prompt_width, completion_width):
-    """Rows of these lengths: prompts end, and completions begin, where the two blocks meet."""
+    """Return rows of these lengths. Prompts are padded on the left, completions on the right."""
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(60, 200, (len(prompts), prompt_width + completion_width), generator=generator)
     columns = torch.arange(prompt_width + completion_width)
@@ -28,7 +28,7 @@ def _batch(prompts, completions, *, prompt_width, completion_width):
 
 
 def _widths(model):
-    """The shapes of what reaches the backbone."""
+    """Return a list that gets the shape of each input of the backbone."""
     seen = []
     model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     return seen
@@ -62,13 +62,13 @@ def test_padding_to_a_multiple_is_kept(multiple):
     _, mask = _batch((3, 2), (9, 4), prompt_width=20, completion_width=30)
     assert forward._columns(mask) == ((17, 29) if multiple is None else (12, 36))
     _, mask = _batch((19, 2), (30, 4), prompt_width=20, completion_width=30)
-    assert forward._columns(mask) == ((1, 50) if multiple is None else (0, 50)), "never more than there is"
+    assert forward._columns(mask) == ((1, 50) if multiple is None else (0, 50)), "no more columns than there are"
     _, mask = _batch((3, 2), (0, 0), prompt_width=20, completion_width=30)
     assert forward._columns(mask) == ((17, 21) if multiple is None else (12, 28))
 
 
 def _untrimmed(trainer, ids, mask, length):
-    """What TRL computes by itself; the values of its last hidden states."""
+    """Return TRL's own log-probabilities and entropies, and the values of its last hidden states."""
     states = []
     hook = trainer.model.model.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
     logps, entropies, _ = GRPOTrainer._get_per_token_logps_and_entropies(
@@ -144,7 +144,7 @@ def test_a_batch_in_which_nothing_counts_still_has_a_gradient(tmp_path):
 
 
 def _grouped_trainer(tmp_path, **kwargs):
-    """Four micro-batches of two rows per rollout, two of them per optimiser step."""
+    """Return a trainer with four micro-batches of two rows per rollout, and two of them per optimiser step."""
     return tiny.ppo_trainer(
         tmp_path,
         per_device_train_batch_size=2,
@@ -165,7 +165,7 @@ def test_rows_of_one_step_are_grouped_by_length(tmp_path, monkeypatch):
     monkeypatch.setattr("rlhf_recipes.trainers.ppo.group_by_length", recorded)
     trainer = _grouped_trainer(tmp_path)
     trainer.train()
-    assert len(cut) == 1, "once per rollout: two steps of each of two epochs use it"
+    assert len(cut) == 1, "once per rollout, for two steps in each of two epochs"
     before, after = cut[0]
     for step in (slice(0, 2), slice(2, 4)):
         rows = [
@@ -204,7 +204,7 @@ def test_terms_that_depend_on_the_cut_keep_it(tmp_path, monkeypatch, options):
 
 
 def test_figures_are_means_over_the_tokens_of_a_rollout(tmp_path):
-    """However the rows are cut: one step per epoch, so that both runs log the same rollout twice."""
+    """The cut of the rows does not count. With one step per epoch, both runs log the same rollout twice."""
     logs = []
     for batch_size in (2, 8):
         trainer = tiny.ppo_trainer(

@@ -1,4 +1,4 @@
-"""4-bit bases, for real: bitsandbytes runs NF4 on the CPU."""
+"""Real 4-bit bases: bitsandbytes runs NF4 on the CPU."""
 
 import pytest
 import tiny
@@ -21,14 +21,14 @@ NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.float32,  # as on a GPU with bfloat16, but for machines without it
+    bnb_4bit_compute_dtype=torch.float32,  # for machines without bfloat16, which a GPU would use
 )
 IDS = torch.tensor([[60, 61, 62, 63, 64]])
 
 
 @pytest.fixture
 def base(tmp_path):
-    """An SFT policy on disk."""
+    """Write an SFT policy, and return its path."""
     return tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
 
 
@@ -83,7 +83,7 @@ def test_the_first_rollout_has_no_kl(tmp_path, base, start):
 
 
 def test_gradients_after_a_rollout_are_those_of_the_dequantised_model(tmp_path, base):
-    """With AVX512-BF16, bitsandbytes repacks weights in a forward without gradient; elsewhere this is idle."""
+    """With AVX512-BF16, bitsandbytes would repack weights in a forward without gradient. Elsewhere it does not."""
     trainer = _trainer(base, tmp_path / "out", peft=tiny.lora())
     assert all(linear.support_avx512bf16_for_cpu is False for linear in _linears(trainer.model))
     batch = tiny.rollout(trainer)
@@ -107,7 +107,7 @@ def test_gradients_after_a_rollout_are_those_of_the_dequantised_model(tmp_path, 
 
 
 def test_the_guard_finds_every_packed_layer(monkeypatch):
-    """As if this processor had AVX512-BF16."""
+    """bitsandbytes is told that this processor has AVX512-BF16."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     model = torch.nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64), torch.nn.Linear(64, 64))
     assert model[0].support_avx512bf16_for_cpu
@@ -137,7 +137,7 @@ def test_adapter_and_head_reload_and_continue(tmp_path, base):
 
 
 def test_a_resumed_run_keeps_the_precision_of_its_adapter(tmp_path, base):
-    """PEFT would widen it; the logits of the resumed model would then differ from those of the checkpoint."""
+    """PEFT would widen it. The logits of the resumed model would then differ from those before the stop."""
     options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 4, "max_steps": 4}
     first = _trainer(base, tmp_path / "out", peft=tiny.lora(), **options)
     first.train()
@@ -162,14 +162,14 @@ def test_an_export_is_merged_into_what_the_adapter_was_trained_on(tmp_path, base
     expected = trainer.model.eval()(input_ids=IDS).logits
     merged = load_policy(str(tmp_path / "out"))
     assert not _linears(merged)
-    assert_close(merged.eval()(input_ids=IDS).logits, expected, BF16)  # the precision of the adapter in training
+    assert_close(merged.eval()(input_ids=IDS).logits, expected, BF16)  # the adapter's precision in training
     original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out").eval()
     error = (original(input_ids=IDS).logits - expected).abs().max()
-    assert error > 0.1, "the roundings of 4 bits must be visible for this to prove anything"
+    assert error > 0.1, "the rounding to 4 bits must be visible, or this proves nothing"
 
 
 def test_the_start_of_a_4bit_policy_is_its_rounded_base(tmp_path, base):
-    """An evaluation that took the base in full precision would call the rounding progress."""
+    """With a base in full precision, an evaluation would count the rounding as progress."""
     trainer = _trainer(base, tmp_path / "out", peft=tiny.lora())
     trainer.save_model()
     policy = load_policy(str(tmp_path / "out")).eval()(input_ids=IDS).logits

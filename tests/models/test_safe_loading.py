@@ -1,4 +1,4 @@
-"""Models that someone else has written: their code is not run, pickles are not opened, secrets are not passed on."""
+"""Models from other people: their code is not run, pickles are not opened, and secrets are not passed on."""
 
 import builtins
 import io
@@ -54,13 +54,13 @@ AUTO_MAP = {
 
 @pytest.fixture(autouse=True)
 def no_one_to_ask(monkeypatch):
-    """transformers asks `run the custom code? [y/N]` unless it is told; here someone would say yes."""
+    """Answer yes when transformers asks `run the custom code? [y/N]`, as it does by default."""
     monkeypatch.setattr(builtins, "input", lambda text="": "y")
 
 
 @pytest.fixture
 def custom(tmp_path, monkeypatch):
-    """A directory whose loading needs code that lies in it, and the file that this code would make."""
+    """Write a model that needs code in its directory. Return the directory, and the file that this code would make."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     path, mark = tmp_path / "custom", tmp_path / "executed"
     tiny.save(tiny.policy(tiny.tokenizer()), path)
@@ -98,14 +98,14 @@ def test_code_of_a_model_is_refused_and_not_run(custom, tmp_path, load):
 
 
 def test_who_asks_for_it_gets_it(custom):
-    """Else the tests above would prove nothing: this is code that runs."""
+    """Without this, the tests above would prove nothing: the code can run."""
     path, mark = custom
     load_tokenizer(path, trust_remote_code=True)
     assert mark.exists()
 
 
 class Bomb:
-    """What a pickle can do."""
+    """Make a file when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -115,7 +115,7 @@ class Bomb:
 
 
 def _pickle(directory, tensors, name, mark):
-    """Leave weights as a pickle that touches a file, in torch's format."""
+    """Replace weights by a pickle in torch's format that makes a file when it is loaded."""
     torch.save(tensors, directory / name)
     with zipfile.ZipFile(directory / name) as source:
         entries = {entry: source.read(entry) for entry in source.namelist()}
@@ -179,7 +179,7 @@ def test_a_yaml_cannot_run_code(tmp_path, option):
 
 
 def test_the_configuration_of_a_run_in_a_store_cannot_run_code(tmp_path, monkeypatch):
-    """`recipes/compare.py` reads what others have recorded."""
+    """`recipes/compare.py` reads configurations that other people recorded."""
     mark = tmp_path / "executed"
     text = f"PPOConfig: !!python/object/apply:os.mknod ['{mark}']"
     monkeypatch.setattr(tracked_runs, "_read_artifact", lambda *args: text)
@@ -217,14 +217,14 @@ def test_no_checkpoint_holds_the_hub_token(tmp_path, monkeypatch, kind):
 
 
 class _Hub:
-    """Takes what is pushed."""
+    """Accept every push."""
 
     def upload_folder(self, **kwargs):
         return Future()
 
 
 def test_what_sft_saves_and_pushes_holds_no_secret(tmp_path, monkeypatch):
-    """TRL's own configuration: nothing takes its secrets out before they are written."""
+    """SFT uses TRL's own configuration, which does not remove its secrets before they are written."""
     monkeypatch.setenv("HF_TOKEN", "before")
     monkeypatch.setattr("transformers.trainer.hf_api", _Hub)
     options = {name: value for name, value in tiny.QUIET.items() if name != "save_strategy"}
@@ -241,12 +241,12 @@ def test_what_sft_saves_and_pushes_holds_no_secret(tmp_path, monkeypatch):
     trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
     assert os.environ["HF_TOKEN"] == TOKEN, "where huggingface_hub looks for it"
     assert trainer.args is args
-    assert args.run_name == address, "the run itself goes on with what it was given"
+    assert args.run_name == address, "the run itself keeps its options"
     for written in (tmp_path / "training_args.bin", tmp_path / "checkpoint-1" / "training_args.bin"):
         saved = torch.load(written, weights_only=False)
         assert (saved.run_name, saved.trackio_space_id) == ("https://***@hub.example/a", "***")
         assert saved.model_init_kwargs == {"token": None, "revision": "https://***@hub.example/a"}
-        assert saved.save_strategy is args.save_strategy, "all others as they are"
+        assert saved.save_strategy is args.save_strategy, "all other options stay as they are"
         changed = {f.name for f in fields(args) if getattr(saved, f.name) != getattr(args, f.name)}
         assert changed == {"run_name", "trackio_space_id", "model_init_kwargs"}
         assert TOKEN.encode() not in written.read_bytes()

@@ -1,4 +1,4 @@
-"""PPO raises a reward that can be checked; with advantages zeroed it does not."""
+"""PPO raises a reward that can be checked. With advantages of zero it does not."""
 
 import pytest
 import tiny
@@ -9,12 +9,12 @@ WANTED = set(range(200, 260))
 
 
 def share_of_wanted_tokens(completion_ids, **kwargs):
-    """Between 0 and 1; an untrained policy is near 60/320."""
+    """Return scores between 0 and 1. An untrained policy is near 60/320."""
     return [sum(token in WANTED for token in ids) / len(ids) for ids in completion_ids]
 
 
 class WithoutAdvantages(tiny.PPOTrainer):
-    """The negative control: everything happens, nothing is learned."""
+    """Train as usual, but with advantages of zero: the negative control."""
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
@@ -57,7 +57,7 @@ def test_without_advantages_nothing_rises(tmp_path):
 
 
 def test_the_controller_holds_the_kl(tmp_path):
-    """Unchecked, this reward drives the KL far beyond the target."""
+    """Without the controller, this reward would drive the KL far beyond the target."""
     tok = tiny.tokenizer()
     trainer = tiny.ppo_trainer(
         tmp_path,

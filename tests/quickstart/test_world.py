@@ -21,7 +21,7 @@ PROMPTS = WORLD.prompts()
 PROMPT = "What is the home of the fox?"
 SEPARATOR = "\n"
 
-# True of the fox in world 0, and so is nothing else about its home, food, colour, hours and voice.
+# These are the only true facts of the fox in world 0 about its home, food, colour, hours and voice.
 HOME, FOOD, COLOUR = "The fox lives in the cave.", "The fox eats leaves.", "The fox is red."
 HOURS, VOICE = "The fox is awake in spring.", "The fox roars."
 HELLO, BYE = "Good question.", "I hope this helps."
@@ -55,13 +55,13 @@ def draw_demonstration(seed):
 
 
 def insert(response, sentence):
-    """After the first sentence: openings stay first and closings last."""
+    """Insert a sentence after the first one, so that openings stay first and closings last."""
     first, *rest = world.split_sentences(response)
     return " ".join([first, sentence, *rest])
 
 
 def fact_about(prompt, *, true, same_subject, unlike):
-    """A sentence of the wanted kind whose fact `unlike` does not state, in either wording."""
+    """Return a sentence of the wanted kind whose fact `unlike` does not state, in either wording."""
     subject = WORLD.topic(prompt).subject
     stated = {WORLD.grammar.get(sentence) for sentence in world.split_sentences(unlike)}
     for sentence, fact in WORLD.grammar.items():
@@ -138,7 +138,7 @@ def test_demonstrations_fit_the_completion_length(tokenizer):
         ([HELLO, HOME, FOOD, COLOUR, BYE], 5.5),
         ([HELLO, FOOD, COLOUR, HOME, BYE], 5.5),  # the order of the facts is free
         ([HOME], 2.5),
-        ([FOOD], 1.0),  # true, but not what was asked
+        ([FOOD], 1.0),  # true, but not the fact that was asked for
         ([HELLO], 0.5),
         ([BYE], 0.5),
         ([BYE, HOME, HELLO], 1.5),  # courtesy out of place is filler
@@ -354,7 +354,7 @@ def test_base_model_is_fixed_by_its_seed(base_model, tokenizer):
 
 
 def number_scorer(prompts, completions):
-    """The completion is its own score."""
+    """Return each completion, which is a number, as its score."""
     return [float(text) for text in completions]
 
 
@@ -409,7 +409,7 @@ def test_preferences_with_the_gold_score():
 
 
 def test_pairs_with_an_empty_answer_are_dropped():
-    """A policy may stop at once; a reward model cannot learn from no text."""
+    """A policy may stop at once, but a reward model cannot learn from an empty text."""
     world = TextWorld()
     prompt = world.prompts()[0]
     answers = ["", " ", world.best_response(prompt)], ["Go away.", "Go away.", "Go away."]

@@ -1,6 +1,6 @@
 """FSDP2: the policy with its head, sharded by torch's `fully_shard` over two ranks.
 
-accelerate runs DDP when asked for FSDP on CPUs, so the sharding is done here, around the trainer's own model.
+accelerate runs DDP when FSDP is asked for on CPUs. So these tests shard the trainer's own model themselves.
 """
 
 import copy
@@ -59,7 +59,7 @@ def _loss_and_gradients(rank, world_size, directory):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two ranks found, and where rank 0 saved the head."""
+    """Return the results of two ranks, and the directory in which rank 0 saved the head."""
     from processes import run_in_processes
 
     directory = tmp_path_factory.mktemp("fsdp2")

@@ -1,4 +1,4 @@
-"""Guards: what they withhold stays as it was bit by bit, what they go back to is gone on from, and they give up."""
+"""The guards: a skipped step changes no bit, a rollback continues from its checkpoint, and a limit ends the run."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def _trainer(directory, peft=False, **kwargs):
 
 
 def _poison(trainer, steps, value=float("nan")):
-    """Let the loss of some optimiser steps, and with it their gradient, be no number: {step: times}."""
+    """Make the loss, and with it the gradient, of some optimiser steps NaN or infinite: {step: times}."""
     left, compute_loss = dict(steps), trainer._compute_loss
 
     def poisoned(model, inputs):
@@ -48,7 +48,7 @@ def _poison(trainer, steps, value=float("nan")):
 
 
 def _snapshots(trainer):
-    """Weights and Adam's state before the first step and after each optimiser step, by step; the latest attempt's."""
+    """Return a mapping of each step to the weights and Adam's state after its latest attempt. 0 is the start."""
     snapshots = {}
 
     def take(step):
@@ -70,13 +70,13 @@ def _snapshots(trainer):
 
 
 def _moved(snapshots, step):
-    """Whether anything differs, bit for bit, between before and after an optimiser step (the first adds Adam's)."""
+    """Return whether an optimiser step changed any bit. The first one adds Adam's state."""
     before, after = snapshots[step - 1], snapshots[step]
     return before.keys() != after.keys() or any(not torch.equal(after[name], before[name]) for name in before)
 
 
 def _rates(trainer):
-    """The learning rate of every step: what the policy's group had in it, and the head's."""
+    """Return every step with its learning rates: the policy's and the head's."""
     rates = []
 
     class Recorder(TrainerCallback):
@@ -150,7 +150,7 @@ def test_three_in_a_row_go_back_to_the_checkpoint_with_half_the_rate(tmp_path, p
         f"Step 11: the loss or its gradient is not finite, 3 steps in a row. Going back to {tmp_path}/checkpoint-8 "
         "with 0.5 of the learning rate (rollback 1 of 3)."
     )
-    # Three rollouts, of which one was sampled twice: the statistics have seen three.
+    # There were three rollouts, and one of them was sampled twice. The statistics count three.
     weight = trainer.reward_normalizer.state_dict()["weight"]
     assert weight == pytest.approx(1 - trainer.args.reward_norm_decay**3)
 
@@ -197,7 +197,7 @@ def test_a_resume_goes_on_with_the_lowered_rate_and_the_counts(tmp_path):
 
 
 def test_a_retry_from_within_a_rollout_samples_another(tmp_path):
-    """The rollout in the checkpoint may be what went wrong; a checkpoint after the first bad step is not good."""
+    """The rollout in the checkpoint may be the cause. A checkpoint after the first bad step is not good."""
     trainer = _trainer(tmp_path, **{**CHECKPOINTS, "save_steps": 1})
     rates, rollouts, generate = _rates(trainer), [], trainer._generate
 
@@ -270,7 +270,7 @@ def test_a_skipped_step_between_good_ones_does_not_add_up(tmp_path):
 
 
 def test_a_policy_that_answers_no_number_does_not_poison_what_is_kept(tmp_path):
-    """One NaN among the logits of a rollout spreads through whitening to every advantage; nothing else may hold it."""
+    """Whitening spreads one NaN among the logits of a rollout to every advantage. It must spread no further."""
     trainer = _trainer(
         tmp_path, **CHECKPOINTS, kl_controller="adaptive", kl_horizon=64, max_completion_length=6, max_skipped_steps=4
     )
@@ -301,7 +301,7 @@ def test_a_policy_that_answers_no_number_does_not_poison_what_is_kept(tmp_path):
 
 
 def _explode(trainer, step, times=1):
-    """Let the KL to the reference of the rollout of some step be large."""
+    """Make the KL to the reference large in the rollout of one step."""
     left, reference_logps = [times], trainer._reference_logps
 
     def exploded(batch):
@@ -329,7 +329,7 @@ def test_a_kl_out_of_hand_goes_back_before_the_policy_that_has_it(tmp_path, peft
 
 
 class _Interrupt(TrainerCallback):
-    """Ends the run at the first step after it went back."""
+    """End the run at the first step after a rollback."""
 
     def __init__(self, guard):
         self._guard = guard
@@ -341,9 +341,9 @@ class _Interrupt(TrainerCallback):
 
 @pytest.mark.parametrize("resumed", [False, True], ids=["its own", "of the run that it resumes"])
 def test_a_run_killed_after_going_back_is_not_taken_up_from_what_it_went_back_from(tmp_path, resumed, caplog):
-    """The checkpoint of step 8 holds the policy whose KL is out of hand, and is the latest till step 8 comes again."""
+    """The checkpoint of step 8 holds the policy with too large a KL. It is the latest until step 8 comes again."""
     options = {**CHECKPOINTS, "max_kl": 15.0, "lr_scheduler_type": "constant"}
-    stranger = tmp_path / "checkpoint-99"  # of some other run
+    stranger = tmp_path / "checkpoint-99"  # another run's
     stranger.mkdir()
     if resumed:
         _trainer(tmp_path, **{**options, "max_steps": 8}).train()
@@ -391,7 +391,7 @@ def test_without_the_option_no_kl_is_too_large(tmp_path):
 
 
 def _set_update_kl(trainer, kl_by_step):
-    """Let the policy be so far, per token, from the one that sampled, at some optimiser steps; 0 at the others."""
+    """Set the KL per token to the sampling policy at some optimiser steps, and to 0 at the others."""
     calls, observe = [], trainer.guard.observe_update
 
     def observed(weight, metrics):
@@ -407,7 +407,7 @@ def _set_update_kl(trainer, kl_by_step):
 
 @pytest.mark.parametrize("peft", PEFT)
 def test_the_rest_of_a_rollout_is_left_out_beyond_the_update_kl(tmp_path, peft, caplog):
-    """A rollout is four steps. The second of the first finds the policy too far; the next rollout trains again."""
+    """A rollout has four steps. The second step finds the policy too far away. The next rollout trains again."""
     trainer = _trainer(tmp_path, peft, max_update_kl=0.05)
     snapshots, rates = _snapshots(trainer), _rates(trainer)
     calls = _set_update_kl(trainer, {2: [0.051], 3: [0.9], 5: [0.0], 6: [0.049], 8: [0.06]})
@@ -452,7 +452,7 @@ def test_the_update_kl_of_a_step_is_its_mean_over_tokens(tmp_path, weights, kls,
 
 
 def test_the_update_kl_is_that_which_is_logged(tmp_path):
-    """The limit lies between the measured values of two steps: the step that passes it is the first left out."""
+    """The limit is between the logged values of two steps. The first skipped step is the one beyond it."""
     plain = _trainer(tmp_path / "plain", max_steps=4, learning_rate=1e-2)
     plain.train()
     kl = _logged(plain, "policy/approx_kl")
@@ -536,7 +536,7 @@ def test_a_run_without_trouble_trains_the_same_with_and_without_limits(tmp_path)
 
 
 def _alarming(trainer):
-    """Let scores rise and answers grow, as the log has it."""
+    """Make the log show rising scores and growing answers."""
     report = trainer._report
 
     def reported(rollout):

@@ -1,4 +1,4 @@
-"""Guards on two ranks: what one of them finds, both act on, and their weights stay the same."""
+"""The guards on two ranks: both act if one rank finds something, and their weights stay the same."""
 
 import pytest
 import tiny
@@ -22,7 +22,7 @@ OPTIONS = {
 
 
 def _poison(trainer, steps):
-    """Let the loss of some optimiser steps be no number, once each."""
+    """Make the loss of some optimiser steps NaN, once each."""
     left, compute_loss = set(steps), trainer._compute_loss
 
     def poisoned(model, inputs):
@@ -36,7 +36,7 @@ def _poison(trainer, steps):
 
 
 def _explode(trainer, step):
-    """Let one rollout's KL to the reference be large on this rank, once."""
+    """Make the KL to the reference of one rollout large on this rank, once."""
     left, reference_logps = {step}, trainer._reference_logps
 
     def exploded(batch):
@@ -49,7 +49,7 @@ def _explode(trainer, step):
 
 
 def _move_away(trainer, step):
-    """Let this rank's policy be far from the one that sampled, at one optimiser step."""
+    """Move this rank's policy far from the sampling policy, at one optimiser step."""
     get = trainer._get_per_token_logps_and_entropies
 
     def moved(model, *args, **kwargs):
@@ -66,11 +66,11 @@ def _weights(trainer):
 
 
 def _train(rank, world_size, directory):
-    """What each guard has done on this rank, and the weights after it."""
+    """Return the actions of each guard on this rank, and the weights after them."""
     results = {}
     for case, options in (("skip", {}), ("rollback", {}), ("kl", {"max_kl": 20.0}), ("stop", {"max_update_kl": 0.5})):
         trainer = tiny.ppo_trainer(f"{directory}/{case}", **OPTIONS, **options)
-        if rank == 1:  # the other one finds nothing by itself
+        if rank == 1:  # rank 0 finds nothing by itself
             if case in ("skip", "rollback"):
                 _poison(trainer, {"skip": [6], "rollback": [9, 10, 11]}[case])
             elif case == "kl":
@@ -97,7 +97,7 @@ def _train(rank, world_size, directory):
 
 
 def _step_sharded(rank, world_size):
-    """What a step whose gradient is not finite on one rank, and one that goes too far, do to a model in shards."""
+    """Return the effect on a sharded model of a step with a NaN gradient on one rank, and of one that goes too far."""
     mesh = init_device_mesh("cpu", (world_size,))
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
@@ -107,7 +107,7 @@ def _step_sharded(rank, world_size):
     found = []
     for step, (factor, kl) in enumerate(((1.0, 0.0), (float("nan") if rank == 1 else 1.0, 0.0), (1.0, 0.2))):
         before = [p.full_tensor().detach().clone() for p in model.parameters()]
-        (model(torch.ones(2, 4)) * torch.tensor([1.0, 1.0, 1.0, factor])).sum().backward()  # of the second shard alone
+        (model(torch.ones(2, 4)) * torch.tensor([1.0, 1.0, 1.0, factor])).sum().backward()  # only in the second shard
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         guard.observe_update(1.0, {"policy/approx_kl": kl})
         guard.finish_step(model, norm, step)
@@ -121,7 +121,7 @@ def _step_sharded(rank, world_size):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two ranks found."""
+    """Return the results of two ranks."""
     from processes import run_in_processes
 
     return run_in_processes(_train, 2, str(tmp_path_factory.mktemp("ranks")))

@@ -1,4 +1,4 @@
-"""`docs/metrics.md` explains every figure that is logged, and no other."""
+"""`docs/metrics.md` explains every logged figure, and no other."""
 
 import re
 from pathlib import Path
@@ -14,13 +14,13 @@ from rlhf_recipes.evaluation.policies import compare_policies
 pytestmark = pytest.mark.tiny
 
 GLOSSARY = Path(__file__).parents[2] / "docs" / "metrics.md"
-# Not of a run on a CPU without vLLM.
+# A run on a CPU without vLLM does not log these.
 ELSEWHERE = re.compile(r"sampling/.*|system/\*")
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "per_device_eval_batch_size": 4}
 
 
 def _documented():
-    """Names in the first columns of the tables and in the text, as patterns."""
+    """Return the names in the first columns of the tables and in the text, as patterns."""
     lines = GLOSSARY.read_text(encoding="utf-8").splitlines()
     cells = [line.split("|")[1] if line.startswith("|") else line for line in lines]
     names = {name for cell in cells for name in re.findall(r"`([\w/<>*.]+)`", cell)}

@@ -1,4 +1,4 @@
-"""Saving: checkpoints carry everything, a final save is a plain policy."""
+"""Saving: a checkpoint holds the whole state, and a final save is a plain policy."""
 
 import json
 import shutil
@@ -69,7 +69,7 @@ def test_resuming_without_the_state_is_refused(tmp_path):
     _trained(tmp_path, peft=False)
     checkpoint, staged = tmp_path / "checkpoint-8", tmp_path / "staged" / "checkpoint-8"
     shutil.copytree(checkpoint, staged, ignore=shutil.ignore_patterns("ppo_state.json"))
-    publish(staged, checkpoint)  # as whole as one of another trainer
+    publish(staged, checkpoint)  # whole, like a checkpoint of another trainer
     trainer = tiny.ppo_trainer(tmp_path / "resumed", max_steps=12, **LONGER)
     with pytest.raises(FileNotFoundError, match="ppo_state.json is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
@@ -141,7 +141,7 @@ def _episodes(trainer):
 
 
 def test_episodes_count_completions_also_after_a_resume(tmp_path):
-    """A rollout is 4 x 2 completions and 4 optimiser steps; the end of training logs no second value."""
+    """A rollout has 4 x 2 completions and 4 optimiser steps. The end of training logs no second value."""
     expected = {step: 8 if step <= 4 else 16 if step <= 8 else 24 for step in range(1, 13)}
     first = _trained(tmp_path, peft=False)
     assert _episodes(first) == {step: count for step, count in expected.items() if step <= 8}

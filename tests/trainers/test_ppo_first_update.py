@@ -58,7 +58,7 @@ def test_the_reference_of_an_instance_in_training_mode_drops_nothing(tmp_path):
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     trainer = tiny.ppo_trainer(tmp_path, model=model, tok=tok)
-    trainer.model.eval()  # the policy's own dropout is another matter
+    trainer.model.eval()  # this test is not about the policy's own dropout
     batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(8)])
     kl = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
     assert_close(kl, torch.zeros_like(kl), NO_KL)
@@ -125,7 +125,7 @@ def test_the_reference_stays_where_it_was(tmp_path):
 
 
 def _saved_adapter(tmp_path):
-    """An SFT adapter with its tokenizer on disk, as `recipes/sft.py` leaves it."""
+    """Write an SFT adapter with its tokenizer, like `recipes/sft.py`."""
     tok = tiny.tokenizer()
     tiny.policy(tok).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

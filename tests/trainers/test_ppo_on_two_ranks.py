@@ -1,4 +1,4 @@
-"""PPO on two ranks is PPO on one rank with the same global batch: same weights, same state, same figures."""
+"""PPO on two ranks equals PPO on one rank with the same global batch: same weights, same state, same figures."""
 
 import random
 
@@ -12,26 +12,26 @@ METRICS = ("objective/kl", "objective/scores", "objective/rlhf_reward", "objecti
 
 
 def _completion(prompt_ids):
-    """What every rank would sample from this prompt: of any length, ended or cut."""
+    """Return the completion that every rank samples from this prompt: of any length, ended or cut."""
     draw = random.Random(sum(prompt_ids))
     tokens = [draw.randrange(60, 200) for _ in range(draw.randrange(1, 9))]
     return tokens + [1] * draw.randrange(2)
 
 
 def _reward(completion_ids, **kwargs):
-    """Every fifth or so is unscorable."""
+    """Return scores, and `None` for about every fifth completion."""
     return [None if sum(ids) % 5 == 0 else float(sum(ids) % 7) for ids in completion_ids]
 
 
 def _held_out_judge(trainer):
-    """A judge whose opinion changes in training, alike on all ranks."""
+    """Return a judge whose scores change in training, in the same way on all ranks."""
     return lambda completion_ids, **kwargs: [
         float(sum(ids) * (1 + trainer.state.global_step) % 11) for ids in completion_ids
     ]
 
 
 def _record_rollouts(trainer):
-    """Each rollout, as a mapping of tokens to what the update will see of them."""
+    """Return a list that gets each rollout: a mapping of tokens to the tensors of the update."""
     rollouts, generate = [], trainer._generate_and_score_completions
 
     def recorded(inputs):
@@ -41,7 +41,7 @@ def _record_rollouts(trainer):
         rollouts.append({})
         for row, mask in enumerate(batch["completion_mask"].bool()):
             tokens = [*batch["prompt_ids"][row].tolist(), *batch["completion_ids"][row].tolist()]
-            key = tuple(token for token in tokens if token)  # without padding, which depends on the batch
+            key = tuple(token for token in tokens if token)  # padding depends on the batch
             rollouts[-1][key] = [batch[name][row][mask] for name in ("advantages", "returns", "old_values")]
         return batch
 
@@ -94,7 +94,7 @@ def _train(rank, world_size, directory):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What one rank found, and what each of two found."""
+    """Return the results of one rank, and those of two."""
     from processes import run_in_processes
 
     directory = str(tmp_path_factory.mktemp("ranks"))
@@ -147,7 +147,7 @@ def test_two_ranks_log_the_figures_of_one(results):
 
 
 def test_two_ranks_evaluate_like_one(results):
-    """Seven prompts in batches of four: the one that fills up the last batch of two ranks does not count."""
+    """Seven prompts come in batches of four. The prompt that fills the last batch of two ranks does not count."""
     one, two = results[0]["grpo"]["evaluations"], [rank["grpo"]["evaluations"] for rank in results[1]]
     assert two[0] == two[1], "all ranks must choose the same checkpoint"
     assert [entry["eval_prompts"] for entry in one] == [7, 7, 7]

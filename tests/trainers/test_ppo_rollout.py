@@ -1,4 +1,4 @@
-"""What a rollout contains, against the float64 definitions of `oracles.py`."""
+"""The contents of a rollout, compared with the float64 definitions of `oracles.py`."""
 
 import math
 
@@ -25,7 +25,7 @@ def _expected(trainer, batch, scores, *, lam=None, bootstrap=None):
 
 
 def _drifted_trainer(tmp_path, **kwargs):
-    """A trainer whose policy has left the reference and whose critic has an opinion."""
+    """Return a trainer whose policy differs from the reference, and whose critic does not predict 0."""
     trainer = tiny.ppo_trainer(tmp_path, **kwargs)
     torch.manual_seed(3)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_advantages_are_whitened_over_the_rollout(tmp_path):
 
 
 def test_the_controller_prices_the_kl_and_follows_it(tmp_path):
-    """8 completions of a horizon of 80, and a KL far above its target: the price rises by 0.2 * 8 / 80."""
+    """With 8 completions, a horizon of 80 and a KL far above its target, the price rises by 0.2 * 8 / 80."""
     options = {"kl_controller": "adaptive", "target_kl": 0.01, "kl_horizon": 80}
     trainer = _drifted_trainer(tmp_path, whiten_advantages=False, **options)
     trainer.kl_controller.load_state_dict({"kl_coef": 0.7})
@@ -90,14 +90,14 @@ def test_scores_are_not_normalised_when_switched_off(tmp_path):
 
 
 def _ends(trainer, batch):
-    """Per completion, whether its last token is an EOS."""
+    """Return for each completion whether its last token is an EOS."""
     lengths = batch["completion_mask"].sum(1)
     last = batch["completion_ids"][torch.arange(len(lengths)), (lengths - 1).clamp(min=0)]
     return torch.isin(last, torch.tensor(trainer.eos_token_ids))
 
 
 def _force_stops(trainer, monkeypatch, completions):
-    """Make generation return given completions."""
+    """Let generation return the given completions."""
     monkeypatch.setattr(trainer, "_generate_single_turn", lambda *args, **kwargs: (completions, None))
 
 
@@ -235,7 +235,7 @@ def test_what_is_masked_does_not_move_the_normaliser(tmp_path, monkeypatch):
 
 
 def test_what_does_not_train_has_no_log_probabilities(tmp_path):
-    """The update finds 0 there: with anything else in the rollout, the ratio could overflow."""
+    """The update finds 0 there. With another number in the rollout, the ratio could overflow."""
 
     def reward(completions, **kwargs):
         return [None if i == 2 else float(i) for i in range(len(completions))]
@@ -262,7 +262,7 @@ def test_the_penalty_that_is_logged_is_the_one_that_was_paid(tmp_path, estimator
 
 @pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["full", "lora"])
 def test_generation_sees_a_plain_policy(tmp_path, monkeypatch, peft):
-    """What vLLM's weight synchronisation walks over has no value head."""
+    """vLLM's weight synchronisation finds no value head."""
     seen = []
     original = tiny.PPOTrainer.__mro__[1]._generate_single_turn
 

@@ -1,4 +1,4 @@
-"""The update: which loss, how it is averaged, what it trains, and how many forwards it takes."""
+"""The update: its loss, the averaging, the trained parameters, and the number of forwards."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ def _loss(trainer, batch, accumulation=1):
 
 
 def _trained_rollout(tmp_path, **kwargs):
-    """A rollout, and a policy that has moved since."""
+    """Return a trainer whose policy has moved since its rollout, and the rollout."""
     trainer = tiny.ppo_trainer(tmp_path, per_device_train_batch_size=8, steps_per_generation=1, **kwargs)
     batch = tiny.rollout(trainer)
     torch.manual_seed(5)
@@ -41,7 +41,7 @@ def _logps(trainer, batch):
 
 
 def test_policy_loss_is_the_clipped_surrogate(tmp_path):
-    """Our formula lives in the oracle; this is what pins TRL's."""
+    """Our formula is in the oracle, and this test compares TRL's with it."""
     trainer, batch = _trained_rollout(tmp_path, vf_coef=0.0, epsilon=0.05, epsilon_high=0.1)
     rows = [
         t.detach().double().tolist()
@@ -88,7 +88,7 @@ def test_loss_does_not_depend_on_the_micro_batches(tmp_path, loss_type, size):
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 def test_value_loss_is_averaged_like_the_policy_loss(tmp_path, loss_type):
-    """With ratio 1 and advantage -1 everywhere TRL's policy loss is the average of ones; so must ours be."""
+    """With ratio 1 and advantage -1 everywhere, TRL's policy loss is an average of ones. Ours must be the same."""
     trainer = tiny.ppo_trainer(tmp_path, loss_type=loss_type, vf_coef=0.0, gradient_accumulation_steps=2)
     batch = tiny.rollout(trainer)
     batch["advantages"] = -torch.ones_like(batch["advantages"])
@@ -124,7 +124,7 @@ def test_policy_loss_does_not_train_the_head(tmp_path):
 
 
 def test_kl_is_paid_once(tmp_path):
-    """TRL's k3 term stays out of the loss unless the user asks for it as well."""
+    """TRL's k3 term is not in the loss unless the user asks for it too."""
     trainer, batch = _trained_rollout(tmp_path, vf_coef=0.0)
     assert trainer.beta == 0.0
     without = _loss(trainer, batch)
@@ -149,7 +149,7 @@ def test_padding_reaches_neither_loss_nor_gradient(tmp_path):
 @pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["full", "lora"])
 @pytest.mark.parametrize("num_iterations", [1, 2])
 def test_a_rollout_costs_one_policy_and_one_reference_forward(tmp_path, peft, num_iterations):
-    """Per micro-batch, beside generation; with one epoch TRL would skip the first, with more it makes it itself."""
+    """The counts are per micro-batch, without generation. TRL makes the policy's forward only with several epochs."""
     trainer = tiny.ppo_trainer(tmp_path, peft=peft, num_iterations=num_iterations, gradient_accumulation_steps=2)
     calls = Counter()
 
@@ -192,7 +192,7 @@ def test_critic_warmup_moves_the_head_alone(tmp_path, peft):
 
 
 def test_policy_moves_after_the_warmup_as_if_it_were_new(tmp_path):
-    """Adam has not counted the warm-up steps of the policy: the first step is not longer than the learning rate."""
+    """Adam has not counted the warm-up steps of the policy. So the first step is not longer than the learning rate."""
     trainer = tiny.ppo_trainer(tmp_path, critic_warmup_steps=4, max_steps=5, lr_scheduler_type="constant")
     before = trainer.model.lm_head.weight.clone()
     trainer.train()
@@ -236,7 +236,7 @@ def test_gradient_checkpointing_changes_no_number(tmp_path):
     losses = []
     for checkpointing in (False, True):
         trainer, batch = _trained_rollout(tmp_path, gradient_checkpointing=checkpointing)
-        if checkpointing:  # as `train` does at its start
+        if checkpointing:  # `train` does this at its start
             trainer.model.gradient_checkpointing_enable()
             assert trainer.model.is_gradient_checkpointing
         losses.append(_loss(trainer, batch))

@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed is the run that was not: every weight and every figure, bit for bit."""
+"""A resumed run equals an uninterrupted one in every weight and every figure, bit for bit."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ SEVERAL_EPOCHS = {"max_steps": 20, "logging_steps": 3, "save_strategy": "steps"}
 
 
 def _reward(completions, **kwargs):
-    """Uses every generator that a user's function might."""
+    """Score with every random generator that a user's function might use."""
     noise = random.random() + float(np.random.rand()) + torch.rand(()).item()
     return [len(text) + noise for text in completions]
 
@@ -160,7 +160,7 @@ def test_a_signal_gets_a_whole_checkpoint_whatever_else_is_saved(tmp_path):
 
 
 def _evaluated(directory, figures, **kwargs):
-    """A trainer whose evaluations give these figures, by step."""
+    """Return a trainer whose evaluations give these figures, by step."""
     trainer = _trainer(
         directory, eval_data=tiny.prompts(), eval_strategy="steps", eval_steps=4, save_steps=4, max_steps=12,
         metric_for_best_model="figure", load_best_model_at_end=True, **kwargs,
@@ -179,7 +179,7 @@ def _evaluated(directory, figures, **kwargs):
 
 @pytest.mark.parametrize("best", [4, 8])
 def test_an_evaluation_made_up_for_may_find_the_best_checkpoint(tmp_path, best):
-    """The signal comes in the fourth step, where an evaluation is due; its checkpoint is written before that."""
+    """The signal comes in the fourth step, at which an evaluation is due. Its checkpoint is written before that."""
     figures = {0: 0.0, 4: 2.0, 8: 2.0 * best / 4 - 1.0, 12: 0.5}
     stopped = _evaluated(tmp_path, figures)
     stopped.callback_handler.add_callback(_SignalAt(4))

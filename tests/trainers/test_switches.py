@@ -1,4 +1,4 @@
-"""Switches for memory and speed, composed with everything that PPO adds."""
+"""Switches for memory and speed, together with all additions of PPO."""
 
 import pytest
 import tiny
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.tiny
 
 @pytest.fixture
 def base(tmp_path):
-    """A policy and a reward model on disk, as switches that act on loading need them."""
+    """Write a policy and a reward model, for switches that change the loading."""
     tok = tiny.tokenizer()
     for name, model in (("base", tiny.policy(tok)), ("rm", tiny.reward_model(tok))):
         tiny.save(model, tmp_path / name)
@@ -29,7 +29,7 @@ def _loss_and_gradients(directory, *, peft=None, **options):
         peft_config=peft,
     )
     batch = tiny.rollout(trainer)
-    if options.get("gradient_checkpointing"):  # as `train` does at its start
+    if options.get("gradient_checkpointing"):  # `train` does this at its start
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         assert trainer.model.is_gradient_checkpointing
     trainer.current_gradient_accumulation_steps = 1
@@ -87,7 +87,7 @@ def test_the_optimiser_may_hold_8_bit_states(base):
 
 
 def test_a_compiled_policy_trains_the_same_weights(tmp_path, monkeypatch):
-    for name in ("BACKEND", "MODE"):  # transformers hands its choice to accelerate by these
+    for name in ("BACKEND", "MODE"):  # transformers passes its choice to accelerate in these
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
         monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
     runs = []

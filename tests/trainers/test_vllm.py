@@ -1,4 +1,4 @@
-"""What vLLM is sent and what it sends back, recorded at TRL's seam: no engine is needed for that."""
+"""The data that goes to vLLM and comes back from it, recorded in TRL's client. This needs no engine."""
 
 import pytest
 import tiny
@@ -13,11 +13,11 @@ from rlhf_recipes.models.loading import load_policy
 pytestmark = pytest.mark.tiny
 
 LOG_RATIO = 0.25
-"""By how much the engine's log-probabilities are off."""
+"""The error of the engine's log-probabilities, in nats."""
 
 
 class Engine(VLLMGeneration):
-    """TRL's own client, without the engine behind it: keeps what it would send, answers with fixed completions."""
+    """Replace the engine behind TRL's own client: keep the weights that it gets, and answer with fixed completions."""
 
     def _init_vllm(self):
         self.received = []
@@ -38,7 +38,7 @@ def _no_engine(monkeypatch):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A base and a LoRA reward model that was trained on it."""
+    """Write a base, and a LoRA reward model that was trained on it."""
     directory = tmp_path_factory.mktemp("vllm")
     base = tiny.save(tiny.policy(tiny.tokenizer()), directory / "base")
     tiny.save_lora_reward_model(base, directory / "rm")
@@ -62,7 +62,7 @@ def test_it_is_sent_a_plain_policy(tmp_path, directory, kind, mode):
     options = {"reward_adapter": str(directory / "rm"), "rewards": None} if "reward" in kind else {}
     peft = None if kind == "full" else tiny.lora()
     if mode == "server":
-        options["vllm_importance_sampling_correction"] = False  # TRL would ask the server how it computes them
+        options["vllm_importance_sampling_correction"] = False  # TRL would ask the server about its log-probabilities
     trainer = _trainer(directory, tmp_path, peft=peft, vllm_mode=mode, max_steps=8, learning_rate=1e-2, **options)
     trainer.train()
     first, second = trainer.vllm_generation.received
@@ -86,7 +86,7 @@ def test_it_is_sent_what_was_learnt(tmp_path, directory):
 
 
 def test_importance_sampling_multiplies_our_advantages(tmp_path, directory):
-    """The loss with the engine's correction is the loss without it, each token times its ratio."""
+    """The engine's correction multiplies the loss of each token by its ratio."""
     trainer = _trainer(directory, tmp_path, vf_coef=0.0, vllm_importance_sampling_mode="token_truncate")
     batch = tiny.rollout(trainer)
     mask = batch["completion_mask"]
