@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format learning smollm2 mlflow-ui cluster-check audit clean
+.PHONY: help install demo test check format learning smollm2 mlflow-ui compat cluster-check audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,19 @@ smollm2: install ## Write SmolLM2-135M-Instruct to runs/smollm2_135m/base
 mlflow-ui: install ## Open MLflow with the tracked runs in a browser
 	$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
 
+# Uses its own environment. Is not part of CI.
+compat: .compat/.installed ## Test with the oldest torch and transformers that are allowed
+	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 .compat/bin/python -m pytest $(PYTEST_ARGS) \
+		-m "tiny and not (distributed or recipe or learning or gpu)" \
+		tests/trainers tests/models tests/rewards tests/options
+
+.compat/.installed: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv .compat
+	awk -F == 'FNR == NR {oldest[$$1]} FNR == NR || !($$1 in oldest)' constraints-oldest.txt constraints.txt \
+		> .compat/constraints.txt
+	.compat/bin/python -m pip install -c .compat/constraints.txt -e '.[quantization]' hypothesis pytest pytest-timeout
+	@touch $@
+
 # Uses its own environment, because it needs nearly a hundred packages. Uses kubectl if it is installed.
 cluster-check: .cluster/.installed ## Check images, manifests and job files against their schemas and each other
 	.cluster/bin/python -m pytest -c cluster/tests/pytest.ini cluster/tests
@@ -73,5 +86,5 @@ audit: ## Look up the pinned versions in PyPI's list of known vulnerabilities
 	.audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt
 
 clean: ## Delete caches and build products; keep runs/, mlflow.db and the environment
-	rm -rf .audit .cluster build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .audit .cluster .compat build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . \( -path ./.git -o -path ./runs -o -path './$(VENV)' \) -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -81,7 +81,7 @@ def main(
         trainer.save_state()
         log_results(metrics)
         log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
-    trainer.end()
+    trainer.accelerator.end_training()
     return metrics
 
 

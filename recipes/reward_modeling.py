@@ -60,7 +60,7 @@ def main(
             log_results(metrics, Path(training_args.output_dir, CARD_FILE))
             log_model(tracking_args, training_args.output_dir, "reward_model", model_args.model_revision)
             print_table("Reward model", metrics)
-    trainer.end()
+    trainer.accelerator.end_training()
     return metrics
 
 

@@ -61,7 +61,7 @@ def main(
             metrics |= trainer.evaluate()
         log_results(metrics)
         log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
-    trainer.end()
+    trainer.accelerator.end_training()
     return metrics
 
 

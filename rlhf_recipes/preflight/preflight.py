@@ -109,7 +109,7 @@ def preflight(
         broadcast_object_list(errors)
     if preflight_args.preflight_only:
         wait_to_end()
-        trainer.end()
+        trainer.accelerator.end_training()
         raise SystemExit(1 if errors[0] else 0)
     if errors[0]:
         raise ValueError(" ".join(errors[0]))
