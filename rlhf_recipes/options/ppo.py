@@ -194,6 +194,7 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
         self._check_ranges()
         self._check_reward_calls()
         self._check_batches()
+        self._check_sampling()
 
     def _check_owned_by_ppo(self) -> None:
         """Refuse TRL options whose place PPO takes."""
@@ -281,6 +282,16 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
                 f"`steps_per_generation` ({self.steps_per_generation}) must be a multiple of "
                 f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}), so that every optimiser step "
                 "stays inside one rollout."
+            )
+
+    def _check_sampling(self) -> None:
+        """Refuse the way of sampling for which TRL casts the trained weights, in place and for good."""
+        precision = "bf16" if self.bf16 else "fp16" if self.fp16 else None
+        if self.use_transformers_continuous_batching and not self.use_vllm and precision is not None:
+            raise ValueError(
+                f"`use_transformers_continuous_batching` cannot be used with `{precision}`: TRL would round the "
+                f"trained weights to 16 bits in the first rollout. Set `{precision}: false`, or sample with "
+                "`use_vllm: true`."
             )
 
     @property
