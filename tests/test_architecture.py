@@ -25,8 +25,6 @@ ORDER = (
     ("comparison",),
 )
 RANK = {wing: rank for rank, row in enumerate(ORDER) for wing in row}
-# Runs the stages one after the other: a loop is what it is.
-DRIVERS = {"quickstart"}
 FORBIDDEN_STEMS = {"utils", "common", "helpers", "misc"}
 MAX_MODULE_LINES, MAX_RECIPE_LINES = 320, 120
 
@@ -215,7 +213,7 @@ def test_modules_stay_short(path):
 def test_recipes_stay_short_and_straight(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_RECIPE_LINES
     loops = [node.lineno for node in ast.walk(tree_of(path)) if isinstance(node, (ast.For, ast.AsyncFor, ast.While))]
-    assert not loops or path.stem in DRIVERS, f"loops belong in the library: lines {loops}"
+    assert not loops, f"loops belong in the library: lines {loops}"
 
 
 @each_recipe
