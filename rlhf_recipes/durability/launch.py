@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import suppress
 from subprocess import CalledProcessError
@@ -29,11 +30,11 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    args = launch_command_parser().parse_args()
-    args.quiet = False  # accelerate would hide the exit code
-    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's own answer to SIGTERM would kill what takes longer
+    asked = launch_command_parser().parse_args()
+    # With `quiet`, accelerate hides the exit code. torchrun's handler of SIGTERM kills a process after 30 seconds.
+    needed = {"quiet": False, "signals_to_handle": "SIGINT,SIGHUP,SIGQUIT"}
     try:
-        launch_command(args)
+        launch_command(Namespace(**vars(asked) | needed))
     except CalledProcessError as error:  # of one process
         sys.exit(exit_code([error.returncode]))
     except ChildFailedError as error:

@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from rlhf_recipes.options.checks import check_choice, check_range, check_types
 from rlhf_recipes.options.reward_calls import RewardCallConfig
-from rlhf_recipes.options.secrets import holds_credentials, keep_token_out_of_files
+from rlhf_recipes.options.secrets import holds_credentials
 
 
 class _SingleGeneration(int):
@@ -175,7 +175,6 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
 
     def __post_init__(self) -> None:
         check_types(self)
-        keep_token_out_of_files(self)
         self._check_owned_by_ppo()
         self._check_addresses()
         self._check_inherited_ranges()

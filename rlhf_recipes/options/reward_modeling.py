@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from trl import RewardConfig
 
 from rlhf_recipes.options.checks import check_range, check_types
-from rlhf_recipes.options.secrets import keep_token_out_of_files
 
 
 @dataclass
@@ -28,6 +27,5 @@ class RewardModelConfig(RewardConfig):
 
     def __post_init__(self) -> None:
         check_types(self)
-        keep_token_out_of_files(self)
         super().__post_init__()
         check_range(self, "l2_coefficient", lambda x: x >= 0, "not be negative")

@@ -119,15 +119,12 @@ def track_run(
         configs: Dataclasses with the run's options.
 
     Yields:
-        Callbacks for the trainer, which takes the place of `report_to: mlflow`.
+        Callbacks for the trainer, in place of `report_to: mlflow`; see `options.changes.options_of_trainer`.
 
     Raises:
         ValueError: If the store cannot be reached or written; before anything is trained.
     """
     mlflow.set_tracking_uri(tracking_uri(tracking))  # where every process looks for `models:/..`
-    for config in configs:
-        if hasattr(config, "report_to"):
-            config.report_to = [name for name in config.report_to if name != "mlflow"]
     with leave_together():
         if not tracking.tracking or not PartialState().is_main_process:
             yield []
