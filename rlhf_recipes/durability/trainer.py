@@ -26,8 +26,8 @@ from rlhf_recipes.options.secrets import without_secrets
 class DurableTrainer(Trainer):
     """Write a checkpoint in a folder of its own and rename it when it is whole; resume only from a whole one.
 
-    The options of the user stay as they are. Where transformers decides by its options alone, it gets other ones for
-    the time of one call.
+    Never change the options of the user. Some decisions transformers takes by its options alone: for these it gets
+    other options during one call.
     """
 
     args: Any
@@ -43,26 +43,26 @@ class DurableTrainer(Trainer):
             kwargs: Passed on.
 
         Raises:
-            ValueError: If the checkpoint is not whole, or holds nothing but the model.
+            ValueError: If the checkpoint is not whole, or holds only the model.
         """
         self._resumed_from = checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         changes = {"restore_callback_states_from_checkpoint": True}  # early stopping goes on counting
         if checkpoint is not None:
             _refuse_weights_alone(checkpoint)
-            # The run has been evaluated at its start. What it may lack is the evaluation that a signal left out.
+            # The run was evaluated at its start. Only an evaluation that a signal left out is still due.
             changes["eval_on_start"] = evaluation_is_due(checkpoint)
         with self._options(with_changes(self.args, **changes)):
             return super().train(checkpoint, *args, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # transformers asks after a step only
+        if self.state.global_step >= self.state.max_steps:  # transformers compares them only after a step
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
-        is_late = skip_scheduler and self.state.global_step > 0  # a signal had left it out
+        is_late = skip_scheduler and self.state.global_step > 0  # a signal left it out before
         if is_late and self._determine_best_metric(metrics, trial):
             self.state.best_model_checkpoint = self._resumed_from  # written before anything showed that it is the best
         return metrics
@@ -102,7 +102,7 @@ class DurableTrainer(Trainer):
                 shutil.rmtree(staged.parent, ignore_errors=True)
             raise OSError(
                 f"Checkpoint {final} could not be written: {error} Those before it are whole. Make room, or keep "
-                "fewer by `save_total_limit`, and go on with `resume_from_checkpoint: true`."
+                "fewer by `save_total_limit`, and resume with `resume_from_checkpoint: true`."
             ) from error
         finally:
             self._staging = None
@@ -147,6 +147,6 @@ def _refuse_weights_alone(checkpoint: str) -> None:
     if not any(Path(checkpoint).glob("rng_state*.pth")):  # beside the optimiser, whose files differ by the backend
         raise ValueError(
             f"`resume_from_checkpoint` {checkpoint} was written with `save_only_model: true`: it has no optimiser, "
-            "schedule and random states to go on with. Name a checkpoint that has them, or start a run from its "
-            f"weights: `model_name_or_path: {checkpoint}`, another `output_dir`, no `resume_from_checkpoint`."
+            "schedule and random states, which a resume needs. Name a checkpoint that has them, or start a run from "
+            f"its weights: `model_name_or_path: {checkpoint}`, another `output_dir`, no `resume_from_checkpoint`."
         )

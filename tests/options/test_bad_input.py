@@ -1,4 +1,4 @@
-"""Bad input is refused before anything is trained, in a line that names the option and the way out."""
+"""Bad input is refused before anything is trained, with a message that names the option and the remedy."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Options are read and never written, and to make them changes nothing else."""
+"""Options are read and never written, and making them has no side effect."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""A trainer leaves the options of the user as they are, whatever it, TRL and transformers set for a run."""
+"""A run never changes the options of the user: trainers, TRL and transformers write into a copy."""
 
 import copy
 
@@ -51,6 +51,8 @@ def test_a_run_and_its_resume_leave_the_options_as_they_are(tmp_path, make):
             peft_config=tiny.lora(), callbacks=[PreemptionCallback()], **kwargs,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=max_steps == 2)
+        evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_runtime" in entry]
+        assert evaluated == [*range(max_steps + 1)], "at the start of the run, not of its resume"
         trainer.evaluate()
         trainer.save_model()
         assert trainer.state.global_step == max_steps

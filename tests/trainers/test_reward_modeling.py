@@ -44,7 +44,7 @@ def _trainer(model, tmp_path, *, chat=False, peft=None, margin=False, eval_datas
 
 @pytest.mark.parametrize("name", ["get_train_dataloader", "get_eval_dataloader"])
 def test_a_signal_to_all_processes_of_a_job_ends_no_data_loader(base, tmp_path, name):
-    """Of a worker that ends, torch makes an error: there would be no checkpoint."""
+    """torch raises an error when a worker ends, so there would be no checkpoint."""
     options = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 1}
     trainer = _trainer(base, tmp_path, **options)
     batches = iter(getattr(trainer, name)())
@@ -146,7 +146,7 @@ def test_the_card_says_how_the_model_was_trained(tmp_path, base, chat):
 
 
 def test_metrics_are_over_pairs_and_not_over_batches(tmp_path, base):
-    """Six pairs in batches of four: a mean of batch means would weigh the last two pairs double."""
+    """Six pairs in batches of four: a mean of batch means would count the last two pairs twice."""
     trainer = _trainer(base, tmp_path, per_device_eval_batch_size=4)
     metrics = trainer.evaluate()
     scorer = RewardModelScorer(trainer.model, tiny.tokenizer())
@@ -188,7 +188,7 @@ def test_two_labels_are_refused(tmp_path):
 
 
 def test_a_trained_head_stays_float32_in_a_quantised_model(tmp_path, base, monkeypatch):
-    """TRL casts what is trained beside quantised weights; the attribute is how it knows of them."""
+    """TRL casts trained weights beside quantised ones, which it recognises by the attribute."""
     model = load_reward_model_base(base)
     model.is_loaded_in_4bit = True
     trainer = _trainer(model, tmp_path, peft=tiny.lora())
@@ -247,7 +247,7 @@ def test_an_adapter_is_no_start_for_a_reward_model(tmp_path, base):
 
 @pytest.mark.parametrize("how", ["argument", "options"])
 def test_quantisation_reaches_the_model(tmp_path, base, monkeypatch, how):
-    """The recipe passes it among `model_init_kwargs`, as a library user may, or as an argument."""
+    """The recipe passes it in `model_init_kwargs`; a library user may also pass it as an argument."""
     seen = {}
 
     def load(path, **kwargs):
