@@ -19,7 +19,9 @@ from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_prompts, load_split, without_answers
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
+from rlhf_recipes.options.changes import options_of_trainer, with_changes
 from rlhf_recipes.options.recipes import PPOArguments, PreflightArguments, TrackingArguments
+from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.rewards.functions import import_function
 from rlhf_recipes.rewards.judges import load_judges
@@ -38,6 +40,8 @@ def main(
 ) -> dict[str, float]:
     """Train and save; return the final metrics."""
     set_seed(training_args.seed)
+    use_hub_token(training_args.hub_token)
+    trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
     with track_run(recorded, run_name, "ppo", script_args, training_args, model_args) as callbacks:
@@ -53,8 +57,8 @@ def main(
         if script_args.reward_model_path is not None:
             rewards.insert(0, require_model("reward_model_path", script_args.reward_model_path))
         if training_args.reward_adapter is not None:
-            training_args.reward_adapter = require_model("reward_adapter", training_args.reward_adapter)
-        training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
+            adapter = require_model("reward_adapter", training_args.reward_adapter)
+            trainer_args = with_changes(trainer_args, reward_adapter=adapter)
 
         separator, dtype = training_args.response_separator, model_args.dtype
         judges, pairwise_judges = load_judges(
@@ -64,7 +68,7 @@ def main(
         trainer = PPOTrainer(
             path,
             rewards,
-            training_args,
+            trainer_args,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,

@@ -11,11 +11,11 @@ by the gold score with Bradley-Terry noise), `reward_modeling` (sees only pairs)
 
 import argparse
 import json
-import multiprocessing
 import os
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import set_seed
@@ -23,6 +23,7 @@ from transformers import set_seed
 from rlhf_recipes.comparison.plots import plot_training
 from rlhf_recipes.console import print_lines, print_table, quiet_start
 from rlhf_recipes.data.prompts import add_separator
+from rlhf_recipes.durability.stages import run_stages
 from rlhf_recipes.evaluation.policies import generate_completions
 from rlhf_recipes.models.loading import load_policy, load_tokenizer
 from rlhf_recipes.options.paths import require_path
@@ -36,7 +37,6 @@ RECIPES = Path(__file__).resolve().parent
 STAGES = ("world", "sft", "preferences", "reward_modeling", "ppo", "evaluate")
 RUN = Path("runs", "quickstart")
 SEPARATOR = "\n"  # as in recipes/configs/quickstart/*.yaml
-FORK = multiprocessing.get_context("fork")  # a process per stage, as by hand, but one import: a minute less
 LABEL_NOISE = 1.0  # temperature of the Bradley-Terry labels, in gold score
 
 
@@ -46,20 +46,24 @@ def make_preferences(seed: int, num_pairs: int) -> None:
     tokenizer = load_tokenizer(require_path("model", str(RUN / "sft")), padding_side="left")
     policy = load_policy(str(RUN / "sft")).eval()
     (RUN / "preferences").mkdir(exist_ok=True)
-    for split, count in (("train", num_pairs), ("test", num_pairs // 6)):
-        prompts = Dataset.from_json(str(RUN / "prompts" / f"{split}.jsonl"))["prompt"]
-        prompts = [prompts[i % len(prompts)] for i in range(count)]
-        policy_prompts = add_separator(Dataset.from_dict({"prompt": prompts}), SEPARATOR)
-        ids = generate_completions(
-            policy, tokenizer, [*policy_prompts["prompt"]] * 2, max_completion_length=48, batch_size=128
-        )
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        pairs = sample_preferences(prompts, texts[:count], texts[count:], gold_score, LABEL_NOISE, seed)
-        pairs.to_json(str(RUN / "preferences" / f"{split}.jsonl"))
+    write_pairs(policy, tokenizer, "train", num_pairs, seed)
+    write_pairs(policy, tokenizer, "test", num_pairs // 6, seed)
+
+
+def write_pairs(policy: Any, tokenizer: Any, split: str, count: int, seed: int) -> None:
+    """Write labelled pairs of two completions each."""
+    prompts = Dataset.from_json(str(RUN / "prompts" / f"{split}.jsonl"))["prompt"]
+    prompts = [prompts[i % len(prompts)] for i in range(count)]
+    asked = [*add_separator(Dataset.from_dict({"prompt": prompts}), SEPARATOR)["prompt"]] * 2
+    ids = generate_completions(policy, tokenizer, asked, max_completion_length=48, batch_size=128)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    pairs = sample_preferences(prompts, texts[:count], texts[count:], gold_score, LABEL_NOISE, seed)
+    pairs.to_json(str(RUN / "preferences" / f"{split}.jsonl"))
 
 
 def run_stage(stage: str, seed: int, num_pairs: int, parent: list[str]) -> None:
-    """Run one stage; a recipe as its own command would."""
+    """Run one stage as its own command would."""
+    quiet_start()  # a spawned process starts without it
     try:
         if stage == "world":
             write_world(RUN, seed, SEPARATOR)
@@ -105,15 +109,7 @@ def main() -> None:
     os.chdir(args.directory)
     tracking = TrackingArguments(tracking=not {"world", "preferences"}.issuperset(stages))
     with track_pipeline(tracking, str(RUN), args.seed) as parent:
-        for stage in stages:
-            process = FORK.Process(target=run_stage, args=(stage, args.seed, args.num_pairs, parent))
-            process.start()
-            try:
-                process.join()
-            finally:
-                process.terminate()
-            if process.exitcode:
-                sys.exit(f"The stage `{stage}` failed; its message is above.")
+        run_stages(stages, run_stage, args.seed, args.num_pairs, parent)
     if args.until == STAGES[-1]:
         report()
 

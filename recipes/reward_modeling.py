@@ -14,7 +14,9 @@ from rlhf_recipes.console import print_table, quiet_start
 from rlhf_recipes.data.loading import load_split
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
+from rlhf_recipes.options.changes import options_of_trainer
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
+from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.rewards.card import CARD_FILE
 from rlhf_recipes.tracking.registry import require_model
@@ -30,6 +32,8 @@ def main(
 ) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     set_seed(training_args.seed)
+    use_hub_token(training_args.hub_token)
+    trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
     with track_run(recorded, run_name, "reward_modeling", script_args, training_args, model_args) as callbacks:
@@ -39,10 +43,9 @@ def main(
         evaluation = load_split(script_args, script_args.dataset_test_split)
         log_datasets(script_args.dataset_name, training=train, evaluation=evaluation)
 
-        training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
         trainer = RewardModelTrainer(
             path,
-            args=training_args,
+            args=trainer_args,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,

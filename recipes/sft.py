@@ -11,8 +11,9 @@ from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_demonstrations
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import check_output_dir, load_tokenizer, model_init_kwargs
+from rlhf_recipes.options.changes import options_of_trainer
 from rlhf_recipes.options.recipes import BoundaryArguments, PreflightArguments, TrackingArguments
-from rlhf_recipes.options.secrets import keep_token_out_of_files
+from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.tracking.registry import require_model
 from rlhf_recipes.tracking.session import log_datasets, log_model, log_results, track_run
@@ -29,7 +30,8 @@ def main(
 ) -> dict[str, float]:
     """Train, save and evaluate; return the final metrics."""
     set_seed(training_args.seed)
-    keep_token_out_of_files(training_args)
+    use_hub_token(training_args.hub_token)
+    trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
     with track_run(recorded, run_name, "sft", script_args, training_args, model_args, boundary_args) as callbacks:
@@ -42,10 +44,9 @@ def main(
         log_datasets(script_args.dataset_name, training=train, evaluation=evaluation)
 
         check_output_dir(training_args.output_dir, adapter=model_args.use_peft)
-        training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | model_init_kwargs(model_args)
         trainer = SFTTrainer(
             path,
-            args=training_args,
+            args=trainer_args,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=tokenizer,

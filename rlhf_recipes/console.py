@@ -1,4 +1,4 @@
-"""What a user sees in the terminal: results, and no noise that is ours to remove."""
+"""Output in the terminal: results, and no noise that we can remove."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Raised inside transformers and TRL about their own code; nothing that a user can act on.
+# transformers and TRL warn about their own code. A user can do nothing about it.
 _UPSTREAM_WARNINGS = (
     (FutureWarning, r"`gradient_checkpointing` is deprecated"),
     (FutureWarning, r"`is_gradient_checkpointing` is deprecated"),
@@ -23,9 +23,9 @@ _UPSTREAM_WARNINGS = (
 
 
 def quiet_start() -> None:
-    """Silence warnings of the libraries about themselves, and show a refusal of this library as its message alone.
+    """Silence the libraries' warnings about themselves, and show a refusal of this library without its traceback.
 
-    Called once by each recipe, before anything is built.
+    Each recipe calls it first.
     """
     sys.excepthook = _show_error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,7 +37,7 @@ def quiet_start() -> None:
 
 
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Keep the traceback of everything but the errors that this library raises about its input."""
+    """Print an error that this library raises about its input without a traceback, and any other error with it."""
     raised_in = Path(traceback.extract_tb(trace)[-1].filename) if trace is not None else Path()
     if isinstance(error, ValueError | OSError) and raised_in.is_relative_to(Path(__file__).parent):
         sys.stderr.write(f"Error: {error}\n")
@@ -46,7 +46,7 @@ def _show_error(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 
 def print_table(title: str, rows: dict[str, Any], columns: Sequence[str] = ("metric", "value")) -> None:
-    """Print a mapping as a table; a value may be a number, a text, or a sequence of these for several columns."""
+    """Print a mapping as a table. A value is a number, a text, or a sequence of these for several columns."""
     table = Table(*columns, title=title)
     for name, value in rows.items():
         cells = value if isinstance(value, list | tuple) else [value]
@@ -55,7 +55,7 @@ def print_table(title: str, rows: dict[str, Any], columns: Sequence[str] = ("met
 
 
 def print_lines(*lines: str) -> None:
-    """Print lines that are meant to be copied: whole, however narrow the terminal."""
+    """Print lines to copy: unbroken, also in a narrow terminal."""
     for line in lines:
         Console().print(Text(line), soft_wrap=True)
 
@@ -66,5 +66,5 @@ def completions_table(columns: dict[str, list[Any]], num_shown: int) -> None:
     rows = list(zip(columns["prompt"], columns["baseline_completion"], columns["policy_completion"], strict=True))
     for prompt, baseline, policy in rows[:: max(len(rows) // max(num_shown, 1), 1)][:num_shown]:
         last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        table.add_row(Text(last.strip()), Text(baseline), Text(policy))  # what a model says is no markup
+        table.add_row(Text(last.strip()), Text(baseline), Text(policy))  # the text of a model is no markup
     Console().print(table)

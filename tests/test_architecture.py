@@ -25,8 +25,6 @@ ORDER = (
     ("comparison",),
 )
 RANK = {wing: rank for rank, row in enumerate(ORDER) for wing in row}
-# Runs the stages one after the other: a loop is what it is.
-DRIVERS = {"quickstart"}
 FORBIDDEN_STEMS = {"utils", "common", "helpers", "misc"}
 MAX_MODULE_LINES, MAX_RECIPE_LINES = 320, 120
 
@@ -215,7 +213,7 @@ def test_modules_stay_short(path):
 def test_recipes_stay_short_and_straight(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_RECIPE_LINES
     loops = [node.lineno for node in ast.walk(tree_of(path)) if isinstance(node, (ast.For, ast.AsyncFor, ast.While))]
-    assert not loops or path.stem in DRIVERS, f"loops belong in the library: lines {loops}"
+    assert not loops, f"loops belong in the library: lines {loops}"
 
 
 @each_recipe
@@ -235,6 +233,59 @@ def test_nothing_prints(path):
     calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
     printed = [call.lineno for call in calls if getattr(call.func, "id", "") in ("print", "pprint")]
     assert not printed, f"log instead of printing: lines {printed}"
+
+
+OPTIONS = {"args", "config", "training_args", "trainer_args", "script_args", "model_args", "tracking_args"}
+
+
+def is_options(node):
+    """Whether an expression is called like options; `model.config`, of a network, is none."""
+    if isinstance(node, ast.Name):
+        return node.id in OPTIONS
+    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return isinstance(node, ast.Attribute) and node.attr in (OPTIONS if is_own else OPTIONS - {"config"})
+
+
+def written_options(tree):
+    """(line, text) of writes to an option outside of `__post_init__`, which completes options as they are made."""
+    making = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "__post_init__"]
+    allowed = {id(node) for function in making for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            is_write = is_options(node.value)
+        else:
+            is_setattr = isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr")
+            is_write = is_setattr and is_options(node.args[0])
+        if is_write and id(node) not in allowed:
+            yield node.lineno, ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", python_files(PACKAGE) + RECIPES, ids=relative)
+def test_options_are_read_and_never_written(path):
+    if path.parent != ROOT / PACKAGE / "options":
+        assert not list(written_options(tree_of(path))), "use `with_changes`: the user's options stay as they are"
+
+
+@pytest.mark.parametrize(
+    ("source", "is_write"),
+    [
+        ("args.hub_token = None", True),
+        ("self.args.eval_on_start = False", True),
+        ("trainer.args.seed += 1", True),
+        ("training_args.a, b = 1, 2", True),
+        ("del config.report_to", True),
+        ("for config.x in []: pass", True),
+        ("setattr(args, name, value)", True),
+        ("class A:\n def f(self): self.config.x = 1", True),
+        ("class A:\n def __post_init__(self): args.x = 1", False),
+        ("self.args = with_changes(args)", False),
+        ("model.config.use_cache = False", False),
+        ("self.beta = args.beta", False),
+        ("args['x'] = 1", False),
+    ],
+)
+def test_the_detector_of_written_options(source, is_write):
+    assert bool(list(written_options(ast.parse(source)))) is is_write
 
 
 FORMULA_FUNCTIONS = {

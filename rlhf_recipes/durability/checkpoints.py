@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or not there: written beside, listed with sizes and hashes, then renamed.
+"""Checkpoints that are whole or not there: written elsewhere, listed with sizes and hashes, then renamed.
 
-What is in a checkpoint is the trainers' affair.
+The trainers decide about the contents of a checkpoint.
 """
 
 import hashlib
@@ -19,20 +19,20 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 MANIFEST_FILE = "manifest.json"
-ABANDONED_FILE = "abandoned.txt"  # in a checkpoint that a run went back from: why
-STAGING = "_unfinished"  # folder of the output directory in which checkpoints are written; a push leaves out `_*`
+ABANDONED_FILE = "abandoned.txt"  # in a checkpoint from which a run went back: the reason
+STAGING = "_unfinished"  # folder of the output directory for checkpoints that are not whole; a push skips `_*`
 HASHING_THREADS = 8
 logger = logging.getLogger(__name__)
 
 
 def publish(staged: Path, final: Path) -> None:
-    """List a checkpoint's files, bring them to the disk, and give the checkpoint its name in one step.
+    """List a checkpoint's files, flush them to the disk, and rename the checkpoint in one step.
 
-    One that has the name already, of an earlier attempt, is replaced.
+    It replaces a checkpoint of that name from an earlier attempt.
 
     Args:
-        staged: Where it was written; on the same file system.
-        final: Its name.
+        staged: Folder with the checkpoint, on the same file system as `final`.
+        final: Final folder.
     """
     names = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
     hashes = _hashes(staged, [name for name in names if name != MANIFEST_FILE])
@@ -49,7 +49,7 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the hash of each file, by its path in the folder."""
+    """Return the hash of each file by its path in the folder."""
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True))
 
@@ -68,7 +68,7 @@ def _to_disk(path: Path) -> None:
 
 
 def find_defect(checkpoint: str | Path) -> str | None:
-    """Return what is wrong with a checkpoint, as the end of a sentence; `None` if every file is as it was written."""
+    """Return the defect of a checkpoint, as the end of a sentence; `None` if every file is unchanged."""
     folder = Path(checkpoint)
     manifest = _manifest(folder)
     if manifest is None:
@@ -91,7 +91,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def abandon(checkpoint: Path, reason: str) -> None:
-    """Mark a checkpoint as one that a run went back from: it stays, and is taken up by its name only."""
+    """Mark a checkpoint from which a run went back: it stays, and only its name resumes it."""
     (checkpoint / ABANDONED_FILE).write_text(f"{reason}\n", encoding="utf-8")
     for path in (checkpoint / ABANDONED_FILE, checkpoint):
         _to_disk(path)
@@ -103,9 +103,9 @@ def is_abandoned(checkpoint: Path) -> bool:
 
 
 def checkpoints_by_age(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoints of a run, the latest written last, and those that it went back from first.
+    """Return the checkpoints of a run: first the abandoned ones, then the others by the time of writing.
 
-    A run that went back to an earlier checkpoint writes lower steps later: the step does not tell.
+    The step does not show the age: a run that went back writes lower steps later.
     """
     found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in found if path.is_dir()}
@@ -119,7 +119,7 @@ def _written(checkpoint: Path) -> float:
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """Return the latest checkpoint that is whole, saying which ones are not; `None` if there is none."""
+    """Return the latest whole checkpoint, or `None`, and warn of those that are skipped."""
     for checkpoint in reversed(checkpoints_by_age(output_dir)):
         defect = "was left behind when the run went back" if is_abandoned(checkpoint) else find_defect(checkpoint)
         if defect is None:
@@ -129,7 +129,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def wished_checkpoint(resume: str | bool | None, output_dir: str) -> Path | None:
-    """Return the checkpoint that `resume_from_checkpoint` asks for, whether it is whole or not."""
+    """Return the checkpoint that `resume_from_checkpoint` asks for, whole or not."""
     wish = _wish(resume)
     if wish == "false":
         return None
@@ -137,25 +137,25 @@ def wished_checkpoint(resume: str | bool | None, output_dir: str) -> Path | None
 
 
 def _wish(resume: str | bool | None) -> str:
-    """Return `true`, `false` or a path in lower case: a YAML gives a truth value, a command line a text."""
+    """Return `true`, `false` or a path, in lower case: a YAML holds a boolean, a command line a text."""
     return str(resume or False).lower()
 
 
 def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | None:
-    """Return the checkpoint that `resume_from_checkpoint` stands for. Every rank must make the call.
+    """Return the checkpoint that `resume_from_checkpoint` asks for. Every rank must make the call.
 
     Args:
-        resume: A path; true for the latest in `output_dir` that is whole, or a fresh start if there is none, so that
-            one command starts a run and takes it up again; false or nothing for a fresh start.
-        output_dir: Of the run.
+        resume: A path. True: the latest whole checkpoint in `output_dir`, or a new run if there is none, so that the
+            same command starts and resumes a run. False or nothing: a new run.
+        output_dir: Output directory of the run.
 
     Raises:
-        ValueError: If the path is no checkpoint, or not whole.
+        ValueError: If the path holds no whole checkpoint.
     """
     wish = _wish(resume)
     if wish == "false":
         return None
-    answer: list[Any] = [None, None]  # a checkpoint, or what is wrong: found by one process, for all
+    answer: list[Any] = [None, None]  # a checkpoint and its defect, found by one process for all
     if PartialState().is_main_process:
         if wish == "true":
             answer[0] = last_checkpoint(output_dir)
@@ -173,12 +173,12 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | No
 
 
 def remove_old(output_dir: str | Path, limit: int | None, keep: Iterable[str | None]) -> None:
-    """Delete the oldest checkpoints beyond a number, but never the latest, nor those to keep.
+    """Delete the oldest checkpoints beyond a number, but never the latest one.
 
     Args:
-        output_dir: Of the run.
-        limit: How many may stay; `None` or 0 for all.
-        keep: Checkpoints that stay in any case, such as the best one.
+        output_dir: Output directory of the run.
+        limit: Number of checkpoints that may stay; `None` or 0: all.
+        keep: Checkpoints that always stay, such as the best one.
     """
     if not limit:
         return

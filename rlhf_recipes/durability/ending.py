@@ -1,4 +1,4 @@
-"""The common end of several processes."""
+"""The common end of all processes of a run."""
 
 import time
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from accelerate import PartialState
 
 from rlhf_recipes.durability.termination import EXIT_CODE, TerminatedError
 
-GLOO_SECONDS = 0.5  # a thread that can run needs milliseconds, even with many times more threads than cores
+GLOO_SECONDS = 0.5  # a thread needs milliseconds for it, even with many more threads than cores
 
 
 def wait_to_end() -> None:
-    """Wait until every process is here and this one may end: the last collective of a program.
+    """Wait for every process, as the last collective of a program.
 
-    A thread of gloo may still be letting go of the last tensors. It needs the interpreter for that, and aborts a
+    A thread of gloo may still have to release the last tensors. For that it needs the interpreter, and it aborts a
     process whose interpreter is closing (https://github.com/pytorch/pytorch/issues/190489).
     """
     PartialState().wait_for_everyone()
@@ -25,14 +25,14 @@ def wait_to_end() -> None:
 
 @contextmanager
 def leave_together() -> Iterator[None]:
-    """Let processes that have ended their work, or give way, wait for the one that has a record to close.
+    """Let each process wait for the others at its end, also after a signal: one of them must close the run's record.
 
-    A launcher that sees one of them fail, or give way, gives the others 30 seconds.
+    As soon as one process has ended with an error or after a signal, a launcher kills the others after 30 seconds.
     """
     try:
         yield
     except TerminatedError as error:
-        if error.code == EXIT_CODE:  # of all, at the same step; another code may be of this process alone
+        if error.code == EXIT_CODE:  # all processes stop at the same step; another code may be of this one alone
             wait_to_end()
             PartialState().destroy_process_group()
         raise

@@ -1,16 +1,18 @@
-"""`rlhf-launch`: `accelerate launch` for containers and cluster jobs, which are signalled and read by their exit code.
+"""`rlhf-launch`: `accelerate launch` for containers and cluster jobs, which use signals and exit codes.
 
     rlhf-launch --config_file accelerate_configs/multi_gpu.yaml recipes/ppo.py --config my_ppo.yaml
 
-Its arguments are those of `accelerate launch`, which keeps signals from a single process, gives several 30
-seconds before it kills them, and ends with 1 whatever they say. Here SIGTERM and SIGUSR1 reach the recipe's own
-processes, which take the time that a checkpoint needs, and the exit code is theirs: 75 is a run that has given way.
+It takes the arguments of `accelerate launch`. That command does not pass a signal on to a single process, kills
+several processes 30 seconds after it, and always fails with 1. Here SIGTERM and SIGUSR1 reach the processes of the
+recipe. They have as much time as a checkpoint needs, and their exit code is the launcher's. 75: the run stopped at a
+signal and can be resumed.
 """
 
 import os
 import signal
 import socket
 import sys
+from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import suppress
 from subprocess import CalledProcessError
@@ -22,18 +24,18 @@ from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS
 
 
 def main() -> None:
-    """Launch, and exit as the recipe does."""
+    """Launch a recipe, and exit with its code."""
     listen()
-    # After the handlers: the first process of a container is deaf to what it has no handler for.
+    # Only now: the first process of a container ignores signals without a handler, and these imports take seconds.
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    args = launch_command_parser().parse_args()
-    args.quiet = False  # accelerate would hide the exit code
-    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's own answer to SIGTERM would kill what takes longer
+    asked = launch_command_parser().parse_args()
+    # With `quiet`, accelerate hides the exit code. torchrun's handler of SIGTERM kills a process after 30 seconds.
+    needed = {"quiet": False, "signals_to_handle": "SIGINT,SIGHUP,SIGQUIT"}
     try:
-        launch_command(args)
+        launch_command(Namespace(**vars(asked) | needed))
     except CalledProcessError as error:  # of one process
         sys.exit(exit_code([error.returncode]))
     except ChildFailedError as error:
@@ -47,7 +49,7 @@ def main() -> None:
 
 
 def listen() -> None:
-    """Pass signals on from now on, in a thread: the main one may wait for another node, deaf to Python's handlers."""
+    """Pass signals on in a thread: while the main thread waits for another node, it runs no handlers of Python."""
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     for number in SIGNALS:
@@ -63,9 +65,9 @@ def _pass_on(receiver: socket.socket) -> None:
             continue
         processes = psutil.Process().children()
         if not processes:
-            os._exit(EXIT_CODE)  # nothing has begun
+            os._exit(EXIT_CODE)  # nothing has started
         for process in processes:
-            with suppress(psutil.NoSuchProcess):  # it has just ended
+            with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
                 process.send_signal(number)
 
 
@@ -73,11 +75,11 @@ def exit_code(codes: Iterable[int]) -> int:
     """Return one exit code for a run.
 
     Args:
-        codes: Of its processes that have failed, the earliest first; negative if a signal has ended it.
+        codes: Exit codes of the processes that failed, the earliest first; negative after a signal.
 
     Returns:
-        75 if any gave way, or the first was ended by a signal that asks for it, before it could save or after all was
-        saved; else that of the first, 128 + n after another signal n, as a shell has it.
+        75 if any process stopped for a resume, or if SIGTERM or SIGUSR1 ended the first one before it listened to
+        signals or after it had saved. Else the code of the first; 128 + n after another signal n, as in a shell.
     """
     shown = [code if code >= 0 else 128 - code for code in codes]
     asked = [128 + number for number in SIGNALS]

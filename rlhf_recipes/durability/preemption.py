@@ -1,60 +1,66 @@
-"""Giving way: on SIGTERM or SIGUSR1 a run writes a checkpoint and ends, to be taken up by the same command.
+"""Preemption: on SIGTERM or SIGUSR1 a run writes a checkpoint and ends. The same command resumes it.
 
-Slurm sends what `--signal` names before it requeues a job, Kubernetes SIGTERM before it removes a pod.
+Slurm sends the signal of its option `--signal` before it requeues a job. Kubernetes sends SIGTERM before it removes a
+pod.
 """
 
 import logging
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes.algorithm.distributed import global_max
 from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, TerminatedError, terminate
 
-ECHO_SECONDS = 2.0  # a launcher passes on the signal that its processes have got from the scheduler themselves
+ECHO_SECONDS = 2.0  # a scheduler signals all processes, and then the launcher passes its own signal on to them
 logger = logging.getLogger(__name__)
 
 
 class PreemptionCallback(TrainerCallback, ExportableState):
-    """Answer a signal to any rank with a checkpoint of all at the end of the optimiser step, and exit with 75.
+    """After a signal to any rank, save a checkpoint of all ranks at the end of the optimiser step, and exit with 75.
 
-    An evaluation that is due at that step is left to the run that resumes; the checkpoint is whole also with
-    `save_only_model`. A second signal ends the process at once.
+    The resumed run does an evaluation that is due at that step. A second signal ends the process at once.
+
+    Attributes:
+        preempted: Whether a signal ends the training; `DurableTrainer` then writes a whole checkpoint, also with
+            `save_only_model`.
+        evaluation_due: Whether the signal has left out an evaluation; see `evaluation_is_due`.
     """
 
     def __init__(self) -> None:
+        self.preempted = False
         self.evaluation_due = False
         self._received: tuple[int, float] | None = None  # which signal, and when
-        self._preempted = False
         self._handlers: dict[int, Any] = {}
 
     def state(self) -> dict[str, Any]:
-        """Return what transformers keeps in a checkpoint."""
+        """Return the state that transformers keeps in a checkpoint."""
         return {"args": {}, "attributes": {"evaluation_due": self.evaluation_due}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a second answer to the same signal.
+        """Refuse a second handler of the same signal.
 
         Raises:
-            ValueError: If transformers is asked to give one.
+            ValueError: If transformers has one too.
         """
         if args.enable_jit_checkpoint:
             raise ValueError(
-                "`enable_jit_checkpoint` is not needed: a signal is answered by a checkpoint. Leave it out."
+                "`enable_jit_checkpoint` is not needed: after a signal the run saves a checkpoint. Leave it out."
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen to signals, and have done what the run before had no time for."""
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+        """Listen to signals."""
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other thread
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
-        if self.evaluation_due:
-            args.eval_on_start, self.evaluation_due = True, False
+        self.evaluation_due = False  # of the run before: the trainer does it next
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received is None:
@@ -63,12 +69,11 @@ class PreemptionCallback(TrainerCallback, ExportableState):
             terminate(number, frame)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for the checkpoint and the end, if a signal has reached any rank."""
+        """Ask for a checkpoint and the end of the training, if a signal has reached any rank."""
         number = 0 if self._received is None else self._received[0]
         if global_max(torch.tensor(number, device=args.device)).item():
-            self._preempted = control.should_save = control.should_training_stop = True
+            self.preempted = control.should_save = control.should_training_stop = True
             self.evaluation_due, control.should_evaluate = control.should_evaluate, False
-            args.save_only_model = False  # nothing could go on from the weights alone
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop listening, and leave.
@@ -77,13 +82,20 @@ class PreemptionCallback(TrainerCallback, ExportableState):
             TerminatedError: If a signal has ended the training.
         """
         for number, handler in self._handlers.items():
-            # A launcher signals the others when one process has ended: that must not cut short the end of this one.
-            signal.signal(number, signal.SIG_IGN if self._preempted else handler)
-        if not self._preempted:
+            # A launcher signals the others when one process has ended. This one must still come to its own end.
+            signal.signal(number, signal.SIG_IGN if self.preempted else handler)
+        if not self.preempted:
             return
         if state.is_world_process_zero:
             logger.warning(
                 f"Stopped by a signal at step {state.global_step}, with a checkpoint in {args.output_dir}. The same "
-                "command with `--resume_from_checkpoint true` goes on from there."
+                "command with `--resume_from_checkpoint true` resumes from there."
             )
         raise TerminatedError(EXIT_CODE)
+
+
+def evaluation_is_due(checkpoint: str) -> bool:
+    """Return whether a signal has left out an evaluation at the step of a checkpoint."""
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    saved = state.stateful_callbacks.get(PreemptionCallback.__name__, [])
+    return any(entry["attributes"]["evaluation_due"] for entry in (saved if isinstance(saved, list) else [saved]))

@@ -1,4 +1,4 @@
-"""What PPO carries between rollouts and no library saves: one JSON file in every checkpoint."""
+"""The state that PPO keeps between rollouts and that no library saves: one JSON file in every checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 STATE_FILE = "ppo_state.json"
-PROGRESS_FILE = "ppo_progress_{}.pt"  # of each rank: its share of the rollout in use, and sums since the latest log
+PROGRESS_FILE = "ppo_progress_{}.pt"  # by rank: its share of the current rollout, and sums since the latest log
 
 
 class Stateful(Protocol):
-    """What has a state of plain numbers."""
+    """An object with a state of plain numbers."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state."""

@@ -1,6 +1,6 @@
-"""What asks a run to give way, and how it says that it did.
+"""The signals that stop a run, and the exit code of a stopped run.
 
-, without imports beyond the standard library: a launcher must start at once.
+Imports only the standard library: a launcher must start at once.
 """
 
 import signal
@@ -11,11 +11,11 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class TerminatedError(SystemExit):
-    """A signal that ends the process, as an exception that unwinds the run."""
+    """A signal that ends the process, as an exception: the run can close its records on the way out."""
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """End the process with the shell's code for a signal; a handler.
+    """Handle a signal: end the process with the code that a shell has for it.
 
     Raises:
         TerminatedError: Always.

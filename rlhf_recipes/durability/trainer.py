@@ -1,6 +1,6 @@
-"""A trainer whose checkpoints are whole or not there.
+"""A trainer that writes a checkpoint whole or not at all, and resumes from it.
 
-Overrides only, on `transformers.Trainer`, to be mixed into TRL's trainers.
+A mixin for TRL's trainers, of overrides of `transformers.Trainer`.
 """
 
 import shutil
@@ -17,49 +17,58 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rlhf_recipes.durability.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
+from rlhf_recipes.durability.preemption import PreemptionCallback, evaluation_is_due
 from rlhf_recipes.durability.termination import SIGNALS
-from rlhf_recipes.options.secrets import keep_token_out_of_files, without_secrets
+from rlhf_recipes.options.changes import with_changes
+from rlhf_recipes.options.secrets import without_secrets
 
 
 class DurableTrainer(Trainer):
-    """Write a checkpoint beside the others and rename it when it is whole; resume only from one that is."""
+    """Write a checkpoint in a folder of its own and rename it when it is whole; resume only from a whole one.
+
+    Never change the options of the user. Some decisions transformers takes by its options alone: for these it gets
+    other options during one call.
+    """
 
     args: Any
-    _staging: str | None = None  # folder in which a checkpoint is being written
+    _staging: str | None = None  # folder of a checkpoint that is not whole yet
     _resumed_from: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does.
 
         Args:
-            resume_from_checkpoint: As in `checkpoints.checkpoint_to_resume`: true starts afresh if there is none.
+            resume_from_checkpoint: See `checkpoints.checkpoint_to_resume`. True starts a new run if there is none.
             args: Passed on.
             kwargs: Passed on.
 
         Raises:
-            ValueError: If the checkpoint is not whole, or holds nothing but the model.
+            ValueError: If the checkpoint is not whole, or holds only the model.
         """
         self._resumed_from = checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        changes = {"restore_callback_states_from_checkpoint": True}  # early stopping goes on counting
         if checkpoint is not None:
             _refuse_weights_alone(checkpoint)
-        self.args.restore_callback_states_from_checkpoint = True  # early stopping counts on
-        return super().train(checkpoint, *args, **kwargs)
+            # The run was evaluated at its start. Only an evaluation that a signal left out is still due.
+            changes["eval_on_start"] = evaluation_is_due(checkpoint)
+        with self._options(with_changes(self.args, **changes)):
+            return super().train(checkpoint, *args, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # transformers would train one step more
+        if self.state.global_step >= self.state.max_steps:  # transformers compares them only after a step
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
-        at_resume = skip_scheduler and self.state.global_step > 0  # it was due before
-        if at_resume and self._determine_best_metric(metrics, trial):
-            self.state.best_model_checkpoint = self._resumed_from  # which was written before it was known as the best
+        is_late = skip_scheduler and self.state.global_step > 0  # a signal left it out before
+        if is_late and self._determine_best_metric(metrics, trial):
+            self.state.best_model_checkpoint = self._resumed_from  # written before anything showed that it is the best
         return metrics
 
     def _get_dataloader(self, *args: Any, **options: Any) -> Any:
-        """Return TRL's, whose worker processes do not end of the signal that a scheduler sends to all of a job."""
+        """Return TRL's, with worker processes that ignore the signal of a scheduler to every process of a job."""
         loader = super()._get_dataloader(*args, **options)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's is around torch's
         inner.worker_init_fn = partial(_ignore_signals, inner.worker_init_fn)
@@ -72,25 +81,28 @@ class DurableTrainer(Trainer):
         run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = run_dir / STAGING / name, run_dir / name
         if self.args.should_save:
-            shutil.rmtree(staged.parent, ignore_errors=True)  # of an attempt that did not come to its end
+            shutil.rmtree(staged.parent, ignore_errors=True)  # of an attempt that failed
         self.accelerator.wait_for_everyone()
         self._staging = str(staged.parent)
+        # Weights alone cannot be resumed.
+        only_model = self.args.save_only_model and not self._is_preempted()
         try:
-            super()._save_checkpoint(model, trial)
+            with self._options(with_changes(self.args, save_only_model=only_model)):
+                super()._save_checkpoint(model, trial)
             self._save_progress(staged)
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(final)
-                if self.args.should_save:  # transformers has written the path in which it is staged
+                if self.args.should_save:  # transformers has written the path of the unfinished checkpoint
                     self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(staged, final)
-        except Exception as error:  # a full disk has another exception in every library
+        except Exception as error:  # every library has its own exception for a full disk
             if self.args.should_save:
                 shutil.rmtree(staged.parent, ignore_errors=True)
             raise OSError(
                 f"Checkpoint {final} could not be written: {error} Those before it are whole. Make room, or keep "
-                "fewer by `save_total_limit`, and go on with `resume_from_checkpoint: true`."
+                "fewer by `save_total_limit`, and resume with `resume_from_checkpoint: true`."
             ) from error
         finally:
             self._staging = None
@@ -98,26 +110,29 @@ class DurableTrainer(Trainer):
             remove_old(run_dir, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
         self.accelerator.wait_for_everyone()
 
+    def _is_preempted(self) -> bool:
+        # A restored checkpoint replaces the callback by another instance: look it up each time.
+        return any(isinstance(c, PreemptionCallback) and c.preempted for c in self.callback_handler.callbacks)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self._secrets_kept_out():
+        with self._options(without_secrets(self.args)):  # transformers pickles them beside the weights
             super()._save(output_dir, state_dict=state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        with self._secrets_kept_out():
+        with self._options(without_secrets(self.args)):
             super()._push_from_checkpoint(checkpoint_folder)
 
     @contextmanager
-    def _secrets_kept_out(self) -> Iterator[None]:
-        """Give transformers options without secrets while it writes a pickle of them beside the weights."""
-        keep_token_out_of_files(self.args)
-        args, self.args = self.args, without_secrets(self.args)
+    def _options(self, args: Any) -> Iterator[None]:
+        """Give transformers other options for a while."""
+        own, self.args = self.args, args
         try:
             yield
         finally:
-            self.args = args
+            self.args = own
 
     def _save_progress(self, folder: Path) -> None:
-        """Write what transformers does not know of into a checkpoint. Every rank makes the call."""
+        """Write into a checkpoint what transformers does not save. Every rank makes the call."""
 
 
 def _ignore_signals(initialize: Any, worker: int) -> None:
@@ -128,10 +143,10 @@ def _ignore_signals(initialize: Any, worker: int) -> None:
 
 
 def _refuse_weights_alone(checkpoint: str) -> None:
-    """Refuse what transformers would go on from in silence, with an optimiser and a schedule that begin anew."""
+    """Refuse a checkpoint from which transformers would silently resume with a new optimiser and a new schedule."""
     if not any(Path(checkpoint).glob("rng_state*.pth")):  # beside the optimiser, whose files differ by the backend
         raise ValueError(
             f"`resume_from_checkpoint` {checkpoint} was written with `save_only_model: true`: it has no optimiser, "
-            "schedule and random states to go on with. Name a checkpoint that has them, or start a run from its "
-            f"weights: `model_name_or_path: {checkpoint}`, another `output_dir`, no `resume_from_checkpoint`."
+            "schedule and random states, which a resume needs. Name a checkpoint that has them, or start a run from "
+            f"its weights: `model_name_or_path: {checkpoint}`, another `output_dir`, no `resume_from_checkpoint`."
         )

@@ -1,4 +1,4 @@
-"""Whether an option has a value of its kind: a word where a number belongs would fail much later, or not at all."""
+"""Checks of the types and ranges of options: a text in place of a number would fail much later, or never."""
 
 import math
 import types
@@ -9,20 +9,20 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def check_choice(config: Any, name: str, allowed: tuple[str, ...], reason: str = "") -> None:
-    """Refuse a value that is not one of the allowed ones, by the name of its option."""
+    """Refuse a value that is not allowed, and name its option."""
     value = getattr(config, name)
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.{reason}")
 
 
 def check_range(config: Any, name: str, holds: Callable[[Any], bool], claim: str) -> None:
-    """Refuse a value that does not hold, by the name of its option; `None` passes."""
+    """Refuse a value that does not meet a condition, and name its option; `None` passes."""
     value = getattr(config, name)
     if value is not None and not holds(value):
         raise ValueError(f"`{name}` must {claim}, got {value}.")
 
 
-ALSO_BOOLEAN = {"resume_from_checkpoint"}  # which is declared as a text
+ALSO_BOOLEAN = {"resume_from_checkpoint"}  # transformers declares it as a text
 KINDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -33,10 +33,10 @@ KINDS: dict[Any, str] = {
 
 
 def check_types(config: Any) -> None:
-    """Check the options of a dataclass that take numbers, texts, choices, true or false; others pass.
+    """Check the types of a dataclass's options: numbers, texts, choices, booleans; other types pass.
 
     Raises:
-        ValueError: If one has a value of another kind, or one that is not a number (NaN).
+        ValueError: If a value has another type, or is not a number (NaN).
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name, None)

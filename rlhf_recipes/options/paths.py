@@ -1,18 +1,18 @@
-"""Paths that options name: where an earlier stage has left its output."""
+"""Paths in options that name the output of an earlier stage."""
 
 import re
 from pathlib import Path
 
 
 def require_path(option: str, path: str | None) -> str:
-    """Return `path` if it can be loaded from; a missing output of an earlier stage is named with its command.
+    """Return an existing local path, or a name on the Hub; for a missing output of a stage, name the stage's command.
 
     By convention `recipes/<stage>.py` writes `runs/<model>/<stage>` from `recipes/configs/<model>/<stage>.yaml`, and
-    `recipes/quickstart.py` all of `runs/quickstart`.
+    `recipes/quickstart.py` writes all of `runs/quickstart`. The commands suit the working directory.
 
     Args:
         option: Name of the option, for the message.
-        path: Its value: a local path, or a name on the Hub.
+        path: Value of the option.
 
     Raises:
         ValueError: If `path` is `None`.

@@ -1,6 +1,6 @@
 """Options of `PPOTrainer`: TRL's, and those that TRL lacks.
 
-Everything that can be checked without a model or a dataset is checked here, before anything is loaded.
+All checks that need neither a model nor a dataset are here. They run before anything is loaded.
 """
 
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ from trl import GRPOConfig
 
 from rlhf_recipes.options.checks import check_choice, check_range, check_types
 from rlhf_recipes.options.reward_calls import RewardCallConfig
-from rlhf_recipes.options.secrets import holds_credentials, keep_token_out_of_files
+from rlhf_recipes.options.secrets import holds_credentials
 
 
 class _SingleGeneration(int):
-    """The number 1, for which `num_generations < 2` is False: the one check of GRPO that does not hold for PPO."""
+    """The number 1, but not smaller than 2: GRPO refuses `num_generations < 2`, and PPO needs 1."""
 
     def __lt__(self, other: Any) -> bool:
         return False
@@ -22,48 +22,52 @@ class _SingleGeneration(int):
 
 @dataclass
 class PPOConfig(RewardCallConfig, GRPOConfig):
-    """Options of `PPOTrainer`. Every option of `trl.GRPOConfig` applies; those below are new or have another default.
+    """Options of `PPOTrainer`: those of `trl.GRPOConfig`, some with another default, and new ones.
 
-    A rollout is `per_device_train_batch_size * processes * steps_per_generation` completions. It is used for
+    A rollout has `per_device_train_batch_size * processes * steps_per_generation` completions. PPO trains on it for
     `num_iterations` epochs of `steps_per_generation / gradient_accumulation_steps` mini-batches each.
     """
 
     # TRL's fields, with PPO's defaults.
-    num_generations: int = field(default=1, metadata={"help": "Completions per prompt. PPO needs no group: 1."})
+    num_generations: int = field(
+        default=1, metadata={"help": "Completions per prompt. PPO needs no group, so 1 is enough."}
+    )
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = field(
         default="grpo",
         metadata={
-            "help": "How token losses are averaged. `grpo` is PPO's per-sequence mean; all three are independent of "
-            "how a batch is cut into micro-batches."
+            "help": "Mean over token losses. `grpo` is PPO's mean per sequence. None of the three depends on the size "
+            "of the micro-batches."
         },
     )
     scale_rewards: str = field(
-        default="none", metadata={"help": "`none`: PPO scales scores by their moving statistics, see `reward_norm`."}
+        default="none", metadata={"help": "`none`: PPO scales scores by their moving statistics; see `reward_norm`."}
     )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "With dropout the ratio of an untouched policy would not be 1."}
+        default=True, metadata={"help": "Train without dropout: with it, the ratio of an unchanged policy is not 1."}
     )
     adam_epsilon: float = field(
         default=1e-5,
-        metadata={"help": "1e-8 lets the policy drift six times as fast in the first updates (arXiv:2403.17031)."},
+        metadata={"help": "With 1e-8 the policy drifts six times as fast in the first updates (arXiv:2403.17031)."},
     )
     # Value function.
     value_head_size: int | None = field(
         default=None, metadata={"help": "Width of the value head's hidden layer. Default: the model's hidden size."}
     )
     value_head_activation: Literal["silu", "gelu"] = field(
-        default="silu", metadata={"help": "Activation of the value head: `silu` or `gelu`; ReLU is refused."}
+        default="silu", metadata={"help": "Activation of the value head: `silu` or `gelu`. ReLU is refused."}
     )
     value_gradient_to_backbone: bool = field(
         default=False,
-        metadata={"help": "Let the value loss train the backbone too. Known to pull the policy below SFT."},
+        metadata={
+            "help": "Let the value loss train the backbone too. This is known to make the policy worse than SFT."
+        },
     )
     value_head_learning_rate: float | None = field(
         default=None,
         metadata={
             "help": "Learning rate of the value head, under the policy's schedule. Default: ten times "
-            "`learning_rate`: a new head must follow the scores, at a rate that would tear a trained backbone."
+            "`learning_rate`. A new head must follow the scores at a rate that would harm a trained backbone."
         },
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
@@ -71,7 +75,7 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
         default=0.2, metadata={"help": "Trust region of the value function, in units of the normalised score."}
     )
     critic_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimiser steps at the start in which only the value head learns."}
+        default=0, metadata={"help": "Optimiser steps at the start that train only the value head."}
     )
     # Advantages.
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
@@ -86,96 +90,104 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
     response_separator: str = field(
         default="\n\n",
         metadata={
-            "help": "Boundary between a plain-text prompt and its response; must be the reward model's. Chat prompts "
-            "use the chat template's assistant header instead."
+            "help": "Boundary between a plain-text prompt and its response. The reward model must have the same. Chat "
+            "prompts use the assistant header of the chat template instead."
         },
     )
     reward_adapter: str | None = field(
         default=None,
         metadata={
-            "help": "LoRA reward model of the policy's own base, run on the policy's backbone: no second model in "
-            "memory. Added to the other rewards."
+            "help": "LoRA reward model on the policy's base. It runs on the policy's backbone, without a second model "
+            "in memory. Its score is added to the other rewards."
         },
     )
-    reward_norm: bool = field(default=True, metadata={"help": "Normalise scores by their moving mean and deviation."})
+    reward_norm: bool = field(
+        default=True, metadata={"help": "Normalise scores by their moving mean and standard deviation."}
+    )
     reward_norm_decay: float = field(default=0.99, metadata={"help": "Weight of the past, per rollout."})
-    reward_norm_clip: float = field(default=5.0, metadata={"help": "Bound on a normalised score, in deviations."})
+    reward_norm_clip: float = field(
+        default=5.0, metadata={"help": "Largest absolute value of a normalised score, in standard deviations."}
+    )
     truncated_completions: Literal["terminal", "bootstrap", "mask"] = field(
         default="terminal",
         metadata={
-            "help": "Completions cut by the length limit: `terminal` treats them as finished, `bootstrap` adds the "
-            "value of the state they stopped in, `mask` leaves them out of the loss."
+            "help": "Completions that the length limit cut. `terminal`: they count as finished. `bootstrap`: the "
+            "value of their last state is added. `mask`: they are not in the loss."
         },
     )
     missing_eos_penalty: float | None = field(
         default=None,
-        metadata={"help": "Subtracted from the normalised score of a truncated completion, in deviations."},
+        metadata={"help": "Deduction from the normalised score of a truncated completion, in standard deviations."},
     )
     # KL to the reference policy.
-    kl_coef: float = field(default=0.05, metadata={"help": "(Initial) price of one nat, in normalised score."})
+    kl_coef: float = field(
+        default=0.05,
+        metadata={"help": "Price of one nat of KL, in normalised score; the first one if it is adaptive."},
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = field(
-        default="k1", metadata={"help": "Estimator in the reward. Only k1 gives the gradient of the KL."}
+        default="k1", metadata={"help": "Estimator in the reward. Only k1 has the gradient of the KL."}
     )
     kl_controller: Literal["fixed", "adaptive"] = field(
         default="fixed", metadata={"help": "`adaptive` steers the KL per sequence towards `target_kl`."}
     )
-    target_kl: float = field(default=6.0, metadata={"help": "KL per sequence that the controller holds, nats."})
+    target_kl: float = field(default=6.0, metadata={"help": "KL per sequence that the controller aims at, in nats."})
     kl_horizon: int = field(
-        default=10_000, metadata={"help": "Sequences over which the controller may change `kl_coef` by a fifth."}
+        default=10_000,
+        metadata={"help": "Number of sequences in which the controller can change `kl_coef` by a fifth."},
     )
-    # Guards: a rollout's update and a run that go wrong.
+    # Guards against a bad update and a bad run.
     max_update_kl: float | None = field(
         default=None,
         metadata={
-            "help": "KL from the policy that sampled a rollout, nats per token, beyond which the rest of its "
-            "optimiser steps are left out. 0.05 is a usual limit. Default: none."
+            "help": "Largest KL to the policy that sampled a rollout, in nats per token. Beyond it, the other "
+            "optimiser steps on this rollout are skipped. 0.05 is a usual limit. Default: none."
         },
     )
     max_kl: float | None = field(
         default=None,
         metadata={
-            "help": "KL to the reference, nats per sequence, beyond which the run goes back to its checkpoint before "
-            "that, with a lower learning rate. Default: none."
+            "help": "Largest KL to the reference, in nats per sequence. Beyond it, the run goes back to a checkpoint "
+            "from before, with a lower learning rate. Default: none."
         },
     )
     max_skipped_steps: int = field(
         default=3,
         metadata={
-            "help": "Optimiser steps in a row with a loss or gradient that is not finite, which are left out, after "
-            "which the run goes back to its last checkpoint, with a lower learning rate."
+            "help": "Optimiser steps in a row with a loss or gradient that is not finite. Each is skipped. After that "
+            "many, the run goes back to its latest checkpoint, with a lower learning rate."
         },
     )
     max_rollbacks: int = field(
-        default=3, metadata={"help": "How often a run may go back to a checkpoint; 0 ends it the first time."}
+        default=3, metadata={"help": "Number of times that a run may go back to a checkpoint. 0: it ends instead."}
     )
     rollback_learning_rate_factor: float = field(
-        default=0.5, metadata={"help": "What the learning rates are multiplied by each time that a run goes back."}
+        default=0.5, metadata={"help": "Factor of the learning rates each time that a run goes back."}
     )
 
-    # Evaluation during training, on held-out prompts, against the policy that training started from.
+    # Evaluation during training: on held-out prompts, against the policy before training.
     metric_for_best_model: str | None = field(
         default=None,
         metadata={
-            "help": "Figure to choose a checkpoint by. Default: `win_rate_low`, the lower end of the win rate's 95 %% "
-            "interval, by the first judge, or else by the trained score."
+            "help": "Metric that chooses the best checkpoint. Default: `win_rate_low`, the lower end of the 95 %% "
+            "interval of the win rate, by the first judge, or without judges by the trained score."
         },
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Evaluations in a row without a better one, after which training ends."}
+        default=None,
+        metadata={"help": "Number of evaluations in a row without a better one after which training ends."},
     )
     allow_changes_on_resume: bool = field(
         default=False,
         metadata={
-            "help": "Resume although models, data or options are not those of the checkpoint; what differs is said."
+            "help": "Resume although models, data or options differ from the checkpoint's. A warning names them."
         },
     )
     logged_samples: int = field(
-        default=16, metadata={"help": "Completions of the latest rollout in the table that each log writes; 0: none."}
+        default=16, metadata={"help": "Completions of the latest rollout in the table of each log. 0: no table."}
     )
 
     def __post_init__(self) -> None:
         check_types(self)
-        keep_token_out_of_files(self)
         self._check_owned_by_ppo()
         self._check_addresses()
         self._check_inherited_ranges()
@@ -188,15 +200,16 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
             self.num_generations = _SingleGeneration(1)
         super().__post_init__()
         self.num_generations = int(self.num_generations)
-        self.eval_on_start = self.eval_strategy != "no"  # the answers of step 0 are what later ones compare with
+        self.eval_on_start = self.eval_strategy != "no"  # later answers are compared with those of step 0
         if self.value_head_learning_rate is None:
             self.value_head_learning_rate = 10 * self.learning_rate
         self._check_ranges()
         self._check_reward_calls()
         self._check_batches()
+        self._check_sampling()
 
     def _check_owned_by_ppo(self) -> None:
-        """Refuse TRL options whose place PPO takes."""
+        """Refuse options of TRL that PPO replaces."""
         if self.mask_truncated_completions and self.truncated_completions != "mask":
             raise ValueError("Use `truncated_completions: mask` instead of `mask_truncated_completions`.")
         if self.sync_ref_model:
@@ -211,7 +224,7 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
             raise ValueError("`importance_sampling_level` must be 'token': PPO's advantages are per token.")
 
     def _check_addresses(self) -> None:
-        """Refuse what TRL's messages about a server that does not answer would show."""
+        """Refuse a password that TRL's message about a silent server would show."""
         if holds_credentials(self.vllm_server_base_url):
             raise ValueError(
                 "`vllm_server_base_url` holds a password, which messages would show. Write it into `~/.netrc`, where "
@@ -219,7 +232,7 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
             )
 
     def _check_inherited_ranges(self) -> None:
-        """Refuse values that TRL and transformers would stumble over later, without naming the option."""
+        """Refuse values on which TRL and transformers would fail later, without naming the option."""
         for name in ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps"):
             check_range(self, name, lambda x: x > 0, "be positive")
         for name in ("num_generations", "temperature"):
@@ -283,12 +296,22 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
                 "stays inside one rollout."
             )
 
+    def _check_sampling(self) -> None:
+        """Refuse a way of sampling for which TRL casts the trained weights in place."""
+        precision = "bf16" if self.bf16 else "fp16" if self.fp16 else None
+        if self.use_transformers_continuous_batching and not self.use_vllm and precision is not None:
+            raise ValueError(
+                f"`use_transformers_continuous_batching` cannot be used with `{precision}`: TRL would round the "
+                f"trained weights to 16 bits in the first rollout. Set `{precision}: false`, or sample with "
+                "`use_vllm: true`."
+            )
+
     @property
     def held_kl(self) -> float | None:
-        """KL per sequence that a controller holds, nats; none with a fixed coefficient."""
+        """Return the KL per sequence that the controller aims at, in nats; `None` with a fixed coefficient."""
         return self.target_kl if self.kl_controller == "adaptive" else None
 
     @property
     def rollout_steps(self) -> int:
-        """Optimiser steps that a rollout is used for."""
+        """Return the number of optimiser steps on one rollout."""
         return int(self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps)

@@ -1,6 +1,6 @@
-"""Inputs of the recipes beside models, data and trainers.
+"""Options of the recipes, beside those of models and trainers.
 
-Everything that can be checked without a model or a dataset is checked here, before anything is loaded.
+All checks that need neither a model nor a dataset are here. They run before anything is loaded.
 """
 
 import os
@@ -24,30 +24,30 @@ def _check_list(config: Any, name: str) -> None:
 
 @dataclass
 class BoundaryArguments:
-    """The boundary between prompt and response, for recipes whose TRL configuration has none."""
+    """The boundary between prompt and response, for SFT: TRL has no such option."""
 
     response_separator: str = field(
-        default="\n\n", metadata={"help": "As in reward modelling and PPO; plain text only."}
+        default="\n\n", metadata={"help": "The same as in reward modelling and PPO; for plain text only."}
     )
 
 
 @dataclass
 class JudgeArguments(ScriptArguments):
-    """Judges that a policy is not trained on."""
+    """Judges whose scores do not train the policy."""
 
     judge_models: list[str] = field(
         default_factory=list,
-        metadata={"help": "Further reward models that judge: directories, Hub names or addresses."},
+        metadata={"help": "Further reward models as judges: directories, Hub names or addresses."},
     )
     judge_functions: list[str] = field(
         default_factory=list,
-        metadata={"help": "Python judges of TRL's reward signature, each as `package.module:function`."},
+        metadata={"help": "Python judges with TRL's reward signature, each as `package.module:function`."},
     )
     pairwise_judges: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Python judges that see both answers, each as `package.module:function`; asked in both orders. "
-            "Their signature is in `rlhf_recipes.evaluation.statistics.swapped_preferences`."
+            "help": "Python judges that see both answers, in both orders, each as `package.module:function`. For the "
+            "signature, see `rlhf_recipes.evaluation.statistics.swapped_preferences`."
         },
     )
 
@@ -62,13 +62,11 @@ class JudgeArguments(ScriptArguments):
 
 @dataclass
 class PPOArguments(JudgeArguments):
-    """Inputs of `recipes/ppo.py` beside the policy and the data."""
+    """Rewards and judges of `recipes/ppo.py`."""
 
     reward_model_path: str | None = field(
         default=None,
-        metadata={
-            "help": "Reward model to score with: a directory, a Hub name, or where one is served (`http://..`)."
-        },
+        metadata={"help": "Reward model: a directory, a Hub name, or the address of a server (`http://..`)."},
     )
     reward_functions: list[str] = field(
         default_factory=list,
@@ -82,18 +80,20 @@ class PPOArguments(JudgeArguments):
 
 @dataclass
 class EvaluationArguments(RewardCallConfig, JudgeArguments):
-    """Inputs of `recipes/evaluate.py`: two policies, held-out prompts and judges."""
+    """Options of `recipes/evaluate.py`: two policies, held-out prompts and judges."""
 
-    baseline_path: str | None = field(default=None, metadata={"help": "Policy to compare with, usually the SFT one."})
-    reward_model_path: str | None = field(default=None, metadata={"help": "Reward model that judges."})
-    num_prompts: int | None = field(default=None, metadata={"help": "Held-out prompts to use. Default: all."})
+    baseline_path: str | None = field(
+        default=None, metadata={"help": "Policy to compare with, usually the one after SFT."}
+    )
+    reward_model_path: str | None = field(default=None, metadata={"help": "Reward model as a judge."})
+    num_prompts: int | None = field(default=None, metadata={"help": "Number of held-out prompts. Default: all."})
     num_samples: int = field(default=1, metadata={"help": "Completions per prompt and policy."})
     max_completion_length: int = field(default=256, metadata={"help": "Tokens per completion."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; the one of training compares."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature. Use that of the training."})
     batch_size: int = field(default=32, metadata={"help": "Prompts per generation batch."})
-    response_separator: str = field(default="\n\n", metadata={"help": "As in training; plain text only."})
-    num_shown: int = field(default=4, metadata={"help": "Completions to print side by side."})
-    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where results and samples are written."})
+    response_separator: str = field(default="\n\n", metadata={"help": "The same as in training; for plain text only."})
+    num_shown: int = field(default=4, metadata={"help": "Number of completions to print side by side."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Directory for results and samples."})
     seed: int = field(default=42, metadata={"help": "Seed of sampling and of the bootstrap."})
 
     def __post_init__(self) -> None:
@@ -110,16 +110,17 @@ class EvaluationArguments(RewardCallConfig, JudgeArguments):
 
 @dataclass
 class ServeArguments:
-    """Where `recipes/serve_reward_model.py` listens, and how much it takes at a time."""
+    """Address and limits of `recipes/serve_reward_model.py`."""
 
     host: str = field(
-        default="127.0.0.1", metadata={"help": "Address to listen at; `0.0.0.0` for other machines too."}
+        default="127.0.0.1", metadata={"help": "Address to listen at; `0.0.0.0` to serve other machines too."}
     )
     port: int = field(default=8000, metadata={"help": "Port to listen at."})
-    batch_size: int = field(default=8, metadata={"help": "Completions per forward of the reward model."})
-    max_request_bytes: int = field(default=2**24, metadata={"help": "Size of the largest request."})
+    batch_size: int = field(default=8, metadata={"help": "Completions per forward pass of the reward model."})
+    max_request_bytes: int = field(default=2**24, metadata={"help": "Size of the largest request, in bytes."})
     max_waiting: int = field(
-        default=64, metadata={"help": "Requests that wait at most; further ones are told to come back (503)."}
+        default=64,
+        metadata={"help": "Largest number of waiting requests. Further ones get the answer 503: try again later."},
     )
 
     def __post_init__(self) -> None:
@@ -130,16 +131,16 @@ class ServeArguments:
 
 @dataclass
 class ExportArguments:
-    """Where `recipes/export.py` writes."""
+    """Output of `recipes/export.py`."""
 
     output_dir: str = field(metadata={"help": "Directory for the exported model."})
 
 
 @dataclass
 class ComparisonArguments:
-    """Inputs of `recipes/compare.py`: which runs, and where the report goes."""
+    """Options of `recipes/compare.py`: the runs and the report."""
 
-    experiment: str = field(metadata={"help": "MLflow experiment whose PPO runs are compared."})
+    experiment: str = field(metadata={"help": "MLflow experiment with the PPO runs to compare."})
     runs: list[str] = field(
         default_factory=list,
         metadata={"help": "Run ids, beginnings of ids, or run names. Default: all PPO runs of the experiment."},
@@ -148,7 +149,7 @@ class ComparisonArguments:
         default=None,
         metadata={"help": "MLflow store. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` here."},
     )
-    output_dir: str = field(default="runs/compare", metadata={"help": "Where the report and its figures are written."})
+    output_dir: str = field(default="runs/compare", metadata={"help": "Directory for the report and its figures."})
     num_shown: int = field(default=4, metadata={"help": "Held-out prompts whose completions are shown side by side."})
 
     def __post_init__(self) -> None:
@@ -158,7 +159,7 @@ class ComparisonArguments:
 
 @dataclass
 class TrackingArguments:
-    """Where runs and the models that they train are recorded."""
+    """The record of a run and of its model in MLflow."""
 
     tracking: bool = field(default=True, metadata={"help": "Record the run in MLflow."})
     tracking_uri: str | None = field(
@@ -169,21 +170,20 @@ class TrackingArguments:
         default=None, metadata={"help": "MLflow experiment. Default: $MLFLOW_EXPERIMENT_NAME, else `rlhf_recipes`."}
     )
     parent_run_id: str | None = field(
-        default=None, metadata={"help": "MLflow run, say of a pipeline, under which this one is listed."}
+        default=None, metadata={"help": "MLflow run that lists this one under it, for example that of a pipeline."}
     )
     log_model: bool = field(
         default=True,
-        metadata={
-            "help": "Copy the trained model to the store: an adapter, or a full model whole, with all its gigabytes."
-        },
+        metadata={"help": "Copy the trained model to the store: an adapter, or a full model with all its gigabytes."},
     )
     registered_model_name: str | None = field(
-        default=None, metadata={"help": "Registered model in MLflow of which the trained model becomes a new version."}
+        default=None, metadata={"help": "Registered model in MLflow that gets the trained model as a new version."}
     )
     registered_model_alias: str | None = field(
         default=None,
         metadata={
-            "help": "Alias for that version, say `candidate`, for `models:/NAME@ALIAS`; taken from an older one."
+            "help": "Alias of that version, for example `candidate`, for `models:/NAME@ALIAS`. An older version loses "
+            "it."
         },
     )
 
@@ -198,23 +198,23 @@ class TrackingArguments:
 
 @dataclass
 class PreflightArguments:
-    """How far a training recipe goes."""
+    """Whether a training recipe ends after its preflight."""
 
     preflight_only: bool = field(
         default=False,
         metadata={
-            "help": "Load and check everything, print it, and leave before training: with 0, or with 1 if something "
-            "is bound to fail. No run is recorded."
+            "help": "Load and check everything, print the result, and end before training: with exit code 0, or with "
+            "1 if the run would fail. No run is recorded."
         },
     )
 
     def recorded(self, tracking: TrackingArguments) -> TrackingArguments:
-        """Return where the run is recorded: nowhere if it ends before training."""
+        """Return the record of the run: none if it ends before training."""
         return replace(tracking, tracking=tracking.tracking and not self.preflight_only)
 
 
 def tracking_uri(tracking: TrackingArguments) -> str:
-    """Return the store: the option, else the environment's, else a SQLite file here; a file with its full path."""
+    """Return the store of the option, of the environment, or a SQLite file here; a file has its full path."""
     uri = tracking.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     file = _sqlite_file(uri)
     return uri if file is None else f"sqlite:///{file.resolve()}"

@@ -16,28 +16,28 @@ class RewardCallConfig:
     reward_timeout: float | None = field(
         default=300.0,
         metadata={
-            "help": "Seconds that a call of a reward function, a served reward model or a judge may take. `null`: no "
-            "limit, and functions run in the main thread."
+            "help": "Time limit in seconds for a call of a reward function, a served reward model or a judge. `null`: "
+            "no limit, and functions run in the main thread."
         },
     )
     reward_retries: int = field(
-        default=4, metadata={"help": "Further attempts of such a call that fails, after 1, 2, 4, .. seconds."}
+        default=4, metadata={"help": "Further attempts after a call fails, after pauses of 1, 2, 4, .. seconds."}
     )
     failed_rewards: Literal["raise", "mask"] = field(
         default="raise",
         metadata={
-            "help": "After the last attempt: `raise` ends the run; `mask` leaves the completions of the call without "
-            "this reward, and out of the loss if they have no other."
+            "help": "After the last attempt: `raise` ends the run. `mask` lets the completions of the call have no "
+            "such reward; without any reward, they are not in the loss."
         },
     )
 
     def check_reward_calls(self) -> None:
-        """Refuse limits that are none."""
+        """Refuse values that cannot be limits."""
         check_choice(self, "failed_rewards", ("raise", "mask"))
         check_range(self, "reward_timeout", lambda x: x > 0, "be positive (`null` for no limit)")
         check_range(self, "reward_retries", lambda x: x >= 0, "not be negative")
 
     def longest_call(self) -> float:
-        """Return after how many seconds a call has failed for good."""
+        """Return the seconds until the last attempt of a call has failed."""
         pauses = sum(min(2.0**attempt, LONGEST_PAUSE_SECONDS) for attempt in range(self.reward_retries))
         return math.inf if self.reward_timeout is None else (1 + self.reward_retries) * self.reward_timeout + pauses

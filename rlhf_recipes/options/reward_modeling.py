@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from trl import RewardConfig
 
 from rlhf_recipes.options.checks import check_range, check_types
-from rlhf_recipes.options.secrets import keep_token_out_of_files
 
 
 @dataclass
 class RewardModelConfig(RewardConfig):
-    """Options of `RewardModelTrainer`. Every option of `trl.RewardConfig` applies."""
+    """Options of `RewardModelTrainer`: those of `trl.RewardConfig`, and new ones."""
 
     weight_decay: float = field(
-        default=0.01, metadata={"help": "Keeps the scores, which are not normalised in training, bounded."}
+        default=0.01,
+        metadata={"help": "Weight decay. It keeps the scores bounded, which training does not normalise."},
     )
     l2_coefficient: float = field(
         default=0.0, metadata={"help": "Weight of the mean squared score, added to the Bradley-Terry loss."}
@@ -21,13 +21,12 @@ class RewardModelConfig(RewardConfig):
     response_separator: str = field(
         default="\n\n",
         metadata={
-            "help": "Boundary between a plain-text prompt and its response. Written to the reward model card; PPO "
-            "must use the same. Chat prompts use the chat template's assistant header instead."
+            "help": "Boundary between a plain-text prompt and its response. It is written to the reward model card, "
+            "and PPO must use the same. Chat prompts use the assistant header of the chat template instead."
         },
     )
 
     def __post_init__(self) -> None:
         check_types(self)
-        keep_token_out_of_files(self)
         super().__post_init__()
         check_range(self, "l2_coefficient", lambda x: x >= 0, "not be negative")

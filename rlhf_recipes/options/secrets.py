@@ -1,4 +1,4 @@
-"""What a run was asked to do, as it may be shown to others: plain values, without secrets."""
+"""Options as others may see them: plain values, without secrets."""
 
 import copy
 import os
@@ -18,7 +18,7 @@ SECRET_VALUES = re.compile(
 
 
 def redact(text: str) -> str:
-    """Replace what gives access to something by `***`."""
+    """Replace passwords, tokens and keys by `***`."""
     return SECRET_VALUES.sub(lambda found: f"{found[1] or ''}***", text)
 
 
@@ -27,24 +27,34 @@ def without_credentials(uri: str) -> str:
     return redact(uri).replace("://***@", "://")
 
 
-def keep_token_out_of_files(args: Any) -> None:
-    """Hand `hub_token` to huggingface_hub by the environment, in place: every checkpoint holds a pickle of `args`.
+def use_hub_token(token: str | None) -> None:
+    """Give huggingface_hub a token in the environment of this process, where it has priority over a stored login."""
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
 
-    What is asked for by an option goes before what the environment of this process has held.
-    """
-    if args.hub_token is not None:
-        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
+
+class _UnwrittenToken(str):
+    """A token that can be used, and that a pickle holds as `None`."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 def without_secrets(args: Any) -> Any:
-    """Return a copy of a trainer's options for files: what is a secret by its name or its form is not in it."""
+    """Return a copy of a trainer's options for files: it has no option that is a secret by its name or its form.
+
+    The exception is `hub_token`: transformers pushes with it what it has just written. The copy has the token, and a
+    pickle of the copy does not.
+    """
     shown = copy.copy(args)
     vars(shown).update(_without_secrets(vars(args)))
+    if args.hub_token is not None:
+        vars(shown)["hub_token"] = _UnwrittenToken(args.hub_token)
     return shown
 
 
 def _without_secrets(value: Any) -> Any:
-    # Plain types alone: what else an option can be, an enumeration say, must stay what it is.
+    # Plain types only: other values, such as enumerations, must stay what they are.
     if type(value) is dict:
         return {name: None if _is_secret(str(name)) else _without_secrets(entry) for name, entry in value.items()}
     if type(value) in (list, tuple):
@@ -53,7 +63,7 @@ def _without_secrets(value: Any) -> Any:
 
 
 def holds_credentials(uri: str | None) -> bool:
-    """Return whether an address has a user and a password in it."""
+    """Return whether an address holds a user and a password."""
     return uri is not None and without_credentials(uri) != redact(uri)
 
 

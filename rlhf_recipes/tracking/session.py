@@ -119,15 +119,12 @@ def track_run(
         configs: Dataclasses with the options of the run.
 
     Yields:
-        Callbacks for the trainer. They replace `report_to: mlflow`.
+        Callbacks for the trainer, in place of `report_to: mlflow`; see `options.changes.options_of_trainer`.
 
     Raises:
         ValueError: If the store cannot be reached or written. It is raised before the training.
     """
-    mlflow.set_tracking_uri(tracking_uri(tracking))  # every process looks for `models:/..` there
-    for config in configs:
-        if hasattr(config, "report_to"):
-            config.report_to = [name for name in config.report_to if name != "mlflow"]
+    mlflow.set_tracking_uri(tracking_uri(tracking))  # every process looks for `models:/..`
     with leave_together():
         if not tracking.tracking or not PartialState().is_main_process:
             yield []

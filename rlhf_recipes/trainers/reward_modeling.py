@@ -1,9 +1,5 @@
-"""Reward modelling: what `trl.RewardTrainer` lacks.
+"""Reward modelling: overrides of `trl.RewardTrainer`. The Bradley-Terry loss and its margin are TRL's."""
 
-Overrides only. The Bradley-Terry loss and its margin are TRL's.
-"""
-
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from rlhf_recipes.evaluation.statistics import preference_metrics
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, save_quantization
 from rlhf_recipes.models.reward_model import ScoreHead, load_reward_model_base, store_in_float32
+from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
 
@@ -27,16 +24,16 @@ from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint
 class RewardModelTrainer(DurableTrainer, RewardTrainer):
     """Train a reward model on preferences and write its card.
 
-    Adds to `trl.RewardTrainer`: an explicit separator for plain text, the field's head initialisation, a float32 score
-    head that is always trained and saved under LoRA, an L2 term, the metrics of
-    `evaluation.statistics.preference_metrics` over the whole evaluation set, and `reward_model_card.json`.
+    Adds to `trl.RewardTrainer`: an explicit separator for plain text, the usual initialisation of the head, a float32
+    score head that LoRA trains and saves too, an L2 term, the metrics of `evaluation.statistics.preference_metrics`
+    over the whole evaluation set, and `reward_model_card.json`.
 
     Args:
-        model: Name or path of a causal LM (a new head is initialised) or of a reward model, or a classifier instance
-            with one output (taken as it is).
-        args: Options.
-        train_dataset: `chosen`, `rejected` and, unless it is part of them, `prompt`; optionally `margin`.
-        eval_dataset: The same, one dataset.
+        model: Name or path of a causal LM, which gets a new head, or of a reward model; or a classifier with one
+            output, which is used unchanged.
+        args: Options; the trainer works with a copy.
+        train_dataset: Columns `chosen`, `rejected`, `prompt` unless it is part of them, and optionally `margin`.
+        eval_dataset: One dataset with the same columns.
         processing_class: Tokenizer. Default: the model's.
         quantization_config: Passed on to `from_pretrained`.
         peft_config: LoRA or another PEFT method.
@@ -66,15 +63,16 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
                 self._check_preferences(dataset, name)
         check_output_dir(args.output_dir, adapter=peft_config is not None)
         base_model = model if isinstance(model, str) else model.config._name_or_path
+        args = with_changes(args)  # a copy: TRL writes into options
         if isinstance(model, str):
             torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
             model = load_reward_model_base(model, **from_pretrained_kwargs(args, quantization_config))
+            args = with_changes(args, model_init_kwargs=None)  # TRL warns about them beside a loaded model
         if processing_class is None:
             processing_class = load_tokenizer(base_model)
         if peft_config is not None:
-            # For this task PEFT trains and saves the `score` head in full; with TRL's default it would be left frozen.
-            peft_config = copy.deepcopy(peft_config)
-            peft_config.task_type = TaskType.SEQ_CLS
+            # For this task PEFT trains and saves the whole `score` head. With TRL's default it stays frozen.
+            peft_config = with_changes(peft_config, task_type=TaskType.SEQ_CLS)
         example = next(iter(train_dataset))
         self._card = {
             "base_model": base_model,
@@ -82,11 +80,9 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
             "response_separator": None if is_conversational(example) else args.response_separator,
         }
         self._eval_batches: list[torch.Tensor] = []
-        own = copy.copy(args)
-        own.__dict__.update(model_init_kwargs=None)  # TRL warns of these beside a model that is loaded
         super().__init__(
             model,
-            own,
+            args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -98,7 +94,7 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         keep_adapter_precision(self.model)
         for module in self.model.modules():
             if isinstance(module, ScoreHead):
-                store_in_float32(module)  # TRL casts what is trained of a quantised model to bfloat16
+                store_in_float32(module)  # TRL casts the trained weights of a quantised model to bfloat16
 
     @staticmethod
     def _check_preferences(dataset: Any, name: str) -> None:
@@ -106,7 +102,7 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         check_columns(dataset, ("prompt", "chosen", "rejected") if has_prompt else ("chosen", "rejected"), name)
         if not has_prompt and not is_conversational(next(iter(dataset))):
             raise ValueError(
-                f"`{name}` is plain text without a column 'prompt', so that nothing says where the response begins. "
+                f"`{name}` is plain text without a column 'prompt', so nothing tells where the response begins. "
                 "Split it, for example by `dataset.map(trl.extract_prompt)`."
             )
 
@@ -131,7 +127,7 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; the card keeps the result on the trainer's own evaluation set."""
+        """Evaluate; the card keeps the result of the trainer's own evaluation set."""
         self._eval_batches.clear()
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         if eval_dataset is None:
@@ -147,7 +143,7 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         if self._eval_batches:
             metrics = preference_metrics(*torch.cat(self._eval_batches).unbind(dim=1))
             self._eval_batches.clear()
-            # TRL's own accuracy is a mean over batches; ours is over pairs, and replaces it.
+            # TRL's accuracy is a mean over batches. Ours, over pairs, replaces it.
             self._metrics["eval"].pop("accuracy", None)
             logs.update({f"eval_{name}": value for name, value in metrics.items()})
         super().log(logs, start_time)
@@ -160,7 +156,7 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
 
     @property
     def card(self) -> RewardModelCard:
-        """What the reward model was trained with, and its latest evaluation."""
+        """Return the facts of the training and the latest evaluation, for users of the reward model."""
         return RewardModelCard(
             **self._card,
             tokenizer_fingerprint=tokenizer_fingerprint(self.processing_class),

@@ -16,6 +16,7 @@ from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs
 from rlhf_recipes.models.quantization import keep_unpacked, saved_quantization
 from rlhf_recipes.models.reward_model import is_adapter
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
+from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.adapter import RewardAdapterScorer
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
@@ -106,9 +107,7 @@ def options_for_trl(args: PPOConfig) -> PPOConfig:
     The policy is loaded already (`model_init_kwargs`). One reference serves both KL terms: for the one in its loss
     (`beta`), TRL would load a second one.
     """
-    own = copy.copy(args)
-    own.__dict__.update(model_init_kwargs=None, beta=0.0)
-    return own
+    return with_changes(args, model_init_kwargs=None, beta=0.0)
 
 
 def check_rollout_fits(dataset: AnyDataset | None, args: PPOConfig) -> None:

@@ -1,21 +1,20 @@
-"""Supervised fine-tuning: what `trl.SFTTrainer` lacks.
-
-Overrides only.
-"""
+"""Supervised fine-tuning: overrides of `trl.SFTTrainer`."""
 
 from typing import Any
 
+from trl import SFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
 
 from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.models.quantization import keep_unpacked, save_quantization
+from rlhf_recipes.options.changes import with_changes
 
 
 class SFTTrainer(DurableTrainer, TRLSFTTrainer):
-    """Train as TRL does, with checkpoints that are whole or not there, also on a quantised base."""
+    """Train as TRL does, but write a checkpoint whole or not at all, also on a quantised base."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, args: SFTConfig, *more: Any, **kwargs: Any) -> None:
+        super().__init__(model, with_changes(args), *more, **kwargs)  # a copy: TRL writes into options
         keep_unpacked(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

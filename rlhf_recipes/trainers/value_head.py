@@ -184,6 +184,5 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
             self.guard.rollback.after_loading(
                 self.optimizer, self.lr_scheduler, Path(checkpoint), self.state.global_step
             )
-            self.args.eval_on_start = False  # an evaluation of the start is the baseline, which is in the state
             if self.args.eval_strategy != "no":
                 self.held_out.check_baseline(checkpoint)

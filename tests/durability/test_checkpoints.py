@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not used: what is damaged is found, and the one before takes its place."""
+"""A damaged checkpoint is found and not used; the one before is used."""
 
 import json
 import logging
@@ -157,7 +157,7 @@ def test_the_best_and_the_latest_stay_whatever_the_limit(tmp_path):
 
 
 def test_an_unfinished_folder_of_a_higher_step_goes_before_the_latest(tmp_path):
-    """transformers would keep it as the most recent, and delete the only one that is whole."""
+    """transformers would keep it, as the newest, and delete the only whole one."""
     (tmp_path / "checkpoint-99").mkdir()
     good = _write(tmp_path, 4)
     remove_old(tmp_path, 1, keep=[])

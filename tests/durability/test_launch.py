@@ -1,4 +1,4 @@
-"""The exit code of a launch; its signals are in tests/recipes/test_preemption.py."""
+"""The exit code of a launch. For its signals see test_preemption_of_recipes.py."""
 
 import signal
 import subprocess
@@ -29,7 +29,7 @@ def test_one_exit_code_for_all_processes(codes, expected):
 
 
 def test_the_launcher_imports_no_trainer():
-    """A node has one beside its recipes: it must be small, and there at once."""
+    """A node runs a launcher beside its recipes, so it must be small and must start at once."""
     script = (
         "import sys, rlhf_recipes.durability.launch; sys.exit(any(name in sys.modules for name in ('trl', 'mlflow')))"
     )

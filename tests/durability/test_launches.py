@@ -82,7 +82,7 @@ LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_r": 4}
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A base, a reward model, data, and the reward function that looks around."""
+    """A base, a reward model, data, and a reward function that inspects its process."""
     directory = tmp_path_factory.mktemp("launches")
     tok = tiny.tokenizer()
     for name, model in (("base", tiny.policy(tok)), ("rm", tiny.reward_model(tok))):
@@ -101,7 +101,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _inside(directory, monkeypatch):
-    """Adapters name their base as the run did."""
+    """An adapter names its base as the run named it."""
     monkeypatch.chdir(directory)
 
 
@@ -127,7 +127,7 @@ def _run(directory, engine, stage, output_dir, options, *arguments, mixed_precis
 
 
 def _launch(directory, engine, stage, output_dir, options, *arguments, **launch):
-    """Run a recipe to its end; return the log of PPO and what each rank found."""
+    """Run a recipe to its end; return the log of PPO and the findings of each rank."""
     result = _run(directory, engine, stage, output_dir, options, *arguments, **launch)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     if stage != "ppo":
@@ -161,7 +161,7 @@ def _check_artifacts(directory, output_dir, log):
 
 
 def _check_weights(directory, run):
-    """Weights and value head must be those that DDP has trained."""
+    """Weights and value head must be the same as with DDP."""
     for name in ("model.safetensors", "value_head.safetensors"):
         one, other = (load_file(directory / folder / name) for folder in ("ddp", run))
         for key in one.keys() & other.keys():
@@ -177,7 +177,7 @@ def test_ddp(directory, ddp):
 
 @pytest.mark.parametrize("failed", ["raise", "mask"])
 def test_a_reward_that_fails_on_one_rank(directory, failed):
-    """Every rank must end, or go on; none may wait for the others in a collective."""
+    """Every rank must end or continue; none may wait for the others in a collective."""
     options = {**PPO, "reward_functions": ["probe:reward", "probe:broken_on_rank_1"], "failed_rewards": failed}
     start = time.monotonic()
     result = _run(

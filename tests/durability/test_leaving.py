@@ -1,4 +1,4 @@
-"""A process that has done its work ends as one that has, whatever the threads of its process group still hold."""
+"""A process that has done its work ends with 0, also while threads of its process group hold tensors."""
 
 import time
 
@@ -19,7 +19,7 @@ class _SlowToGo:
 
 
 def _leave_a_tensor(rank, world_size):
-    """Leave the last reference to a tensor with gloo, whose thread then needs the interpreter to let it go."""
+    """Leave the last reference to a tensor to gloo, whose thread then needs the interpreter to release it."""
     PartialState(cpu=True)
     group = dist.kept = dist.new_group()  # a wrapped model keeps its group; the end of one waits for its threads
     with leave_together():

@@ -1,4 +1,4 @@
-"""What a signal is taken for, without a process to receive it; real ones are in `tests/recipes/test_preemption.py`."""
+"""The reaction to a signal, in one process. For real signals see `test_preemption_of_recipes.py`."""
 
 import signal
 from types import SimpleNamespace
@@ -10,12 +10,12 @@ from rlhf_recipes.durability import preemption
 from rlhf_recipes.durability.preemption import ECHO_SECONDS, PreemptionCallback
 from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, TerminatedError
 
-ARGS = SimpleNamespace(device="cpu", output_dir="out", save_only_model=False, eval_on_start=False)
+ARGS = SimpleNamespace(device="cpu", output_dir="out")
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds, to be moved."""
+    """A clock that a test sets, in seconds."""
     now = [100.0]
     monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
     return now
@@ -23,7 +23,7 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize(("later", "ends"), [(ECHO_SECONDS - 0.1, False), (ECHO_SECONDS + 0.1, True)])
 def test_the_echo_of_a_launcher_is_no_second_signal(clock, later, ends):
-    """A scheduler signals launcher and processes, and the launcher its processes again."""
+    """A scheduler signals the launcher and its processes, and then the launcher signals its processes again."""
     callback = PreemptionCallback()
     callback._note(signal.SIGTERM, None)
     clock[0] += later
@@ -37,7 +37,7 @@ def test_the_echo_of_a_launcher_is_no_second_signal(clock, later, ends):
 
 @pytest.fixture
 def handlers():
-    """Those of the tests, which get them back."""
+    """Keep the signal handlers of pytest, and restore them."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield list(before.values())
     for number, handler in before.items():

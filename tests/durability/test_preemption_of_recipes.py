@@ -79,7 +79,7 @@ OPTIONS = {
     "eval_steps": 5,
     "resume_from_checkpoint": True,
 }
-"""Rollouts of four steps. The signal comes in the second, so step 5 is the last: where an evaluation is due."""
+"""Rollouts of four steps. The signal comes in the second, so step 5 is the last; an evaluation is due there."""
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_a_full_disk_costs_no_checkpoint(directory):
     assert code == 1
     last = output.strip().splitlines()[-1]
     assert last.startswith("Error: Checkpoint out/checkpoint-8 could not be written: ")
-    assert last.endswith("go on with `resume_from_checkpoint: true`.")
+    assert last.endswith("resume with `resume_from_checkpoint: true`.")
     assert sorted(path.name for path in (directory / "out").glob("*")) == [
         "README.md", "checkpoint-4", "samples",
     ]  # fmt: skip
@@ -187,7 +187,7 @@ def test_a_full_disk_costs_no_checkpoint(directory):
 
 
 def test_a_run_that_is_over_is_not_trained_on(directory):
-    """A resubmitted job may find nothing left to do; transformers would train one step more."""
+    """A job that is submitted again may have nothing left to do. transformers would train one more step."""
     for _ in range(2):
         code, output = _run(directory, {}, reward_functions=["my_rewards:length"], tracking=False)
         assert code == 0, output[-3000:]
@@ -216,7 +216,7 @@ def test_a_second_signal_ends_the_process_at_once(directory):
 
 
 def test_a_launcher_of_one_process_passes_the_signal_and_the_exit_code_on(directory):
-    """`accelerate launch` would die of the signal, leave the recipe alone, and end with 1 in any case."""
+    """`accelerate launch` would end at the signal, without a signal to the recipe, and always with 1."""
     config = _config(directory, reward_functions=["my_rewards:slow"])
     (directory / "my_rewards.py").write_text(
         REWARDS

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.distributed
 
 
 def _steps(rank, world_size, signalled):
-    """What this rank is told to do at the ends of three steps; the signal comes in the second."""
+    """Return the orders to this rank at the ends of three steps; the signal comes in the second."""
     callback, told = PreemptionCallback(), []
     for step in range(3):
         if step == 1 and rank == signalled:
             callback._note(signal.SIGUSR1, None)
         control = TrainerControl(should_evaluate=True)
-        callback.on_step_end(SimpleNamespace(device="cpu", save_only_model=True), None, control)
+        callback.on_step_end(SimpleNamespace(device="cpu"), None, control)
         told.append((control.should_save, control.should_training_stop, control.should_evaluate))
     return told, callback.evaluation_due
 
@@ -36,7 +36,7 @@ def test_both_save_and_stop_and_leave_the_evaluation_to_the_resume(signalled):
 
 
 def _leave(rank, world_size):
-    """When this rank has left, and when it could have."""
+    """Return the times at which this rank could leave and did leave."""
     PartialState(cpu=True)
     times = []
     with pytest.raises(TerminatedError):
@@ -53,6 +53,6 @@ def _give_way(rank, times):
 
 
 def test_no_rank_leaves_before_the_one_that_has_a_record_to_close():
-    """A launcher kills those that are left."""
+    """A launcher kills the processes that are left."""
     (done, _), (earlier, left) = run_in_processes(_leave, 2)
     assert earlier < done <= left

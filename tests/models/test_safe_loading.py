@@ -8,6 +8,7 @@ import pickle
 import zipfile
 from concurrent.futures import Future
 from dataclasses import fields
+from typing import ClassVar
 
 import pytest
 import tiny
@@ -207,7 +208,8 @@ def test_no_checkpoint_holds_the_hub_token(tmp_path, monkeypatch, kind):
         trainer = RewardModelTrainer(path, args, train_dataset=tiny.preferences(), processing_class=tok)
     trainer.train()
     trainer.save_model()
-    assert os.environ["HF_TOKEN"] == TOKEN, "where huggingface_hub looks for it"
+    assert os.environ["HF_TOKEN"] == "before"
+    assert trainer.args.hub_token == args.hub_token == TOKEN, "with which transformers pushes"
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert {file.name for file in files} >= {"training_args.bin", "trainer_state.json"}
     for file in files:
@@ -217,38 +219,47 @@ def test_no_checkpoint_holds_the_hub_token(tmp_path, monkeypatch, kind):
 
 
 class _Hub:
-    """Accept every push."""
+    """Keeps the tokens of the pushes."""
 
-    def upload_folder(self, **kwargs):
+    tokens: ClassVar[list[str]] = []
+
+    def upload_folder(self, *, token, **kwargs):
+        self.tokens.append(token)
         return Future()
 
 
 def test_what_sft_saves_and_pushes_holds_no_secret(tmp_path, monkeypatch):
-    """SFT uses TRL's own configuration, which does not remove its secrets before they are written."""
+    """The pushes have the token all the same."""
     monkeypatch.setenv("HF_TOKEN", "before")
     monkeypatch.setattr("transformers.trainer.hf_api", _Hub)
     options = {name: value for name, value in tiny.QUIET.items() if name != "save_strategy"}
     address = f"https://me:{PASSWORD}@hub.example/a"
     args = SFTConfig(
         str(tmp_path), hub_token=TOKEN, max_steps=1, save_steps=1, run_name=address, trackio_space_id=TOKEN,
-        model_init_kwargs={"token": PASSWORD, "revision": address}, lr_scheduler_kwargs={}, **options,
+        model_init_kwargs={"token": PASSWORD, "revision": address}, lr_scheduler_kwargs={}, hub_strategy="checkpoint",
+        **options,
     )  # fmt: skip
     path = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
     data = Dataset.from_dict({"text": tiny.TEXTS})
     trainer = SFTTrainer(path, args=args, train_dataset=data, processing_class=tiny.tokenizer())
     trainer.train()
-    trainer.hub_model_id, trainer.push_in_progress = "me/policy", None
+    trainer.hub_model_id, trainer.push_in_progress, before = "me/policy", None, trainer.args
     trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
-    assert os.environ["HF_TOKEN"] == TOKEN, "where huggingface_hub looks for it"
-    assert trainer.args is args
-    assert args.run_name == address, "the run itself keeps its options"
-    for written in (tmp_path / "training_args.bin", tmp_path / "checkpoint-1" / "training_args.bin"):
+    assert _Hub.tokens == [TOKEN, TOKEN], "for the weights and for the whole checkpoint"
+    assert os.environ["HF_TOKEN"] == "before"
+    assert trainer.args is before
+    assert trainer.args.run_name == args.run_name == address, "the run itself goes on with what it was given"
+    secrets = {"run_name", "trackio_space_id", "model_init_kwargs", "hub_token"}
+    in_training = {"restore_callback_states_from_checkpoint"}  # set while it trains
+    for folder, expected in ((tmp_path, secrets), (tmp_path / "checkpoint-1", secrets | in_training)):
+        written = folder / "training_args.bin"
         saved = torch.load(written, weights_only=False)
         assert (saved.run_name, saved.trackio_space_id) == ("https://***@hub.example/a", "***")
         assert saved.model_init_kwargs == {"token": None, "revision": "https://***@hub.example/a"}
         assert saved.save_strategy is args.save_strategy, "all other options stay as they are"
         changed = {f.name for f in fields(args) if getattr(saved, f.name) != getattr(args, f.name)}
-        assert changed == {"run_name", "trackio_space_id", "model_init_kwargs"}
+        assert changed == expected
+        assert saved.hub_token is None
         assert TOKEN.encode() not in written.read_bytes()
         assert PASSWORD.encode() not in written.read_bytes()
 
@@ -259,9 +270,3 @@ def test_a_password_in_the_address_of_a_vllm_server_is_refused(tmp_path):
         tiny.ppo_config(tmp_path, vllm_server_base_url=f"http://me:{PASSWORD}@host:8000")
     assert PASSWORD not in str(error.value)
     tiny.ppo_config(tmp_path, vllm_server_base_url="http://host:8000/@me")
-
-
-def test_a_token_of_the_environment_stays(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "other")
-    tiny.ppo_config(tmp_path)
-    assert os.environ["HF_TOKEN"] == "other"

@@ -1,4 +1,4 @@
-"""Bad input is refused before anything is trained, in a line that names the option and the way out."""
+"""Bad input is refused before anything is trained, with a message that names the option and the remedy."""
 
 import re
 
@@ -109,6 +109,32 @@ def _reward_trainer(tmp_path, data):
 def test_ppo_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         PPOConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False, **options)
+
+
+CONTINUOUS = {"use_transformers_continuous_batching": True}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["use_transformers_continuous_batching", "use_transformers_paged"])
+@pytest.mark.filterwarnings("ignore:`use_transformers_paged` is deprecated:FutureWarning")
+def test_continuous_batching_would_round_the_trained_weights(tmp_path, name, precision):
+    """TRL casts the policy in place, to the precision of autocast."""
+    options = {"bf16": False, "fp16": False} | {name: True, precision: True}
+    message = (
+        f"`use_transformers_continuous_batching` cannot be used with `{precision}`: TRL would round the trained "
+        f"weights to 16 bits in the first rollout. Set `{precision}: false`, or sample with `use_vllm: true`."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PPOConfig(str(tmp_path), report_to=[], use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{**CONTINUOUS, "bf16": False}, {**CONTINUOUS, "bf16": True, "use_vllm": True}, {"bf16": True}],
+    ids=["full precision", "vLLM, which goes before", "plain generation"],
+)
+def test_what_casts_no_weight_is_not_refused(tmp_path, options):
+    PPOConfig(str(tmp_path), report_to=[], use_cpu=True, **options)
 
 
 def test_reward_model_options(tmp_path):

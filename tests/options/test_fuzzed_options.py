@@ -1,4 +1,4 @@
-"""Whatever an option is set to, a run trains or is refused before it starts, by the name of the option."""
+"""With any value of an option, a run either trains, or is refused before it starts by a message with its name."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ ANYTHING = st.one_of(
 
 
 def _values(name):
-    """Good and bad values of an option; of a choice, all that there are."""
+    """Return good and bad values of an option, and all of them for a choice."""
     choices = [value for value in get_args(HINTS[name]) if isinstance(value, str)]
     return st.one_of(ANYTHING, st.sampled_from(choices)) if choices else ANYTHING
 

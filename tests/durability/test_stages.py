@@ -1,0 +1,43 @@
+"""Stages in processes of their own: how they are started, and what a user sees of one that fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import environment_of_a_user
+
+from rlhf_recipes.durability.stages import start_method
+
+ROOT = Path(__file__).parents[2]
+SPAWNED = """
+import runpy, sys
+from rlhf_recipes.durability import stages
+stages.start_method = lambda: "spawn"
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("has_device", "expected"), [(True, "spawn"), (False, "fork")])
+def test_a_stage_is_forked_only_where_there_is_no_cuda_device(monkeypatch, has_device, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_device)
+    assert start_method() == expected
+
+
+@pytest.mark.recipe
+def test_a_spawned_stage_runs_and_fails_as_a_forked_one(tmp_path):
+    """This stage needs the output of an earlier one, which is missing."""
+    stages = ("--start", "preferences", "--until", "preferences", "--directory", "here")
+    result = subprocess.run(
+        [sys.executable, "-c", SPAWNED, str(ROOT / "recipes" / "quickstart.py"), *stages],
+        cwd=tmp_path, env=environment_of_a_user(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-2:] == [
+        "Error: `model` is runs/quickstart/sft, which does not exist. Run `python recipes/quickstart.py --until sft` "
+        "first.",
+        "The stage `preferences` failed; its message is above.",
+    ]
