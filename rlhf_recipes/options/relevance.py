@@ -31,11 +31,11 @@ CLASSES = {
         *("vllm_server_*", "vllm_group_port", "vllm_gpu_*", "vllm_enable_*", "vllm_tensor_*", "remove_unused_columns"),
         *("reward_timeout", "reward_retries", "failed_rewards"),
     ),
-    # A resume compares the weights behind this path.
-    "reward adapter": ("reward_adapter",),
+    # A resume compares the weights that these lead to.
+    "models": ("reward_adapter", "model_init_kwargs"),
 }
 # Runs that differ only in other classes have one `group` tag in MLflow and are one group in a comparison.
-COMPARED = {"outcome", "length", "evaluation", "execution", "reward adapter"}
+COMPARED = {"outcome", "length", "evaluation", "execution", "models"}
 # A run resumes only with equal options of these classes: they make its numbers.
 RESUMED = {"outcome", "length", "seed"}
 SEED_IN_PATH = re.compile(r"(?<![a-z])seed[-_=]?\d+", re.IGNORECASE)

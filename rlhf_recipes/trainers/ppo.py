@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.algorithm.kl_controller import make_kl_controller
 from rlhf_recipes.algorithm.losses import aggregate_token_loss
@@ -24,10 +24,8 @@ from rlhf_recipes.algorithm.masked import masked_mean
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.evaluation.alarms import AlarmCallback
 from rlhf_recipes.evaluation.held_out import HeldOutComparison
-from rlhf_recipes.models.critic import attach_value_head
-from rlhf_recipes.models.forward import CompletionForward, add_completion_forward, rows_by_length
+from rlhf_recipes.models.forward import CompletionForward, rows_by_length
 from rlhf_recipes.models.loading import prepare_frozen
-from rlhf_recipes.models.quantization import keep_adapter_precision
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
@@ -35,7 +33,14 @@ from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
 from rlhf_recipes.trainers.rollout import Rollout, rollout_metrics
 from rlhf_recipes.trainers.run_identity import RunIdentity
-from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, Parts, keep_start_adapter, options_for_trl, prepare_parts
+from rlhf_recipes.trainers.setup import (
+    REFERENCE_ADAPTER,
+    add_networks,
+    options_for_trl,
+    prepare_parts,
+    prepare_reference,
+    takes_positions,
+)
 from rlhf_recipes.trainers.update import MicroBatch, critic_loss, group_by_length
 from rlhf_recipes.trainers.value_head import ValueHeadTrainer
 
@@ -96,50 +101,25 @@ class PPOTrainer(ValueHeadTrainer):
             model,
             reward_funcs,
             args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            tokenizer=processing_class,
-            reward_tokenizers=reward_processing_classes,
+            datasets=(train_dataset, eval_dataset),
+            tokenizers=(processing_class, reward_processing_classes),
             peft_config=peft_config,
             quantization_config=quantization_config,
         )
-        super().__init__(
-            parts.model,
-            parts.reward_funcs,
-            options_for_trl(args),
-            train_dataset=parts.train_dataset,
-            eval_dataset=parts.eval_dataset,
-            processing_class=parts.tokenizer,
-            peft_config=copy.deepcopy(peft_config),  # the value head is added to it
-            **kwargs,
-        )
+        # The value head is added to the configuration of the adapter.
+        kwargs |= {"peft_config": copy.deepcopy(peft_config), **parts.data}
+        super().__init__(parts.model, parts.reward_funcs, options_for_trl(args), **kwargs)
         self.beta = args.beta
-        self._build_networks(parts)
-        self._build_rewards(judges, pairwise_judges)
-        self._build_control(parts.facts)
-
-    def _build_networks(self, parts: Parts) -> None:
-        """Add reference, value head and the forward that serves both to the policy."""
-        if parts.keeps_start_adapter:
-            keep_start_adapter(self.model)
-        keep_adapter_precision(self.model)
-        size, activation = self.args.value_head_size, self.args.value_head_activation
-        attach_value_head(self.model, parts.directory, head_size=size, activation=activation, seed=self.args.seed)
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        add_completion_forward(base, value_gradient_to_backbone=self.args.value_gradient_to_backbone)
+        add_networks(self.model, parts, self.args)
+        if parts.reference is not None:
+            self.ref_model = prepare_reference(parts.reference, self.args, self.accelerator)
         # Images could not be moved, and these terms are means over a micro-batch or its most uncertain tokens.
         couples_rows = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
         self._may_regroup = not (self._is_vlm or couples_rows)
-        # A model that reads images too counts its positions itself.
-        self._takes_positions = not self._is_vlm and "position_ids" in inspect.signature(base.forward).parameters
-        if parts.reference is not None:
-            self.ref_model = self._prepare_reference(parts.reference)
-
-    def _prepare_reference(self, reference: PreTrainedModel) -> Any:
-        reference.eval()  # no dropout: an instance may come in training mode
-        add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
-        add_completion_forward(reference)
-        return prepare_frozen(reference, self.accelerator)
+        # A model for images counts its positions by itself.
+        self._takes_positions = not self._is_vlm and takes_positions(self.model)
+        self._build_rewards(judges, pairwise_judges)
+        self._build_control(parts.facts)
 
     def _build_rewards(self, judges: Any, pairwise_judges: Any) -> None:
         """Prepare scorers and judges, the limits of their calls, and the normaliser of the scores."""
@@ -147,7 +127,15 @@ class PPOTrainer(ValueHeadTrainer):
         self.reward_calls = RewardCalls(*limits)
         self.held_out = HeldOutComparison(judges, pairwise_judges, seed=self.args.seed, calls=RewardCalls(*limits))
         self.scorers = [scorer_of(function) for function in self.reward_funcs]
-        self._prepare_scorers()
+        run = ScoringRun(
+            policy=self.model,
+            policy_eos_token_ids=self.eos_token_ids,
+            batch_size=self.args.per_device_train_batch_size,
+            timeout=self.args.reward_timeout,
+            prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
+        )
+        for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
+            scorer.prepare(run)
         self.reward_normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
         if (statistics := score_statistics(self.reward_funcs, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
@@ -156,12 +144,8 @@ class PPOTrainer(ValueHeadTrainer):
     def _build_control(self, facts: dict[str, Any]) -> None:
         """Add guard, KL controller, early stopping and the identity of the run, and name the parts of a checkpoint."""
         args = self.args
-        self.guard = TrainingGuard(
-            args,
-            is_main=self.accelerator.is_main_process,
-            deepspeed=self.is_deepspeed_enabled,
-            fsdp=self.is_fsdp_enabled,
-        )
+        sharding = {"deepspeed": self.is_deepspeed_enabled, "fsdp": self.is_fsdp_enabled}
+        self.guard = TrainingGuard(args, is_main=self.accelerator.is_main_process, **sharding)
         self.kl_controller = make_kl_controller(args.kl_controller, args.kl_coef, args.target_kl, args.kl_horizon)
         self._stateful = {
             "run": RunIdentity(facts, allow_changes=args.allow_changes_on_resume),
@@ -177,17 +161,6 @@ class PPOTrainer(ValueHeadTrainer):
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if args.critic_warmup_steps:
             self.add_callback(CriticWarmupCallback(self.model, args.critic_warmup_steps))
-
-    def _prepare_scorers(self) -> None:
-        run = ScoringRun(
-            policy=self.model,
-            policy_eos_token_ids=self.eos_token_ids,
-            batch_size=self.args.per_device_train_batch_size,
-            timeout=self.args.reward_timeout,
-            prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
-        )
-        for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
-            scorer.prepare(run)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
@@ -246,12 +219,8 @@ class PPOTrainer(ValueHeadTrainer):
         return per_token_logps, None if entropies is None else entropies[original], aux_loss
 
     def _completion_forward(self, model: Any, completion_length: int) -> CompletionForward:
-        return CompletionForward(
-            model,
-            completion_length,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            takes_positions=self._takes_positions,
-        )
+        padding, positions = self.pad_to_multiple_of, self._takes_positions
+        return CompletionForward(model, completion_length, pad_to_multiple_of=padding, takes_positions=positions)
 
     def _forward(self, model: Any, batch: dict[str, Any]) -> CompletionForward:
         """Run a model over a whole rollout, without gradient, as TRL does."""
@@ -295,15 +264,6 @@ class PPOTrainer(ValueHeadTrainer):
         self._samples = rollout.samples(self.args.logged_samples)  # a rollout is large, and its table small
         if self.state.global_step >= self.args.critic_warmup_steps:
             self.kl_controller.update(metrics["objective/kl"], count)
-
-    def _log_advantages(self, mean_advantages: Tensor) -> None:
-        """Replace GRPO's advantages, which do not train, in TRL's log, and drop its statistic of groups."""
-        self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)
-        advantages = self.accelerator.gather(mean_advantages).tolist()
-        log = self._logs["advantages"]  # holds one rollout: of a larger evaluation batch only the end is left in it
-        for _ in range(min(len(log), len(advantages))):
-            log.pop()
-        log.extend(advantages)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Return the policy's loss, TRL's, and that of the critic, from one forward."""

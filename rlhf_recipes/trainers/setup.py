@@ -1,19 +1,23 @@
 """Check the arguments of a PPO run, and load the models, before TRL sees any of them."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_columns, check_prompts_fit
-from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
-from rlhf_recipes.models.quantization import keep_unpacked, saved_quantization
+from rlhf_recipes.models.critic import attach_value_head
+from rlhf_recipes.models.forward import add_completion_forward
+from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer, prepare_frozen
+from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, saved_quantization
 from rlhf_recipes.models.reward_model import is_adapter
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.options.changes import with_changes
@@ -35,9 +39,7 @@ class Parts:
         reference: Frozen copy of the policy; `None` with PEFT, where the same network serves as the reference.
         keeps_start_adapter: Whether the policy came with an adapter, whose copy is then the reference.
         reward_funcs: Scorers and functions.
-        train_dataset: Prompts that end with the separator.
-        eval_dataset: Prompts that end with the separator.
-        tokenizer: Tokenizer of the policy.
+        data: Arguments of TRL's trainer: datasets of prompts that end with the separator, and the policy's tokenizer.
         facts: Facts that must be the same when the run is resumed.
     """
 
@@ -46,9 +48,7 @@ class Parts:
     reference: Any
     keeps_start_adapter: bool
     reward_funcs: list[Any]
-    train_dataset: Any
-    eval_dataset: Any
-    tokenizer: Any
+    data: dict[str, Any]
     facts: dict[str, Any]
 
 
@@ -57,20 +57,28 @@ def prepare_parts(
     reward_funcs: Any,
     args: PPOConfig,
     *,
-    train_dataset: Any,
-    eval_dataset: Any,
-    tokenizer: Any,
-    reward_tokenizers: Any,
+    datasets: tuple[Any, Any],
+    tokenizers: tuple[Any, Any],
     peft_config: PeftConfig | None,
     quantization_config: Any,
 ) -> Parts:
     """Check the arguments of `PPOTrainer` against each other, and load the models that are given by a path.
 
+    Args:
+        model: Policy, or its path.
+        reward_funcs: Reward models and functions.
+        args: Options.
+        datasets: Training and evaluation prompts.
+        tokenizers: Of the policy, and of reward models that are given as instances; `None` for the models' own.
+        peft_config: Adapter to add to the policy.
+        quantization_config: Quantisation of a policy that is given by its path.
+
     Raises:
         ValueError: If data, policy, reward model or batch sizes do not fit.
     """
-    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        check_columns(dataset, ("prompt",), name)
+    (train_dataset, eval_dataset), (tokenizer, reward_tokenizers) = datasets, tokenizers
+    check_columns(train_dataset, ("prompt",), "train_dataset")
+    check_columns(eval_dataset, ("prompt",), "eval_dataset")
     check_rollout_fits(train_dataset, args)
     load = policy_loader(model, args, quantization_config)
     policy = load()
@@ -94,9 +102,7 @@ def prepare_parts(
         reference=None if uses_peft else load(frozen=True),
         keeps_start_adapter=isinstance(policy, PeftModel),
         reward_funcs=scorers,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        tokenizer=tokenizer,
+        data={"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer},
         facts=facts,
     )
 
@@ -192,3 +198,30 @@ def keep_start_adapter(policy: PeftModel) -> None:
         if reference is not None and reference is not parameter:
             reference.data = parameter.data.clone()
             reference.requires_grad_(False)
+
+
+def add_networks(policy: PreTrainedModel | PeftModel, parts: Parts, args: PPOConfig) -> None:
+    """Add the adapter of the reference, the value head and the forward that serves both to a policy."""
+    if parts.keeps_start_adapter:
+        keep_start_adapter(policy)
+    keep_adapter_precision(policy)
+    size, activation = args.value_head_size, args.value_head_activation
+    attach_value_head(policy, parts.directory, head_size=size, activation=activation, seed=args.seed)
+    add_completion_forward(_base(policy), value_gradient_to_backbone=args.value_gradient_to_backbone)
+
+
+def prepare_reference(reference: PreTrainedModel, args: PPOConfig, accelerator: Accelerator) -> Any:
+    """Give a frozen copy of the policy the same forward, and put it on the devices of the run."""
+    reference.eval()  # no dropout: an instance may come in training mode
+    add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+    add_completion_forward(reference)
+    return prepare_frozen(reference, accelerator)
+
+
+def takes_positions(policy: PreTrainedModel | PeftModel) -> bool:
+    """Return whether a policy can be told the position of each token."""
+    return "position_ids" in inspect.signature(_base(policy).forward).parameters
+
+
+def _base(policy: PreTrainedModel | PeftModel) -> Any:
+    return policy.get_base_model() if isinstance(policy, PeftModel) else policy

@@ -104,6 +104,15 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
+    def _log_advantages(self, mean_advantages: torch.Tensor) -> None:
+        """Replace GRPO's advantages, which do not train, in TRL's log, and drop its statistic of groups."""
+        self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)
+        advantages = self.accelerator.gather(mean_advantages).tolist()
+        log = self._logs["advantages"]  # holds one rollout: of a larger evaluation batch only the end is left in it
+        for _ in range(min(len(log), len(advantages))):
+            log.pop()
+        log.extend(advantages)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL does, and compare with the policy that training started from."""
         with own_randomness(self.args.seed, self.accelerator.device):
