@@ -15,11 +15,9 @@ pytestmark = pytest.mark.tiny
 
 SET_FOR_A_RUN = {
     "lr_scheduler_type": "constant",  # else a longer run is another one
-    "gradient_checkpointing": True,  # TRL writes its keyword arguments
     "model_init_kwargs": {"attn_implementation": "eager"},
     "save_strategy": "steps",
     "save_steps": 1,
-    "save_only_model": False,
     "eval_strategy": "steps",
     "eval_steps": 1,
     "eval_on_start": True,
@@ -42,13 +40,14 @@ def _sft(directory, **options):
 
 @pytest.mark.parametrize("make", [_ppo, _reward_modeling, _sft])
 def test_a_run_and_its_resume_leave_the_options_as_they_are(tmp_path, make):
+    """For a stream of data, TRL writes into `accelerator_config`."""
     path = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
     for max_steps in (1, 2):
         trainer_class, args, data, kwargs = make(tmp_path / "out", max_steps=max_steps, **SET_FOR_A_RUN)
         before = copy.deepcopy(args)
         trainer = trainer_class(
-            path, args=args, train_dataset=data, eval_dataset=data, processing_class=tiny.tokenizer(),
-            peft_config=tiny.lora(), callbacks=[PreemptionCallback()], **kwargs,
+            path, args=args, train_dataset=data.to_iterable_dataset(), eval_dataset=data,
+            processing_class=tiny.tokenizer(), peft_config=tiny.lora(), callbacks=[PreemptionCallback()], **kwargs,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=max_steps == 2)
         evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_runtime" in entry]

@@ -13,6 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes.durability.checkpoints import checkpoints_by_age
 from rlhf_recipes.durability.preemption import PreemptionCallback
@@ -157,6 +158,28 @@ def test_a_signal_gets_a_whole_checkpoint_whatever_else_is_saved(tmp_path):
     whole = _trainer(tmp_path / "whole", **options)
     whole.train()
     _assert_same(_everything(whole), _everything(resumed))
+
+
+class _StepCounter(TrainerCallback, ExportableState):
+    """Counts as early stopping does."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+
+    def state(self):
+        return {"args": {}, "attributes": {"steps": self.steps}}
+
+
+def test_a_callback_continues_with_its_state(tmp_path):
+    for max_steps in (2, 4):
+        trainer = _trainer(tmp_path, max_steps=max_steps, save_steps=2, lr_scheduler_type="constant")
+        trainer.add_callback(_StepCounter())
+        trainer.train(resume_from_checkpoint=True)
+        (counter,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, _StepCounter))
+        assert counter.steps == max_steps
 
 
 def _evaluated(directory, figures, **kwargs):
