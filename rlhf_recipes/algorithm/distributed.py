@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def global_sum(values: Tensor) -> Tensor:
-    """Return the elementwise sum of `values` over all ranks of the default process group, if there is one."""
+    """Return the elementwise sum of `values` over all ranks. Without a process group, return a copy."""
     total = values.clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
@@ -17,7 +17,7 @@ def global_sum(values: Tensor) -> Tensor:
 
 
 def global_max(values: Tensor) -> Tensor:
-    """Return the elementwise maximum of `values` over all ranks of the default process group, if there is one."""
+    """Return the elementwise maximum of `values` over all ranks. Without a process group, return a copy."""
     largest = values.clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)

@@ -105,7 +105,7 @@ class CompletionForward:
         self._values: list[Tensor] = []
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **inputs: Any) -> Any:
-        """Return TRL's output for the completion alone, `(B, T)`."""
+        """Return TRL's output for the completion only, `(B, T)`."""
         start, end = self._columns(attention_mask)
         width = input_ids.size(1)
         prompt_end = width - self.completion_length

@@ -31,7 +31,7 @@ def statistics(normalizer):
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999])
 def test_one_update_is_that_batch(decay):
-    """The bias correction is exact: even a slow average keeps no trace of the initial zeros."""
+    """The bias correction is exact: even a slow average forgets the start. The variance is not the sample's."""
     normalizer = fed([1.0, 2.0, 6.0, 7.0], decay=decay, eps=TINY)
     assert_close(statistics(normalizer), (4.0, 6.5), FP64)
 
