@@ -40,25 +40,25 @@ def attach_value_head(
     setattr(base, VALUE_HEAD_NAME, head)
     if isinstance(model, PeftModel):
         setattr(base, VALUE_HEAD_NAME, ModulesToSaveWrapper(head, model.active_adapter))
-        config = model.peft_config[model.active_adapter]
-        config.modules_to_save = sorted({*(config.modules_to_save or []), VALUE_HEAD_NAME})
+        adapter_config = model.peft_config[model.active_adapter]
+        adapter_config.modules_to_save = sorted({*(adapter_config.modules_to_save or []), VALUE_HEAD_NAME})
 
 
 @contextmanager
 def without_value_head(model: nn.Module) -> Iterator[None]:
     """Remove the head from a model and its PEFT configuration while a plain policy is saved."""
     owner = next((m for m in model.modules() if VALUE_HEAD_NAME in m._modules), None)
-    configs = getattr(model, "peft_config", {}).values()
-    saved_modules = [config.modules_to_save for config in configs]
+    adapter_configs = getattr(model, "peft_config", {}).values()
+    saved_modules = [adapter_config.modules_to_save for adapter_config in adapter_configs]
     head = owner._modules.pop(VALUE_HEAD_NAME) if owner is not None else None
-    for config in configs:
-        kept = [name for name in config.modules_to_save or [] if name != VALUE_HEAD_NAME]
-        config.modules_to_save = kept or None
+    for adapter_config in adapter_configs:
+        kept = [name for name in adapter_config.modules_to_save or [] if name != VALUE_HEAD_NAME]
+        adapter_config.modules_to_save = kept or None
     try:
         yield
     finally:
-        for config, modules in zip(configs, saved_modules, strict=True):
-            config.modules_to_save = modules
+        for adapter_config, modules in zip(adapter_configs, saved_modules, strict=True):
+            adapter_config.modules_to_save = modules
         if owner is not None:
             owner._modules[VALUE_HEAD_NAME] = head
 

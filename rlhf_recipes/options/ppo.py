@@ -9,6 +9,7 @@ from typing import Any, Literal
 from trl import GRPOConfig
 
 from rlhf_recipes.options.checks import check_choice, check_range, check_types
+from rlhf_recipes.options.guard import GuardConfig
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.options.secrets import holds_credentials
 
@@ -21,7 +22,7 @@ class _SingleGeneration(int):
 
 
 @dataclass
-class PPOConfig(RewardCallConfig, GRPOConfig):
+class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
     """Options of `PPOTrainer`: those of `trl.GRPOConfig`, some with another default, and new ones.
 
     A rollout has `per_device_train_batch_size * processes * steps_per_generation` completions. PPO trains on it for
@@ -135,35 +136,6 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
         default=10_000,
         metadata={"help": "Number of sequences in which the controller can change `kl_coef` by a fifth."},
     )
-    # Guards against a bad update and a bad run.
-    max_update_kl: float | None = field(
-        default=None,
-        metadata={
-            "help": "Largest KL to the policy that sampled a rollout, in nats per token. Beyond it, the other "
-            "optimiser steps on this rollout are skipped. 0.05 is a usual limit. Default: none."
-        },
-    )
-    max_kl: float | None = field(
-        default=None,
-        metadata={
-            "help": "Largest KL to the reference, in nats per sequence. Beyond it, the run goes back to a checkpoint "
-            "from before, with a lower learning rate. Default: none."
-        },
-    )
-    max_skipped_steps: int = field(
-        default=3,
-        metadata={
-            "help": "Optimiser steps in a row with a loss or gradient that is not finite. Each is skipped. After that "
-            "many, the run goes back to its latest checkpoint, with a lower learning rate."
-        },
-    )
-    max_rollbacks: int = field(
-        default=3, metadata={"help": "Number of times that a run may go back to a checkpoint. 0: it ends instead."}
-    )
-    rollback_learning_rate_factor: float = field(
-        default=0.5, metadata={"help": "Factor of the learning rates each time that a run goes back."}
-    )
-
     # Evaluation during training: on held-out prompts, against the policy before training.
     metric_for_best_model: str | None = field(
         default=None,
@@ -204,6 +176,7 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
         if self.value_head_learning_rate is None:
             self.value_head_learning_rate = 10 * self.learning_rate
         self._check_ranges()
+        self.check_guard()
         self._check_reward_calls()
         self._check_batches()
         self._check_sampling()
@@ -253,20 +226,11 @@ class PPOConfig(RewardCallConfig, GRPOConfig):
         for name in ("gamma", "lam", "value_lam"):
             check_range(self, name, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]")
         check_range(self, "reward_norm_decay", lambda x: 0.0 <= x < 1.0, "lie in [0, 1)")
-        check_range(self, "rollback_learning_rate_factor", lambda x: 0.0 < x <= 1.0, "lie in (0, 1]")
-        for name in ("cliprange_value", "reward_norm_clip", "target_kl", "kl_horizon", "max_update_kl", "max_kl"):
+        for name in ("cliprange_value", "reward_norm_clip", "target_kl", "kl_horizon"):
             check_range(self, name, lambda x: x > 0, "be positive")
         for name in ("num_iterations", "value_head_size", "max_completion_length", "early_stopping_patience"):
             check_range(self, name, lambda x: x > 0, "be positive")
-        check_range(self, "max_skipped_steps", lambda x: x > 0, "be positive")
-        for name in (
-            "value_head_learning_rate",
-            "vf_coef",
-            "kl_coef",
-            "critic_warmup_steps",
-            "logged_samples",
-            "max_rollbacks",
-        ):
+        for name in ("value_head_learning_rate", "vf_coef", "kl_coef", "critic_warmup_steps", "logged_samples"):
             check_range(self, name, lambda x: x >= 0, "not be negative")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError(

@@ -62,10 +62,10 @@ class RewardAdapterScorer(RewardModelScorer):
         Raises:
             ValueError: If the reward model was trained on another base.
         """
-        policy, config = run.policy, copy.deepcopy(PeftConfig.from_pretrained(self.source))
-        self._check_base(policy, config.base_model_name_or_path)
-        config.modules_to_save, config.task_type, config.inference_mode = None, None, True
-        policy.add_adapter(REWARD_ADAPTER, config)
+        policy, adapter_config = run.policy, copy.deepcopy(PeftConfig.from_pretrained(self.source))
+        self._check_base(policy, adapter_config.base_model_name_or_path)
+        adapter_config.modules_to_save, adapter_config.task_type, adapter_config.inference_mode = None, None, True
+        policy.add_adapter(REWARD_ADAPTER, adapter_config)
         set_peft_model_state_dict(policy, self._weights, adapter_name=REWARD_ADAPTER)
         if getattr(policy, "is_quantized", False):
             restore_precision(policy, self._weights, REWARD_ADAPTER)

@@ -410,7 +410,6 @@ def test_preferences_with_the_gold_score():
 
 def test_pairs_with_an_empty_answer_are_dropped():
     """A policy may stop at once, but a reward model cannot learn from an empty text."""
-    world = TextWorld()
-    prompt = world.prompts()[0]
-    answers = ["", " ", world.best_response(prompt)], ["Go away.", "Go away.", "Go away."]
+    prompt = WORLD.prompts()[0]
+    answers = ["", " ", WORLD.best_response(prompt)], ["Go away.", "Go away.", "Go away."]
     assert len(build.sample_preferences([prompt] * 3, *answers, world.gold_score, 1.0, seed=0)) == 1
