@@ -31,14 +31,15 @@ demo: install ## Train a small model with PPO on the CPU and show what changed
 # One worker per core, one thread each: a second thread does not help models this small.
 test: install ## Run the whole default test suite
 	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		$(PYTEST_ARGS)
 
 check: install ## Lint, check formatting and types, run the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest $(PYTEST_ARGS) \
-		-m "not (tiny or distributed or recipe or learning)"
+		-m "not (tiny or distributed or recipe or learning or slow)"
 
 format: install ## Format the code and fix simple lint errors
 	$(BIN)/ruff check --fix .

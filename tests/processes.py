@@ -1,9 +1,20 @@
-"""Other processes: one function on several gloo ranks of this machine, and scripts as a user runs them.
+"""Other processes: scripts as a user runs them, launches of several ranks, and one function on several gloo ranks.
 
-The function travels as (file, name), not as a pickle: pytest's importlib mode gives test modules names that a fresh
-interpreter cannot import. So it must sit at the top level of its module.
+Importing torch, TRL and MLflow costs ten seconds of CPU. So a server imports them once for each worker of pytest, and
+every process here is a fork of that server. `test_processes.py` compares a fork with a fresh interpreter:
+
+- The server only imports. It has no second thread of Python, no tensor, no store and no log handler of its own.
+- multiprocessing resets its signal handlers in the fork. The fork also sets environment, working directory,
+  arguments, `sys.path`, standard output and error, and random seeds, as the command would have them.
+- The fork ends by `Py_Exit`, as an interpreter does: it joins threads, runs `atexit`, and tears modules down.
+
+The warnings that a library raises on import are the server's. So tests of a first run use fresh interpreters.
 """
 
+import atexit
+import ctypes
+import functools
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -16,10 +27,14 @@ import tempfile
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -27,8 +42,20 @@ import torch.multiprocessing as mp
 from rlhf_recipes.durability.ending import GLOO_SECONDS
 
 TIMEOUT_SECONDS = 240
+LAUNCH_SECONDS = 600
 EXPORTED_BY_MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
 """What `mlflow.set_tracking_uri` and `set_experiment` leave in the environment of the test's own process."""
+
+LAUNCHER = "accelerate.commands.launch"
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(
+    [
+        *("rlhf_recipes.trainers.ppo", "rlhf_recipes.trainers.reward_modeling", "rlhf_recipes.tracking.session"),
+        *(LAUNCHER, "deepspeed", "torch.distributed.run", "pytest"),
+    ]
+)
+_started = []
 
 
 def environment_of_a_user(**changes):
@@ -36,15 +63,25 @@ def environment_of_a_user(**changes):
     return {name: value for name, value in os.environ.items() if name not in EXPORTED_BY_MLFLOW} | changes
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_in_processes(fn, world_size, *args):
     """[fn(rank, world_size, *args) for each rank], each in its own process with an initialised gloo group.
 
     A failing rank raises here with its traceback, and a rank that hangs is ended after `TIMEOUT_SECONDS`: no process
-    outlives the call. Results go through `torch.save`.
+    outlives the call. Results go through `torch.save`. The function travels as (file, name), not as a pickle:
+    pytest's importlib mode names test modules so that no other process can import them. So it must sit at the top
+    level of its module.
     """
     with tempfile.TemporaryDirectory() as folder:
-        job = (world_size, free_port(), fn.__code__.co_filename, fn.__qualname__, folder, args)
-        context = mp.spawn(_rank_main, args=job, nprocs=world_size, join=False)
+        job = (world_size, free_port(), fn.__code__.co_filename, fn.__qualname__, folder, dict(os.environ), args)
+        context = mp.start_processes(
+            _rank_main, args=job, nprocs=world_size, join=False, start_method=_server.get_start_method()
+        )
         deadline = time.monotonic() + TIMEOUT_SECONDS
         try:
             while not context.join(timeout=1):
@@ -58,16 +95,18 @@ def run_in_processes(fn, world_size, *args):
         return [torch.load(_result_path(folder, rank), weights_only=False) for rank in range(world_size)]
 
 
-def _rank_main(rank, world_size, port, file, name, folder, args):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
+def _rank_main(rank, world_size, port, file, name, folder, environment, args):
+    _become(
+        environment
+        | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+        }
     )
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
     try:
@@ -79,23 +118,11 @@ def _rank_main(rank, world_size, port, file, name, folder, args):
         if dist.is_initialized():  # the function may have ended it
             time.sleep(GLOO_SECONDS)
             dist.destroy_process_group()
+    ctypes.pythonapi.Py_Exit(0)
 
 
 def _result_path(folder, rank):
     return Path(folder) / f"rank{rank}.pt"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-# A recipe spends ten seconds on imports: this server does them once, and every recipe is a fork of it.
-_recipes = multiprocessing.get_context("forkserver")
-_recipes.set_forkserver_preload(
-    ["rlhf_recipes.trainers.ppo", "rlhf_recipes.trainers.reward_modeling", "rlhf_recipes.tracking.session"]
-)
 
 
 def start_script(script, *arguments, directory, **environment):
@@ -103,55 +130,188 @@ def start_script(script, *arguments, directory, **environment):
 
     Returns the process: `pid`, `join`, `exitcode`, `kill`.
     """
-    job = (str(script), [str(a) for a in arguments], str(directory), environment)
-    process = _recipes.Process(target=_script_main, args=job)
-    process.start()
-    return process
+    output = Path(directory, "output.txt")
+    return _start(_script_main, (script, *arguments), directory, environment_of_a_user(**environment), output, output)
 
 
 def run_script(script, *arguments, directory, **environment):
     """Run a Python script to its end; return its exit code and everything that scripts have said in `directory`."""
     process = start_script(script, *arguments, directory=directory, **environment)
-    process.join(TIMEOUT_SECONDS)
-    if process.exitcode is None:
-        process.kill()
-    process.join()
+    _join(process, TIMEOUT_SECONDS)
     return process.exitcode, Path(directory, "output.txt").read_text()
 
 
-def _script_main(script, arguments, directory, environment):
-    output = os.open(Path(directory, "output.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(directory)
-    # Not in the parent: this is a fork of a server that may have started in the middle of another test.
-    variables = environment_of_a_user(**environment)
+def run_command(script, *arguments, directory, **environment):
+    """Run `python SCRIPT ARGUMENTS` by a fork; return its exit code and output as `subprocess.run` does."""
+    return _run(_script_main, (script, *arguments), directory, environment)
+
+
+def run_launch(*arguments, directory, fresh=False, **environment):
+    """Run `accelerate launch ARGUMENTS` by forks; return the exit code and the output of all.
+
+    The launcher is accelerate's own: it reads its file, makes the environment of the ranks, watches and ends them.
+    With `fresh`, it and the ranks are fresh interpreters.
+    """
+    if fresh:
+        return run_fresh("-m", LAUNCHER, *arguments, directory=directory, **environment)
+    return _run(_launcher_main, arguments, directory, environment)
+
+
+def run_fresh(*command, directory, **environment):
+    """Run `python COMMAND` by a fresh interpreter; return its exit code and output."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=directory,
+        env=environment_of_a_user(**environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LAUNCH_SECONDS,
+        check=False,
+    )
+
+
+@contextmanager
+def none_left():
+    """End each process that has been started in the block and still runs."""
+    count = len(_started)
+    yield
+    for process in _started[count:]:
+        process.kill()
+        process.join()
+    del _started[count:]
+
+
+def _run(main, command, directory, environment):
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = _start(main, command, directory, environment_of_a_user(**environment), *outputs)
+        _join(process, LAUNCH_SECONDS)
+        texts = [path.read_text() if path.exists() else "" for path in outputs]
+        return subprocess.CompletedProcess(command, process.exitcode, *texts)
+
+
+def _start(main, command, directory, environment, stdout, stderr):
+    job = ([str(part) for part in command], str(directory), environment, str(stdout), str(stderr), _python_path())
+    process = _server.Process(target=main, args=job)
+    process.start()
+    _started.append(process)
+    return process
+
+
+def _join(process, seconds):
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+    process.join()
+
+
+@functools.cache
+def _python_path():
+    """`sys.path` of a fresh interpreter without its first entry, which depends on the command."""
+    code = "import sys; print(*sys.path[1:], sep='\\n')"
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def _become(environment):
+    """Replace the environment, and what a fork of the server has in other ways than a fresh interpreter."""
     os.environ.clear()
-    os.environ.update(variables)
-    sys.path.insert(0, directory)
-    sys.argv = [script, *arguments]
+    os.environ.update(environment)
+    gc.freeze()  # to look through all that the server has imported takes two seconds at the end of each fork
     torch.set_num_threads(1)
+    np.random.seed()
+    torch.seed()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has started in the background
+
+
+def _enter(command, directory, environment, stdout, stderr):
+    sys.stdout.flush()  # of the server's own
+    for number, file in ((1, stdout), (2, stderr)):
+        output = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(output, number)
+        os.close(output)
+    os.chdir(directory)
+    _become(environment)
+    sys.argv = command
+
+
+def _script_main(command, directory, environment, stdout, stderr, path):
+    _enter(command, directory, environment, stdout, stderr)
+    sys.path[:] = [str(Path(command[0]).parent.resolve()), *path]
+    _end_as_main(functools.partial(runpy.run_path, command[0], run_name="__main__"))
+
+
+def _launcher_main(arguments, directory, environment, stdout, stderr, path):
+    """Run accelerate's launcher, with torchrun's start of an interpreter replaced by a fork."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+
+    def start_rank(handler, command, environment):
+        script = list(command[command.index("-u") + 1 :])
+        job = (script, os.getcwd(), environment, stdout, stderr, path)
+        process = _server.Process(target=_launched_main, args=job)
+        process.start()
+        return process._popen  # has `pid`, `poll` and `wait` as a process of `subprocess`
+
+    SubprocessHandler._popen = start_rank
+    forkserver._forkserver.ensure_running = lambda: None  # Python 3.11 starts one more server for a fork of a server
+    _enter([LAUNCHER, *arguments], directory, environment, stdout, stderr)
+    _end_as_main(importlib.import_module(LAUNCHER).main)
+
+
+def _launched_main(*job):
+    os.setsid()  # torchrun ends a group
+    # DeepSpeed would compile an operator for its collectives on CPUs, which takes a minute. Without it, it uses gloo.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    Thread(target=_end_with_parent, daemon=True).start()
+    _script_main(*job)
+
+
+def _end_with_parent():
+    """End this rank if the launcher has ended without ending it."""
+    wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _end_as_main(run):
+    """Run the main program and end the process as the interpreter does: by an exit, an exception, or its last line."""
+    code = 0
     try:
-        runpy.run_path(script, run_name="__main__")
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
+        run()
+    except SystemExit as end:
+        code = end.code or 0
+        if not isinstance(code, int):
+            sys.stderr.write(f"{code}\n")
+            code = 1
+    except BaseException as error:
+        error = error.with_traceback(_from_script(error.__traceback__))
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+        if isinstance(error, KeyboardInterrupt):
+            atexit._run_exitfuncs()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+    ctypes.pythonapi.Py_Exit(code)
+
+
+def _from_script(trace):
+    """The traceback from the first line of the script on."""
+    own = (__file__, runpy.__file__, "<frozen runpy>")
+    while trace.tb_next is not None and trace.tb_frame.f_code.co_filename in own:
+        trace = trace.tb_next
+    return trace
 
 
 @contextmanager
 def mlflow_server(directory, port):
     """A real MLflow server of one worker with proxied artifacts; ended when the block is left."""
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+    command = (
+        "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", 1,
         "--backend-store-uri", f"sqlite:///{directory}/mlflow.db", "--serve-artifacts",
         "--artifacts-destination", directory / "artifacts",
-    ]  # fmt: skip
+    )  # fmt: skip
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # evaluations on the server: 13 s
-    with (directory / "server.txt").open("a") as log:
-        process = subprocess.Popen(
-            command, cwd=directory, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+    log = directory / "server.txt"
+    process = _start(_mlflow_main, command, directory, environment, log, log)
     try:
         deadline = time.monotonic() + 120
         while True:
@@ -159,10 +319,25 @@ def mlflow_server(directory, port):
                 with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                     break
             except (URLError, OSError):
-                assert process.poll() is None, (directory / "server.txt").read_text()[-2000:]
+                assert process.is_alive(), log.read_text()[-2000:]
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
         yield
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
+
+
+def _mlflow_main(*job):
+    """Run `mlflow server`, with the process that it starts for its one worker replaced by this one."""
+    import mlflow.cli
+    import mlflow.server
+
+    def serve(command, extra_env, **options):
+        os.environ.update(extra_env)
+        sys.argv = command[command.index("-m") + 1 :]
+        runpy.run_module("uvicorn", run_name="__main__", alter_sys=True)
+
+    mlflow.server._exec_cmd = serve
+    _enter(*job[:-1])
+    _end_as_main(mlflow.cli.cli)

@@ -1,19 +1,12 @@
 """`recipes/compare.py` as a user runs it: the page, its figures, its answer, and its refusals."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from matplotlib import image
-from processes import environment_of_a_user
+from processes import free_port, mlflow_server, run_command, run_fresh
 from tracked_experiments import (
     evaluation_metrics,
     evaluation_rows,
@@ -33,17 +26,8 @@ ROOT = Path(__file__).parents[2]
 HOSTILE = "</p><script>alert(1)</script>&amp; {{ 7 * 6 }} `code`"
 
 
-def _compare(directory, *arguments, fails=False):
-    environment = environment_of_a_user(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "compare.py"), *arguments],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def _compare(run, directory, *arguments, fails=False):
+    result = run(ROOT / "recipes" / "compare.py", *arguments, directory=directory)
     assert (result.returncode != 0) is fails, result.stdout[-3000:] + result.stderr[-6000:]
     return result
 
@@ -104,7 +88,7 @@ def page(store):
 
 
 def test_the_recipe_writes_the_report_and_says_what_it_found(store):
-    result = _compare(store[0], "--experiment", "sweep")
+    result = _compare(run_fresh, store[0], "--experiment", "sweep")
     output = store[0] / "runs" / "compare"
     assert {path.name for path in output.iterdir()} == {"report.html", "frontier.png", "curves.png"}
     answer = "Best at equal KL: A (kl_coef 0.02)"
@@ -232,7 +216,7 @@ def test_alarms_are_on_the_page(store, tmp_path):
 
 
 def test_a_refusal_is_one_line(store):
-    result = _compare(store[0], "--experiment", "no-such", fails=True)
+    result = _compare(run_command, store[0], "--experiment", "no-such", fails=True)
     last = result.stderr.strip().splitlines()[-1]
     assert re.fullmatch(r"Error: `experiment` 'no-such' is not in sqlite:.*, which has: .*sweep.*", last)
     assert "Traceback" not in result.stderr
@@ -240,38 +224,10 @@ def test_a_refusal_is_one_line(store):
 
 @pytest.fixture
 def server(tmp_path):
-    """A tracking server on loopback, with proxied artifacts; its address."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *(
-            "--backend-store-uri",
-            f"sqlite:///{tmp_path}/server.db",
-            "--artifacts-destination",
-            str(tmp_path / "served"),
-        ),
-    ]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/health", process)
+    """The address of a tracking server."""
+    port = free_port()
+    with mlflow_server(tmp_path, port):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, 15)  # with its workers
-        process.wait(timeout=60)
-
-
-def _wait_for(address, process, seconds=120):
-    for _ in range(seconds * 2):
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            assert process.poll() is None, "the server has ended"
-            time.sleep(0.5)
-    raise TimeoutError(address)
 
 
 def test_a_tracking_server(server, tmp_path):

@@ -6,9 +6,6 @@ rank and writes down what it finds.
 
 import json
 import math
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from unittest.mock import ANY
@@ -17,7 +14,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from processes import environment_of_a_user, free_port
+from processes import free_port, run_launch
 from safetensors.torch import load_file
 from tolerances import SPLIT, assert_close
 
@@ -26,10 +23,6 @@ from rlhf_recipes.models.reward_model import load_reward_model
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.distributed
-needs_deepspeed = pytest.mark.skipif(
-    shutil.which("c++") is None or shutil.which("ninja") is None,
-    reason="DeepSpeed compiles an operator on CPUs: needs a C++ compiler and ninja",
-)
 PROBE = """
 import gc, json
 from accelerate import PartialState
@@ -105,25 +98,15 @@ def _inside(directory, monkeypatch):
     monkeypatch.chdir(directory)
 
 
-def _run(directory, engine, stage, output_dir, options, *arguments, mixed_precision="no"):
+def _run(directory, engine, stage, output_dir, options, *arguments, mixed_precision="no", **launch):
     """Run a recipe on two ranks by a launch file, shipped or not."""
     config = directory / f"{output_dir}.yaml"
     config.write_text(yaml.safe_dump({**options, "output_dir": output_dir}))
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch",
+    return run_launch(
         "--config_file", ROOT / "accelerate_configs" / f"{engine}.yaml" if isinstance(engine, str) else engine,
         "--num_processes", 2, "--mixed_precision", mixed_precision, "--main_process_port", free_port(),
-        ROOT / "recipes" / f"{stage}.py", "--config", config, *arguments,
-    ]  # fmt: skip
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=directory,
-        env=environment_of_a_user(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+        ROOT / "recipes" / f"{stage}.py", "--config", config, *arguments, directory=directory, **launch,
+    )  # fmt: skip
 
 
 def _launch(directory, engine, stage, output_dir, options, *arguments, **launch):
@@ -195,7 +178,6 @@ def test_a_reward_that_fails_on_one_rank(directory, failed):
     assert log[0]["rewards/broken_on_rank_1/mean"] == 1.0, "the other rank's"
 
 
-@needs_deepspeed
 def test_zero2_with_lora(directory):
     log, ranks = _launch(directory, "zero2", "ppo", "zero2", {**PPO, **LORA})
     # The reward model is only evaluated, and whole on each rank.
@@ -204,7 +186,6 @@ def test_zero2_with_lora(directory):
     _check_artifacts(directory, "zero2", log)
 
 
-@needs_deepspeed
 def test_zero3(directory, zero3):
     log, ranks = zero3
     # Policy, reference and reward model are sharded.
@@ -232,7 +213,6 @@ def zero3_in_shards(directory):
     return directory / "zero3_in_shards.yaml"
 
 
-@needs_deepspeed
 def test_zero3_trains_the_weights_of_ddp_from_shards(directory, ddp, zero3_in_shards):
     log, ranks = _launch(directory, zero3_in_shards, "ppo", "shards", PPO)
     assert ranks == [{"world_size": 2, "wrappers": ["DeepSpeedEngine"], "stages": [3, 3, 3], "whole": False}] * 2
@@ -240,12 +220,10 @@ def test_zero3_trains_the_weights_of_ddp_from_shards(directory, ddp, zero3_in_sh
     _check_weights(directory, "shards")
 
 
-@needs_deepspeed
 def test_zero3_trains_the_weights_of_ddp(directory, ddp, zero3):
     _check_weights(directory, "zero3")
 
 
-@needs_deepspeed
 def test_zero3_resumes(directory, zero3):
     log, _ = _launch(
         directory,
@@ -263,7 +241,6 @@ def test_zero3_resumes(directory, zero3):
     assert (directory / "zero3" / "checkpoint-8" / "ppo_state.json").is_file()
 
 
-@needs_deepspeed
 def test_zero3_trains_a_reward_model(directory):
     options = {**TRAINING, **LORA, "model_name_or_path": "base", "dataset_name": "preferences", "save_strategy": "no"}
     _launch(directory, "zero3", "reward_modeling", "rm_lora", options)
@@ -273,7 +250,6 @@ def test_zero3_trains_a_reward_model(directory):
     assert json.loads((directory / "rm_lora" / "reward_model_card.json").read_text())["score_std"] > 0
 
 
-@needs_deepspeed
 @pytest.mark.parametrize("peft", [{}, LORA], ids=["full", "lora"])
 def test_zero3_in_bfloat16(directory, peft):
     """As on a GPU. With LoRA, the reward model is an adapter on the same shards."""
@@ -288,7 +264,6 @@ def test_zero3_in_bfloat16(directory, peft):
     _check_artifacts(directory, name, log)
 
 
-@needs_deepspeed
 def test_zero3_fine_tunes(directory):
     options = {**TRAINING, "model_name_or_path": "base", "dataset_name": "texts", "save_strategy": "no"}
     _launch(directory, "zero3", "sft", "sft", options)

@@ -12,7 +12,7 @@ import mlflow
 import pytest
 import tiny
 import yaml
-from processes import environment_of_a_user, free_port, run_script, start_script
+from processes import environment_of_a_user, free_port, run_launch, run_script, start_script
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.recipe
@@ -254,16 +254,19 @@ def waiting(completions, **kwargs):
     return length(completions)
 """
     )
-    command = [
-        LAUNCH, "--config_file",
-        ROOT / "accelerate_configs" / "multi_gpu.yaml", "--num_processes", 2, "--mixed_precision", "no",
-        "--main_process_port", free_port(), ROOT / "recipes" / "ppo.py", "--config", config,
+    arguments = [
+        "--config_file", ROOT / "accelerate_configs" / "multi_gpu.yaml", "--num_processes", 2,
+        "--mixed_precision", "no", "--main_process_port", free_port(), ROOT / "recipes" / "ppo.py", "--config", config,
     ]  # fmt: skip
-    options = {"cwd": directory, "env": environment_of_a_user(OMP_NUM_THREADS="1"), "text": True}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    command = [str(part) for part in command]
     (directory / "wait").touch()
-    process = subprocess.Popen(command, **options, **pipes)
+    process = subprocess.Popen(
+        [str(part) for part in (LAUNCH, *arguments)],
+        cwd=directory,
+        env=environment_of_a_user(OMP_NUM_THREADS="1"),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     _wait_for(directory / "sampling")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -274,8 +277,7 @@ def waiting(completions, **kwargs):
     assert run.info.status == "KILLED", "the other rank's end has not cut short the record"
 
     (directory / "wait").unlink()
-    last = subprocess.run(command, **options, **pipes, timeout=240, check=False)
-    assert last.returncode == 0, last.stdout[-5000:]
-    whole = subprocess.run([*command, "--output_dir", "whole"], **options, **pipes, timeout=240, check=False)
-    assert whole.returncode == 0, whole.stdout[-5000:]
+    for output_dir in ("out", "whole"):
+        result = run_launch(*arguments, "--output_dir", output_dir, directory=directory)
+        assert result.returncode == 0, result.stderr[-5000:]
     _assert_same(directory / "whole", directory / "out")

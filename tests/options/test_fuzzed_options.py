@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import zlib
 from typing import get_args, get_type_hints
 
 import pytest
@@ -45,12 +46,19 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzzed")
 
 
+def _is_trained(options, share):
+    """Whether this draw is one of each `share`: by its text, so that a repeated run trains the same."""
+    return zlib.crc32(repr(options).encode()) % share == 0
+
+
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(options=st.lists(OPTIONS, min_size=1, max_size=3, unique_by=lambda option: option[0]))
 @example(options=[("gamma", "0.1")])
 @example(options=[("learning_rate", None)])
 @example(options=[("max_completion_length", 10**9)])
-def test_an_option_is_trained_with_or_refused_by_name(folder, options):
+def test_an_option_is_trained_with_or_refused_by_name(folder, share, options):
+    """Build a trainer of every draw, and train one in `share` of those that are accepted for a step."""
     options, refusal = dict(options), None
     try:
         trainer = tiny.ppo_trainer(folder, max_steps=1, eval_data=tiny.prompts(), **{"save_strategy": "no", **options})
@@ -58,6 +66,6 @@ def test_an_option_is_trained_with_or_refused_by_name(folder, options):
         refusal = str(error)
     if refusal is not None:
         assert set(options) & set(re.findall(r"\w+", refusal)), f"{options}: {refusal}"
-        return
-    trainer.train()
-    assert trainer.state.global_step == 1
+    elif _is_trained(options, share):
+        trainer.train()
+        assert trainer.state.global_step == 1

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
 import pytest
-from processes import environment_of_a_user
+from processes import LAUNCHER, free_port, run_command, run_fresh, run_launch
 
 pytestmark = pytest.mark.recipe
 
@@ -23,35 +21,36 @@ SHORT = {
 }
 
 
-def _run(directory, *command, expect=0, **changes):
-    environment = environment_of_a_user(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1") | changes
-    result = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+def _run(run, *command, expect=0, **options):
+    result = run(*command, **options)
     assert (result.returncode == 0) is (expect == 0), result.stdout[-3000:] + result.stderr[-6000:]
     return result
 
 
-def _recipe(directory, stage, *arguments, **kwargs):
-    return _run(directory, RECIPES / f"{stage}.py", "--config", CONFIGS / f"{stage}.yaml", *arguments, **kwargs)
+def _recipe(directory, stage, *arguments, **options):
+    config = CONFIGS / f"{stage}.yaml"
+    return _run(run_command, RECIPES / f"{stage}.py", "--config", config, *arguments, directory=directory, **options)
+
+
+def _launch(*arguments, **options):
+    """PPO on two processes, as on several devices."""
+    launch = ("--config_file", ROOT / "accelerate_configs" / "multi_gpu.yaml", "--num_processes", "2")
+    recipe = (RECIPES / "ppo.py", "--config", CONFIGS / "ppo.yaml", "--per_device_train_batch_size", "16")
+    port = ("--mixed_precision", "no", "--main_process_port", free_port())
+    return _run(run_launch, *launch, *port, *recipe, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """Every stage once, a few steps each. The reports of the recipes, by stage."""
+    """Every stage once, a few steps each, by the documented commands. The reports of the recipes, by stage."""
     directory = tmp_path_factory.mktemp("quickstart")
-    reports = {"world": _run(directory, RECIPES / "quickstart.py", "--until", "world")}
-    reports["sft"] = _recipe(directory, "sft", *SHORT["sft"])
-    quickstart = (RECIPES / "quickstart.py", "--start", "preferences", "--until", "preferences", "--num_pairs", "48")
-    reports["preferences"] = _run(directory, *quickstart)
-    for stage in ("reward_modeling", "ppo", "evaluate"):
-        reports[stage] = _recipe(directory, stage, *SHORT[stage])
+    reports = {}
+    for stage in ("world", "sft", "preferences", "reward_modeling", "ppo", "evaluate"):
+        if stage in SHORT:
+            command = ("-m", LAUNCHER, RECIPES / f"{stage}.py", "--config", CONFIGS / f"{stage}.yaml", *SHORT[stage])
+        else:
+            command = (RECIPES / "quickstart.py", "--start", stage, "--until", stage, "--num_pairs", "48")
+        reports[stage] = _run(run_fresh, *command, directory=directory)
     return directory, reports
 
 
@@ -138,13 +137,10 @@ def test_two_processes_agree_on_a_preflight(pipeline, trained_card, fails):
         ):
             (bad / name).write_text(json.dumps(json.loads((bad / name).read_text()) | change))
     for only in ("true", "false") if fails else ("true",):
-        report = _run(
-            pipeline[0], "-m", "accelerate.commands.launch",
-            "--config_file", ROOT / "accelerate_configs" / "multi_gpu.yaml",
-            "--num_processes", "2", "--mixed_precision", "no", RECIPES / "ppo.py",
-            "--config", CONFIGS / "ppo.yaml", "--model_name_or_path", bad, "--preflight_only", only,
-            "--per_device_train_batch_size", "16", "--output_dir", "runs/two", "--experiment_name", "two_preflights",
-            expect=int(fails),
+        report = _launch(
+            "--model_name_or_path", bad, "--preflight_only", only,
+            "--output_dir", "runs/two", "--experiment_name", "two_preflights",
+            directory=pipeline[0], expect=int(fails),
         )  # fmt: skip
         assert report.stdout.count("Preflight: 2 processes on cpu") == 1
         assert "64 completions (16 x 2 processes x 2 steps)" in report.stdout
@@ -153,19 +149,19 @@ def test_two_processes_agree_on_a_preflight(pipeline, trained_card, fails):
 
 
 def test_ppo_without_arguments_is_the_quickstarts_stage(tmp_path):
-    report = _run(tmp_path, RECIPES / "ppo.py", expect=1)
+    report = _run(run_command, RECIPES / "ppo.py", directory=tmp_path, expect=1)
     assert "`model_name_or_path` is runs/quickstart/sft, which does not exist" in report.stderr
     assert "`python recipes/quickstart.py --until sft`" in report.stderr
 
 
 def test_options_override_the_quickstarts_ppo_stage(tmp_path):
-    report = _run(tmp_path, RECIPES / "ppo.py", "--kl_coef", "0.2", expect=1)
+    report = _run(run_command, RECIPES / "ppo.py", "--kl_coef", "0.2", directory=tmp_path, expect=1)
     assert report.stderr.strip().splitlines()[-1].startswith("Error: `model_name_or_path` is runs/quickstart/sft")
     assert "Traceback" not in report.stderr, "a refusal is one line"
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):
-    report = _run(tmp_path, RECIPES / "ppo.py", "--no_such_option", "1", expect=1)
+    report = _run(run_command, RECIPES / "ppo.py", "--no_such_option", "1", directory=tmp_path, expect=1)
     assert "Traceback" in report.stderr
     assert "no_such_option" in report.stderr
 
@@ -176,7 +172,8 @@ def test_an_evaluation_checks_the_reward_models_card(pipeline):
 
 
 def test_stages_have_an_order(tmp_path):
-    report = _run(tmp_path, RECIPES / "quickstart.py", "--start", "ppo", "--until", "sft", expect=1)
+    command = (RECIPES / "quickstart.py", "--start", "ppo", "--until", "sft")
+    report = _run(run_command, *command, directory=tmp_path, expect=1)
     assert "--start ppo comes after --until sft" in report.stderr
 
 
@@ -202,12 +199,9 @@ def test_reward_functions_are_named_as_module_and_function(pipeline):
 
 def test_two_processes(pipeline):
     """A launch as on several devices; the ranks must agree on what they save."""
-    report = _run(
-        pipeline[0], "-m", "accelerate.commands.launch",
-        "--config_file", ROOT / "accelerate_configs" / "multi_gpu.yaml",
-        "--num_processes", "2", "--mixed_precision", "no", RECIPES / "ppo.py",
-        "--config", CONFIGS / "ppo.yaml", "--max_steps", "4", "--per_device_train_batch_size", "16",
-        "--output_dir", "runs/quickstart/ppo_two", "--experiment_name", "two",
+    report = _launch(
+        "--max_steps", "4", "--output_dir", "runs/quickstart/ppo_two", "--experiment_name", "two",
+        directory=pipeline[0], fresh=True,
     )  # fmt: skip
     state = json.loads((pipeline[0] / "runs/quickstart/ppo_two/trainer_state.json").read_text())
     assert state["global_step"] == 4, report.stderr[-2000:]
@@ -219,7 +213,8 @@ def test_two_processes(pipeline):
 
 
 def test_the_quickstart_groups_its_stages_under_one_run(pipeline):
-    report = _run(pipeline[0], RECIPES / "quickstart.py", "--start", "evaluate", MLFLOW_EXPERIMENT_NAME="grouped")
+    command = (RECIPES / "quickstart.py", "--start", "evaluate")
+    report = _run(run_command, *command, directory=pipeline[0], MLFLOW_EXPERIMENT_NAME="grouped")
     assert "win rate over SFT" in report.stdout
     assert f"ui --backend-store-uri sqlite:///{pipeline[0]}/mlflow.db" in report.stdout
     mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
