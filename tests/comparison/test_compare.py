@@ -1,4 +1,4 @@
-"""`recipes/compare.py` as a user runs it: the page, its figures, its answer, and its refusals."""
+"""`recipes/compare.py` writes a page with figures and an answer, and refuses wrong input."""
 
 import os
 import re
@@ -49,7 +49,7 @@ def _compare(directory, *arguments, fails=False):
 
 
 class _Page(HTMLParser):
-    """What a browser would do with a page: tags in order, their attributes, the text without markup and style."""
+    """Read a page like a browser: tags in order, their attributes, the text without markup and style."""
 
     VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -86,7 +86,7 @@ def _report(experiment, uri, directory, num_shown=4):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A directory with the store that the recipe finds by default, experiment `sweep`: three times two runs."""
+    """Return a directory with the default store of the recipe: experiment `sweep`, three times two runs."""
     directory = tmp_path_factory.mktemp("compare")
     uri = f"sqlite:///{directory}/mlflow.db"
     for number, kl_coef in enumerate((0.02, 0.05, 0.2)):
@@ -240,7 +240,7 @@ def test_a_refusal_is_one_line(store):
 
 @pytest.fixture
 def server(tmp_path):
-    """A tracking server on loopback, with proxied artifacts; its address."""
+    """Start a tracking server with proxied artifacts, and return its address."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [
