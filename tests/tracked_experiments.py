@@ -1,4 +1,4 @@
-"""MLflow experiments without training: PPO runs with drawn curves, and evaluations of them with drawn scores."""
+"""Write MLflow experiments without training: PPO runs and evaluations with random curves and scores."""
 
 import json
 import time
@@ -13,7 +13,7 @@ SAMPLES_PER_STEP = 64
 
 
 def learning_curves(seed, *, points=40, gain=2.0, kl=4.0, length=30.0, rising_length=0.0):
-    """Curves of an ordinary run: the score saturates as the KL approaches its final value, with noise on both."""
+    """Return curves of an ordinary run: score and KL approach their final values, with noise."""
     rng = np.random.default_rng(seed)
     time = np.linspace(0.0, 1.0, points)
     progress = 1 - np.exp(-3.5 * time)
@@ -68,7 +68,7 @@ def log_evaluation(uri, experiment, policy_run, rows, metrics, *, tags=None):
 
 
 def evaluation_rows(seed, advantage, *, prompts=24, samples=1, answer="An answer."):
-    """Rows as of recipes/evaluate.py: the policy's score exceeds the baseline's by `advantage` on average."""
+    """Return rows like recipes/evaluate.py. The mean score of the policy is `advantage` above the baseline."""
     rng, common = np.random.default_rng(seed), np.random.default_rng(99)
     rows = []
     for number in range(prompts):
@@ -89,7 +89,7 @@ def evaluation_rows(seed, advantage, *, prompts=24, samples=1, answer="An answer
 
 
 def evaluation_metrics(win_rate=0.65, *, judges=("gold_score", "reward_model"), kl=4.0):
-    """Metrics of such an evaluation; the interval is +- 0.06."""
+    """Return metrics of such an evaluation, with an interval of +- 0.06."""
     metrics = {"prompts": 24.0, "policy/kl": kl, "policy/length": 30.0, "baseline/length": 28.0}
     for judge in judges:
         metrics |= {
@@ -110,6 +110,6 @@ def _create(client, experiment, name, tags):
 
 
 def _artifacts(client):
-    """Beside a SQLite file, not where the test runs; a server decides itself."""
+    """Return a directory beside a SQLite file, or None for a server, which chooses its own."""
     file = client.tracking_uri.removeprefix("sqlite:///")
     return None if file == client.tracking_uri else str(Path(file).parent / "artifacts")

@@ -4,6 +4,7 @@ Overrides only, on `trl.GRPOTrainer`; rollout and update are in `trainers/ppo.py
 run needs to continue as if it had not been interrupted, also in the middle of a rollout.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -41,6 +43,21 @@ def set_learning_rate(optimizer: Optimizer, head: ValueHead, learning_rate: floa
             optimizer.add_param_group({**split, "lr": learning_rate})
 
 
+class ProgressCallback(TrainerCallback):
+    """Restore the progress of a checkpoint, once transformers has set its sums to zero.
+
+    Args:
+        restore: Restores it.
+    """
+
+    def __init__(self, restore: Callable[[], None]) -> None:
+        self._restore = restore
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore it."""
+        self._restore()
+
+
 class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
     """Treat a value head as part of the training, but not of the policy that is sampled from and saved.
 
@@ -52,6 +69,10 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
     _stateful: dict[str, Stateful]  # by its name in a checkpoint
     _samples: list[dict[str, Any]]  # rows of the latest rollout
     _train_sampler: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(ProgressCallback(self.restore_progress))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does. After a `RollbackError`, go back to a checkpoint and train again from there."""
@@ -157,8 +178,11 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
             "last_logged": self._globalstep_last_logged,
         }
 
-    def _restore_progress(self, checkpoint: str) -> None:
-        path = Path(checkpoint, PROGRESS_FILE.format(self.accelerator.process_index))
+    def restore_progress(self) -> None:
+        """Continue the rollout and the figures of the checkpoint that is resumed, if there is one."""
+        if self._resumed_from is None:
+            return
+        path = Path(self._resumed_from, PROGRESS_FILE.format(self.accelerator.process_index))
         # With another number of processes the shares of the rollout differ: it is then sampled again.
         progress = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
         if progress.get("num_processes") != self.accelerator.num_processes:
@@ -168,12 +192,6 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
         self._metrics["train"].clear()
         self._metrics["train"].update(progress["metrics"])
         self._tr_loss, self._globalstep_last_logged = progress["loss"], progress["last_logged"]
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        # Before, transformers starts its sums anew.
-        if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
-            self._restore_progress(kwargs["resume_from_checkpoint"])
-        super()._run_epoch(**kwargs)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""`recipes/compare.py` as a user runs it: the page, its figures, its answer, and its refusals."""
+"""`recipes/compare.py` writes a page with figures and an answer, and refuses wrong input."""
 
 import re
 from html.parser import HTMLParser
@@ -33,7 +33,7 @@ def _compare(run, directory, *arguments, fails=False):
 
 
 class _Page(HTMLParser):
-    """What a browser would do with a page: tags in order, their attributes, the text without markup and style."""
+    """Read a page like a browser: tags in order, their attributes, the text without markup and style."""
 
     VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -70,7 +70,7 @@ def _report(experiment, uri, directory, num_shown=4):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A directory with the store that the recipe finds by default, experiment `sweep`: three times two runs."""
+    """Return a directory with the default store of the recipe: experiment `sweep`, three times two runs."""
     directory = tmp_path_factory.mktemp("compare")
     uri = f"sqlite:///{directory}/mlflow.db"
     for number, kl_coef in enumerate((0.02, 0.05, 0.2)):

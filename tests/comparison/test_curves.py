@@ -1,4 +1,4 @@
-"""Curves of several runs: hand numbers and special cases."""
+"""Curves of several runs have the values that are computed by hand."""
 
 import math
 
@@ -21,7 +21,7 @@ def test_a_short_curve_is_not_smoothed():
 
 
 def test_smoothing_averages_a_tenth_of_the_run():
-    """A spike of 3 in 30 points is spread over 3; nothing else moves."""
+    """A spike of 3 in 30 points is spread over 3 points. No other point changes."""
     curve = pd.Series(np.eye(30)[10] * 3)
     expected = np.zeros(30)
     expected[9:12] = 1.0
@@ -35,7 +35,7 @@ def test_smoothing_leaves_out_what_is_no_number():
 
 
 def test_samples_replace_steps():
-    """Two steps on one rollout are one point; a step without a count lies between its neighbours."""
+    """Two steps on one rollout are one point. A step without a count gets one between its neighbours."""
     curve = pd.Series([1.0, 3.0, 5.0, 7.0], index=[1, 2, 3, 4])
     samples = pd.Series([64.0, 64.0, math.nan, 128.0], index=[1, 2, 3, 4])
     result = over_samples(curve, samples)
@@ -82,7 +82,7 @@ def test_the_score_at_a_kl_is_interpolated(limit, expected):
 
 
 def test_a_kl_that_comes_back_counts():
-    """The controller pulls the run from 6 back to 2 nats, where it has learned more than when it first passed."""
+    """The controller brings the run from 6 back to 2 nats. Its score there is higher than the first time."""
     assert best_score_within(_path((0, 0), (6, 3), (2, 5)), 2.0) == 5.0
 
 

@@ -1,4 +1,4 @@
-"""The comparison of PPO runs, read from a SQLite store of MLflow that the test has written."""
+"""PPO runs in a SQLite store are read, grouped and ranked."""
 
 import math
 
@@ -23,7 +23,7 @@ CONFIGURATIONS = {0.02: {"gain": 2.6, "kl": 8.0}, 0.05: {"gain": 2.2, "kl": 5.0}
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Experiment `sweep`: three configurations, two seeds each, evaluated."""
+    """Write experiment `sweep`: three configurations with two seeds each, all evaluated."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
     for number, (kl_coef, shape) in enumerate(CONFIGURATIONS.items()):
         for seed in (0, 1):
@@ -42,13 +42,13 @@ def _experiment(uri, name, *runs):
 
 
 def _line(kl, score, points=3):
-    """A straight path from (0, 0) to (kl, score), too short to be smoothed."""
+    """Return a straight path from (0, 0) to (kl, score), too short for smoothing."""
     share = np.linspace(0, 1, points)
     return {"objective/kl": kl * share, "objective/scores": score * share}
 
 
 def test_a_label_names_what_tells_its_group_from_each_other(tmp_path):
-    """Of the options that differ, those that are needed: here `kl_controller` says no more than `kl_coef`."""
+    """A label omits an option that separates no more groups: here `kl_controller`, because of `kl_coef`."""
     common = {"kl_coef": 0.09, "kl_controller": "adaptive", "max_steps": 100, "value_head_learning_rate": 0.002}
     changes = [
         {},
@@ -151,7 +151,7 @@ def test_a_single_run(store):
 
 
 def test_scores_are_compared_at_the_kl_that_all_reach(store):
-    """At 2 nats, A has 2 * 3 / 4 = 1.5 and B its end, 2; A's end is higher."""
+    """At 2 nats, A has 2 * 3 / 4 = 1.5, and B ends with 2. A ends higher, at a larger KL."""
     groups, _ = _experiment(
         store,
         "equal-kl",
@@ -303,7 +303,7 @@ def _evaluations(store, name, *row_lists, tags=({}, {})):
 
 
 def test_win_rates_by_hand(store):
-    """On the common prompts p, q, r and s the first wins twice, ties once and loses once: 2.5 of 4."""
+    """On the common prompts p, q, r and s, the first policy wins twice, ties once and loses once: 2.5 of 4."""
     first = [_row(p, s, 0.0) for p, s in zip("pqrsx", [1.0, 2.0, 3.0, 0.0, 9.0], strict=True)]
     second = [_row(p, s, 5.0) for p, s in zip("srqpy", [1.0, 3.0, 1.0, 0.0, 9.0], strict=True)]
     (matrix,) = win_matrices(_evaluations(store, "by-hand", first, second))
@@ -319,7 +319,7 @@ def test_win_rates_by_hand(store):
 
 
 def test_samples_of_a_prompt_are_one_prompt(store):
-    """One prompt is won once of twice, the other always: 0.75. A missing score is no loss."""
+    """One prompt is won in one of two samples, the other in all: 0.75. A missing score is no loss."""
     first = [_row("p", 2.0, 0), _row("p", 0.0, 0), _row("q", 3.0, 0), _row("q", None, 0)]
     second = [_row("p", 1.0, 0), _row("p", 1.0, 0), _row("q", 1.0, 0), _row("q", 1.0, 0)]
     (matrix,) = win_matrices(_evaluations(store, "samples", first, second))

@@ -1,4 +1,4 @@
-"""Loading: what a recipe's user may get wrong about paths, splits, columns and functions."""
+"""Wrong paths, splits, columns and functions are refused with a clear message."""
 
 import json
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from rlhf_recipes.rewards.functions import import_function
 
 @pytest.fixture
 def directory(tmp_path):
-    """A directory of JSON lines with one row per split."""
+    """Write a directory of JSON lines with one row per split."""
     row = {"prompt": "a", "completion": "b", "answer": "c"}
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
@@ -24,7 +24,7 @@ def directory(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
-    """Where no `runs/` of an earlier demo lies."""
+    """Change to a directory without `runs/`."""
     monkeypatch.chdir(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Alarms: each is raised by its own sign, and not by a healthy run, by noise, or without a rising score."""
+"""Each alarm has its own sign. A healthy run, noise and a score that does not rise raise no alarm."""
 
 import math
 from types import SimpleNamespace

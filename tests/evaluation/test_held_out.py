@@ -1,4 +1,4 @@
-"""The comparison of a policy with its start: hand-made answers, known outcomes."""
+"""A policy is compared with its start, on answers whose outcome is known."""
 
 import json
 import math
@@ -88,7 +88,7 @@ def test_a_judge_of_pairs_that_likes_the_first_place_likes_neither():
 
 
 def test_a_judge_of_pairs_compares_sample_with_sample():
-    """The second answer to a prompt meets the second of the start; one that fills up a batch does not count."""
+    """The second answer to a prompt is compared with the second of the start. One that fills up a batch is ignored."""
     asked = []
 
     def judge(prompts, completions_a, completions_b, topic):

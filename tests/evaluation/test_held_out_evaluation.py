@@ -1,4 +1,4 @@
-"""Evaluation during training: against the policy of step 0, without a trace in the training."""
+"""Evaluations during training compare with the policy of step 0, and do not change the training."""
 
 import json
 
@@ -15,12 +15,12 @@ WIN_RATES = [f"eval_{judge}/{key}" for judge in ("score", "brevity", "longer") f
 
 
 def brevity(completions, **kwargs):
-    """What the reward is not."""
+    """Judge by the opposite of the reward."""
     return [-x for x in tiny.length_reward(completions)]
 
 
 def longer(prompts, completions_a, completions_b, **kwargs):
-    """A judge of pairs."""
+    """Judge pairs."""
     lengths = (tiny.length_reward(completions) for completions in (completions_a, completions_b))
     return [float(a > b) for a, b in zip(*lengths, strict=True)]
 
@@ -77,7 +77,7 @@ def test_an_evaluation_changes_no_training(tmp_path):
 
 
 def test_a_policy_that_does_not_learn_says_the_same_again(tmp_path):
-    """Every evaluation draws the same random numbers, whatever training has drawn."""
+    """Every evaluation draws the same random numbers, independent of the training."""
     trainer = _trainer(tmp_path, learning_rate=0.0)
     trainer.train()
     start, _, end = (
@@ -88,7 +88,7 @@ def test_a_policy_that_does_not_learn_says_the_same_again(tmp_path):
 
 
 def test_the_best_checkpoint_is_loaded_and_patience_ends(tmp_path):
-    """The reward is length, the judge wants brevity: the first evaluation after the start is the best or none is."""
+    """The reward is length and the judge wants short answers: no evaluation is better than the first ones."""
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 40, "load_best_model_at_end": True}
     trainer = _trainer(tmp_path, early_stopping_patience=2, learning_rate=0.05, **options)
     trainer.train()

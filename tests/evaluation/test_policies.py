@@ -1,4 +1,4 @@
-"""Evaluation of policies: what is sampled, and how far two policies are apart."""
+"""Completions are sampled from the policy itself, and the KL between two policies is exact."""
 
 import pytest
 import tiny
@@ -14,7 +14,7 @@ PROMPTS = ["hello", "is the hare in the cave?", "the fox"]
 
 @pytest.fixture
 def tok():
-    """The policies' tokenizer, padding as for generation."""
+    """Return the tokenizer of the policies, with padding for generation."""
     tok = tiny.tokenizer()
     tok.padding_side = "left"
     return tok

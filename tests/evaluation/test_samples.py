@@ -1,4 +1,4 @@
-"""Tables of completions, and how much a completion repeats itself."""
+"""Tables of completions are written and found again, and repetition is counted."""
 
 import numpy as np
 import pandas as pd

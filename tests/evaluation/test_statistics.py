@@ -1,4 +1,4 @@
-"""Evaluation: hand numbers and known special cases."""
+"""Statistics of an evaluation have the values that are computed by hand."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_win_rate_interval_is_the_normal_one_for_many_prompts():
 
 
 def test_samples_of_one_prompt_are_not_independent():
-    """Fifty copies of each outcome say no more than one."""
+    """Fifty copies of each outcome give the same interval as one."""
     scores = np.r_[np.ones(12), np.zeros(8)]
     once = win_rate(scores, 1 - scores)
     assert win_rate(np.repeat(scores[:, None], 50, 1), np.repeat(1 - scores[:, None], 50, 1)) == once
@@ -107,7 +107,7 @@ def test_a_preference_is_an_outcome():
 
 def test_a_judge_is_asked_in_both_orders():
     def judge(prompts, completions_a, completions_b, topic):
-        """Likes the first place by 0.3, and an answer to the topic."""
+        """Prefer the first place by 0.3, and an answer to the topic."""
         assert topic == ["x", "y"]
         pairs = zip(topic, completions_a, completions_b, strict=True)
         return [0.5 + 0.3 + 0.1 * (t in a) - 0.1 * (t in b) for t, a, b in pairs]

@@ -1,4 +1,4 @@
-"""What reaches a store, once and in order, and what is kept; the store fails on command."""
+"""Records reach the store once and in order. A record that the store refuses is kept."""
 
 import json
 
@@ -11,7 +11,7 @@ from rlhf_recipes.tracking.delivery import Delivery, send_unsent
 
 
 class Store:
-    """An `MlflowClient` that remembers, or fails."""
+    """Act as an `MlflowClient` that remembers its calls, or fails."""
 
     error: Exception | None = None
 

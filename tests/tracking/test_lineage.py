@@ -1,4 +1,4 @@
-"""Where a run comes from."""
+"""A run knows its code, its packages and the runs before it."""
 
 import subprocess
 from types import SimpleNamespace

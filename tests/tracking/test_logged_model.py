@@ -1,4 +1,4 @@
-"""What becomes of a directory in the store, once, whatever goes wrong on the way; a real store in a file."""
+"""A directory becomes one model in the store, even after interrupted attempts."""
 
 import json
 import os
@@ -20,7 +20,7 @@ REGISTERED = {"registered_model_name": "tiny", "registered_model_alias": "candid
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """The address of a store, and where its artifacts lie."""
+    """Return the address of a store, and the directory of its artifacts."""
     directory = tmp_path_factory.mktemp("store")
     client = mlflow.MlflowClient(f"sqlite:///{directory}/mlflow.db")
     client.create_experiment("tests", artifact_location=str(directory / "artifacts"))
@@ -49,7 +49,7 @@ def run_id(client):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """A LoRA policy as a recipe leaves it, among what only a training needs."""
+    """Write a LoRA policy like a recipe, with the files that only a training needs."""
     tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
     directory = tmp_path / "ppo-1.5"
     model = get_peft_model(tiny.policy(tiny.tokenizer()), tiny.lora())

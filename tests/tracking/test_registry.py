@@ -1,4 +1,4 @@
-"""Models through a real MLflow server: what is loaded from it computes what was trained, or is refused."""
+"""A model from a real MLflow server computes the same as after its training, or is refused."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def _recipe(world, recipe, **options):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A server; a LoRA reward model and a LoRA policy trained against it, both in the server's registry."""
+    """Start a server with a LoRA reward model and a LoRA policy in its registry."""
     directory, port = tmp_path_factory.mktemp("registry"), free_port()
     world = SimpleNamespace(directory=directory, uri=f"http://127.0.0.1:{port}")
     world.base = tiny.save(tiny.policy(tiny.tokenizer()), directory / "base")
@@ -75,7 +75,7 @@ def _workplace(world, monkeypatch):
 
 
 def _run(stage, output_dir):
-    """The run that wrote a directory."""
+    """Return the run that wrote a directory."""
     run = mlflow.MlflowClient().get_run(json.loads(Path(output_dir, "mlflow_run.json").read_text())["run_id"])
     assert run.data.tags["stage"] == stage
     return run
@@ -92,7 +92,7 @@ def _logits(policy):
 
 
 def _other_weights(world, directory):
-    """The base, but for one tensor."""
+    """Write the base with one other tensor."""
     shutil.copytree(world.base, directory)
     weights = load_file(directory / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] *= 1.01
@@ -200,7 +200,7 @@ def test_edges_lead_from_the_reward_model_to_the_policy(world):
 
 
 def test_recipes_take_models_from_mlflow(world):
-    """A second policy, from the first and against the same reward model; its evaluation and its export."""
+    """Train a second policy from the first with the same reward model, and evaluate and export it."""
     first, reward_model = (
         _edges(_run(*run))[1][0][0] for run in (("ppo", "out/ppo"), ("reward_modeling", "out/rm-1.0"))
     )

@@ -1,4 +1,4 @@
-"""The life of a run in MLflow: real processes, real stores, real signals; tiny models."""
+"""A run is recorded in MLflow from start to end, in real processes, with real stores and signals."""
 
 import json
 import os
@@ -66,7 +66,7 @@ with track_run(TrackingArguments(), sys.argv[1], sys.argv[1], Config(sys.argv[1]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A policy and data, and a migrated store to copy: a migration takes seconds."""
+    """Write a policy, data and a store to copy, because creating a store takes seconds."""
     directory = tmp_path_factory.mktemp("world")
     tiny.save(tiny.policy(tiny.tokenizer()), directory / "policy")
     for name, data in (("prompts", tiny.prompts()), ("pairs", tiny.preferences())):
@@ -112,7 +112,7 @@ def _ppo(world, directory, *arguments, environment=(), **changes):
 
 
 def _runs(uri):
-    """Runs of a store by stage."""
+    """Return the runs of a store by stage."""
     client = mlflow.MlflowClient(uri)
     found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     by_stage = {run.data.tags["stage"]: run for run in found}
@@ -141,7 +141,7 @@ def _wait_for(path):
 
 @pytest.fixture(scope="module")
 def stages(world, tmp_path_factory):
-    """A reward model, a policy trained against it, and its evaluation: the store and its runs by stage."""
+    """Train a reward model and a policy, and evaluate it. Return the directory, the store and its runs by stage."""
     directory = _workplace(world, tmp_path_factory.mktemp("stages"))
     quiet = {name: value for name, value in tiny.QUIET.items() if name != "report_to"}
     common = {"model_name_or_path": str(world / "policy"), "response_separator": " "}
@@ -172,7 +172,7 @@ def stages(world, tmp_path_factory):
 
 
 def test_every_stage_is_one_finished_run(stages):
-    """The reward model is evaluated after training, which transformers' callback alone would make a second run."""
+    """With transformers' own callback, the evaluation after reward modelling would be a second run."""
     _, uri, runs = stages
     assert {stage: run.info.status for stage, run in runs.items()} == {
         "reward_modeling": "FINISHED", "ppo": "FINISHED", "evaluation": "FINISHED",
@@ -187,7 +187,7 @@ def test_every_stage_is_one_finished_run(stages):
 
 
 def test_a_run_shows_what_its_policy_said(stages):
-    """As tables of MLflow, the same prompts at every evaluation, and no alarm in a run of four steps."""
+    """The tables of MLflow have the same prompts at every evaluation. A run of four steps has no alarm."""
     directory, uri, runs = stages
     run = runs["ppo"]
     names = [f"samples/{name}" for name in ("evaluation-000000", "evaluation-000004", "training-000004")]
