@@ -72,7 +72,7 @@ def test_a_fork_starts_with_the_state_of_a_fresh_interpreter(fresh_state):
         ("atexit.register(print, 'last')", 0),
         ("threading.Timer(0.2, print, ['from a thread']).start()", 0),
         ("threading.Thread(target=time.sleep, args=[60], daemon=True).start()", 0),
-        ("sys.kept = type('Kept', (), {'__del__': lambda self: os.write(1, b'torn down')})()", 0),
+        ("sys.kept = type('Kept', (), {'__del__': lambda self, write=os.write: write(1, b'torn down')})()", 0),
     ],
 )
 def test_a_fork_ends_as_a_fresh_interpreter_does(tmp_path, end, code):
