@@ -7,7 +7,6 @@ import tiny
 import torch
 from datasets import Dataset, DatasetDict
 
-from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.algorithm.value_head import ValueHead
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
@@ -34,7 +33,7 @@ def test_prompts(tmp_path, data, message):
 @pytest.mark.parametrize("column", ["chosen", "rejected"])
 def test_preferences_without_a_column(tmp_path, column):
     with pytest.raises(ValueError, match=f"has no column '{column}'"):
-        _reward_trainer(tmp_path, tiny.preferences().remove_columns(column))
+        tiny.reward_trainer(tmp_path, data=tiny.preferences().remove_columns(column))
 
 
 @pytest.mark.parametrize(
@@ -59,14 +58,7 @@ def test_preferences_without_a_column(tmp_path, column):
 )
 def test_preferences(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
-        _reward_trainer(tmp_path, Dataset.from_dict(rows))
-
-
-def _reward_trainer(tmp_path, data):
-    tok = tiny.tokenizer()
-    return RewardModelTrainer(
-        tiny.reward_model(tok), tiny.reward_config(tmp_path), train_dataset=data, processing_class=tok
-    )
+        tiny.reward_trainer(tmp_path, data=Dataset.from_dict(rows))
 
 
 @pytest.mark.parametrize(

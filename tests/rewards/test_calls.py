@@ -255,10 +255,7 @@ def test_an_async_function_fails_like_any_other(pauses):
 
 def test_a_model_in_this_process_is_left_alone(tmp_path):
     tok = tiny.tokenizer()
-    trainer = tiny.PPOTrainer(
-        tiny.policy(tok), tiny.reward_model(tok), tiny.ppo_config(tmp_path), train_dataset=tiny.prompts(),
-        processing_class=tok, reward_processing_classes=tok,
-    )  # fmt: skip
+    trainer = tiny.ppo_trainer(tmp_path, rewards=tiny.reward_model(tok), reward_tok=tok)
     (scorer,) = trainer.reward_funcs
     assert trainer.reward_calls.guard(scorer) is scorer
     module = torch.nn.Linear(1, 1)

@@ -84,27 +84,14 @@ def test_a_full_policy_is_saved_plain_with_its_head_beside_it(tmp_path):
     assert not report["unexpected_keys"]
     assert isinstance(trainer.model.value_head, ValueHead), "saving must not take the head off the model in training"
 
-    follow_up = tiny.PPOTrainer(
-        str(tmp_path / "final"),
-        tiny.length_reward,
-        tiny.ppo_config(tmp_path / "follow_up"),
-        train_dataset=tiny.prompts(),
-    )
+    follow_up = tiny.ppo_trainer(tmp_path / "follow_up", model=str(tmp_path / "final"))
     for name, tensor in trainer.model.value_head.state_dict().items():
         assert_close(follow_up.model.value_head.state_dict()[name], tensor, EXACT)
 
 
 def test_an_adapter_is_saved_plain_and_merges(tmp_path):
-    base = tiny.policy(tiny.tokenizer())
-    base.save_pretrained(tmp_path / "base")
-    trainer = tiny.PPOTrainer(
-        str(tmp_path / "base"),
-        tiny.length_reward,
-        tiny.ppo_config(tmp_path, max_steps=8, learning_rate=1e-2),
-        train_dataset=tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-        peft_config=tiny.lora(),
-    )
+    base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    trainer = tiny.ppo_trainer(tmp_path, model=base, peft=tiny.lora(), max_steps=8, learning_rate=1e-2)
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     names = load_file(tmp_path / "final" / "adapter_model.safetensors")
@@ -131,9 +118,7 @@ def test_a_head_of_another_size_is_refused(tmp_path):
     trainer = _trained(tmp_path, peft=False, save_strategy="no", value_head_size=16)
     trainer.save_model(str(tmp_path / "final"))
     with pytest.raises(ValueError, match="Set `value_head_size` to 16"):
-        tiny.PPOTrainer(
-            str(tmp_path / "final"), tiny.length_reward, tiny.ppo_config(tmp_path), train_dataset=tiny.prompts()
-        )
+        tiny.ppo_trainer(tmp_path, model=str(tmp_path / "final"))
 
 
 def _episodes(trainer):

@@ -185,13 +185,9 @@ async def _slow_reward(completions, **kwargs):
 
 def test_reward_models_and_functions_are_weighted_and_summed(tmp_path):
     tok = tiny.tokenizer()
-    trainer = tiny.PPOTrainer(
-        tiny.policy(tok),
-        [tiny.reward_model(tok), tiny.length_reward, _slow_reward],
-        tiny.ppo_config(tmp_path, reward_weights=[0.5, 2.0, -1.0]),
-        train_dataset=tiny.prompts(),
-        processing_class=tok,
-        reward_processing_classes=[tok, None, None],
+    rewards = [tiny.reward_model(tok), tiny.length_reward, _slow_reward]
+    trainer = tiny.ppo_trainer(
+        tmp_path, rewards=rewards, reward_tok=[tok, None, None], reward_weights=[0.5, 2.0, -1.0]
     )
     seen = {}
     original = trainer._calculate_rewards
@@ -292,14 +288,7 @@ def test_an_evaluation_batch_may_have_another_size_than_a_rollout(tmp_path, size
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_plain_prompts_end_with_the_separator(tmp_path, chat):
-    trainer = tiny.PPOTrainer(
-        tiny.policy(tiny.tokenizer()),
-        tiny.length_reward,
-        tiny.ppo_config(tmp_path, response_separator=" ->"),
-        train_dataset=tiny.prompts(chat=chat),
-        eval_dataset=tiny.prompts(chat=chat),
-        processing_class=tiny.tokenizer(),
-    )
+    trainer = tiny.ppo_trainer(tmp_path, chat=chat, eval_data=tiny.prompts(chat=chat), response_separator=" ->")
     for dataset in (trainer.train_dataset, trainer.eval_dataset):
         prompt = dataset[0]["prompt"]
         assert prompt == ([{"role": "user", "content": "hello"}] if chat else "hello ->")
