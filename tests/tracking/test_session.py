@@ -141,10 +141,8 @@ def stages(world, tmp_path_factory):
     """Train a reward model and a policy, and evaluate it. Return the directory, the store and its runs by stage."""
     directory = _workplace(world, tmp_path_factory.mktemp("stages"))
     common = {"model_name_or_path": str(world / "policy"), "response_separator": " "}
-    reward_model = (
-        {"dataset_name": str(world / "pairs"), "output_dir": "out/rm", "max_steps": 2} | common | tiny.RECIPE
-    )
-    (directory / "rm.yaml").write_text(yaml.safe_dump(reward_model))
+    reward_model = {"dataset_name": str(world / "pairs"), "output_dir": "out/rm", "max_steps": 2, **common}
+    (directory / "rm.yaml").write_text(yaml.safe_dump(reward_model | tiny.RECIPE))
     evaluation = {
         **common,
         "model_name_or_path": "out/ppo",
