@@ -12,10 +12,10 @@ import trl
 import yaml
 from trl import TrlParser
 
+import rlhf_recipes
+from rlhf_recipes import PPOConfig, RewardModelConfig
 from rlhf_recipes.options import recipes as arguments
 from rlhf_recipes.options.paths import require_path
-from rlhf_recipes.options.ppo import PPOConfig
-from rlhf_recipes.options.reward_modeling import RewardModelConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -24,14 +24,14 @@ IN_CLUSTERS = [
 ]
 YAMLS = sorted([*(RECIPES / "configs").rglob("*.yaml"), *IN_CLUSTERS])
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *RECIPES.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-NAMESPACE = {**vars(trl), **vars(arguments), "PPOConfig": PPOConfig, "RewardModelConfig": RewardModelConfig}
+HOMES = (arguments, rlhf_recipes, trl)
 
 
 def _parser_classes(recipe):
     """Return the classes of the one `TrlParser((...))` in a recipe."""
     calls = (node for node in ast.walk(ast.parse(recipe.read_text())) if isinstance(node, ast.Call))
     (classes,) = (call.args[0].elts for call in calls if getattr(call.func, "id", "") == "TrlParser")
-    return tuple(NAMESPACE[name.id] for name in classes)
+    return tuple(next(getattr(home, name.id) for home in HOMES if hasattr(home, name.id)) for name in classes)
 
 
 PARSERS = {

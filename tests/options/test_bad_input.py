@@ -94,8 +94,16 @@ def test_preferences(tmp_path, rows, message):
         ({"multi_objective_aggregation": "normalize_then_sum"}, "`multi_objective_aggregation` must be"),
         ({"sync_ref_model": True}, "`sync_ref_model` is not available"),
         ({"value_head_activation": "relu"}, "`value_head_activation` must be one of silu, gelu, got 'relu'. ReLU"),
-        ({"value_head_activation": "tanh"}, "`value_head_activation` must be one of silu, gelu, got 'tanh'"),
         ({"value_head_size": 0}, "`value_head_size` must be positive"),
+        ({"max_update_kl": 0.0}, "`max_update_kl` must be positive"),
+        ({"max_kl": -1.0}, "`max_kl` must be positive"),
+        ({"max_skipped_steps": 0}, "`max_skipped_steps` must be positive"),
+        ({"max_rollbacks": -1}, "`max_rollbacks` must not be negative"),
+        ({"rollback_learning_rate_factor": 0.0}, "`rollback_learning_rate_factor` must lie in (0, 1]"),
+        ({"rollback_learning_rate_factor": 2.0}, "`rollback_learning_rate_factor` must lie in (0, 1]"),
+        ({"reward_timeout": 0.0}, "`reward_timeout` must be positive"),
+        ({"reward_retries": -1}, "`reward_retries` must not be negative"),
+        ({"failed_rewards": "zero"}, "`failed_rewards` must be one of raise, mask, got 'zero'"),
     ],
 )
 def test_ppo_options(tmp_path, options, message):

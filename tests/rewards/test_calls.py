@@ -356,19 +356,6 @@ def test_a_judge_that_fails_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"reward_timeout": 0.0}, "`reward_timeout` must be positive"),
-        ({"reward_retries": -1}, "`reward_retries` must not be negative"),
-        ({"failed_rewards": "zero"}, "`failed_rewards` must be one of raise, mask, got 'zero'"),
-    ],
-)
-def test_options(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        tiny.ppo_config(tmp_path, **options)
-
-
-@pytest.mark.parametrize(
     ("timeout", "retries", "seconds"), [(10.0, 0, 10), (10.0, 3, 4 * 10 + 7), (1.0, 8, 9 + 63 + 2 * 60)]
 )
 def test_the_longest_call_is_all_attempts_and_the_pauses_that_are_made(
