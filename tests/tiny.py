@@ -2,7 +2,7 @@
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -109,6 +109,15 @@ def preferences(*, chat=False, count=8, margin=False):
 
 def lora(**kwargs):
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1, **kwargs)
+
+
+def sft_adapter(base):
+    """Return a policy with an adapter that changes its answers, as after SFT."""
+    model = get_peft_model(base, lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 QUIET = {

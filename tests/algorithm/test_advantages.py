@@ -60,11 +60,6 @@ def test_the_score_of_an_empty_row_goes_nowhere():
     assert_close(shape_rewards(scores, torch.ones(2, 2), mask, kl_coef=0.5), [[-0.5, 0.5], [0.0, 0.0]], EXACT)
 
 
-def test_shaped_rewards_of_one_token():
-    rewards = shape_rewards(torch.tensor([2.0]), torch.tensor([[4.0]]), torch.tensor([[1]]), kl_coef=0.25)
-    assert_close(rewards, [[1.0]], EXACT)
-
-
 def test_shaped_rewards_leave_their_inputs_alone():
     scores, kl, mask = torch.ones(5), torch.ones(5, 5), MASK.clone()
     shape_rewards(scores, kl, mask, kl_coef=0.5)
@@ -189,21 +184,6 @@ def test_gae_accepts_every_mask_dtype(dtype):
     actual = generalized_advantage_estimation(rewards, values, MASK.to(dtype), **options)
     assert_close(actual[0], expected[0], EXACT)
     assert_close(actual[1], expected[1], EXACT)
-
-
-def test_gae_of_one_token():
-    one = torch.tensor([[1]])
-    options = {"gamma": 0.5, "lam": 0.25}
-    advantages, returns = generalized_advantage_estimation(
-        torch.tensor([[3.0]]), torch.tensor([[2.0]]), one, **options
-    )
-    assert_close(advantages, [[1.0]], EXACT)
-    assert_close(returns, [[3.0]], EXACT)
-    advantages, returns = generalized_advantage_estimation(
-        torch.tensor([[3.0]]), torch.tensor([[2.0]]), one, bootstrap_values=torch.tensor([4.0]), **options
-    )
-    assert_close(advantages, [[3.0]], EXACT)
-    assert_close(returns, [[5.0]], EXACT)
 
 
 def test_gae_leaves_its_inputs_alone_and_keeps_the_dtype():

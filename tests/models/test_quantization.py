@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from tolerances import BF16, EXACT, FP32, MERGED, assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, pipeline
 
@@ -55,11 +55,7 @@ def test_only_adapter_and_value_head_learn(tmp_path, base):
 @pytest.mark.parametrize("start", ["new adapter", "sft adapter"])
 def test_the_first_rollout_has_no_kl(tmp_path, base, start):
     if start == "sft adapter":
-        sft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), tiny.lora())
-        for name, parameter in sft.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        sft.save_pretrained(tmp_path / "sft")
+        tiny.sft_adapter(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(tmp_path / "sft")
         trainer = _trainer(str(tmp_path / "sft"), tmp_path / "out")
     else:
         trainer = _trainer(base, tmp_path / "out", peft=tiny.lora())

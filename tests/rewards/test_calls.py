@@ -15,6 +15,7 @@ import tenacity
 import tiny
 import torch
 from accelerate import PartialState
+from processes import run_in_processes
 from tolerances import EXACT, assert_close
 
 from rlhf_recipes import PPOConfig
@@ -406,14 +407,14 @@ def _on_one_rank_only(rank, world_size, failed):
 
 
 @pytest.mark.distributed
-def test_a_failure_of_one_rank_ends_all_with_the_same_message(run_in_processes):
+def test_a_failure_of_one_rank_ends_all_with_the_same_message():
     first, second = run_in_processes(_on_one_rank_only, 2, "raise")
     assert first == second
     assert "`judge` failed at the first attempt on process 1: ConnectionError: no judge for 1" in first
 
 
 @pytest.mark.distributed
-def test_a_failure_of_one_rank_masks_that_rank(run_in_processes):
+def test_a_failure_of_one_rank_masks_that_rank():
     metrics = {"judge/failed_attempts": 1.0, "judge/failed_calls": 1.0}
     (first, of_first), (second, of_second) = run_in_processes(_on_one_rank_only, 2, "mask")
     assert first == [1.0] * 3

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from faults import explode, poison, rates_of, snapshots_of, still_steps
+from processes import run_in_processes
 from tolerances import EXACT, assert_close
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -79,8 +80,6 @@ def _step_sharded(rank, world_size):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Return the results of two ranks."""
-    from processes import run_in_processes
-
     return run_in_processes(_train, 2, str(tmp_path_factory.mktemp("ranks")))
 
 
@@ -104,7 +103,7 @@ def test_both_ranks_act_on_what_one_of_them_finds(ranks, case):
         assert_close(ranks[1][case]["weights"][name], weights, EXACT)
 
 
-def test_a_model_in_shards_is_not_moved_by_a_step_that_is_withheld(run_in_processes):
+def test_a_model_in_shards_is_not_moved_by_a_step_that_is_withheld():
     for found, metrics in run_in_processes(_step_sharded, 2):
         assert found == [(True, True), (True, False), (True, False)]
         assert metrics == {"guard/skipped_steps": 1, "guard/stopped_steps": 1, "guard/rollbacks": 0}

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from tolerances import FIRST_UPDATE, FP32, NO_KL, assert_close
 from transformers import AutoModelForCausalLM
 
@@ -85,10 +85,7 @@ def test_log_probabilities_are_those_of_the_sampling_temperature(tmp_path, tempe
 def test_an_sft_adapter_is_its_own_reference(tmp_path):
     """The reference of a policy that starts from an adapter is that adapter, not the bare base."""
     tok = tiny.tokenizer()
-    model = get_peft_model(tiny.policy(tok), tiny.lora())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    model = tiny.sft_adapter(tiny.policy(tok))
     trainer = tiny.ppo_trainer(tmp_path, model=model, tok=tok)
     batch = tiny.rollout(trainer)
     kl = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
@@ -115,16 +112,9 @@ def test_the_reference_stays_where_it_was(tmp_path):
 
 def _saved_adapter(tmp_path):
     """Write an SFT adapter with its tokenizer, like `recipes/sft.py`."""
-    tok = tiny.tokenizer()
-    tiny.policy(tok).save_pretrained(tmp_path / "base")
+    tiny.policy(tiny.tokenizer()).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, tiny.lora())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(tmp_path / "sft")
-    tok.save_pretrained(tmp_path / "sft")
-    return str(tmp_path / "sft")
+    return tiny.save(tiny.sft_adapter(base), tmp_path / "sft")
 
 
 def test_the_path_of_an_adapter_is_a_policy(tmp_path):
