@@ -4,7 +4,6 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 from trl import ScriptArguments
@@ -19,7 +18,6 @@ from rlhf_recipes.rewards.card import RewardModelCard, tokenizer_fingerprint
 pytestmark = pytest.mark.tiny
 
 NO_TRACKING = TrackingArguments(tracking=False)
-LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _say(trainer, capsys, data=None, evaluation=None, *, only=False, tracking=NO_TRACKING, answers=None):
@@ -102,7 +100,7 @@ def test_a_reward_model_is_asked_for_sixteen_answers_at_most(tmp_path, capsys, r
 
 
 @pytest.mark.parametrize("only_model", [False, True])
-@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["full", "lora"])
 def test_a_checkpoint_takes_what_was_said(tmp_path, peft, only_model):
     trainer = tiny.ppo_trainer(
         tmp_path, peft=peft, max_steps=4, save_strategy="steps", save_steps=4, save_only_model=only_model
@@ -123,7 +121,7 @@ def test_a_checkpoint_of_a_quantised_policy(tmp_path):
     pytest.importorskip("bitsandbytes")
     base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
     four_bits = BitsAndBytesConfig(load_in_4bit=True)
-    trainer = tiny.ppo_trainer(tmp_path / "out", model=base, peft=LORA, quantization=four_bits)
+    trainer = tiny.ppo_trainer(tmp_path / "out", model=base, peft=tiny.lora(), quantization=four_bits)
     sizes = training_sizes(trainer.model, trainer.args, adapter=True)
     assert sizes.saved == parameter_bytes([trainer.model], trained=True) < parameter_bytes([trainer.model])
 
@@ -240,7 +238,7 @@ def test_a_reward_adapter_is_asked_on_the_policys_backbone(tmp_path, capsys):
     base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
     tiny.save_lora_reward_model(base, tmp_path / "rm", max_steps=8, learning_rate=1e-2)
     adapter = {"rewards": None, "reward_adapter": str(tmp_path / "rm")}
-    trainer = tiny.ppo_trainer(tmp_path / "out", model=base, peft=LORA, **adapter)
+    trainer = tiny.ppo_trainer(tmp_path / "out", model=base, peft=tiny.lora(), **adapter)
     trainer.model.train()
     lines = _say(trainer, capsys, tiny.prompts(), answers=tiny.preferences())
     assert any(line.startswith("  reward      rm, accuracy") for line in lines)

@@ -41,21 +41,16 @@ def _normalized(trainer):
     return ((scores - normalizer.mean) / normalizer.std).clamp(-normalizer.clip, normalizer.clip)
 
 
-def test_advantages_and_returns_are_the_definition(tmp_path):
-    trainer = _drifted_trainer(tmp_path, gamma=0.9, lam=0.8, whiten_advantages=False)
-    batch = tiny.rollout(trainer)
-    advantages, returns = _expected(trainer, batch, _normalized(trainer).tolist())
-    assert_close(batch["advantages"], advantages, FP32)
-    assert_close(batch["returns"], returns, FP32)
-    assert batch["old_values"].abs().max() > 0
-
-
-def test_values_have_a_lambda_of_their_own(tmp_path):
-    trainer = _drifted_trainer(tmp_path, lam=0.5, value_lam=1.0, whiten_advantages=False)
+@pytest.mark.parametrize(
+    ("options", "value_lam"), [({"gamma": 0.9, "lam": 0.8}, 0.8), ({"lam": 0.5, "value_lam": 1.0}, 1.0)]
+)
+def test_advantages_and_returns_are_the_definition_each_with_its_lambda(tmp_path, options, value_lam):
+    trainer = _drifted_trainer(tmp_path, whiten_advantages=False, **options)
     batch = tiny.rollout(trainer)
     scores = _normalized(trainer).tolist()
     assert_close(batch["advantages"], _expected(trainer, batch, scores)[0], FP32)
-    assert_close(batch["returns"], _expected(trainer, batch, scores, lam=1.0)[1], FP32)
+    assert_close(batch["returns"], _expected(trainer, batch, scores, lam=value_lam)[1], FP32)
+    assert batch["old_values"].abs().max() > 0
 
 
 def test_advantages_are_whitened_over_the_rollout(tmp_path):
