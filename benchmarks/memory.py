@@ -39,27 +39,13 @@ def write_models(setup: str, size: str, dtype: str, bits, base: str, rm: str) ->
     """Write a random policy and a reward model, which is a whole model or an adapter on the policy's base."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        LlamaForSequenceClassification,
-        PreTrainedTokenizerFast,
-    )
+    from random_models import llama_config, word_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     from rlhf_recipes.models.quantization import save_quantization
 
     torch.set_num_threads(1)
-    hidden, layers, heads, vocabulary = SIZES[size]
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, vocabulary)}}
-    backend = Tokenizer(models.WordLevel(words, "<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=hidden * 8 // 3,
-        num_attention_heads=heads, num_key_value_heads=heads, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-        tie_word_embeddings=True,
-    )  # fmt: skip
+    config = llama_config(*SIZES[size], tie_word_embeddings=True)
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(base)
     classifier = LlamaForSequenceClassification(LlamaConfig(**{**config.to_dict(), "num_labels": 1}))
     if setup == "full":
@@ -72,7 +58,7 @@ def write_models(setup: str, size: str, dtype: str, bits, base: str, rm: str) ->
             adapter.config.quantization_config = bits
             save_quantization(adapter, rm)
     for directory in (base, rm):
-        tokenizer.save_pretrained(directory)
+        word_tokenizer(config.vocab_size).save_pretrained(directory)
 
 
 def work(setup: str, size: str, device: str) -> None:

@@ -69,21 +69,11 @@ def build(scenario: dict, device: str) -> dict:
     """Return tokenizer, prompts, policy, classifier factory and the forced lengths."""
     import torch
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    from random_models import llama_config, word_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, scenario["vocabulary"])}}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
-    config = LlamaConfig(
-        vocab_size=scenario["vocabulary"], hidden_size=scenario["hidden"], num_hidden_layers=scenario["layers"],
-        intermediate_size=scenario["hidden"] * 8 // 3, num_attention_heads=scenario["heads"],
-        num_key_value_heads=scenario["heads"], max_position_embeddings=1_024, pad_token_id=0, eos_token_id=1,
-        bos_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
+    shape = [scenario[name] for name in ("hidden", "layers", "heads", "vocabulary")]
+    config = llama_config(*shape, max_position_embeddings=1_024, tie_word_embeddings=False)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
     policy = LlamaForCausalLM(config).to(device, dtype)
@@ -95,7 +85,7 @@ def build(scenario: dict, device: str) -> dict:
         return LlamaForSequenceClassification(LlamaConfig(**{**config.to_dict(), "num_labels": 1})).to(device, dtype)
 
     return {
-        "tokenizer": tokenizer,
+        "tokenizer": word_tokenizer(config.vocab_size),
         "policy": policy,
         "classifier": classifier,
         "dataset": Dataset.from_dict({"prompt": prompts}),

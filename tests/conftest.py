@@ -82,9 +82,3 @@ def _seed():
 def _no_process_outlives_its_test():
     with processes.none_left():
         yield
-
-
-@pytest.fixture
-def run_in_processes():
-    """`run_in_processes(fn, world_size, *args)`: one result per rank, see tests/processes.py."""
-    return processes.run_in_processes

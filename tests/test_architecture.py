@@ -315,14 +315,9 @@ def formulas(tree):
                 yield node.lineno, ast.unparse(node)
 
 
-@pytest.mark.parametrize("path", python_files(f"{PACKAGE}/trainers"), ids=relative)
-def test_trainers_hold_no_formula(path):
+@pytest.mark.parametrize("path", python_files(f"{PACKAGE}/trainers") + RECIPES, ids=relative)
+def test_trainers_and_recipes_hold_no_formula(path):
     assert not list(formulas(tree_of(path))), "move it to algorithm/, where it has an oracle"
-
-
-@each_recipe
-def test_recipes_hold_no_formula(path):
-    assert not list(formulas(tree_of(path)))
 
 
 @pytest.mark.parametrize(

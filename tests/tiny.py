@@ -2,7 +2,7 @@
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -74,14 +74,7 @@ def save(model, directory):
 
 def save_lora_reward_model(base, directory, **kwargs):
     """Train a LoRA reward model on a saved base, if `max_steps` is given, and write it with its card."""
-    trainer = RewardModelTrainer(
-        base,
-        reward_config(directory, **kwargs),
-        train_dataset=preferences(),
-        eval_dataset=preferences(count=6),
-        processing_class=tokenizer(),
-        peft_config=lora(),
-    )
+    trainer = reward_trainer(directory, base, peft=lora(), **kwargs)
     if "max_steps" in kwargs:
         trainer.train()
     trainer.evaluate()
@@ -91,6 +84,13 @@ def save_lora_reward_model(base, directory, **kwargs):
 def prompts(*, chat=False, count=8):
     texts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     return Dataset.from_dict({"prompt": [[{"role": "user", "content": t}] for t in texts] if chat else texts})
+
+
+def write_splits(data, directory):
+    """Write a dataset as the training and the test split of a directory."""
+    directory.mkdir()
+    for split in ("train", "test"):
+        data.to_json(directory / f"{split}.jsonl")
 
 
 def preferences(*, chat=False, count=8, margin=False):
@@ -111,6 +111,15 @@ def lora(**kwargs):
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1, **kwargs)
 
 
+def sft_adapter(base):
+    """Return a policy with an adapter that changes its answers, as after SFT."""
+    model = get_peft_model(base, lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 QUIET = {
     "per_device_train_batch_size": 4,
     "logging_steps": 1,
@@ -122,6 +131,8 @@ QUIET = {
     "disable_tqdm": True,
 }
 """Options of every tiny training run."""
+RECIPE = {name: value for name, value in QUIET.items() if name != "report_to"}
+"""The same for a recipe, which chooses the trackers itself."""
 
 
 def ppo_config(output_dir, **kwargs):
@@ -157,19 +168,39 @@ def ppo_trainer(
     eval_data=None,
     judges=None,
     pairwise_judges=None,
+    quantization=None,
+    reward_tok=None,
+    trainer_class=PPOTrainer,
     **kwargs,
 ):
     tok = tok or tokenizer()
-    return PPOTrainer(
+    return trainer_class(
         model or policy(tok),
         rewards,
         ppo_config(output_dir, **kwargs),
         train_dataset=prompts(chat=chat) if data is None else data,
         eval_dataset=eval_data,
         processing_class=tok,
+        reward_processing_classes=reward_tok,
         peft_config=peft,
+        quantization_config=quantization,
         judges=judges,
         pairwise_judges=pairwise_judges,
+    )
+
+
+def reward_trainer(
+    output_dir, model=None, *, chat=False, tok=None, peft=None, data=None, eval_data=None, quantization=None, **kwargs
+):
+    tok = tok or tokenizer()
+    return RewardModelTrainer(
+        model or reward_model(tok),
+        reward_config(output_dir, **kwargs),
+        train_dataset=preferences(chat=chat) if data is None else data,
+        eval_dataset=preferences(chat=chat, count=6) if eval_data is None else eval_data,
+        processing_class=tok,
+        peft_config=peft,
+        quantization_config=quantization,
     )
 
 
@@ -178,3 +209,14 @@ def rollout(trainer, rows=None):
     trainer.model.train()
     inputs = [trainer.train_dataset[i] for i in range(rows or trainer.args.generation_batch_size)]
     return trainer._generate_and_score_completions(inputs)
+
+
+def logps(trainer, batch):
+    """Return the log-probabilities of the completions of a rollout under the policy as it is now."""
+    ids, mask = (torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"]], 1) for kind in ("ids", "mask"))
+    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, batch["completion_ids"].size(1))[0]
+
+
+def logged(trainer, name):
+    """Return the logged values of a figure by step."""
+    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}

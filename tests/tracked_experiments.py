@@ -67,30 +67,29 @@ def log_evaluation(uri, experiment, policy_run, rows, metrics, *, tags=None):
     return run_id
 
 
-def evaluation_rows(seed, advantage, *, prompts=24, samples=1, answer="An answer."):
+def evaluation_rows(seed, advantage, *, prompts=24, answer="An answer."):
     """Return rows like recipes/evaluate.py. The mean score of the policy is `advantage` above the baseline."""
     rng, common = np.random.default_rng(seed), np.random.default_rng(99)
     rows = []
     for number in range(prompts):
         difficulty, reference = common.normal(), common.normal()
-        for sample in range(samples):
-            rows.append(
-                {
-                    "prompt": f"Question {number}: what is a river?\n",
-                    "policy_completion": f"{answer} ({seed}.{sample})",
-                    "baseline_completion": f"The first answer to {number}.",
-                    "policy_gold_score": difficulty + advantage + rng.normal(),
-                    "baseline_gold_score": difficulty + reference,
-                    "policy_reward_model": difficulty + 1.5 * advantage + rng.normal(),
-                    "baseline_reward_model": difficulty + reference,
-                }
-            )
+        rows.append(
+            {
+                "prompt": f"Question {number}: what is a river?\n",
+                "policy_completion": f"{answer} ({seed})",
+                "baseline_completion": f"The first answer to {number}.",
+                "policy_gold_score": difficulty + advantage + rng.normal(),
+                "baseline_gold_score": difficulty + reference,
+                "policy_reward_model": difficulty + 1.5 * advantage + rng.normal(),
+                "baseline_reward_model": difficulty + reference,
+            }
+        )
     return rows
 
 
-def evaluation_metrics(win_rate=0.65, *, judges=("gold_score", "reward_model"), kl=4.0):
+def evaluation_metrics(win_rate=0.65, *, judges=("gold_score", "reward_model")):
     """Return metrics of such an evaluation, with an interval of +- 0.06."""
-    metrics = {"prompts": 24.0, "policy/kl": kl, "policy/length": 30.0, "baseline/length": 28.0}
+    metrics = {"prompts": 24.0, "policy/kl": 4.0, "policy/length": 30.0, "baseline/length": 28.0}
     for judge in judges:
         metrics |= {
             f"{judge}/policy": 1.0,

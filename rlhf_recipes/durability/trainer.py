@@ -35,12 +35,7 @@ class DurableTrainer(Trainer):
     _resumed_from: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as transformers does.
-
-        Args:
-            resume_from_checkpoint: See `checkpoints.checkpoint_to_resume`. True starts a new run if there is none.
-            args: Passed on.
-            kwargs: Passed on.
+        """Train as transformers does, from the checkpoint that `checkpoints.checkpoint_to_resume` finds.
 
         Raises:
             ValueError: If the checkpoint is not whole, or holds only the model.

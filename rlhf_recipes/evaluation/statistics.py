@@ -77,10 +77,8 @@ def _mean(scores: np.ndarray) -> float:
     return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
 
 
-def win_rate(
-    scores: ArrayLike, baseline_scores: ArrayLike, *, confidence_level: float = 0.95, seed: int = 0
-) -> dict[str, float]:
-    """Return the share of prompts on which a policy beats the baseline, with a bootstrap interval over prompts.
+def win_rate(scores: ArrayLike, baseline_scores: ArrayLike, *, seed: int = 0) -> dict[str, float]:
+    """Return the share of prompts on which a policy beats the baseline, with a 95 % bootstrap interval over prompts.
 
     A tie counts as half a win. A pair without two finite scores does not count. Samples of the same prompt are not
     independent, so they are averaged first. The percentile bootstrap is used, because the accelerated one is undefined
@@ -89,29 +87,25 @@ def win_rate(
     Args:
         scores: One score per prompt, `(N,)`, or one per sample, `(N, S)`.
         baseline_scores: Scores of the baseline on the same prompts, same shape.
-        confidence_level: Level of the interval, in (0, 1).
         seed: Seed of the bootstrap.
     """
     outcomes = (np.sign(_differences(scores, baseline_scores)) + 1) / 2
-    return _mean_with_interval("win_rate", outcomes, confidence_level, seed)
+    return _mean_with_interval("win_rate", outcomes, seed)
 
 
-def mean_gain(
-    scores: ArrayLike, baseline_scores: ArrayLike, *, confidence_level: float = 0.95, seed: int = 0
-) -> dict[str, float]:
+def mean_gain(scores: ArrayLike, baseline_scores: ArrayLike, *, seed: int = 0) -> dict[str, float]:
     """Return the mean of score minus baseline score, with an interval. The arguments are those of `win_rate`."""
-    return _mean_with_interval("gain", _differences(scores, baseline_scores), confidence_level, seed)
+    return _mean_with_interval("gain", _differences(scores, baseline_scores), seed)
 
 
-def preference_rate(preferences: ArrayLike, *, confidence_level: float = 0.95, seed: int = 0) -> dict[str, float]:
+def preference_rate(preferences: ArrayLike, *, seed: int = 0) -> dict[str, float]:
     """Return the win rate from preferences between pairs of answers instead of scores.
 
     Args:
         preferences: Probability that the policy's answer is better, `(N,)` or `(N, S)`, in [0, 1].
-        confidence_level: Same as for `win_rate`.
         seed: Seed of the bootstrap.
     """
-    return _mean_with_interval("win_rate", _by_prompt(np.asarray(preferences, dtype=float)), confidence_level, seed)
+    return _mean_with_interval("win_rate", _by_prompt(np.asarray(preferences, dtype=float)), seed)
 
 
 def swapped_preferences(
@@ -144,12 +138,12 @@ def _by_prompt(samples: np.ndarray) -> np.ma.MaskedArray:
     return np.ma.masked_invalid(samples.reshape(len(samples), -1))
 
 
-def _mean_with_interval(name: str, samples: np.ma.MaskedArray, confidence_level: float, seed: int) -> dict[str, float]:
+def _mean_with_interval(name: str, samples: np.ma.MaskedArray, seed: int) -> dict[str, float]:
     values = np.ma.compressed(samples.mean(axis=1))
     mean = low = high = float(values.mean()) if values.size else math.nan
     if values.size > 1 and values.std() > 0:
         interval = stats.bootstrap(
-            (values,), np.mean, confidence_level=confidence_level, method="percentile", rng=np.random.default_rng(seed)
+            (values,), np.mean, confidence_level=0.95, method="percentile", rng=np.random.default_rng(seed)
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}

@@ -43,18 +43,10 @@ def parameter_bytes(models: Iterable[nn.Module], *, trained: bool = False) -> in
 
 
 def training_sizes(model: nn.Module, args: Any, *, adapter: bool) -> Sizes:
-    """Return the sizes of a trainer's model.
-
-    Args:
-        model: Model of the trainer.
-        args: Options of the trainer.
-        adapter: Whether only the trained weights are saved.
-    """
+    """Return the sizes of a trainer's model. Of an `adapter`, only the trained weights are saved."""
     trained = parameter_bytes([model], trained=True)
-    optimizer, weights = (
-        str(getattr(args.optim, "value", args.optim)),
-        sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
-    )
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     if args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
         state = 12 * weights  # float32 weights and two moments
     elif "8bit" in optimizer:

@@ -72,12 +72,7 @@ def ppo_schedule(args: PPOConfig, rows: int) -> PPOSchedule:
 
 
 def supervised_schedule(args: Any, rows: int) -> Schedule:
-    """Return the schedule of a trainer that reads its dataset row by row.
-
-    Args:
-        args: Options of the run, as transformers' `TrainingArguments`.
-        rows: Rows of the training data.
-    """
+    """Return the schedule of a trainer that reads its dataset row by row."""
     micro_batches = math.ceil(rows / (args.train_batch_size * args.world_size))
     steps_per_pass = max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_pass)
@@ -112,13 +107,7 @@ def _count(strategy: str, every: float | None, steps: int, steps_per_pass: int, 
 
 
 def schedule_findings(args: Any, schedule: Schedule, evaluation_rows: int | None) -> list[Finding]:
-    """Return findings about evaluations and early stopping.
-
-    Args:
-        args: Options of the trainer.
-        schedule: Schedule of the run.
-        evaluation_rows: Rows of the evaluation set; `None` without one.
-    """
+    """Return findings about evaluations and early stopping. `evaluation_rows` is `None` without an evaluation set."""
     findings = []
     if args.eval_strategy == "steps" and (args.eval_steps or 0) > schedule.steps:
         findings.append(

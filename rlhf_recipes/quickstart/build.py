@@ -134,7 +134,7 @@ def sample_preferences(
     return Dataset.from_list(rows)
 
 
-def write_world(folder: Path, seed: int, separator: str, num_demonstrations: int = 10_000) -> None:
+def write_world(folder: Path, seed: int, separator: str) -> None:
     """Write the inputs of the quickstart: demonstrations, prompts, a tokenizer and an untrained model.
 
     The world and the split of its prompts are always the same. The seed changes demonstrations and weights.
@@ -143,11 +143,10 @@ def write_world(folder: Path, seed: int, separator: str, num_demonstrations: int
         folder: Folder that gets `data/`, `prompts/` (each with `train.jsonl` and `test.jsonl`) and `base/`.
         seed: Seed of demonstrations and weights.
         separator: Text between prompt and answer, which the tokenizer learns too.
-        num_demonstrations: Number of demonstrations for SFT.
     """
     world = TextWorld()
     train, held_out = split_prompts(world, seed=0)
-    demonstrations = build_dataset(world, train, num_demonstrations, seed)
+    demonstrations = build_dataset(world, train, 10_000, seed)
     splits = {
         "data/train": demonstrations,
         "data/test": build_dataset(world, held_out, 400, seed + 1),

@@ -161,13 +161,7 @@ def _message(failures: list[Failure]) -> str:
 
 
 class RewardCall:
-    """Call a reward function or judge within the limits of `RewardCalls`.
-
-    Args:
-        function: See `RewardCalls.guard`.
-        name: See `RewardCalls.guard`.
-        calls: Object with the limits, which also collects the failures.
-    """
+    """Call a reward function or judge within the limits of `RewardCalls`, which collects its failures."""
 
     def __init__(self, function: Callable[..., Any], name: str, calls: RewardCalls) -> None:
         self.function, self.__name__, self._calls = function, name, calls

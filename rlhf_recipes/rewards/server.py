@@ -65,12 +65,7 @@ class UnscorableError(ValueError):
 
 
 class ScoringQueue:
-    """Score waiting requests in one batch. One thread scores one batch at a time.
-
-    Args:
-        scorer: Reward model.
-        max_waiting: Largest number of requests in the queue.
-    """
+    """Score waiting requests in one batch. One thread scores one batch at a time."""
 
     def __init__(self, scorer: RewardModelScorer, max_waiting: int) -> None:
         self._scorer = scorer

@@ -12,11 +12,7 @@ import torch
 
 
 class DaemonPool:
-    """Run calls in threads that never keep a process from ending. The next free thread takes the next call.
-
-    Args:
-        size: Number of threads.
-    """
+    """Run calls in threads that never keep a process from ending. The next free thread takes the next call."""
 
     def __init__(self, size: int = 1) -> None:
         self._size = size

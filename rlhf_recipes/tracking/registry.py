@@ -49,13 +49,7 @@ def load_registered_policy(uri: str, *, base: str | None = None, **kwargs: Any) 
 def load_registered_reward_model(uri: str, *, base: str | None = None, **kwargs: Any) -> RewardModelScorer:
     """Load a reward model with its tokenizer and card from MLflow. It gives the same scores as after its training.
 
-    Args:
-        uri: Address of the model.
-        base: See `load_registered_policy`.
-        kwargs: Arguments of `from_pretrained`. `revision` is the revision of the base.
-
-    Raises:
-        ValueError: See `download_model`.
+    Arguments and errors are those of `load_registered_policy`.
     """
     base = download_model(base) if is_model_uri(base) else base
     path = download_model(uri, base, kwargs.get("revision"))

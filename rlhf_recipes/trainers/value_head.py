@@ -44,11 +44,7 @@ def set_learning_rate(optimizer: Optimizer, head: ValueHead, learning_rate: floa
 
 
 class ProgressCallback(TrainerCallback):
-    """Restore the progress of a checkpoint, once transformers has set its sums to zero.
-
-    Args:
-        restore: Restores it.
-    """
+    """Restore the progress of a checkpoint, once transformers has set its sums to zero."""
 
     def __init__(self, restore: Callable[[], None]) -> None:
         self._restore = restore

@@ -62,14 +62,6 @@ def test_the_mean_of_k2_is_the_kl_to_second_order(seed):
     assert_close(expectation(logps, ref_logps, "k2"), exact, SECOND_ORDER)
 
 
-def test_the_mean_of_k2_is_biased_far_away():
-    logps, ref_logps = two_policies(0, 3.0)
-    exact = oracles.exact_kl(logps.tolist(), ref_logps.tolist())
-    second_moment = math.fsum(p.exp().item() * (p - q).item() ** 2 for p, q in zip(logps, ref_logps, strict=True))
-    assert_close(expectation(logps, ref_logps, "k2"), second_moment / 2, FP64)
-    assert abs(second_moment / 2 - exact) > 0.1 * exact
-
-
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 @given(seed=seeds)
 def test_per_token_estimates_sum_to_the_sequence_kl(kind, seed):
@@ -85,15 +77,6 @@ def test_per_token_estimates_sum_to_the_sequence_kl(kind, seed):
     assert estimates.shape == (VOCABULARY**2, 2)
     exact = oracles.exact_sequence_kl(*(x.tolist() for x in (first, first_ref, second, second_ref)))
     assert_close((logps.sum(1).exp() * estimates.sum(1)).sum(), exact, FP64)
-
-
-@given(seed=seeds, distance=st.sampled_from([0.5, 5.0]))
-def test_signs(seed, distance):
-    logps, ref_logps = two_policies(seed, distance)
-    k1, k2, k3 = (estimate_kl(logps[None], ref_logps[None], kind) for kind in KINDS)
-    assert (k1.sign() == (logps - ref_logps).sign()).all()
-    assert (k2 >= 0).all()
-    assert (k3 >= 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

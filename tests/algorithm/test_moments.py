@@ -4,6 +4,7 @@ import oracles
 import pytest
 import torch
 from hypothesis import given
+from processes import run_in_processes
 from strategies import gaussians, masks, poison, seeds
 from tolerances import EXACT, FP32, FP32_LARGE_MEAN, FP64, assert_close
 
@@ -80,12 +81,9 @@ def _rank(rank, world_size):
 
 @pytest.fixture(scope="module")
 def ranks():
-    from processes import run_in_processes
-
     return run_in_processes(_rank, 2)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("name", _shards())
 def test_two_ranks_equal_one(ranks, name):
     values, mask, _ = _shards()[name]
@@ -98,14 +96,12 @@ def test_two_ranks_equal_one(ranks, name):
             assert_close(actual, single, tolerance)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("name", _shards())
 def test_both_ranks_hold_the_same_bits(ranks, name):
     for one, other in zip(ranks[0][name][:3], ranks[1][name][:3], strict=True):
         assert_close(one, other, EXACT)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("name", ["equal shards", "unequal shards", "rank 0 all masked", "rank 1 without rows"])
 def test_advantages_are_whitened_by_the_global_statistics(ranks, name):
     values, mask, cut = _shards()[name]
@@ -117,13 +113,11 @@ def test_advantages_are_whitened_by_the_global_statistics(ranks, name):
         assert (local - whitened).abs().max() > FP32_LARGE_MEAN["atol"]
 
 
-@pytest.mark.distributed
 def test_sums_are_elementwise(ranks):
     for rank in ranks:
         assert_close(rank["sum"], [2.0, 10.0], EXACT)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name in _shards() if name != "float32, large mean"])
 def test_metrics_of_two_ranks_equal_those_of_one(ranks, name):
     values, mask, _ = _shards()[name]
@@ -143,7 +137,6 @@ def _fail_on_rank_one(rank, world_size):
     return rank
 
 
-@pytest.mark.distributed
-def test_a_failing_rank_fails_the_test(run_in_processes):
+def test_a_failing_rank_fails_the_test():
     with pytest.raises(Exception, match="rank one says no"):
         run_in_processes(_fail_on_rank_one, 2)

@@ -6,9 +6,7 @@ import math
 import oracles
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import gaussians, seeds
+from strategies import gaussians
 from tolerances import BF16, EMA_STREAM, EXACT, FP32, FP64, assert_close
 
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
@@ -42,12 +40,7 @@ def test_two_updates_by_hand():
     assert_close(statistics(normalizer), (3.0, 7 / 3), FP64)
 
 
-def test_decay_zero_remembers_the_last_batch_only():
-    normalizer = fed([100.0, -100.0], [0.0, 2.0], decay=0.0, eps=TINY)
-    assert_close(statistics(normalizer), (1.0, 1.0), FP64)
-
-
-@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.99])
 def test_a_drifting_stream_follows_the_exact_average(decay):
     """The mean of 150 batches rises from 0 to 75, while their spread falls to a tenth."""
     batches = [
@@ -59,12 +52,6 @@ def test_a_drifting_stream_follows_the_exact_average(decay):
         if step in (2, 10, 150):
             expected = oracles.debiased_ema_moments(batches[:step], decay)
             assert_close(statistics(normalizer), expected, EMA_STREAM)
-
-
-def test_the_drift_between_batches_counts_as_variance():
-    """Constant batches have no variance of their own. Only the spread of their means remains."""
-    normalizer = fed([0.0, 0.0], [6.0, 6.0], decay=0.5, eps=TINY)
-    assert_close(statistics(normalizer), (4.0, 8.0), FP64)  # weights 1/3, 2/3: 24 - 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -82,28 +69,6 @@ def test_a_constant_stream_normalises_to_zero():
     normalizer = fed([3.0, 3.0], [3.0], [3.0, 3.0, 3.0])
     assert_close(float(normalizer.mean), 3.0, FP64)
     assert_close(normalizer.normalize(torch.tensor([3.0, 3.0])), [0.0, 0.0], EXACT)
-
-
-@given(seed=seeds)
-def test_the_order_inside_a_batch_does_not_matter(seed):
-    (scores,) = gaussians(seed, (9,), 1)
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
-    one, other = fed([0.0, 1.0], scores), fed([0.0, 1.0], scores[order])
-    assert_close(statistics(other), statistics(one), FP64)
-    assert_close(other.normalize(scores[order]), one.normalize(scores)[order], FP64)
-
-
-@given(seed=seeds, scale=st.sampled_from([0.25, 5.0]), shift=st.sampled_from([-40.0, 3.0]))
-def test_the_unit_of_the_reward_model_does_not_matter(seed, scale, shift):
-    batches = gaussians(seed, (6,), 3)
-    one = fed(*batches, decay=0.9, eps=TINY)
-    other = fed(*(batch * scale + shift for batch in batches), decay=0.9, eps=TINY)
-    assert_close(other.normalize(batches[0] * scale + shift), one.normalize(batches[0]), FP64)
-
-
-def test_the_batches_are_weighted_by_age_not_by_size():
-    few, many = fed([0.0], [1.0, 3.0], decay=0.5), fed([0.0] * 50, [1.0, 3.0], decay=0.5)
-    assert_close(statistics(few), statistics(many), FP64)
 
 
 def test_normalize_by_hand_and_clipped_on_both_sides():

@@ -3,11 +3,10 @@
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from tolerances import BF16, EXACT, FP32, MERGED, assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, pipeline
 
-from rlhf_recipes import PPOTrainer, RewardModelTrainer
 from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.quantization import QUANTIZATION_FILE, keep_unpacked, saved_quantization
 from rlhf_recipes.models.reward_model import load_reward_model
@@ -32,16 +31,8 @@ def base(tmp_path):
     return tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
 
 
-def _trainer(model, output_dir, *, peft=None, **kwargs):
-    return PPOTrainer(
-        model,
-        tiny.length_reward,
-        tiny.ppo_config(output_dir, **kwargs),
-        train_dataset=tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-        peft_config=peft,
-        quantization_config=NF4,
-    )
+def _trainer(model, output_dir, **kwargs):
+    return tiny.ppo_trainer(output_dir, model=model, quantization=NF4, **kwargs)
 
 
 def _linears(model):
@@ -64,11 +55,7 @@ def test_only_adapter_and_value_head_learn(tmp_path, base):
 @pytest.mark.parametrize("start", ["new adapter", "sft adapter"])
 def test_the_first_rollout_has_no_kl(tmp_path, base, start):
     if start == "sft adapter":
-        sft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), tiny.lora())
-        for name, parameter in sft.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        sft.save_pretrained(tmp_path / "sft")
+        tiny.sft_adapter(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(tmp_path / "sft")
         trainer = _trainer(str(tmp_path / "sft"), tmp_path / "out")
     else:
         trainer = _trainer(base, tmp_path / "out", peft=tiny.lora())
@@ -187,15 +174,8 @@ def test_a_later_run_in_full_precision_forgets_the_quantisation(tmp_path, base):
 
 
 def test_a_reward_model_scores_as_it_was_trained(tmp_path, base):
-    trainer = RewardModelTrainer(
-        base,
-        tiny.reward_config(tmp_path / "rm", max_steps=8, learning_rate=1e-2, save_strategy="steps", save_steps=8),
-        train_dataset=tiny.preferences(),
-        eval_dataset=tiny.preferences(count=4),
-        processing_class=tiny.tokenizer(),
-        peft_config=tiny.lora(),
-        quantization_config=NF4,
-    )
+    options = {"max_steps": 8, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 8}
+    trainer = tiny.reward_trainer(tmp_path / "rm", base, peft=tiny.lora(), quantization=NF4, **options)
     assert len(_linears(trainer.model)) == 14
     trainer.train()
     dtypes = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -210,15 +190,8 @@ def test_a_reward_model_scores_as_it_was_trained(tmp_path, base):
     ppo = tiny.ppo_trainer(tmp_path / "ppo", rewards=str(tmp_path / "rm"), peft=tiny.lora())
     ppo.train()
 
-    shared = PPOTrainer(
-        base,
-        None,
-        tiny.ppo_config(tmp_path / "shared", reward_adapter=str(tmp_path / "rm")),
-        train_dataset=tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-        peft_config=tiny.lora(),
-        quantization_config=NF4,
-    )
+    adapter = {"rewards": None, "reward_adapter": str(tmp_path / "rm")}
+    shared = _trainer(base, tmp_path / "shared", peft=tiny.lora(), **adapter)
     assert len(_linears(shared.model)) == 14
     assert_close(shared.reward_funcs[0](**text), live, FP32)
     shared.train()

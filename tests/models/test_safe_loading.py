@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from rlhf_recipes import PPOConfig, PPOTrainer, RewardModelTrainer
+from rlhf_recipes import PPOConfig
 from rlhf_recipes.comparison import runs as tracked_runs
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.models.reward_model import load_reward_model, load_reward_model_base
@@ -74,19 +74,13 @@ def custom(tmp_path, monkeypatch):
     return str(path), mark
 
 
-def _ppo(policy, reward, tmp_path, **kwargs):
-    return PPOTrainer(policy, reward, tiny.ppo_config(tmp_path / "out"), train_dataset=tiny.prompts(), **kwargs)
-
-
 LOADERS = {
-    "policy in PPO": lambda path, folder: _ppo(path, tiny.length_reward, folder, processing_class=tiny.tokenizer()),
+    "policy in PPO": lambda path, folder: tiny.ppo_trainer(folder / "out", model=path),
     "policy elsewhere": lambda path, folder: load_policy(path),
     "tokenizer": lambda path, folder: load_tokenizer(path),
     "reward model": lambda path, folder: load_reward_model(path),
     "reward model or judge by a recipe": lambda path, folder: RewardModelScorer.from_pretrained(path),
-    "base of a reward model": lambda path, folder: RewardModelTrainer(
-        path, tiny.reward_config(folder / "out"), train_dataset=tiny.preferences(), processing_class=tiny.tokenizer()
-    ),
+    "base of a reward model": lambda path, folder: tiny.reward_trainer(folder / "out", path),
 }
 
 
@@ -157,7 +151,7 @@ def test_a_pickled_adapter_is_refused(tmp_path):
     tiny.tokenizer().save_pretrained(adapter)
     load_policy(str(adapter))
     _pickle(adapter, {"x": torch.ones(1)}, "adapter_model.bin", tmp_path / "executed")
-    for load in (load_policy, RewardAdapterScorer, lambda path: _ppo(path, tiny.length_reward, tmp_path)):
+    for load in (load_policy, RewardAdapterScorer, lambda path: tiny.ppo_trainer(tmp_path / "out", model=path)):
         with pytest.raises(ValueError, match=r"holds its weights as a pickle \(adapter_model.bin\)"):
             load(str(adapter))
     assert not (tmp_path / "executed").exists()
@@ -194,22 +188,17 @@ def test_the_configuration_of_a_run_in_a_store_cannot_run_code(tmp_path, monkeyp
 TOKEN, PASSWORD = "hf_" + "a" * 30, "pa55word"
 
 
-@pytest.mark.parametrize("kind", ["ppo", "reward_modeling"])
-def test_no_checkpoint_holds_the_hub_token(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("make", [tiny.ppo_trainer, tiny.reward_trainer], ids=lambda make: make.__name__)
+def test_no_checkpoint_holds_the_hub_token(tmp_path, monkeypatch, make):
     """`training_args.bin` is a pickle of all options."""
     monkeypatch.setenv("HF_TOKEN", "before")
     options = {"hub_token": TOKEN, "model_init_kwargs": {"token": PASSWORD}, "save_strategy": "steps", "save_steps": 2}
-    tok, path = tiny.tokenizer(), tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
-    if kind == "ppo":
-        args = tiny.ppo_config(tmp_path / "out", max_steps=4, **options)
-        trainer = PPOTrainer(path, tiny.length_reward, args, train_dataset=tiny.prompts(), processing_class=tok)
-    else:
-        args = tiny.reward_config(tmp_path / "out", **options)
-        trainer = RewardModelTrainer(path, args, train_dataset=tiny.preferences(), processing_class=tok)
+    path = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    trainer = make(tmp_path / "out", model=path, max_steps=4, **options)
     trainer.train()
     trainer.save_model()
     assert os.environ["HF_TOKEN"] == "before"
-    assert trainer.args.hub_token == args.hub_token == TOKEN, "with which transformers pushes"
+    assert trainer.args.hub_token == TOKEN, "with which transformers pushes"
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert {file.name for file in files} >= {"training_args.bin", "trainer_state.json"}
     for file in files:

@@ -7,7 +7,6 @@ import tiny
 import torch
 from datasets import Dataset, DatasetDict
 
-from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.algorithm.value_head import ValueHead
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
@@ -34,7 +33,7 @@ def test_prompts(tmp_path, data, message):
 @pytest.mark.parametrize("column", ["chosen", "rejected"])
 def test_preferences_without_a_column(tmp_path, column):
     with pytest.raises(ValueError, match=f"has no column '{column}'"):
-        _reward_trainer(tmp_path, tiny.preferences().remove_columns(column))
+        tiny.reward_trainer(tmp_path, data=tiny.preferences().remove_columns(column))
 
 
 @pytest.mark.parametrize(
@@ -59,14 +58,7 @@ def test_preferences_without_a_column(tmp_path, column):
 )
 def test_preferences(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
-        _reward_trainer(tmp_path, Dataset.from_dict(rows))
-
-
-def _reward_trainer(tmp_path, data):
-    tok = tiny.tokenizer()
-    return RewardModelTrainer(
-        tiny.reward_model(tok), tiny.reward_config(tmp_path), train_dataset=data, processing_class=tok
-    )
+        tiny.reward_trainer(tmp_path, data=Dataset.from_dict(rows))
 
 
 @pytest.mark.parametrize(
@@ -102,8 +94,16 @@ def _reward_trainer(tmp_path, data):
         ({"multi_objective_aggregation": "normalize_then_sum"}, "`multi_objective_aggregation` must be"),
         ({"sync_ref_model": True}, "`sync_ref_model` is not available"),
         ({"value_head_activation": "relu"}, "`value_head_activation` must be one of silu, gelu, got 'relu'. ReLU"),
-        ({"value_head_activation": "tanh"}, "`value_head_activation` must be one of silu, gelu, got 'tanh'"),
         ({"value_head_size": 0}, "`value_head_size` must be positive"),
+        ({"max_update_kl": 0.0}, "`max_update_kl` must be positive"),
+        ({"max_kl": -1.0}, "`max_kl` must be positive"),
+        ({"max_skipped_steps": 0}, "`max_skipped_steps` must be positive"),
+        ({"max_rollbacks": -1}, "`max_rollbacks` must not be negative"),
+        ({"rollback_learning_rate_factor": 0.0}, "`rollback_learning_rate_factor` must lie in (0, 1]"),
+        ({"rollback_learning_rate_factor": 2.0}, "`rollback_learning_rate_factor` must lie in (0, 1]"),
+        ({"reward_timeout": 0.0}, "`reward_timeout` must be positive"),
+        ({"reward_retries": -1}, "`reward_retries` must not be negative"),
+        ({"failed_rewards": "zero"}, "`failed_rewards` must be one of raise, mask, got 'zero'"),
     ],
 )
 def test_ppo_options(tmp_path, options, message):

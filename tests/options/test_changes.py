@@ -24,7 +24,7 @@ from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.options.secrets import use_hub_token
 
 TOKEN = "hf_" + "a" * 30
-TRAINING = {name: value for name, value in tiny.QUIET.items() if name != "report_to"} | {"hub_token": TOKEN}
+TRAINING = tiny.RECIPE | {"hub_token": TOKEN}
 CONFIGS = {
     PPOConfig: {"output_dir": "out", **TRAINING},
     RewardModelConfig: {"output_dir": "out", **TRAINING},

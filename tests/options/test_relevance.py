@@ -69,7 +69,6 @@ def test_a_group_is_an_experiment(option, same):
         ({"output_dir": "elsewhere"}, True),
         ({"model": "runs/seed-1/sft"}, True),
         ({"model": "runs/Seed_12/sft"}, True),
-        ({"model": "runs/linseed-0/sft"}, False),
         ({"learning_rate": 2e-5}, False),
     ],
 )

@@ -4,12 +4,10 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 from trl import ScriptArguments
 
-from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.data.loading import load_split, without_answers
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.preflight import preflight
@@ -20,7 +18,6 @@ from rlhf_recipes.rewards.card import RewardModelCard, tokenizer_fingerprint
 pytestmark = pytest.mark.tiny
 
 NO_TRACKING = TrackingArguments(tracking=False)
-LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _say(trainer, capsys, data=None, evaluation=None, *, only=False, tracking=NO_TRACKING, answers=None):
@@ -103,7 +100,7 @@ def test_a_reward_model_is_asked_for_sixteen_answers_at_most(tmp_path, capsys, r
 
 
 @pytest.mark.parametrize("only_model", [False, True])
-@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["full", "lora"])
 def test_a_checkpoint_takes_what_was_said(tmp_path, peft, only_model):
     trainer = tiny.ppo_trainer(
         tmp_path, peft=peft, max_steps=4, save_strategy="steps", save_steps=4, save_only_model=only_model
@@ -123,10 +120,8 @@ def test_a_checkpoint_takes_what_was_said(tmp_path, peft, only_model):
 def test_a_checkpoint_of_a_quantised_policy(tmp_path):
     pytest.importorskip("bitsandbytes")
     base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
-    trainer = tiny.PPOTrainer(
-        base, tiny.length_reward, tiny.ppo_config(tmp_path / "out"), train_dataset=tiny.prompts(),
-        processing_class=tiny.tokenizer(), peft_config=LORA, quantization_config=BitsAndBytesConfig(load_in_4bit=True),
-    )  # fmt: skip
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    trainer = tiny.ppo_trainer(tmp_path / "out", model=base, peft=tiny.lora(), quantization=four_bits)
     sizes = training_sizes(trainer.model, trainer.args, adapter=True)
     assert sizes.saved == parameter_bytes([trainer.model], trained=True) < parameter_bytes([trainer.model])
 
@@ -242,10 +237,8 @@ def test_the_weight_of_a_reward_model_counts(tmp_path, capsys, weight):
 def test_a_reward_adapter_is_asked_on_the_policys_backbone(tmp_path, capsys):
     base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
     tiny.save_lora_reward_model(base, tmp_path / "rm", max_steps=8, learning_rate=1e-2)
-    trainer = tiny.PPOTrainer(
-        base, None, tiny.ppo_config(tmp_path / "out", reward_adapter=str(tmp_path / "rm")),
-        train_dataset=tiny.prompts(), processing_class=tiny.tokenizer(), peft_config=LORA,
-    )  # fmt: skip
+    adapter = {"rewards": None, "reward_adapter": str(tmp_path / "rm")}
+    trainer = tiny.ppo_trainer(tmp_path / "out", model=base, peft=tiny.lora(), **adapter)
     trainer.model.train()
     lines = _say(trainer, capsys, tiny.prompts(), answers=tiny.preferences())
     assert any(line.startswith("  reward      rm, accuracy") for line in lines)
@@ -255,10 +248,7 @@ def test_a_reward_adapter_is_asked_on_the_policys_backbone(tmp_path, capsys):
 
 def test_preferences(tmp_path, capsys):
     pairs = tiny.preferences(count=200).map(lambda row, i: {"chosen": f"{row['chosen']} {i}"}, with_indices=True)
-    tok = tiny.tokenizer()
-    trainer = RewardModelTrainer(
-        tiny.reward_model(tok), tiny.reward_config(tmp_path, max_length=25), train_dataset=pairs, processing_class=tok
-    )
+    trainer = tiny.reward_trainer(tmp_path, max_length=25, data=pairs)
     lines = _say(trainer, capsys, pairs)
     assert lines[0] == "Preflight: 1 process on cpu, 2 optimiser steps"
     assert lines[1] == "  updates     4 rows per optimiser step (4 x 1 process x 1 accumulated)"
@@ -270,12 +260,9 @@ def test_preferences(tmp_path, capsys):
 
 
 def test_pairs_that_are_all_too_long(tmp_path, capsys):
-    tok, pairs = tiny.tokenizer(), tiny.preferences()
-    trainer = RewardModelTrainer(
-        tiny.reward_model(tok), tiny.reward_config(tmp_path, max_length=2), train_dataset=pairs, processing_class=tok
-    )
+    trainer = tiny.reward_trainer(tmp_path, max_length=2)
     with pytest.raises(ValueError, match="8 of 8 pairs are longer than `max_length`"):
-        _say(trainer, capsys, pairs)
+        _say(trainer, capsys, tiny.preferences())
 
 
 def test_answers_are_kept_from_what_trains_and_found_by_the_preflight(tmp_path):

@@ -168,12 +168,6 @@ def test_gold_score_by_hand(sentences, expected):
     assert WORLD.gold_score(PROMPT, " ".join(sentences)) == expected
 
 
-def test_gold_score_counts_what_was_asked():
-    assert WORLD.gold_score("Tell me about the food of the fox.", HOME) == 1.0
-    assert WORLD.gold_score("Tell me about the food of the fox.", FOOD) == 2.5
-    assert WORLD.gold_score("Tell me about the home of the otter.", HOME) == -1.0
-
-
 @given(seeds)
 def test_flaws_cost_what_they_weigh(seed):
     prompt, response = draw_demonstration(seed)
@@ -401,11 +395,6 @@ def test_preferences_are_fixed_by_their_seed():
     pairs = [("0", "0.1")] * 60
     assert preferences(pairs, seed=1).to_list() == preferences(pairs, seed=1).to_list()
     assert preferences(pairs, seed=1).to_list() != preferences(pairs, seed=2).to_list()
-
-
-def test_preferences_with_the_gold_score():
-    rows = build.sample_preferences([PROMPT], [NONSENSE], [HOME], world.gold_score, 1e-3, 0)
-    assert rows.to_list() == [{"prompt": PROMPT, "chosen": HOME, "rejected": NONSENSE}]
 
 
 def test_pairs_with_an_empty_answer_are_dropped():

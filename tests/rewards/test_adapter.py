@@ -24,14 +24,8 @@ def directory(tmp_path_factory):
 
 
 def _trainer(directory, output_dir, *, base="base", peft=True, adapter="rm", rewards=None, **kwargs):
-    return tiny.PPOTrainer(
-        str(directory / base),
-        rewards,
-        tiny.ppo_config(output_dir, reward_adapter=adapter and str(directory / adapter), **kwargs),
-        train_dataset=tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-        peft_config=tiny.lora() if peft else None,
-    )
+    paths = {"model": str(directory / base), "reward_adapter": adapter and str(directory / adapter)}
+    return tiny.ppo_trainer(output_dir, rewards=rewards, peft=tiny.lora() if peft else None, **paths, **kwargs)
 
 
 def test_its_scores_are_those_of_the_reward_model_by_itself(tmp_path, directory):
@@ -83,13 +77,7 @@ def test_the_reference_is_still_the_base(tmp_path, directory):
 def test_a_policy_may_start_from_an_sft_adapter(tmp_path, directory):
     sft = get_peft_model(AutoModelForCausalLM.from_pretrained(directory / "base"), tiny.lora())
     sft.save_pretrained(tmp_path / "sft")
-    trainer = tiny.PPOTrainer(
-        str(tmp_path / "sft"),
-        None,
-        tiny.ppo_config(tmp_path / "out", reward_adapter=str(directory / "rm")),
-        train_dataset=tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-    )
+    trainer = _trainer(directory, tmp_path / "out", base=tmp_path / "sft", peft=False)
     trainer.train()
     assert set(trainer.model.peft_config) == {"default", "ref", REWARD_ADAPTER}
     trainer.save_model()

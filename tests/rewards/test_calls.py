@@ -15,6 +15,7 @@ import tenacity
 import tiny
 import torch
 from accelerate import PartialState
+from processes import run_in_processes
 from tolerances import EXACT, assert_close
 
 from rlhf_recipes import PPOConfig
@@ -255,10 +256,7 @@ def test_an_async_function_fails_like_any_other(pauses):
 
 def test_a_model_in_this_process_is_left_alone(tmp_path):
     tok = tiny.tokenizer()
-    trainer = tiny.PPOTrainer(
-        tiny.policy(tok), tiny.reward_model(tok), tiny.ppo_config(tmp_path), train_dataset=tiny.prompts(),
-        processing_class=tok, reward_processing_classes=tok,
-    )  # fmt: skip
+    trainer = tiny.ppo_trainer(tmp_path, rewards=tiny.reward_model(tok), reward_tok=tok)
     (scorer,) = trainer.reward_funcs
     assert trainer.reward_calls.guard(scorer) is scorer
     module = torch.nn.Linear(1, 1)
@@ -359,19 +357,6 @@ def test_a_judge_that_fails_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"reward_timeout": 0.0}, "`reward_timeout` must be positive"),
-        ({"reward_retries": -1}, "`reward_retries` must not be negative"),
-        ({"failed_rewards": "zero"}, "`failed_rewards` must be one of raise, mask, got 'zero'"),
-    ],
-)
-def test_options(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        tiny.ppo_config(tmp_path, **options)
-
-
-@pytest.mark.parametrize(
     ("timeout", "retries", "seconds"), [(10.0, 0, 10), (10.0, 3, 4 * 10 + 7), (1.0, 8, 9 + 63 + 2 * 60)]
 )
 def test_the_longest_call_is_all_attempts_and_the_pauses_that_are_made(
@@ -422,14 +407,14 @@ def _on_one_rank_only(rank, world_size, failed):
 
 
 @pytest.mark.distributed
-def test_a_failure_of_one_rank_ends_all_with_the_same_message(run_in_processes):
+def test_a_failure_of_one_rank_ends_all_with_the_same_message():
     first, second = run_in_processes(_on_one_rank_only, 2, "raise")
     assert first == second
     assert "`judge` failed at the first attempt on process 1: ConnectionError: no judge for 1" in first
 
 
 @pytest.mark.distributed
-def test_a_failure_of_one_rank_masks_that_rank(run_in_processes):
+def test_a_failure_of_one_rank_masks_that_rank():
     metrics = {"judge/failed_attempts": 1.0, "judge/failed_calls": 1.0}
     (first, of_first), (second, of_second) = run_in_processes(_on_one_rank_only, 2, "mask")
     assert first == [1.0] * 3

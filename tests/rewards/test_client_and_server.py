@@ -19,7 +19,6 @@ import yaml
 from processes import free_port, run_script, start_script
 from tolerances import FP32, assert_close
 
-from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.options.recipes import JudgeArguments, ServeArguments
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
 from rlhf_recipes.rewards.calls import RewardCalls
@@ -42,17 +41,11 @@ IDS = [[20, 1], [20, 99], [1]] * 5
 def directory(tmp_path_factory):
     """Write a trained reward model with its card, a policy and prompts."""
     directory = tmp_path_factory.mktemp("served")
-    tok = tiny.tokenizer()
-    trainer = RewardModelTrainer(
-        tiny.reward_model(tok), tiny.reward_config(directory / "rm"), train_dataset=tiny.preferences(),
-        eval_dataset=tiny.preferences(count=6), processing_class=tok,
-    )  # fmt: skip
+    trainer = tiny.reward_trainer(directory / "rm")
     trainer.evaluate()
     trainer.save_model()
-    tiny.save(tiny.policy(tok), directory / "policy")
-    (directory / "prompts").mkdir()
-    for split in ("train", "test"):
-        tiny.prompts().to_json(directory / "prompts" / f"{split}.jsonl")
+    tiny.save(tiny.policy(tiny.tokenizer()), directory / "policy")
+    tiny.write_splits(tiny.prompts(), directory / "prompts")
     return directory
 
 
@@ -157,16 +150,6 @@ def test_a_run_goes_on_with_the_same_weights_wherever_they_are_served(directory,
         changed = _trainer(tmp_path / "again", f"http://127.0.0.1:{port}", max_steps=12, **options)
         with pytest.raises(ValueError, match=r"of another run: the rewards was .'[0-9a-f]{16}'., is .'[0-9a-f]{16}'."):
             changed.train(str(tmp_path / "again" / "checkpoint-8"))
-
-
-def test_a_server_that_does_not_know_its_weights_is_known_by_its_address():
-    with _answers(GOOD) as url:
-        assert RemoteRewardModel(url).identity() == url
-
-
-def _logged(trainer, name):
-    """Return one value per rollout."""
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def test_another_boundary_is_refused(server, tmp_path):
@@ -449,7 +432,9 @@ def test_a_server_that_dies_and_comes_back_does_not_end_the_training(directory, 
         trainer = _trainer(tmp_path, [meddle, f"http://127.0.0.1:{port}"], max_steps=12, reward_retries=6)
         trainer.train()
         restarted.__exit__(None, None, None)
-    attempts, unscorable = (_logged(trainer, n) for n in ("rewards/rm/failed_attempts", "objective/unscorable"))
+    attempts, unscorable = (
+        [*tiny.logged(trainer, n).values()] for n in ("rewards/rm/failed_attempts", "objective/unscorable")
+    )
     assert trainer.state.global_step == 12
     assert attempts[0] == attempts[2] == 0
     assert attempts[1] >= 1
@@ -474,7 +459,7 @@ def test_a_server_that_stays_dead(directory, tmp_path, failed, no_pauses):
                 trainer.train()
             return
         trainer.train()
-    assert _logged(trainer, "rewards/rm/failed_calls") == [1.0, 1.0]
+    assert [*tiny.logged(trainer, "rewards/rm/failed_calls").values()] == [1.0, 1.0]
     assert_close(trainer.rollout.scores, trainer.rollout.own_scores["meddle"], FP32)
 
 
@@ -489,7 +474,6 @@ def _run(directory, stage, name, options):
 
 def test_the_recipes_take_an_address(directory, server):
     (directory / "my_judges.py").write_text("def broken(**kwargs):\n    raise ConnectionError('gone')\n")
-    quiet = {name: value for name, value in tiny.QUIET.items() if name != "report_to"}
     common = {
         "model_name_or_path": "policy",
         "dataset_name": "prompts",
@@ -498,7 +482,7 @@ def test_the_recipes_take_an_address(directory, server):
     }
     training = {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 4, "max_completion_length": 6}
     evaluation = {"judge_models": [server], "eval_strategy": "steps", "eval_steps": 4}
-    _run(directory, "ppo", "ppo", {**common, **quiet, **training, **evaluation, "output_dir": "ppo"})
+    _run(directory, "ppo", "ppo", {**common, **tiny.RECIPE, **training, **evaluation, "output_dir": "ppo"})
     log = json.loads((directory / "ppo" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_rm/win_rate" in entry for entry in log)
     judging = {

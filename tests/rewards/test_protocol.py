@@ -40,11 +40,8 @@ def directory(tmp_path_factory):
 
 
 def _adapter_trainer(directory, output_dir):
-    options = tiny.ppo_config(output_dir, reward_adapter=str(directory / "adapter"))
-    return tiny.PPOTrainer(
-        str(directory / "base"), None, options, train_dataset=tiny.prompts(), processing_class=tiny.tokenizer(),
-        peft_config=tiny.lora(),
-    )  # fmt: skip
+    paths = {"model": str(directory / "base"), "reward_adapter": str(directory / "adapter")}
+    return tiny.ppo_trainer(output_dir, rewards=None, peft=tiny.lora(), **paths)
 
 
 @pytest.fixture(params=["function", "model", "adapter", "served"])

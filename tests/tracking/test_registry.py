@@ -26,9 +26,8 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["all-linear"]}
 
 
 def _recipe(world, recipe, **options):
-    quiet = {name: value for name, value in tiny.QUIET.items() if name != "report_to"}
     common = {} if recipe == "export" else {"response_separator": " "}
-    common |= quiet if recipe in ("ppo", "reward_modeling") else {}
+    common |= tiny.RECIPE if recipe in ("ppo", "reward_modeling") else {}
     if recipe == "ppo":
         common |= {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 4, "dataset_name": "prompts"}
     if recipe in ("ppo", "evaluate"):
@@ -49,9 +48,7 @@ def world(tmp_path_factory):
     world = SimpleNamespace(directory=directory, uri=f"http://127.0.0.1:{port}")
     world.base = tiny.save(tiny.policy(tiny.tokenizer()), directory / "base")
     for name, data in (("prompts", tiny.prompts()), ("pairs", tiny.preferences())):
-        (directory / name).mkdir()
-        data.to_json(directory / name / "train.jsonl")
-        data.to_json(directory / name / "test.jsonl")
+        tiny.write_splits(data, directory / name)
     registered = {"model_name_or_path": world.base, "registered_model_alias": "candidate", "learning_rate": 0.01}
     with mlflow_server(directory, port):
         _recipe(

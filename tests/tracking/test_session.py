@@ -70,9 +70,7 @@ def world(tmp_path_factory):
     directory = tmp_path_factory.mktemp("world")
     tiny.save(tiny.policy(tiny.tokenizer()), directory / "policy")
     for name, data in (("prompts", tiny.prompts()), ("pairs", tiny.preferences())):
-        (directory / name).mkdir()
-        data.to_json(directory / name / "train.jsonl")
-        data.to_json(directory / name / "test.jsonl")
+        tiny.write_splits(data, directory / name)
     mlflow.MlflowClient(f"sqlite:///{directory}/mlflow.db").search_experiments()
     return directory
 
@@ -89,7 +87,6 @@ def directory(world, tmp_path):
 
 
 def _options(world, directory, reward="length", **changes):
-    quiet = {name: value for name, value in tiny.QUIET.items() if name != "report_to"}
     options = {
         "model_name_or_path": str(world / "policy"),
         "dataset_name": str(world / "prompts"),
@@ -102,7 +99,7 @@ def _options(world, directory, reward="length", **changes):
         "response_separator": " ",
     }
     path = directory / "options.yaml"
-    path.write_text(yaml.safe_dump(options | quiet | changes))
+    path.write_text(yaml.safe_dump(options | tiny.RECIPE | changes))
     return ["--config", path]
 
 
@@ -143,10 +140,9 @@ def _wait_for(path):
 def stages(world, tmp_path_factory):
     """Train a reward model and a policy, and evaluate it. Return the directory, the store and its runs by stage."""
     directory = _workplace(world, tmp_path_factory.mktemp("stages"))
-    quiet = {name: value for name, value in tiny.QUIET.items() if name != "report_to"}
     common = {"model_name_or_path": str(world / "policy"), "response_separator": " "}
-    reward_model = {"dataset_name": str(world / "pairs"), "output_dir": "out/rm", "max_steps": 2} | common | quiet
-    (directory / "rm.yaml").write_text(yaml.safe_dump(reward_model))
+    reward_model = {"dataset_name": str(world / "pairs"), "output_dir": "out/rm", "max_steps": 2, **common}
+    (directory / "rm.yaml").write_text(yaml.safe_dump(reward_model | tiny.RECIPE))
     evaluation = {
         **common,
         "model_name_or_path": "out/ppo",

@@ -8,6 +8,7 @@ import copy
 import pytest
 import tiny
 import torch
+from processes import run_in_processes
 from safetensors.torch import load_file
 from tolerances import SPLIT, assert_close
 from torch.distributed.device_mesh import init_device_mesh
@@ -60,8 +61,6 @@ def _loss_and_gradients(rank, world_size, directory):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Return the results of two ranks, and the directory in which rank 0 saved the head."""
-    from processes import run_in_processes
-
     directory = tmp_path_factory.mktemp("fsdp2")
     return run_in_processes(_loss_and_gradients, 2, str(directory)), directory
 

@@ -6,6 +6,7 @@ import logging
 import pytest
 import tiny
 import torch
+from faults import explode, poison, rates_of, samplings_of, snapshots_of, still_steps
 from tolerances import EXACT, assert_close
 from transformers import TrainerCallback
 
@@ -32,74 +33,14 @@ def _trainer(directory, peft=False, **kwargs):
     return tiny.ppo_trainer(directory, peft=tiny.lora() if peft else None, **{"max_steps": 8, **kwargs})
 
 
-def _poison(trainer, steps, value=float("nan")):
-    """Make the loss, and with it the gradient, of some optimiser steps NaN or infinite: {step: times}."""
-    left, compute_loss = dict(steps), trainer._compute_loss
-
-    def poisoned(model, inputs):
-        loss = compute_loss(model, inputs)
-        step = trainer.state.global_step + 1
-        if trainer.model.training and left.get(step, 0):
-            left[step] -= 1
-            return loss * value
-        return loss
-
-    trainer._compute_loss = poisoned
-
-
-def _snapshots(trainer):
-    """Return a mapping of each step to the weights and Adam's state after its latest attempt. 0 is the start."""
-    snapshots = {}
-
-    def take(step):
-        parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-        state = trainer.optimizer.state if trainer.optimizer is not None else {}
-        snapshots[step] = {name: p.detach().clone() for name, p in parameters.items()} | {
-            f"{name}/{key}": value.clone() for name, p in parameters.items() for key, value in state.get(p, {}).items()
-        }
-
-    class Recorder(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            take(state.global_step)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            take(state.global_step)
-
-    trainer.add_callback(Recorder())
-    return snapshots
-
-
-def _moved(snapshots, step):
-    """Return whether an optimiser step changed any bit. The first one adds Adam's state."""
-    before, after = snapshots[step - 1], snapshots[step]
-    return before.keys() != after.keys() or any(not torch.equal(after[name], before[name]) for name in before)
-
-
-def _rates(trainer):
-    """Return every step with its learning rates: the policy's and the head's."""
-    rates = []
-
-    class Recorder(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-            groups = optimizer.param_groups
-            rates.append((state.global_step + 1, groups[0]["lr"], groups[-1]["lr"]))
-
-    trainer.add_callback(Recorder())
-    return rates
-
-
-def _logged(trainer, name):
-    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
-
-
 @pytest.mark.parametrize("peft", PEFT)
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(tmp_path, peft, caplog):
     trainer = _trainer(tmp_path, peft)
-    snapshots = _snapshots(trainer)
-    _poison(trainer, {3: 1, 6: 1})
+    snapshots = snapshots_of(trainer)
+    poison(trainer, {3: 1, 6: 1})
     trainer.train()
-    assert [step for step in range(1, 9) if not _moved(snapshots, step)] == [3, 6]
-    assert _logged(trainer, "guard/skipped_steps") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2, 8: 2}
+    assert still_steps(snapshots) == [3, 6]
+    assert tiny.logged(trainer, "guard/skipped_steps") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2, 8: 2}
     assert trainer.state.global_step == 8
     assert [m for m in caplog.messages if "not finite" in m] == [
         f"Step {step}: the loss or its gradient is not finite: the step is left out (1 in a row, `max_skipped_steps` "
@@ -110,16 +51,16 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(tmp_path, peft, c
 
 def test_one_infinite_micro_batch_of_a_step_is_enough(tmp_path):
     trainer = _trainer(tmp_path, steps_per_generation=4, gradient_accumulation_steps=2, **SMALL)
-    snapshots = _snapshots(trainer)
-    _poison(trainer, {3: 1}, value=float("inf"))
+    snapshots = snapshots_of(trainer)
+    poison(trainer, {3: 1}, value=float("inf"))
     trainer.train()
-    assert [step for step in range(1, 9) if not _moved(snapshots, step)] == [3]
+    assert still_steps(snapshots) == [3]
 
 
 def test_the_schedule_goes_on_over_a_skipped_step(tmp_path):
     plain, skipping = _trainer(tmp_path / "a"), _trainer(tmp_path / "b")
-    rates = _rates(plain), _rates(skipping)
-    _poison(skipping, {3: 1})
+    rates = rates_of(plain), rates_of(skipping)
+    poison(skipping, {3: 1})
     plain.train()
     skipping.train()
     assert rates[0] == rates[1]
@@ -129,8 +70,8 @@ def test_the_schedule_goes_on_over_a_skipped_step(tmp_path):
 @pytest.mark.parametrize("peft", PEFT)
 def test_three_in_a_row_go_back_to_the_checkpoint_with_half_the_rate(tmp_path, peft, caplog):
     trainer = _trainer(tmp_path, peft, kl_controller="adaptive", kl_horizon=64, **CHECKPOINTS)
-    rates, snapshots = _rates(trainer), _snapshots(trainer)
-    _poison(trainer, {9: 1, 10: 1, 11: 1})
+    rates, snapshots = rates_of(trainer), snapshots_of(trainer)
+    poison(trainer, {9: 1, 10: 1, 11: 1})
     trainer.train()
     steps = [step for step, _, _ in rates]
     assert steps == [*range(1, 11), *range(9, 13)], "the step that was the third has got no optimiser step"
@@ -140,11 +81,11 @@ def test_three_in_a_row_go_back_to_the_checkpoint_with_half_the_rate(tmp_path, p
         if step in by_step:
             assert by_step[step] == (policy / 2, head / 2)
     assert by_step[12][0] == pytest.approx(0.5 * trainer.args.learning_rate * (12 - 11) / 12)
-    assert _logged(trainer, "learning_rate")[9] == by_step[9][0]
-    assert all(_moved(snapshots, step) for step in range(9, 13))
+    assert tiny.logged(trainer, "learning_rate")[9] == by_step[9][0]
+    assert not still_steps(snapshots)
     assert trainer.state.global_step == 12
-    assert _logged(trainer, "guard/rollbacks") == {step: float(step > 8) for step in range(1, 13)}
-    assert _logged(trainer, "guard/skipped_steps")[12] == 3
+    assert tiny.logged(trainer, "guard/rollbacks") == {step: float(step > 8) for step in range(1, 13)}
+    assert tiny.logged(trainer, "guard/skipped_steps")[12] == 3
     (line,) = [m for m in caplog.messages if "Going back" in m]
     assert line == (
         f"Step 11: the loss or its gradient is not finite, 3 steps in a row. Going back to {tmp_path}/checkpoint-8 "
@@ -157,15 +98,8 @@ def test_three_in_a_row_go_back_to_the_checkpoint_with_half_the_rate(tmp_path, p
 
 def test_going_back_twice_halves_twice_and_samples_otherwise(tmp_path):
     trainer = _trainer(tmp_path, **CHECKPOINTS, lr_scheduler_type="constant", rollback_learning_rate_factor=0.1)
-    rates, rollouts, generate = _rates(trainer), [], trainer._generate
-
-    def recorded(prompts):
-        result = generate(prompts)
-        rollouts.append((trainer.state.global_step, prompts, result[1]))
-        return result
-
-    trainer._generate = recorded
-    _poison(trainer, {5: 2, 6: 2, 7: 2})
+    rates, rollouts = rates_of(trainer), samplings_of(trainer)
+    poison(trainer, {5: 2, 6: 2, 7: 2})
     trainer.train()
     assert [rate for step, rate, _ in rates if step == 5] == pytest.approx([1e-3, 1e-4, 1e-5])
     assert trainer.optimizer.param_groups[0]["initial_lr"] == pytest.approx(1e-5)
@@ -183,12 +117,12 @@ def test_going_back_twice_halves_twice_and_samples_otherwise(tmp_path):
 
 def test_a_resume_goes_on_with_the_lowered_rate_and_the_counts(tmp_path):
     first = _trainer(tmp_path, **CHECKPOINTS, lr_scheduler_type="constant")
-    _poison(first, {5: 1, 6: 1, 7: 1})
+    poison(first, {5: 1, 6: 1, 7: 1})
     first.train()
     options = {**CHECKPOINTS, "max_steps": 16, "lr_scheduler_type": "constant"}
     second = _trainer(tmp_path, **options)
-    rates = _rates(second)
-    _poison(second, {13: 1, 14: 1, 15: 1})
+    rates = rates_of(second)
+    poison(second, {13: 1, 14: 1, 15: 1})
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert dict((step, rate) for step, rate, _ in rates[:6])[9] == pytest.approx(5e-4)
     assert dict((step, rate) for step, rate, _ in rates[6:])[13] == pytest.approx(2.5e-4)
@@ -199,17 +133,11 @@ def test_a_resume_goes_on_with_the_lowered_rate_and_the_counts(tmp_path):
 def test_a_retry_from_within_a_rollout_samples_another(tmp_path):
     """The rollout in the checkpoint may be the cause. A checkpoint after the first bad step is not good."""
     trainer = _trainer(tmp_path, **{**CHECKPOINTS, "save_steps": 1})
-    rates, rollouts, generate = _rates(trainer), [], trainer._generate
-
-    def recorded(prompts):
-        rollouts.append(trainer.state.global_step)
-        return generate(prompts)
-
-    trainer._generate = recorded
-    _poison(trainer, {6: 1, 7: 1, 8: 1})
+    rates, rollouts = rates_of(trainer), samplings_of(trainer)
+    poison(trainer, {6: 1, 7: 1, 8: 1})
     trainer.train()
     assert [step for step, _, _ in rates] == [*range(1, 8), *range(6, 13)]
-    assert rollouts == [0, 4, 5, 8]
+    assert [step for step, *_ in rollouts] == [0, 4, 5, 8]
 
 
 def test_evaluations_go_on_after_a_rollback(tmp_path):
@@ -221,15 +149,15 @@ def test_evaluations_go_on_after_a_rollback(tmp_path):
         eval_steps=4,
         per_device_eval_batch_size=4,
     )
-    _poison(trainer, {5: 1, 6: 1, 7: 1})
+    poison(trainer, {5: 1, 6: 1, 7: 1})
     trainer.train()
-    assert list(_logged(trainer, "eval_win_rate")) == [0, 4, 8, 12]
-    assert _logged(trainer, "eval_prompts")[12] == 8
+    assert list(tiny.logged(trainer, "eval_win_rate")) == [0, 4, 8, 12]
+    assert tiny.logged(trainer, "eval_prompts")[12] == 8
 
 
 def test_without_a_checkpoint_the_run_ends_with_what_to_change(tmp_path):
     trainer = _trainer(tmp_path)
-    _poison(trainer, {1: 1, 2: 1, 3: 1})
+    poison(trainer, {1: 1, 2: 1, 3: 1})
     message = r"Step 3: .*no checkpoint from before that .*lower `save_steps` .*is 4 steps.* Lower `learning_rate`"
     with pytest.raises(DivergedError, match=message):
         trainer.train()
@@ -238,7 +166,7 @@ def test_without_a_checkpoint_the_run_ends_with_what_to_change(tmp_path):
 def test_a_checkpoint_of_an_earlier_run_is_none_of_this_one(tmp_path):
     _trainer(tmp_path, **CHECKPOINTS).train()
     trainer = _trainer(tmp_path)
-    _poison(trainer, {6: 1, 7: 1, 8: 1})
+    poison(trainer, {6: 1, 7: 1, 8: 1})
     with pytest.raises(DivergedError, match="Step 8: .* no checkpoint from before that"):
         trainer.train()
 
@@ -246,7 +174,7 @@ def test_a_checkpoint_of_an_earlier_run_is_none_of_this_one(tmp_path):
 def test_the_checkpoint_that_a_run_resumes_from_may_be_gone_back_to(tmp_path):
     _trainer(tmp_path, **CHECKPOINTS).train()
     trainer = _trainer(tmp_path / "other", **CHECKPOINTS)
-    _poison(trainer, {9: 1, 10: 1, 11: 1})
+    poison(trainer, {9: 1, 10: 1, 11: 1})
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert trainer.guard.rollback.count == 1
     assert trainer.state.global_step == 12
@@ -255,7 +183,7 @@ def test_the_checkpoint_that_a_run_resumes_from_may_be_gone_back_to(tmp_path):
 @pytest.mark.parametrize("limit", [0, 2])
 def test_a_run_goes_back_no_more_often_than_it_may(tmp_path, limit):
     trainer = _trainer(tmp_path, **CHECKPOINTS, max_rollbacks=limit)
-    _poison(trainer, {5: 9, 6: 9, 7: 9})
+    poison(trainer, {5: 9, 6: 9, 7: 9})
     message = f"has gone back to a checkpoint {limit} times, .*`max_rollbacks`.* {0.5**limit:g} of the learning rate"
     with pytest.raises(DivergedError, match=message):
         trainer.train()
@@ -264,7 +192,7 @@ def test_a_run_goes_back_no_more_often_than_it_may(tmp_path, limit):
 
 def test_a_skipped_step_between_good_ones_does_not_add_up(tmp_path):
     trainer = _trainer(tmp_path, max_skipped_steps=2)
-    _poison(trainer, {1: 1, 3: 1, 5: 1, 7: 1})
+    poison(trainer, {1: 1, 3: 1, 5: 1, 7: 1})
     trainer.train()
     assert trainer.guard.skipped_steps == 4
 
@@ -300,29 +228,16 @@ def test_a_policy_that_answers_no_number_does_not_poison_what_is_kept(tmp_path):
     assert trainer.state.global_step == 12
 
 
-def _explode(trainer, step, times=1):
-    """Make the KL to the reference large in the rollout of one step."""
-    left, reference_logps = [times], trainer._reference_logps
-
-    def exploded(batch):
-        if trainer.model.training and trainer.state.global_step == step and left[0]:
-            left[0] -= 1
-            return reference_logps(batch) - 10
-        return reference_logps(batch)
-
-    trainer._reference_logps = exploded
-
-
 @pytest.mark.parametrize("peft", PEFT)
 def test_a_kl_out_of_hand_goes_back_before_the_policy_that_has_it(tmp_path, peft, caplog):
     """The checkpoint of the same step holds the policy that sampled the rollout."""
     trainer = _trainer(tmp_path, peft, **CHECKPOINTS, max_kl=15.0)
-    rates = _rates(trainer)
-    _explode(trainer, step=8)
+    rates = rates_of(trainer)
+    explode(trainer, step=8)
     trainer.train()
     assert [step for step, _, _ in rates] == [*range(1, 9), *range(5, 13)]
     assert trainer.guard.rollback.count == 1
-    assert max(_logged(trainer, "objective/kl").values()) < 15
+    assert max(tiny.logged(trainer, "objective/kl").values()) < 15
     (line,) = [m for m in caplog.messages if "Going back" in m]
     assert line.startswith("Step 8: the KL to the reference is ")
     assert f"over `max_kl` (15). Going back to {tmp_path}/checkpoint-4 with 0.5" in line
@@ -348,7 +263,7 @@ def test_a_run_killed_after_going_back_is_not_taken_up_from_what_it_went_back_fr
     if resumed:
         _trainer(tmp_path, **{**options, "max_steps": 8}).train()
     trainer = _trainer(tmp_path, **options)
-    _explode(trainer, step=8)
+    explode(trainer, step=8)
     trainer.add_callback(_Interrupt(trainer.guard))
     with pytest.raises(KeyboardInterrupt):
         trainer.train(resume_from_checkpoint=resumed)
@@ -378,14 +293,14 @@ def test_a_run_goes_back_to_nothing_that_it_went_back_from(tmp_path):
 
 def test_a_kl_out_of_hand_without_an_earlier_checkpoint_ends_the_run(tmp_path):
     trainer = _trainer(tmp_path, **CHECKPOINTS, max_kl=15.0)
-    _explode(trainer, step=4)
+    explode(trainer, step=4)
     with pytest.raises(DivergedError, match=r"Step 4: .* no checkpoint from before that .* raise `kl_coef`"):
         trainer.train()
 
 
 def test_without_the_option_no_kl_is_too_large(tmp_path):
     trainer = _trainer(tmp_path, **CHECKPOINTS)
-    _explode(trainer, step=8)
+    explode(trainer, step=8)
     trainer.train()
     assert trainer.guard.rollback.count == 0
 
@@ -409,33 +324,27 @@ def _set_update_kl(trainer, kl_by_step):
 def test_the_rest_of_a_rollout_is_left_out_beyond_the_update_kl(tmp_path, peft, caplog):
     """A rollout has four steps. The second step finds the policy too far away. The next rollout trains again."""
     trainer = _trainer(tmp_path, peft, max_update_kl=0.05)
-    snapshots, rates = _snapshots(trainer), _rates(trainer)
+    snapshots, rates = snapshots_of(trainer), rates_of(trainer)
     calls = _set_update_kl(trainer, {2: [0.051], 3: [0.9], 5: [0.0], 6: [0.049], 8: [0.06]})
-    rollouts, generate = [], trainer._generate
-
-    def recorded(prompts):
-        rollouts.append(trainer.state.global_step)
-        return generate(prompts)
-
-    trainer._generate = recorded
+    rollouts = samplings_of(trainer)
     trainer.train()
-    assert [step for step in range(1, 9) if not _moved(snapshots, step)] == [2, 3, 4, 8]
+    assert still_steps(snapshots) == [2, 3, 4, 8]
     assert calls == [1, 2, 5, 6, 7, 8], "no forward for what is left out"
-    assert rollouts == [0, 4]
+    assert [step for step, *_ in rollouts] == [0, 4]
     assert trainer._step == 8
     assert [rate for _, rate, _ in rates] == pytest.approx([1e-3 * (8 - step) / 8 for step in range(8)])
-    assert _logged(trainer, "guard/stopped_steps") == {1: 0, 2: 1, 3: 2, 4: 3, 5: 3, 6: 3, 7: 3, 8: 4}
-    assert _logged(trainer, "episode")[3] == 8
+    assert tiny.logged(trainer, "guard/stopped_steps") == {1: 0, 2: 1, 3: 2, 4: 3, 5: 3, 6: 3, 7: 3, 8: 4}
+    assert tiny.logged(trainer, "episode")[3] == 8
     assert len([m for m in caplog.messages if "`max_update_kl`" in m]) == 1
 
 
 def test_no_half_optimiser_step_is_taken(tmp_path):
     options = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_update_kl": 0.05, **SMALL}
     trainer = _trainer(tmp_path, **options)
-    snapshots = _snapshots(trainer)
+    snapshots = snapshots_of(trainer)
     calls = _set_update_kl(trainer, {3: [0.0, 9.0]})
     trainer.train()
-    assert [step for step in range(1, 9) if not _moved(snapshots, step)] == [3, 4]
+    assert still_steps(snapshots) == [3, 4]
     assert calls == [1, 1, 2, 2, 3, 3, 5, 5, 6, 6, 7, 7, 8, 8]
 
 
@@ -455,12 +364,12 @@ def test_the_update_kl_is_that_which_is_logged(tmp_path):
     """The limit is between the logged values of two steps. The first skipped step is the one beyond it."""
     plain = _trainer(tmp_path / "plain", max_steps=4, learning_rate=1e-2)
     plain.train()
-    kl = _logged(plain, "policy/approx_kl")
+    kl = tiny.logged(plain, "policy/approx_kl")
     assert kl[1] < kl[2] < kl[3]
     trainer = _trainer(tmp_path / "stopping", max_steps=4, learning_rate=1e-2, max_update_kl=(kl[2] + kl[3]) / 2)
-    snapshots = _snapshots(trainer)
+    snapshots = snapshots_of(trainer)
     trainer.train()
-    assert [step for step in range(1, 5) if not _moved(snapshots, step)] == [3, 4]
+    assert still_steps(snapshots) == [3, 4]
 
 
 def test_a_rollout_that_has_stopped_stays_so_in_a_checkpoint():
@@ -506,22 +415,6 @@ def test_an_overflow_under_fp16_is_left_to_the_loss_scale(tmp_path):
     guard.observe_update(1.0, {"policy/approx_kl": 0.0})
     guard.finish_step(torch.nn.Linear(1, 1), float("inf"), 0)
     assert guard.skipped_steps == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "claim"),
-    [
-        ("max_update_kl", 0.0, "be positive"),
-        ("max_kl", -1.0, "be positive"),
-        ("max_skipped_steps", 0, "be positive"),
-        ("max_rollbacks", -1, "not be negative"),
-        ("rollback_learning_rate_factor", 0.0, r"lie in \(0, 1\]"),
-        ("rollback_learning_rate_factor", 2.0, r"lie in \(0, 1\]"),
-    ],
-)
-def test_limits_that_mean_nothing_are_refused(tmp_path, name, value, claim):
-    with pytest.raises(ValueError, match=f"`{name}` must {claim}"):
-        tiny.ppo_config(tmp_path, **{name: value})
 
 
 def test_a_run_without_trouble_trains_the_same_with_and_without_limits(tmp_path):

@@ -3,11 +3,12 @@
 import pytest
 import tiny
 import torch
+from faults import explode, poison, rates_of, snapshots_of, still_steps
+from processes import run_in_processes
 from tolerances import EXACT, assert_close
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
 
 from rlhf_recipes.trainers.guard import TrainingGuard
 
@@ -19,33 +20,6 @@ OPTIONS = {
     "save_steps": 4,
     "max_steps": 12,
 }
-
-
-def _poison(trainer, steps):
-    """Make the loss of some optimiser steps NaN, once each."""
-    left, compute_loss = set(steps), trainer._compute_loss
-
-    def poisoned(model, inputs):
-        loss, step = compute_loss(model, inputs), trainer.state.global_step + 1
-        if step in left:
-            left.remove(step)
-            return loss * float("nan")
-        return loss
-
-    trainer._compute_loss = poisoned
-
-
-def _explode(trainer, step):
-    """Make the KL to the reference of one rollout large on this rank, once."""
-    left, reference_logps = {step}, trainer._reference_logps
-
-    def exploded(batch):
-        if trainer.state.global_step not in left:
-            return reference_logps(batch)
-        left.remove(step)
-        return reference_logps(batch) - 50
-
-    trainer._reference_logps = exploded
 
 
 def _move_away(trainer, step):
@@ -61,10 +35,6 @@ def _move_away(trainer, step):
     trainer._get_per_token_logps_and_entropies = moved
 
 
-def _weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
 def _train(rank, world_size, directory):
     """Return the actions of each guard on this rank, and the weights after them."""
     results = {}
@@ -72,27 +42,15 @@ def _train(rank, world_size, directory):
         trainer = tiny.ppo_trainer(f"{directory}/{case}", **OPTIONS, **options)
         if rank == 1:  # rank 0 finds nothing by itself
             if case in ("skip", "rollback"):
-                _poison(trainer, {"skip": [6], "rollback": [9, 10, 11]}[case])
+                poison(trainer, {"skip": {6: 1}, "rollback": {9: 1, 10: 1, 11: 1}}[case])
             elif case == "kl":
-                _explode(trainer, 8)
+                explode(trainer, 8, distance=50)
             else:
                 _move_away(trainer, 6)
-        steps, snapshots = [], {}
-
-        class Recorder(TrainerCallback):
-            def on_step_begin(self, args, state, control, trainer=trainer, steps=steps, seen=snapshots, **kwargs):
-                steps.append(state.global_step + 1)
-                seen[state.global_step] = _weights(trainer)
-
-        trainer.add_callback(Recorder())
+        rates, snapshots = rates_of(trainer), snapshots_of(trainer)
         trainer.train()
-        snapshots[12] = _weights(trainer)
-        still = [
-            step
-            for step in range(1, 13)
-            if all(torch.equal(snapshots[step][name], snapshots[step - 1][name]) for name in snapshots[step])
-        ]
-        results[case] = {"steps": steps, "still": still, "weights": snapshots[12], "metrics": trainer.guard.metrics()}
+        result = {"steps": [step for step, *_ in rates], "still": still_steps(snapshots), "weights": snapshots[12]}
+        results[case] = {**result, "metrics": trainer.guard.metrics()}
     return results
 
 
@@ -122,15 +80,13 @@ def _step_sharded(rank, world_size):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Return the results of two ranks."""
-    from processes import run_in_processes
-
     return run_in_processes(_train, 2, str(tmp_path_factory.mktemp("ranks")))
 
 
 EXPECTED = {
     "skip": ([*range(1, 13)], [6], (1, 0, 0)),
-    "rollback": ([*range(1, 12), *range(9, 13)], [], (3, 0, 1)),
-    "kl": ([*range(1, 10), *range(5, 13)], [], (0, 0, 1)),
+    "rollback": ([*range(1, 11), *range(9, 13)], [], (3, 0, 1)),
+    "kl": ([*range(1, 9), *range(5, 13)], [], (0, 0, 1)),
     "stop": ([*range(1, 13)], [6, 7, 8], (0, 3, 0)),
 }
 
@@ -147,7 +103,7 @@ def test_both_ranks_act_on_what_one_of_them_finds(ranks, case):
         assert_close(ranks[1][case]["weights"][name], weights, EXACT)
 
 
-def test_a_model_in_shards_is_not_moved_by_a_step_that_is_withheld(run_in_processes):
+def test_a_model_in_shards_is_not_moved_by_a_step_that_is_withheld():
     for found, metrics in run_in_processes(_step_sharded, 2):
         assert found == [(True, True), (True, False), (True, False)]
         assert metrics == {"guard/skipped_steps": 1, "guard/stopped_steps": 1, "guard/rollbacks": 0}

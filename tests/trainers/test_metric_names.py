@@ -8,7 +8,6 @@ import tiny
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.evaluation.policies import compare_policies
 
 pytestmark = pytest.mark.tiny
@@ -46,13 +45,7 @@ def _ppo(directory):
 
 
 def _reward_model(directory):
-    trainer = RewardModelTrainer(
-        tiny.reward_model(tiny.tokenizer()),
-        tiny.reward_config(directory, **EVALUATED),
-        train_dataset=tiny.preferences(),
-        eval_dataset=tiny.preferences(),
-        processing_class=tiny.tokenizer(),
-    )
+    trainer = tiny.reward_trainer(directory, **EVALUATED)
     trainer.train()
     return trainer
 

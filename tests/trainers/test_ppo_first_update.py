@@ -5,7 +5,7 @@ import itertools
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from tolerances import FIRST_UPDATE, FP32, NO_KL, assert_close
 from transformers import AutoModelForCausalLM
 
@@ -32,13 +32,7 @@ def _first_rollout(tmp_path, peft, chat, pad_is_eos, repetition_penalty=None, **
 def _log_ratio(trainer, batch):
     trainer.current_gradient_accumulation_steps = 1
     trainer._compute_loss(trainer.model, batch)
-    logps, _, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model,
-        torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
-        torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
-        batch["completion_ids"].size(1),
-    )
-    return (logps - batch["old_per_token_logps"]) * batch["completion_mask"]
+    return (tiny.logps(trainer, batch) - batch["old_per_token_logps"]) * batch["completion_mask"]
 
 
 @pytest.mark.parametrize(("peft", "chat", "pad_is_eos"), CASES)
@@ -91,21 +85,13 @@ def test_log_probabilities_are_those_of_the_sampling_temperature(tmp_path, tempe
 def test_an_sft_adapter_is_its_own_reference(tmp_path):
     """The reference of a policy that starts from an adapter is that adapter, not the bare base."""
     tok = tiny.tokenizer()
-    model = get_peft_model(tiny.policy(tok), tiny.lora())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    model = tiny.sft_adapter(tiny.policy(tok))
     trainer = tiny.ppo_trainer(tmp_path, model=model, tok=tok)
     batch = tiny.rollout(trainer)
     kl = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
     assert_close(kl, torch.zeros_like(kl), NO_KL)
     with model.disable_adapter():
-        base, _, _ = trainer._get_per_token_logps_and_entropies(
-            trainer.model,
-            torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
-            torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
-            batch["completion_ids"].size(1),
-        )
+        base = tiny.logps(trainer, batch)
     assert ((base - batch["ref_per_token_logps"]) * batch["completion_mask"]).abs().max() > 1e-3
     trainer.train()
     heads = {n: p for n, p in trainer.model.named_parameters() if "value_head" in n and p.requires_grad}
@@ -119,23 +105,16 @@ def test_the_reference_stays_where_it_was(tmp_path):
     trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.ref_model.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(start, trainer.model.model.parameters(), strict=True))
-    kls = [entry["objective/kl"] for entry in trainer.state.log_history if "objective/kl" in entry]
+    kls = [*tiny.logged(trainer, "objective/kl").values()]
     assert kls[0] == 0
     assert kls[1] != 0
 
 
 def _saved_adapter(tmp_path):
     """Write an SFT adapter with its tokenizer, like `recipes/sft.py`."""
-    tok = tiny.tokenizer()
-    tiny.policy(tok).save_pretrained(tmp_path / "base")
+    tiny.policy(tiny.tokenizer()).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, tiny.lora())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(tmp_path / "sft")
-    tok.save_pretrained(tmp_path / "sft")
-    return str(tmp_path / "sft")
+    return tiny.save(tiny.sft_adapter(base), tmp_path / "sft")
 
 
 def test_the_path_of_an_adapter_is_a_policy(tmp_path):

@@ -5,6 +5,7 @@ import random
 import pytest
 import tiny
 import torch
+from processes import run_in_processes
 from tolerances import FP32, SPLIT, assert_close
 
 pytestmark = pytest.mark.distributed
@@ -95,8 +96,6 @@ def _train(rank, world_size, directory):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Return the results of one rank, and those of two."""
-    from processes import run_in_processes
-
     directory = str(tmp_path_factory.mktemp("ranks"))
     torch.manual_seed(0)
     return _train(0, 1, directory), run_in_processes(_train, 2, directory)

@@ -41,21 +41,16 @@ def _normalized(trainer):
     return ((scores - normalizer.mean) / normalizer.std).clamp(-normalizer.clip, normalizer.clip)
 
 
-def test_advantages_and_returns_are_the_definition(tmp_path):
-    trainer = _drifted_trainer(tmp_path, gamma=0.9, lam=0.8, whiten_advantages=False)
-    batch = tiny.rollout(trainer)
-    advantages, returns = _expected(trainer, batch, _normalized(trainer).tolist())
-    assert_close(batch["advantages"], advantages, FP32)
-    assert_close(batch["returns"], returns, FP32)
-    assert batch["old_values"].abs().max() > 0
-
-
-def test_values_have_a_lambda_of_their_own(tmp_path):
-    trainer = _drifted_trainer(tmp_path, lam=0.5, value_lam=1.0, whiten_advantages=False)
+@pytest.mark.parametrize(
+    ("options", "value_lam"), [({"gamma": 0.9, "lam": 0.8}, 0.8), ({"lam": 0.5, "value_lam": 1.0}, 1.0)]
+)
+def test_advantages_and_returns_are_the_definition_each_with_its_lambda(tmp_path, options, value_lam):
+    trainer = _drifted_trainer(tmp_path, whiten_advantages=False, **options)
     batch = tiny.rollout(trainer)
     scores = _normalized(trainer).tolist()
     assert_close(batch["advantages"], _expected(trainer, batch, scores)[0], FP32)
-    assert_close(batch["returns"], _expected(trainer, batch, scores, lam=1.0)[1], FP32)
+    assert_close(batch["returns"], _expected(trainer, batch, scores, lam=value_lam)[1], FP32)
+    assert batch["old_values"].abs().max() > 0
 
 
 def test_advantages_are_whitened_over_the_rollout(tmp_path):
@@ -185,13 +180,9 @@ async def _slow_reward(completions, **kwargs):
 
 def test_reward_models_and_functions_are_weighted_and_summed(tmp_path):
     tok = tiny.tokenizer()
-    trainer = tiny.PPOTrainer(
-        tiny.policy(tok),
-        [tiny.reward_model(tok), tiny.length_reward, _slow_reward],
-        tiny.ppo_config(tmp_path, reward_weights=[0.5, 2.0, -1.0]),
-        train_dataset=tiny.prompts(),
-        processing_class=tok,
-        reward_processing_classes=[tok, None, None],
+    rewards = [tiny.reward_model(tok), tiny.length_reward, _slow_reward]
+    trainer = tiny.ppo_trainer(
+        tmp_path, rewards=rewards, reward_tok=[tok, None, None], reward_weights=[0.5, 2.0, -1.0]
     )
     seen = {}
     original = trainer._calculate_rewards
@@ -292,14 +283,7 @@ def test_an_evaluation_batch_may_have_another_size_than_a_rollout(tmp_path, size
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_plain_prompts_end_with_the_separator(tmp_path, chat):
-    trainer = tiny.PPOTrainer(
-        tiny.policy(tiny.tokenizer()),
-        tiny.length_reward,
-        tiny.ppo_config(tmp_path, response_separator=" ->"),
-        train_dataset=tiny.prompts(chat=chat),
-        eval_dataset=tiny.prompts(chat=chat),
-        processing_class=tiny.tokenizer(),
-    )
+    trainer = tiny.ppo_trainer(tmp_path, chat=chat, eval_data=tiny.prompts(chat=chat), response_separator=" ->")
     for dataset in (trainer.train_dataset, trainer.eval_dataset):
         prompt = dataset[0]["prompt"]
         assert prompt == ([{"role": "user", "content": "hello"}] if chat else "hello ->")

@@ -30,22 +30,12 @@ def _trained_rollout(tmp_path, **kwargs):
     return trainer, batch
 
 
-def _logps(trainer, batch):
-    logps, _, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model,
-        torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
-        torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
-        batch["completion_ids"].size(1),
-    )
-    return logps
-
-
 def test_policy_loss_is_the_clipped_surrogate(tmp_path):
     """Our formula is in the oracle, and this test compares TRL's with it."""
     trainer, batch = _trained_rollout(tmp_path, vf_coef=0.0, epsilon=0.05, epsilon_high=0.1)
     rows = [
         t.detach().double().tolist()
-        for t in (_logps(trainer, batch), batch["old_per_token_logps"], batch["advantages"])
+        for t in (tiny.logps(trainer, batch), batch["old_per_token_logps"], batch["advantages"])
     ]
     expected = oracles.clipped_surrogate(*rows, batch["completion_mask"].tolist(), epsilon_low=0.05, epsilon_high=0.1)
     assert_close(_loss(trainer, batch), expected, FP32)

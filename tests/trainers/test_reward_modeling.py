@@ -31,15 +31,8 @@ def base(tmp_path):
     return tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
 
 
-def _trainer(model, tmp_path, *, chat=False, peft=None, margin=False, eval_dataset=None, **kwargs):
-    return RewardModelTrainer(
-        model,
-        tiny.reward_config(tmp_path / "rm", **kwargs),
-        train_dataset=tiny.preferences(chat=chat, margin=margin),
-        eval_dataset=eval_dataset or tiny.preferences(chat=chat, count=6),
-        processing_class=tiny.tokenizer(),
-        peft_config=peft,
-    )
+def _trainer(model, tmp_path, **kwargs):
+    return tiny.reward_trainer(tmp_path / "rm", model, **kwargs)
 
 
 @pytest.mark.parametrize("name", ["get_train_dataloader", "get_eval_dataloader"])
@@ -114,7 +107,7 @@ def test_scores_are_float32_under_bfloat16(base):
 
 
 def test_lora_trains_and_saves_the_head(tmp_path, base):
-    trainer = _trainer(base, tmp_path, peft=tiny.lora(), eval_dataset=tiny.preferences(count=4))
+    trainer = _trainer(base, tmp_path, peft=tiny.lora())
     before = [p.clone() for n, p in trainer.model.named_parameters() if "score" in n and p.requires_grad]
     assert before
     trainer.train()
@@ -179,12 +172,10 @@ def test_a_reward_model_learns_a_clear_preference(tmp_path, base):
 
 def test_two_labels_are_refused(tmp_path):
     tok = tiny.tokenizer()
-    tiny.reward_model(tok, num_labels=2).save_pretrained(tmp_path / "two")
-    tok.save_pretrained(tmp_path / "two")
-    with pytest.raises(ValueError, match="has 2 labels"):
-        _trainer(str(tmp_path / "two"), tmp_path)
-    with pytest.raises(ValueError, match="has 2 labels"):
-        load_reward_model(str(tmp_path / "two"))
+    path = tiny.save(tiny.reward_model(tok, num_labels=2), tmp_path / "two")
+    for load in (load_reward_model, lambda path: _trainer(path, tmp_path)):
+        with pytest.raises(ValueError, match="has 2 labels"):
+            load(path)
 
 
 def test_a_trained_head_stays_float32_in_a_quantised_model(tmp_path, base, monkeypatch):
@@ -200,9 +191,7 @@ def test_a_trained_head_stays_float32_in_a_quantised_model(tmp_path, base, monke
 def test_a_stream_gets_its_separator(tmp_path, base):
     data = IterableDataset.from_generator(lambda: iter(tiny.preferences()))
     assert data.column_names is None
-    trainer = RewardModelTrainer(
-        base, tiny.reward_config(tmp_path / "rm"), train_dataset=data, processing_class=tiny.tokenizer()
-    )
+    trainer = _trainer(base, tmp_path, data=data)
     text = tiny.tokenizer().decode(next(iter(trainer.train_dataset))["chosen_ids"])
     assert "\n\n" in text
     trainer.train()
@@ -210,12 +199,7 @@ def test_a_stream_gets_its_separator(tmp_path, base):
 
 def test_plain_text_without_a_prompt_is_refused(tmp_path, base):
     with pytest.raises(ValueError, match="without a column 'prompt'"):
-        RewardModelTrainer(
-            base,
-            tiny.reward_config(tmp_path / "rm"),
-            train_dataset=tiny.preferences().remove_columns("prompt"),
-            processing_class=tiny.tokenizer(),
-        )
+        _trainer(base, tmp_path, data=tiny.preferences().remove_columns("prompt"))
 
 
 def test_only_an_evaluation_of_its_own_is_written_to_the_card(tmp_path, base):
@@ -255,12 +239,11 @@ def test_quantisation_reaches_the_model(tmp_path, base, monkeypatch, how):
         raise InterruptedError
 
     monkeypatch.setattr("rlhf_recipes.trainers.reward_modeling.load_reward_model_base", load)
-    options = {"model_init_kwargs": {"quantization_config": "four bits"}} if how == "options" else {}
-    arguments = {"quantization_config": "four bits"} if how == "argument" else {}
+    wish = {"quantization": "four bits"}
+    if how == "options":
+        wish = {"model_init_kwargs": {"quantization_config": "four bits"}}
     with pytest.raises(InterruptedError):
-        RewardModelTrainer(
-            base, tiny.reward_config(tmp_path / "rm", **options), train_dataset=tiny.preferences(), **arguments
-        )
+        _trainer(base, tmp_path, **wish)
     assert seen["quantization_config"] == "four bits"
 
 

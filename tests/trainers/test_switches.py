@@ -20,14 +20,8 @@ def base(tmp_path):
 
 
 def _loss_and_gradients(directory, *, peft=None, **options):
-    trainer = tiny.PPOTrainer(
-        str(directory / "base"),
-        str(directory / "rm"),
-        tiny.ppo_config(directory / "out", vf_coef=0.5, **options),
-        train_dataset=tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-        peft_config=peft,
-    )
+    models = {"model": str(directory / "base"), "rewards": str(directory / "rm"), "peft": peft}
+    trainer = tiny.ppo_trainer(directory / "out", **models, vf_coef=0.5, **options)
     batch = tiny.rollout(trainer)
     if options.get("gradient_checkpointing"):  # `train` does this at its start
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)

@@ -7,7 +7,6 @@ from tolerances import EXACT, FP32, MERGED, assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rlhf_recipes import PPOTrainer
 from rlhf_recipes.models.loading import load_policy
 
 pytestmark = pytest.mark.tiny
@@ -45,15 +44,8 @@ def directory(tmp_path_factory):
     return directory
 
 
-def _trainer(directory, output_dir, *, peft=None, rewards=tiny.length_reward, **kwargs):
-    return PPOTrainer(
-        str(directory / "base"),
-        rewards,
-        tiny.ppo_config(output_dir, use_vllm=True, **kwargs),
-        train_dataset=tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-        peft_config=peft,
-    )
+def _trainer(directory, output_dir, **kwargs):
+    return tiny.ppo_trainer(output_dir, model=str(directory / "base"), use_vllm=True, **kwargs)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "lora with reward adapter"])
@@ -105,12 +97,4 @@ def test_importance_sampling_multiplies_our_advantages(tmp_path, directory):
 def test_a_quantised_policy_is_refused(tmp_path, directory):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ValueError, match="`use_vllm` does not go with a quantised policy"):
-        PPOTrainer(
-            str(directory / "base"),
-            tiny.length_reward,
-            tiny.ppo_config(tmp_path, use_vllm=True),
-            train_dataset=tiny.prompts(),
-            processing_class=tiny.tokenizer(),
-            peft_config=tiny.lora(),
-            quantization_config=BitsAndBytesConfig(load_in_4bit=True),
-        )
+        _trainer(directory, tmp_path, peft=tiny.lora(), quantization=BitsAndBytesConfig(load_in_4bit=True))
