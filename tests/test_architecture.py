@@ -1,4 +1,4 @@
-"""The shape of the code (DESIGN 4 and 5), read from its syntax trees. The repository itself is the oracle."""
+"""The shape of the code (CONTRIBUTING.md), read from its syntax trees. The repository itself is the oracle."""
 
 import ast
 import graphlib

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 MIN_POINTS = 8
 # Standard errors between the first and the last quarter. Chance alone makes such a difference in one run of twenty.
 SIGNIFICANT = 2.0
-# Relative change of the length. Healthy seeds of the quickstart change by at most 12 % (recipes/README.md).
+# Relative change of the length. Healthy seeds of the quickstart change by at most 12 % (docs/results.md).
 LENGTH_DRIFT = 0.25
 # KL divided by its target. The adaptive controller keeps the seeds of the quickstart within 30 % of the target.
 KL_OVER_TARGET = 1.5

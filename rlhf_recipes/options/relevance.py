@@ -31,7 +31,7 @@ CLASSES = {
         *("vllm_server_*", "vllm_group_port", "vllm_gpu_*", "vllm_enable_*", "vllm_tensor_*", "remove_unused_columns"),
         *("reward_timeout", "reward_retries", "failed_rewards"),
     ),
-    # A resume compares the weights that these lead to.
+    # A resume compares the files of these models.
     "models": ("reward_adapter", "model_init_kwargs"),
 }
 # Runs that differ only in other classes have one `group` tag in MLflow and are one group in a comparison.

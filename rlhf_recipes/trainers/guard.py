@@ -1,4 +1,4 @@
-"""What happens to an optimiser step: it is taken, or left out, or the run goes back to a checkpoint.
+"""Take or leave out an optimiser step, or ask for a rollback to a checkpoint.
 
 Every decision follows from figures over all ranks, so that all ranks take the same one.
 """
@@ -21,7 +21,7 @@ class TrainingGuard:
     """Leave out optimiser steps that would do harm, and ask for a rollback when that is not enough.
 
     A step is left out by dropping its gradients: weights and the optimiser's state stay as they are, bit for bit,
-    while step and schedule go on. Its state, plain numbers, is part of every checkpoint.
+    while step and schedule go on. The state of the guard is plain numbers, and part of every checkpoint.
 
     Args:
         args: Options.
@@ -80,7 +80,7 @@ class TrainingGuard:
             step: Optimiser steps so far.
 
         Raises:
-            RollbackError: If the policy that sampled it has gone too far.
+            RollbackError: If the KL is over `max_kl`.
         """
         if self.args.max_kl is not None and not kl <= self.args.max_kl:
             reason = f"Step {step}: the KL to the reference is {kl:.3g} nats, over `max_kl` ({self.args.max_kl:g})."
@@ -88,10 +88,10 @@ class TrainingGuard:
             raise RollbackError(reason, advice, step - 1)  # a checkpoint of this step holds the same policy
 
     def finish_step(self, model: nn.Module, grad_norm: Any, step: int) -> None:
-        """Decide on an optimiser step whose gradients are there.
+        """Decide on an optimiser step after its backward pass.
 
         Args:
-            model: Whose gradients are dropped if the step is left out.
+            model: Model that loses its gradients if the step is left out.
             grad_norm: Over all ranks.
             step: Optimiser steps before this one.
 

@@ -26,6 +26,7 @@ from rlhf_recipes.evaluation.alarms import AlarmCallback
 from rlhf_recipes.evaluation.held_out import HeldOutComparison
 from rlhf_recipes.models.forward import CompletionForward, rows_by_length
 from rlhf_recipes.models.loading import prepare_frozen
+from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
@@ -44,7 +45,7 @@ from rlhf_recipes.trainers.setup import (
 from rlhf_recipes.trainers.update import MicroBatch, critic_loss, group_by_length
 from rlhf_recipes.trainers.value_head import ValueHeadTrainer
 
-# What TRL's log-probability method takes from a batch: the inputs of models that also read images.
+# Image inputs of TRL's log-probability method.
 IMAGE_ARGUMENTS = set(list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:])
 
 
@@ -64,19 +65,19 @@ class PPOTrainer(ValueHeadTrainer):
         reward_processing_classes: Tokenizers of reward models given as instances. Default: the models'.
         peft_config: LoRA or another PEFT method, for a policy that is not a `PeftModel`.
         quantization_config: Passed on to `from_pretrained` when `model` is a path.
-        judges: Score the answers to `eval_dataset` too, without being trained on, by name: reward functions of TRL's
+        judges: Functions that score the answers to `eval_dataset` but do not train, by name: reward functions of TRL's
             signature, or what `rlhf_recipes.rewards.judges.load_judges` returns.
-        pairwise_judges: See both answers to a prompt, by name; `swapped_preferences` in
+        pairwise_judges: Functions that compare two answers to a prompt, by name; `swapped_preferences` in
             `rlhf_recipes.evaluation.statistics` gives their signature.
         kwargs: Passed on to TRL.
 
     Raises:
-        ValueError: If data, reward model or batch sizes do not fit; before anything is trained.
+        ValueError: If data, reward model or batch sizes do not fit. The error comes before training.
     """
 
     rollout: Rollout | None = None  # the latest
     scorers: list[Scorer]
-    reward_funcs: list[Any]  # TRL's: the same, with time limits and retries
+    reward_funcs: list[Any]  # TRL calls these: the reward functions, with time limits and retries
     _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout
     _name = "PPO"
     _tag_names = ["trl", "ppo", "rlhf-recipes"]
@@ -106,14 +107,14 @@ class PPOTrainer(ValueHeadTrainer):
             peft_config=peft_config,
             quantization_config=quantization_config,
         )
-        # The value head is added to the configuration of the adapter.
+        # A copy, because the value head is added to the configuration of the adapter.
         kwargs |= {"peft_config": copy.deepcopy(peft_config), **parts.data}
         super().__init__(parts.model, parts.reward_funcs, options_for_trl(args), **kwargs)
-        self.beta = args.beta
+        self.args, self.beta = with_changes(self.args, beta=args.beta), args.beta
         add_networks(self.model, parts, self.args)
         if parts.reference is not None:
             self.ref_model = prepare_reference(parts.reference, self.args, self.accelerator)
-        # Images could not be moved, and these terms are means over a micro-batch or its most uncertain tokens.
+        # Regrouping cannot move images. These loss terms couple the rows of a micro-batch.
         couples_rows = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
         self._may_regroup = not (self._is_vlm or couples_rows)
         # A model for images counts its positions by itself.
@@ -174,7 +175,7 @@ class PPOTrainer(ValueHeadTrainer):
         """Sample, score, and estimate advantages: from prompts to the batch of the update."""
         rollout = self.rollout = Rollout(inputs)
         batch = super()._generate_and_score_completions(inputs)  # calls `_calculate_rewards`
-        # TRL has run the policy if it needs old log-probabilities by itself: one forward serves both.
+        # If TRL has run the policy for old log-probabilities, reuse that forward.
         policy = rollout.first_forward if "old_per_token_logps" in batch else self._forward(self.model, batch)
         rollout.take_tokens(batch, policy, self._reference_logps(batch), self.eos_token_ids)
         normalizer = self.reward_normalizer if self.args.reward_norm else None
@@ -208,7 +209,7 @@ class PPOTrainer(ValueHeadTrainer):
     ) -> Any:
         """Run TRL's forward through a `CompletionForward`: on the tokens that count, and with the values kept."""
         forward = model if isinstance(model, CompletionForward) else self._completion_forward(model, logits_to_keep)
-        # A step's micro-batch keeps its order, and images have one of their own.
+        # A micro-batch of the update keeps its order. Images are stored in the order of the rows.
         order, original = rows_by_length(attention_mask if batch_size and not self._is_vlm else None)
         per_token_logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
             forward, input_ids[order], attention_mask[order], logits_to_keep, batch_size, **kwargs
@@ -266,7 +267,7 @@ class PPOTrainer(ValueHeadTrainer):
             self.kl_controller.update(metrics["objective/kl"], count)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Return the policy's loss, TRL's, and that of the critic, from one forward."""
+        """Return TRL's policy loss plus the weighted value loss, from one forward."""
         forward = self._completion_forward(model, inputs["completion_ids"].size(1))
         policy_loss = super()._compute_loss(forward, inputs)
         value_loss, weight, metrics = critic_loss(
@@ -283,13 +284,13 @@ class PPOTrainer(ValueHeadTrainer):
         return policy_loss + self.args.vf_coef * value_loss
 
     def _average_like_policy_loss(self, token_loss: Tensor, mask: Tensor, rollout_tokens: Tensor) -> Tensor:
-        """Average a token loss as TRL does the policy's: this process's share of one optimiser step."""
+        """Average a token loss as TRL averages the policy's: the share of this process in one optimiser step."""
         accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
         loss = aggregate_token_loss(
             token_loss,
             mask,
             loss_type=self.loss_type,
-            # For "dapo": of one micro-batch of one process, on average.
+            # "dapo" divides by the mean number of tokens per micro-batch and process.
             num_items=rollout_tokens / self.accelerator.num_processes / self._micro_batches_per_rollout(),
             max_completion_length=self.max_completion_length,
         )

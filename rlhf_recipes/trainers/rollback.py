@@ -47,7 +47,7 @@ class Rollback(TrainerCallback):
         self.args, self._is_main, self._is_possible = args, is_main, is_possible
         self.count = 0
         self.learning_rate_factor = 1.0
-        self.is_pending = False  # a checkpoint is to be loaded, or is loaded and not yet left
+        self.is_pending = False  # from the decision to go back until the first micro-batch after it
         self._loaded_factor = 1.0
         self._saved_steps = set[int]()
         self._earlier: list[tuple[int, Path]] = []  # checkpoints of the run that this one resumes
@@ -70,7 +70,7 @@ class Rollback(TrainerCallback):
                 f"`max_rollbacks` allows, at last with {self.learning_rate_factor:g} of the learning rate. "
                 f"{error.advice}"
             )
-        # Found by one process, for all.
+        # One process searches for all.
         found = self._last_good_checkpoint(error.latest) if self._is_main else None
         (found,) = broadcast_object_list([found])
         if found is None:

@@ -1,7 +1,7 @@
 """From sampled tokens to advantages: one record, which each stage of a rollout fills in turn.
 
-TRL samples and scores. Then come old log-probabilities and values, the reference, normalised scores, shaped rewards,
-GAE and whitening. The formulas are in `algorithm/`. Every rank must make each call.
+TRL samples. The policy gives old log-probabilities and values, and the scorers give scores. Then come the reference,
+normalised scores, shaped rewards, GAE and whitening. The formulas are in `algorithm/`. Every rank must make each call.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ class Rollout:
     """The completions of this process, their scores, and their advantages.
 
     B completions of this process, N of all processes, T completion tokens. The comment above a group of fields names
-    the method that fills it. To read a field before, or to fill it again, is an `AttributeError`.
+    the method that fills it. An early read or a second fill raises an `AttributeError`.
     """
 
     rows: list[dict[str, Any]]
@@ -53,8 +53,8 @@ class Rollout:
 
     # _get_per_token_logps_and_entropies
     first_forward: CompletionForward = field(init=False)
-    """The first forward of the policy's network that TRL made by itself. It is the policy's if TRL returns old
-    log-probabilities; if not, it can be that of a reference that is the same network without its adapter."""
+    """The first forward that TRL runs on the policy's network in this rollout. It is the policy's if TRL returns old
+    log-probabilities. If not, it can be the reference's: the same network without its adapter."""
 
     # take_tokens
     completion_ids: Tensor = field(init=False)
@@ -70,7 +70,7 @@ class Rollout:
     old_per_token_logps: Tensor = field(init=False)
     ref_per_token_logps: Tensor = field(init=False)
     state_values: Tensor = field(init=False)
-    """Of the states around each token, `(B, T + 1)`."""
+    """`(B, T + 1)`. Column t: value before token t. Last column: value after the last token."""
     k1: Tensor = field(init=False)
     """`old_per_token_logps - ref_per_token_logps` on the tokens that train, 0 elsewhere; nats, `(B, T)`."""
 
@@ -81,7 +81,7 @@ class Rollout:
     # estimate_advantages
     kl_coef: float = field(init=False)
     kl: Tensor = field(init=False)
-    """KL that the reward pays for, nats, `(B, T)`: k1 unless `kl_estimator` says otherwise."""
+    """KL that the reward subtracts, nats, `(B, T)`: k1 unless `kl_estimator` says otherwise."""
     rewards: Tensor = field(init=False)
     """Shaped, `(B, T)`."""
     old_values: Tensor = field(init=False)
@@ -89,7 +89,7 @@ class Rollout:
     returns: Tensor = field(init=False)
     """Targets of the critic, `(B, T)`."""
     advantages: Tensor = field(init=False)
-    """`(B, T)`, whitened if `whiten_advantages` says so."""
+    """`(B, T)`, whitened if `whiten_advantages` is true."""
 
     def has(self, name: str) -> bool:
         """Return whether a field is filled."""

@@ -52,7 +52,7 @@ class RunIdentity:
             raise ValueError(
                 f"{message} Resume with the values of the checkpoint, or set `allow_changes_on_resume: true`."
             )
-        logger.warning(f"{message} Resumed all the same, because `allow_changes_on_resume` is set.")
+        logger.warning(f"{message} The run resumes anyway, because `allow_changes_on_resume` is set.")
 
 
 def facts_of_run(args: Any, *, policy: Any, rewards: list[Any], train_dataset: Any) -> dict[str, Any]:

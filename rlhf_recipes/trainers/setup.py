@@ -26,7 +26,7 @@ from rlhf_recipes.rewards.adapter import RewardAdapterScorer
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.trainers.run_identity import facts_of_run
 
-REFERENCE_ADAPTER = "ref"  # TRL's name for the copy of an adapter that it trains on
+REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of the adapter that training starts from
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def prepare_parts(
 def options_for_trl(args: PPOConfig) -> PPOConfig:
     """Return a private copy of the options, in which TRL finds no model to load.
 
-    The policy is loaded already (`model_init_kwargs`). One reference serves both KL terms: for the one in its loss
-    (`beta`), TRL would load a second one.
+    The policy is loaded already (`model_init_kwargs`). One reference serves both KL terms. With
+    `beta`, TRL would load a second reference.
     """
     return with_changes(args, model_init_kwargs=None, beta=0.0)
 
@@ -132,7 +132,7 @@ def check_rollout_fits(dataset: AnyDataset | None, args: PPOConfig) -> None:
 
 
 def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: PPOConfig) -> None:
-    """Check that the policy can learn as asked: the value head would hide that nothing else does.
+    """Check that the policy can learn. Without this check only the value head might learn, and nobody would notice.
 
     Raises:
         ValueError: If it is an adapter and should get another, has no parameter to train, has no adapter that a reward
@@ -187,7 +187,7 @@ def keep_start_adapter(policy: PeftModel) -> None:
     Call this after TRL has rounded the weights that it trains on a quantised base: the reference starts where the
     policy does.
     """
-    if REFERENCE_ADAPTER not in policy.peft_config:  # else TRL has made it, for its own KL term
+    if REFERENCE_ADAPTER not in policy.peft_config:  # a model that was trained before has it already
         policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[policy.active_adapter])
     for name, module in policy.named_modules():
         if isinstance(module, nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):

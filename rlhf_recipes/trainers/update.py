@@ -20,7 +20,7 @@ from rlhf_recipes.options.ppo import PPOConfig
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The current policy and critic beside those of the rollout; `(B, T)` each.
+    """The current policy and critic beside those of the rollout; `(B, T)`, except `rollout_tokens`.
 
     Args:
         per_token_logps: Log-probabilities of the current policy, without their graph.
@@ -58,7 +58,7 @@ class MicroBatch:
 def critic_loss(
     batch: MicroBatch, average: Callable[[Tensor, Tensor, Tensor], Tensor], *, cliprange: float, micro_batches: int
 ) -> tuple[Tensor, float, dict[str, float]]:
-    """Return the value loss, the weight of the micro-batch, and how far it has moved from its rollout.
+    """Return the value loss, the weight of the micro-batch, and the metrics of the update times that weight.
 
     Each figure is weighed by the micro-batch's tokens over those of an average one. The mean over the micro-batches of
     a rollout is then the mean over its tokens, although short completions share a micro-batch.
@@ -104,5 +104,5 @@ def group_by_length(micro_batches: list[dict[str, Any]], window: int) -> list[di
 
 
 def episodes(step: int, args: PPOConfig) -> int:
-    """Return how many completions all ranks have sampled when optimiser step `step` ends: those of whole rollouts."""
+    """Return how many completions all ranks have sampled at the end of a step. A started rollout counts in full."""
     return math.ceil(step / args.rollout_steps) * args.generation_batch_size

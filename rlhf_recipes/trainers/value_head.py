@@ -50,7 +50,7 @@ class ProgressCallback(TrainerCallback):
         self._restore = restore
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore it."""
+        """Call the method."""
         self._restore()
 
 
@@ -82,7 +82,7 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
             self._metrics["train"].clear()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Skip a micro-batch whose rollout the guard has stopped, but count it."""
+        """Train on a micro-batch. If the guard has stopped its rollout, only count it."""
         if self.guard.rollback.is_pending:
             self._buffered_inputs = None  # the rollout may be the cause
         uses = self.args.steps_per_generation * self.num_iterations
@@ -125,7 +125,7 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
         """Replace GRPO's advantages, which do not train, in TRL's log, and drop its statistic of groups."""
         self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)
         advantages = self.accelerator.gather(mean_advantages).tolist()
-        log = self._logs["advantages"]  # holds one rollout: of a larger evaluation batch only the end is left in it
+        log = self._logs["advantages"]  # keeps one rollout: a larger evaluation batch loses its first rows
         for _ in range(min(len(log), len(advantages))):
             log.pop()
         log.extend(advantages)
