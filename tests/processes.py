@@ -52,7 +52,7 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         *("rlhf_recipes.trainers.ppo", "rlhf_recipes.trainers.reward_modeling", "rlhf_recipes.tracking.session"),
-        *(LAUNCHER, "deepspeed", "torch.distributed.run", "pytest"),
+        *(LAUNCHER, "torch.distributed.run", "pytest"),
     ]
 )
 _started = []
@@ -260,8 +260,11 @@ def _launcher_main(arguments, directory, environment, stdout, stderr, path):
 
 def _launched_main(*job):
     os.setsid()  # torchrun ends a group
-    # DeepSpeed would compile an operator for its collectives on CPUs, which takes a minute. Without it, it uses gloo.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    if job[2].get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.comm.torch
+
+        # It would compile an operator for its collectives on CPUs, which takes a minute. Without it, it uses gloo.
+        deepspeed.comm.torch.build_shm_op = lambda: None
     Thread(target=_end_with_parent, daemon=True).start()
     _script_main(*job)
 

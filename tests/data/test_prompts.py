@@ -1,6 +1,7 @@
 """Wrong paths, splits, columns and functions are refused with a clear message."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +53,8 @@ def test_outputs_of_the_quickstarts_world(name):
         ("runs/mine/sft", "recipes/sft.py --config YOUR_CONFIG.yaml`"),
     ],
 )
-def test_a_missing_stage_names_its_command(path, command):
+def test_a_missing_stage_names_its_command(path, command, tmp_path):
+    (tmp_path / "recipes").symlink_to(Path(__file__).parents[2] / "recipes")  # the command is for this place
     with pytest.raises(FileNotFoundError) as error:
         require_path("model_name_or_path", path)
     assert command in str(error.value)

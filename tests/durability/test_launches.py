@@ -6,6 +6,7 @@ rank and writes down what it finds.
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from unittest.mock import ANY
@@ -222,6 +223,17 @@ def test_zero3_trains_the_weights_of_ddp_from_shards(directory, ddp, zero3_in_sh
 
 def test_zero3_trains_the_weights_of_ddp(directory, ddp, zero3):
     _check_weights(directory, "zero3")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("c++") is None or shutil.which("ninja") is None,
+    reason="DeepSpeed compiles an operator on CPUs: needs a C++ compiler and ninja",
+)
+def test_zero3_trains_the_weights_of_ddp_by_fresh_interpreters(directory, ddp):
+    """With the operator that DeepSpeed compiles for its collectives on CPUs, which forks do without."""
+    _launch(directory, "zero3", "ppo", "fresh", PPO, fresh=True)
+    _check_weights(directory, "fresh")
 
 
 def test_zero3_resumes(directory, zero3):

@@ -148,15 +148,12 @@ def test_two_processes_agree_on_a_preflight(pipeline, trained_card, fails):
         assert not (pipeline[0] / "runs/two/trainer_state.json").exists()
 
 
-def test_ppo_without_arguments_is_the_quickstarts_stage(tmp_path):
-    report = _run(run_command, RECIPES / "ppo.py", directory=tmp_path, expect=1)
-    assert "`model_name_or_path` is runs/quickstart/sft, which does not exist" in report.stderr
-    assert "`python recipes/quickstart.py --until sft`" in report.stderr
-
-
-def test_options_override_the_quickstarts_ppo_stage(tmp_path):
-    report = _run(run_command, RECIPES / "ppo.py", "--kl_coef", "0.2", directory=tmp_path, expect=1)
-    assert report.stderr.strip().splitlines()[-1].startswith("Error: `model_name_or_path` is runs/quickstart/sft")
+@pytest.mark.parametrize("options", [[], ["--kl_coef", "0.2"]], ids=["no options", "an option"])
+def test_ppo_without_a_configuration_is_the_quickstarts_stage(tmp_path, options):
+    report = _run(run_command, RECIPES / "ppo.py", *options, directory=tmp_path, expect=1)
+    last = report.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: `model_name_or_path` is runs/quickstart/sft, which does not exist")
+    assert "`python recipes/quickstart.py --until sft`" in last
     assert "Traceback" not in report.stderr, "a refusal is one line"
 
 
