@@ -4,7 +4,6 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from os import PathLike
 from pathlib import Path
 
 import torch
@@ -29,9 +28,7 @@ def split_prompts(world: TextWorld, seed: int) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def build_dataset(
-    world: TextWorld, prompts: Sequence[str], n: int, seed: int, path: str | PathLike | None = None
-) -> Dataset:
+def build_dataset(world: TextWorld, prompts: Sequence[str], n: int, seed: int) -> Dataset:
     """Return demonstrations in TRL's prompt-completion format.
 
     Every prompt occurs equally often, give or take one time.
@@ -41,7 +38,6 @@ def build_dataset(
         prompts: Prompts, which repeat with fresh responses until there are enough rows.
         n: Number of rows.
         seed: Seed of rows and order.
-        path: File that also gets the rows, as JSON lines.
 
     Returns:
         Columns `prompt` and `completion`, without separator or EOS, in random order.
@@ -49,25 +45,20 @@ def build_dataset(
     rng = random.Random(seed)
     rows = list(itertools.islice(itertools.cycle(prompts), n))
     rng.shuffle(rows)
-    dataset = Dataset.from_dict({"prompt": rows, "completion": [world.sample_response(row, rng) for row in rows]})
-    if path is not None:
-        dataset.to_json(path)
-    return dataset
+    return Dataset.from_dict({"prompt": rows, "completion": [world.sample_response(row, rng) for row in rows]})
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 600) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer: any text survives encoding and decoding, and no token is unknown.
 
-    Args:
-        texts: Texts from which the merges are learned.
-        vocab_size: Upper limit, with 256 bytes and four special tokens. 589 are enough for all of the world's words.
+    The merges are learned from `texts`.
     """
     special_tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=600,  # at most; 589 are enough for all of the world's words, 256 bytes and four special tokens
         special_tokens=list(special_tokens.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -33,24 +33,16 @@ class RewardModelScorer(Scorer):
         model: Sequence classifier with one output; `None` if a subclass attaches it later.
         tokenizer: Tokenizer of the reward model.
         card: Card of the reward model, if it has one.
-        batch_size: Completions per forward pass.
-        policy_eos_token_ids: Ids that end a completion of the policy; `None` counts every completion as finished.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     source: Any = None  # the path or the model that became this scorer
+    batch_size: int = 8  # completions per forward pass
+    policy_eos_token_ids: list[int] | None = None  # end a completion; without them, every completion has ended
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        card: RewardModelCard | None = None,
-        batch_size: int = 8,
-        policy_eos_token_ids: list[int] | None = None,
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, card: RewardModelCard | None = None) -> None:
         self.model, self.tokenizer, self.card = model, tokenizer, card
-        self.batch_size, self.policy_eos_token_ids = batch_size, policy_eos_token_ids
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if model is not None:

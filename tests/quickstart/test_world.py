@@ -1,7 +1,6 @@
 """The text world: facts, prompts, demonstrations, gold score, tokenizer, base model, preferences."""
 
 import itertools
-import json
 import math
 import random
 import statistics
@@ -277,12 +276,6 @@ def test_dataset_uses_every_prompt_equally():
     assert dataset["prompt"][:7] != PROMPTS[:7]  # shuffled
 
 
-def test_dataset_writes_what_it_returns(tmp_path):
-    path = tmp_path / "sft.jsonl"
-    dataset = build.build_dataset(WORLD, PROMPTS, 5, 0, path)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == dataset.to_list()
-
-
 @pytest.mark.parametrize("text", ["", "\n", " a  b \n\n c ", "Ünïcode → 狐狸 🦊\t!", "don 't , really ."])
 def test_tokenizer_round_trip_of_any_text(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
@@ -322,10 +315,6 @@ def test_tokenizer_is_saved_and_loaded_identically(tokenizer, tmp_path):
     text = SEPARATOR.join(DEMONSTRATIONS[0]) + tokenizer.eos_token
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert loaded.decode(loaded(text)["input_ids"], skip_special_tokens=True) == SEPARATOR.join(DEMONSTRATIONS[0])
-
-
-def test_tokenizer_respects_its_vocabulary_size():
-    assert len(build.train_tokenizer([response for _, response in DEMONSTRATIONS], vocab_size=300)) == 300
 
 
 def test_base_model_is_small_and_knows_its_special_tokens(base_model, tokenizer):
