@@ -9,6 +9,7 @@ import torch
 from tolerances import FP32, assert_close
 
 from rlhf_recipes.rewards.protocol import FunctionScorer
+from rlhf_recipes.trainers.rollout import Rollout
 
 pytestmark = pytest.mark.tiny
 
@@ -287,3 +288,13 @@ def test_plain_prompts_end_with_the_separator(tmp_path, chat):
     for dataset in (trainer.train_dataset, trainer.eval_dataset):
         prompt = dataset[0]["prompt"]
         assert prompt == ([{"role": "user", "content": "hello"}] if chat else "hello ->")
+
+
+def test_a_field_of_the_record_is_filled_once():
+    rollout = Rollout([{"prompt": "hello"}])
+    assert not rollout.has("scores")
+    with pytest.raises(AttributeError):
+        rollout.scores  # noqa: B018
+    rollout.scores = torch.zeros(1)
+    with pytest.raises(AttributeError, match="`scores` of this rollout is filled already"):
+        rollout.scores = torch.ones(1)

@@ -138,6 +138,28 @@ def test_padding_reaches_neither_loss_nor_gradient(tmp_path):
 
 @pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["full", "lora"])
 @pytest.mark.parametrize("num_iterations", [1, 2])
+def test_one_reference_serves_both_kl_terms(tmp_path, peft, num_iterations):
+    """With `beta`, TRL runs the reference itself: with LoRA on the same network, and before the policy if aligned."""
+    options = {"num_iterations": num_iterations, "gradient_accumulation_steps": 2}
+    trainer = tiny.ppo_trainer(tmp_path, peft=peft, beta=0.1, **options)
+    assert trainer.beta == trainer.args.beta == 0.1
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad and "value_head" not in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    batch = tiny.rollout(trainer)
+    reference = {name: x for name, x in batch.items() if name != "ref_per_token_logps"}
+    keep = batch["completion_mask"]
+    for name, expected in (
+        ("old_per_token_logps", trainer._forward(trainer.model, batch).per_token_logps),
+        ("ref_per_token_logps", trainer._reference_logps(reference)),
+    ):
+        assert_close(batch[name] * keep, expected * keep, FP32)
+    assert (batch["old_per_token_logps"] - batch["ref_per_token_logps"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["full", "lora"])
+@pytest.mark.parametrize("num_iterations", [1, 2])
 def test_a_rollout_costs_one_policy_and_one_reference_forward(tmp_path, peft, num_iterations):
     """The counts are per micro-batch, without generation. TRL makes the policy's forward only with several epochs."""
     trainer = tiny.ppo_trainer(tmp_path, peft=peft, num_iterations=num_iterations, gradient_accumulation_steps=2)

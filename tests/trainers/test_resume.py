@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import random
 import re
 import signal
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from rlhf_recipes.durability.checkpoints import checkpoints_by_age
+from rlhf_recipes.durability.checkpoints import checkpoints_by_age, publish
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.trainers.run_identity import RunIdentity, facts_of_run
 
@@ -83,6 +84,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, peft):
         resumed = _trainer(tmp_path / "resumed", peft, save_strategy="no")
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         _assert_same(expected, _everything(resumed), f"step {step}")
+
+
+def test_a_resume_never_reads_the_pickle_of_the_options(tmp_path):
+    """Old checkpoints hold a pickle of classes whose modules have moved since."""
+    _trainer(tmp_path, save_steps=4).train()
+    checkpoint, staged = tmp_path / "checkpoint-4", tmp_path / "staged" / "checkpoint-4"
+    staged.parent.mkdir()
+    checkpoint.rename(staged)
+    (staged / "training_args.bin").write_bytes(b"crlhf_recipes.configs\nPPOConfig\n.")
+    publish(staged, checkpoint)  # with a manifest that knows the new file
+    with pytest.raises(ModuleNotFoundError, match="rlhf_recipes.configs"):
+        pickle.loads((checkpoint / "training_args.bin").read_bytes())
+    resumed = _trainer(tmp_path / "resumed", save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == SEVERAL_EPOCHS["max_steps"]
 
 
 SHORT = {"max_steps": 4, "save_steps": 4, "logging_steps": 1}
