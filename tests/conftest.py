@@ -3,12 +3,17 @@
 import ipaddress
 import os
 import random
+import signal
 import socket
 import sys
 from pathlib import Path
 
 # oracles, tolerances, strategies and processes are imported by name, also by spawned ranks, which inherit sys.path.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# A shell ignores SIGINT for a command in the background, and every process here would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.update(
     HF_HUB_OFFLINE="1",

@@ -161,7 +161,7 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
     def __post_init__(self) -> None:
         check_types(self)
         self._check_owned_by_ppo()
-        self._check_addresses()
+        _check_addresses(self)
         self._check_inherited_ranges()
         self.temperature: float = float(self.temperature)  # transformers refuses to sample with the whole number 1
         if self.eval_strategy != "no" and self.metric_for_best_model is None:
@@ -195,14 +195,6 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
             raise ValueError(f"`loss_type` must be one of 'grpo', 'dapo', 'dr_grpo', got {self.loss_type!r}.")
         if self.importance_sampling_level != "token":
             raise ValueError("`importance_sampling_level` must be 'token': PPO's advantages are per token.")
-
-    def _check_addresses(self) -> None:
-        """Refuse a password that TRL's message about a silent server would show."""
-        if holds_credentials(self.vllm_server_base_url):
-            raise ValueError(
-                "`vllm_server_base_url` holds a password, which messages would show. Write it into `~/.netrc`, where "
-                "the client looks for it by the name of the host."
-            )
 
     def _check_inherited_ranges(self) -> None:
         """Refuse values on which TRL and transformers would fail later, without naming the option."""
@@ -279,3 +271,12 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
     def rollout_steps(self) -> int:
         """Return the number of optimiser steps on one rollout."""
         return int(self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps)
+
+
+def _check_addresses(config: "PPOConfig") -> None:
+    """Refuse a password that TRL's message about a silent server would show."""
+    if holds_credentials(config.vllm_server_base_url):
+        raise ValueError(
+            "`vllm_server_base_url` holds a password, which messages would show. Write it into `~/.netrc`, where "
+            "the client looks for it by the name of the host."
+        )

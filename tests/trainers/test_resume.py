@@ -130,7 +130,7 @@ def test_a_resume_of_another_run_is_refused_with_the_difference(tmp_path, caplog
     resumed = _short(tmp_path / "second", allow_changes_on_resume=True, **change)
     with caplog.at_level(logging.WARNING):
         resumed.train(checkpoint)
-    assert re.search(f"The checkpoint is of another run: .*{message}.*Resumed all the same", caplog.text)
+    assert re.search(f"The checkpoint is of another run: .*{message}.*The run resumes anyway", caplog.text)
 
 
 def test_another_number_of_processes_is_another_run(tmp_path, monkeypatch):
