@@ -1,7 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-WORKERS ?= $(shell $(PYTHON) -c "import os; print(min((os.cpu_count() or 1) + 1, 4))")
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -29,10 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## Train a small model with PPO on the CPU and show what changed
 	$(BIN)/python recipes/quickstart.py
 
-# One worker more than cores, since tests also wait for processes. One thread each: more do not help models this small.
+# One worker per core, one thread each: more of either does not help models this small.
 test: install ## Run the whole default test suite
 	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 		$(PYTEST_ARGS)
 
 check: install ## Lint, check formatting and types, run the fast tests
