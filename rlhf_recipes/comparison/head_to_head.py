@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rlhf_recipes.comparison.runs import Evaluation
-from rlhf_recipes.evaluation.statistics import compare_scores
+from rlhf_recipes.evaluation.statistics import win_rate
 
 Scores = dict[str, list[float | None]]  # of the samples of each prompt
 
@@ -91,7 +93,7 @@ def _beats(ours: Scores, theirs: Scores) -> tuple[float, float, float] | None:
         return None
     width = max(len(scores[prompt]) for scores in (ours, theirs) for prompt in common)
     padded = [[s[prompt] + [None] * (width - len(s[prompt])) for prompt in common] for s in (ours, theirs)]
-    outcome = compare_scores(*padded)
+    outcome = win_rate(*np.array(padded, dtype=float))
     if math.isnan(outcome["win_rate"]):
         return None
     return outcome["win_rate"], outcome["win_rate_low"], outcome["win_rate_high"]

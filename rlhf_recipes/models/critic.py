@@ -21,6 +21,11 @@ VALUE_HEAD_NAME = "value_head"
 VALUE_HEAD_FILE = "value_head.safetensors"
 
 
+def causal_lm(model: PreTrainedModel | PeftModel) -> Any:
+    """Return the causal LM inside a `PeftModel`, and any other model as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def attach_value_head(
     model: PreTrainedModel | PeftModel, directory: str, *, head_size: int | None, activation: str, seed: int
 ) -> None:
@@ -29,7 +34,7 @@ def attach_value_head(
     Call this after PEFT, which would otherwise adapt the head's layers too. The head becomes part of the active
     adapter: it is trained, saved and switched with it. Call this before an accelerator wraps the model.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = causal_lm(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = ValueHead(base.config.get_text_config().hidden_size, head_size, activation)

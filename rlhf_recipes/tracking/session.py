@@ -26,6 +26,7 @@ from transformers.integrations import MLflowCallback
 
 from rlhf_recipes.data.digest import dataset_digest
 from rlhf_recipes.durability.ending import leave_together
+from rlhf_recipes.durability.stages import start_method
 from rlhf_recipes.durability.termination import SIGNALS, TerminatedError, terminate
 from rlhf_recipes.evaluation.alarms import current_alarms
 from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY, tables_of_step, tables_until
@@ -258,7 +259,7 @@ def _open_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> dic
 
 
 def _in_own_process(function: Any, *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(start_method())) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except ValueError as error:  # raised here again, so that the recipe shows only the message

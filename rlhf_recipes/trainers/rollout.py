@@ -135,7 +135,7 @@ class Rollout:
         self.completion_ids, sampled = batch["completion_ids"], batch["completion_mask"]
         self.scores = self.raw_scores.masked_fill(~gather(sampled.any(dim=1)), torch.nan)
         self.completion_mask = sampled * own_part(self.scores).isfinite().unsqueeze(1)
-        self.mask = self.completion_mask * batch.get("tool_mask", 1)
+        self.mask = loss_mask(self.completion_mask, batch)
         self.truncated = is_truncated(self.completion_ids, self.completion_mask, eos_token_ids)
         # Padding must reach neither a loss nor its gradient.
         self.old_per_token_logps = policy.per_token_logps.masked_fill(self.mask == 0, 0)
@@ -200,6 +200,11 @@ class Rollout:
             {name: values[shown] for name, values in figures.items()},
             self.truncated[shown],
         )
+
+
+def loss_mask(completion_mask: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Return the policy's own tokens, `(B, T)`: completion tokens without the output of tools."""
+    return completion_mask * batch.get("tool_mask", 1)
 
 
 def own_part(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_columns, check_prompts_fit
-from rlhf_recipes.models.critic import attach_value_head
+from rlhf_recipes.models.critic import attach_value_head, causal_lm
 from rlhf_recipes.models.forward import add_completion_forward
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer, prepare_frozen
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, saved_quantization
@@ -207,7 +207,7 @@ def add_networks(policy: PreTrainedModel | PeftModel, parts: Parts, args: PPOCon
     keep_adapter_precision(policy)
     size, activation = args.value_head_size, args.value_head_activation
     attach_value_head(policy, parts.directory, head_size=size, activation=activation, seed=args.seed)
-    add_completion_forward(_base(policy), value_gradient_to_backbone=args.value_gradient_to_backbone)
+    add_completion_forward(causal_lm(policy), value_gradient_to_backbone=args.value_gradient_to_backbone)
 
 
 def prepare_reference(reference: PreTrainedModel, args: PPOConfig, accelerator: Accelerator) -> Any:
@@ -220,8 +220,4 @@ def prepare_reference(reference: PreTrainedModel, args: PPOConfig, accelerator: 
 
 def takes_positions(policy: PreTrainedModel | PeftModel) -> bool:
     """Return whether a policy can be told the position of each token."""
-    return "position_ids" in inspect.signature(_base(policy).forward).parameters
-
-
-def _base(policy: PreTrainedModel | PeftModel) -> Any:
-    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    return "position_ids" in inspect.signature(causal_lm(policy).forward).parameters

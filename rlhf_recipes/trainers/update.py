@@ -16,6 +16,7 @@ from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.algorithm.losses import is_value_clipped, per_token_value_loss
 from rlhf_recipes.models.forward import CompletionForward
 from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.trainers.rollout import loss_mask
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class MicroBatch:
     @classmethod
     def of(cls, forward: CompletionForward, inputs: dict[str, Any]) -> "MicroBatch":
         """Join the forward of an update with the columns of `Rollout.columns`."""
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        mask = loss_mask(inputs["completion_mask"], inputs)
         critic = {"values": forward.state_values[:, :-1], **{name: inputs[name] for name in ("old_values", "returns")}}
         return cls(
             per_token_logps=forward.per_token_logps.detach(),
