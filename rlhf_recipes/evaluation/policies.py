@@ -1,6 +1,7 @@
 """Sample from two policies on held-out prompts, score both, and measure the KL between them."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,8 @@ def compare_policies(
         results[f"{name}/eos_rate"] = float(np.mean([row[-1] in end_ids for row in ids]))
         if name == "policy":
             temperature = generation.get("temperature", 1.0)
-            results["policy/kl"] = sequence_kl(policy, baseline, tokenizer, prompts, ids, temperature)
+            batch_size = generation.get("batch_size", 32)
+            results["policy/kl"] = sequence_kl(policy, baseline, tokenizer, prompts, ids, temperature, batch_size)
         for title, judge in judges.items():
             columns[f"{name}_{title}"] = list(judge(completions=answers[-1], completion_ids=ids, **known))
     for title in judges:
@@ -139,6 +141,7 @@ def sequence_kl(
     prompts: list[Any],
     completions: list[list[int]],
     temperature: float = 1.0,
+    batch_size: int = 32,
 ) -> float:
     """Return the mean over completions of the summed k1 estimate of KL(policy || reference), nats.
 
@@ -149,16 +152,25 @@ def sequence_kl(
         prompts: Argument of `generate_completions`.
         completions: Token ids that it returned.
         temperature: Temperature of the sampling. For greedy completions (0) the KL is measured at 1.
+        batch_size: Completions per forward pass, at most.
     """
-    total = 0.0
-    for prompt, completion in tqdm(zip(prompts, completions, strict=True), desc="KL", total=len(prompts)):
-        prompt_ids = _tokenize_prompts(tokenizer, [prompt])["input_ids"].to(policy.device)
-        ids = torch.cat([prompt_ids, torch.tensor([completion], device=policy.device)], dim=1)
-        logps, ref_logps = (
-            _completion_logps(model, ids, len(completion), temperature or 1.0) for model in (policy, reference)
-        )
-        total += estimate_kl(logps, ref_logps, "k1").sum().item()
+    prompt_ids = [_tokenize_prompts(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in prompts]
+    by_length: dict[int, list[Any]] = defaultdict(list)  # rows of one length need no padding
+    for row in zip(prompt_ids, completions, strict=True):
+        by_length[sum(map(len, row))].append(row)
+    chunks = [rows[i : i + batch_size] for rows in by_length.values() for i in range(0, len(rows), batch_size)]
+    total = sum(_summed_kl(policy, reference, chunk, temperature or 1.0) for chunk in tqdm(chunks, desc="KL"))
     return total / len(completions) if completions else math.nan
+
+
+def _summed_kl(policy: PreTrainedModel, reference: PreTrainedModel, rows: Any, temperature: float) -> float:
+    """Return the sum of the k1 estimates of rows of one length, each a prompt and a completion."""
+    ids = torch.tensor([prompt + completion for prompt, completion in rows], device=policy.device)
+    lengths = torch.tensor([len(completion) for _, completion in rows], device=policy.device)
+    width = int(lengths.max())
+    logps, ref_logps = (_completion_logps(model, ids, width, temperature) for model in (policy, reference))
+    is_completion = torch.arange(width, 0, -1, device=policy.device) <= lengths.unsqueeze(1)
+    return estimate_kl(logps, ref_logps, "k1")[is_completion].sum().item()
 
 
 def _completion_logps(model: PreTrainedModel, ids: torch.Tensor, length: int, temperature: float) -> torch.Tensor:
