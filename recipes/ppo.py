@@ -16,7 +16,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.console import quiet_start
-from rlhf_recipes.data.loading import load_prompts, load_split, without_answers
+from rlhf_recipes.data.loading import load_critic_pairs, load_prompts, load_split, without_answers
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer, with_changes
@@ -73,6 +73,7 @@ def main(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
+            critic_dataset=load_critic_pairs(script_args),
             judges=judges,
             pairwise_judges=pairwise_judges,
             callbacks=[*callbacks, PreemptionCallback()],

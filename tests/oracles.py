@@ -176,6 +176,34 @@ def clipped_surrogate(logps, old_logps, advantages, mask, *, epsilon_low, epsilo
     return _surrogate(cell, logps, old_logps, advantages, mask)
 
 
+def trust_region(log_ratios, advantages, mask, *, level, epsilon_low, epsilon_high):
+    """Return 1 for each token whose ratio at this level is inside the region, or whose advantage leads back."""
+
+    def row(ratios, row_advantages):
+        kept = []
+        for t, advantage in enumerate(row_advantages):
+            moved = {"token": ratios[t : t + 1], "prefix": ratios[: t + 1], "sequence": ratios}[level]
+            ratio = math.prod(math.exp(x) for x in moved)
+            outside = ratio > 1 + epsilon_high if advantage > 0 else advantage < 0 and ratio < 1 - epsilon_low
+            kept.append(0.0 if outside else 1.0)
+        return kept
+
+    return [
+        _scatter(row(_valid(ratios, keep), _valid(row_advantages, keep)), keep)
+        for ratios, row_advantages, keep in zip(log_ratios, advantages, mask, strict=True)
+    ]
+
+
+def leave_one_out_means(groups):
+    """Return for each score of each group the mean of the others; `None` is no score."""
+
+    def mean(others):
+        known = [x for x in others if x is not None]
+        return sum(known) / len(known) if known else 0.0
+
+    return [[mean(group[:i] + group[i + 1 :]) for i in range(len(group))] for group in groups]
+
+
 def surrogate_with_min_over_ratios(logps, old_logps, advantages, mask, *, epsilon_low, epsilon_high):
     """Return the notes' third formula, -min(rho, clip(rho)) A, as a counterexample: it is wrong for A < 0."""
 

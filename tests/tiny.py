@@ -170,6 +170,7 @@ def ppo_trainer(
     pairwise_judges=None,
     quantization=None,
     reward_tok=None,
+    critic_dataset=None,
     trainer_class=PPOTrainer,
     **kwargs,
 ):
@@ -184,6 +185,7 @@ def ppo_trainer(
         reward_processing_classes=reward_tok,
         peft_config=peft,
         quantization_config=quantization,
+        critic_dataset=critic_dataset,
         judges=judges,
         pairwise_judges=pairwise_judges,
     )

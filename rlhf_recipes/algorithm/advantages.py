@@ -33,6 +33,32 @@ def is_truncated(completion_ids: Tensor, mask: Tensor, eos_token_ids: list[int])
     return ~torch.isin(last, ends) & mask.bool().any(dim=1)
 
 
+def leave_one_out_means(scores: Tensor, group_size: int) -> Tensor:
+    """Return for each completion the mean score of the other completions of its prompt.
+
+    b_i = sum_{j != i} score_j / (G - 1)
+
+    b_i does not depend on completion i. So `score_i - b_i` has the same expected policy gradient as `score_i`, with
+    less variance, and the value of a critic may be subtracted too. A mean that includes score_i would shrink the
+    gradient by (G - 1) / G.
+
+    Args:
+        scores: Scores, `(N,)`, the G completions of a prompt next to each other. NaN is left out of the means.
+        group_size: Completions per prompt, G.
+
+    Returns:
+        `(N,)`; 0 where no other completion has a score.
+
+    Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024,
+    arXiv:2402.14740, eq. 5.
+    """
+    groups = scores.view(-1, group_size)
+    known, filled = groups.isfinite(), groups.nan_to_num(0.0)
+    others = known.sum(dim=1, keepdim=True) - known.to(filled.dtype)
+    total = filled.sum(dim=1, keepdim=True) - filled
+    return (total / others.clamp(min=1)).flatten()
+
+
 def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
     """Return the per-token reward: a KL penalty everywhere, and the score on the last token.
 

@@ -1,7 +1,9 @@
-"""The losses that TRL does not have: the clipped value loss, and the averaging of token losses.
+"""The losses that TRL does not have: the clipped value loss, the averaging of token losses, and the trust region.
 
 Pure torch, stateless. TRL computes the clipped surrogate of the policy. Only the tests repeat its definition.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -86,6 +88,43 @@ def clipped_value_loss(
     # The fill comes before the squares. Otherwise a NaN in the padding would reach the gradient through them.
     values, old_values, returns = (torch.where(mask.bool(), x, 0) for x in (values, old_values, returns))
     return aggregate_token_loss(per_token_value_loss(values, old_values, returns, cliprange=cliprange), mask)
+
+
+def trust_region_mask(
+    log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, level: str, epsilon_low: float, epsilon_high: float
+) -> Tensor:
+    """Return 1 for each token whose policy loss may train, and 0 for one that the trust region stops, `(B, T)`.
+
+    token: c_t = log_ratio_t.  sequence: c_t = sum_u log_ratio_u, over the whole completion.
+    prefix: c_t = sum_{u <= t} log_ratio_u.
+    Stopped where A_t > 0 and exp(c_t) > 1 + epsilon_high, or A_t < 0 and exp(c_t) < 1 - epsilon_low.
+
+    With PPO's surrogate l_t(theta), the masked loss is L(theta) = -sum_t mask_t(theta) * l_t(theta). Inside the region
+    its gradient is PPO's. Outside, a token trains only if its advantage leads back. L jumps at the border, and its
+    gradient has no term for the jump: L is a local objective, like that of a line search, and has no global one.
+
+    PPO's clip sees the ratio of each token alone, and many small moves of one sign pass it: over T tokens the ratio of
+    the completion can reach (1 + epsilon)^T. RLOO's clip is the sequence level with one advantage per completion,
+    except that it weighs the gradient by the completion's ratio, and this by the token's. GSPO takes the T-th root of
+    the completion's ratio, so its region widens with the length. The prefix level uses the weight that importance
+    sampling gives to a state and the token sampled in it: early tokens stay free where only later ones have moved.
+
+    Args:
+        log_ratio: Log-probability of the current policy minus that of the policy that sampled, `(B, T)`.
+        advantages: Advantages, `(B, T)`; only the sign counts.
+        mask: Valid completion tokens, `(B, T)`.
+        level: `"token"`, where the mask is that of PPO's clip, `"sequence"` or `"prefix"`.
+        epsilon_low: Distance of the lower border from a ratio of 1, in (0, 1).
+        epsilon_high: Distance of the upper border from a ratio of 1, > 0.
+
+    Source: Ahmadian et al. 2024, arXiv:2402.14740 (RLOO); Zheng et al. 2025, arXiv:2507.18071, eq. 7 (GSPO). Differs:
+    an advantage per token, and no division of the exponent by the length.
+    """
+    moved = torch.where(mask.bool(), log_ratio.detach(), 0)
+    totals = {"token": moved, "prefix": moved.cumsum(dim=1), "sequence": moved.sum(dim=1, keepdim=True)}
+    too_likely = totals[level] > math.log1p(epsilon_high)
+    too_unlikely = totals[level] < math.log1p(-epsilon_low)
+    return (~((advantages > 0) & too_likely | (advantages < 0) & too_unlikely)).to(log_ratio.dtype)
 
 
 def is_value_clipped(values: Tensor, old_values: Tensor, *, cliprange: float) -> Tensor:

@@ -6,7 +6,9 @@ from datasets import Dataset, DatasetDict, load_dataset
 from trl import ScriptArguments
 
 from rlhf_recipes.data.prompts import add_separator, check_columns
+from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.paths import require_path
+from rlhf_recipes.options.recipes import PPOArguments
 
 
 def load_split(script_args: ScriptArguments, split: str) -> Dataset:
@@ -68,3 +70,17 @@ def load_demonstrations(script_args: ScriptArguments, split: str, separator: str
         return dataset
     check_columns(dataset, ("prompt", "completion"), "dataset_name")
     return add_separator(dataset, separator)
+
+
+def load_critic_pairs(script_args: PPOArguments) -> Dataset | None:
+    """Load the preferences to which a critic is fitted before the first rollout, if the recipe names some.
+
+    Raises:
+        ValueError: See `load_split` and `check_columns`.
+    """
+    if script_args.critic_dataset_name is None:
+        return None
+    named = with_changes(script_args, dataset_name=script_args.critic_dataset_name, dataset_config=None)
+    pairs = load_split(named, script_args.dataset_train_split)
+    check_columns(pairs, ("prompt", "chosen", "rejected"), "critic_dataset_name")
+    return pairs.select(range(min(script_args.critic_pairs, len(pairs))))

@@ -31,7 +31,7 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
 
     # TRL's fields, with PPO's defaults.
     num_generations: int = field(
-        default=1, metadata={"help": "Completions per prompt. PPO needs no group, so 1 is enough."}
+        default=1, metadata={"help": "Completions per prompt. PPO needs no group; with one, see `group_baseline`."}
     )
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = field(
@@ -39,6 +39,13 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
         metadata={
             "help": "Mean over token losses. `grpo` is PPO's mean per sequence. None of the three depends on the size "
             "of the micro-batches."
+        },
+    )
+    importance_sampling_level: Literal["token", "sequence", "prefix"] = field(
+        default="token",
+        metadata={
+            "help": "Ratio that `epsilon` keeps near 1. `token`: that of each token, PPO's clip. `sequence`: also "
+            "that of the whole completion, the product over its tokens. `prefix`: also that of the tokens so far."
         },
     )
     scale_rewards: str = field(
@@ -52,6 +59,19 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
         metadata={"help": "With 1e-8 the policy drifts six times as fast in the first updates (arXiv:2403.17031)."},
     )
     # Value function.
+    critic: Literal["policy", "reward"] = field(
+        default="policy",
+        metadata={
+            "help": "Hidden states that the value head reads. `policy`: the policy's own; the head trains with the "
+            "policy. `reward`: the reward model's, from the forward that scores; the head is fitted between rollouts."
+        },
+    )
+    critic_epochs: int = field(
+        default=8, metadata={"help": "With `critic: reward`, passes over the latest rollouts after each rollout."}
+    )
+    critic_replay: int = field(
+        default=4, metadata={"help": "With `critic: reward`, number of rollouts that the critic is fitted to."}
+    )
     value_head_size: int | None = field(
         default=None, metadata={"help": "Width of the value head's hidden layer. Default: the model's hidden size."}
     )
@@ -83,6 +103,13 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
     lam: float = field(default=0.95, metadata={"help": "GAE's lambda for the policy."})
     value_lam: float | None = field(
         default=None, metadata={"help": "GAE's lambda for the value targets. Default: `lam`."}
+    )
+    group_baseline: bool = field(
+        default=True,
+        metadata={
+            "help": "With several completions per prompt, subtract from each score the mean score of the others. The "
+            "critic learns the rest."
+        },
     )
     whiten_advantages: bool = field(
         default=True, metadata={"help": "Scale advantages to mean 0 and variance 1 over the tokens of all ranks."}
@@ -174,7 +201,7 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
         self.num_generations = int(self.num_generations)
         self.eval_on_start = self.eval_strategy != "no"  # later answers are compared with those of step 0
         if self.value_head_learning_rate is None:
-            self.value_head_learning_rate = 10 * self.learning_rate
+            self.value_head_learning_rate = 10 * self.learning_rate if self.critic == "policy" else 1e-3
         self._check_ranges()
         self.check_guard()
         self._check_reward_calls()
@@ -193,8 +220,12 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
             raise ValueError("`multi_objective_aggregation` must be 'sum_then_normalize': the sum is what PPO scales.")
         if self.loss_type not in ("grpo", "dapo", "dr_grpo"):
             raise ValueError(f"`loss_type` must be one of 'grpo', 'dapo', 'dr_grpo', got {self.loss_type!r}.")
-        if self.importance_sampling_level != "token":
-            raise ValueError("`importance_sampling_level` must be 'token': PPO's advantages are per token.")
+        check_choice(self, "importance_sampling_level", ("token", "sequence", "prefix"))
+        if self.importance_sampling_level != "token" and self.off_policy_mask_threshold is not None:
+            raise ValueError(
+                "`off_policy_mask_threshold` needs `importance_sampling_level: token`: each of the two stops "
+                "completions that have moved too far, so choose one."
+            )
 
     def _check_inherited_ranges(self) -> None:
         """Refuse values on which TRL and transformers would fail later, without naming the option."""

@@ -73,9 +73,19 @@ class PPOArguments(JudgeArguments):
         metadata={"help": "Python reward functions, each as `package.module:function`, added to the reward model."},
     )
 
+    critic_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Preferences, usually those of the reward model, for `critic: reward`: it is fitted to the reward "
+            "model's scores of their answers before the first rollout."
+        },
+    )
+    critic_pairs: int = field(default=800, metadata={"help": "Number of those pairs, from the first."})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_list(self, "reward_functions")
+        check_range(self, "critic_pairs", lambda x: x > 0, "be positive")
 
 
 @dataclass

@@ -40,12 +40,15 @@ class Scorer(Protocol):
         model: Network that runs in this process, if there is one. All processes then call the scorer equally often.
         tokenizer: Tokenizer of the reward model, if this process has it.
         card: Card of the reward model, if it has one.
+        gives_states: Whether a critic can read the hidden states of its model: it then has `take_states`,
+            `hidden_size` and `score_with_states` of `RewardModelScorer`.
     """
 
     __name__: str
     model: nn.Module | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     card: RewardModelCard | None = None
+    gives_states: bool = False
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any

@@ -4,6 +4,7 @@ The reward model reads text and never the policy's token ids, so it may have ano
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ class RewardModelScorer(Scorer):
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    gives_states = True
     source: Any = None  # the path or the model that became this scorer
     batch_size: int = 8  # completions per forward pass
     policy_eos_token_ids: list[int] | None = None  # end a completion; without them, every completion has ended
+    take_states: Callable[[list[Tensor]], None] | None = None  # gets the hidden states of every call, if there is one
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, card: RewardModelCard | None = None) -> None:
         self.model, self.tokenizer, self.card = model, tokenizer, card
@@ -79,9 +82,23 @@ class RewardModelScorer(Scorer):
         completion_ids: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> list[float]:
-        """Return one score per completion."""
+        """Return one score per completion, and give the hidden states around its tokens to `take_states`."""
         finished = finished_completions(len(prompts), completion_ids, self.policy_eos_token_ids)
-        return self.score_token_ids(self.token_ids(prompts, completions, finished))
+        token_ids = self.token_ids(prompts, completions, finished)
+        if self.take_states is None or completion_ids is None:
+            return self.score_token_ids(token_ids)
+        rows = zip(token_ids, completion_ids, prompts, strict=True)
+        kept = [state_positions(read, sampled, self._prompt_length(prompt)) for read, sampled, prompt in rows]
+        scores, states = self._score_rows(token_ids, kept)
+        self.take_states(states)
+        return scores
+
+    def score_with_states(self, prompts: list[Prompt], completions: list[Prompt]) -> tuple[list[float], list[Tensor]]:
+        """Return the scores of finished completions, and the hidden states around the tokens of each, `(t + 1, H)`."""
+        token_ids = self.token_ids(prompts, completions, [True] * len(prompts))
+        starts = [self._prompt_length(prompt) - 1 for prompt in prompts]
+        kept = [list(range(start, len(read))) for start, read in zip(starts, token_ids, strict=True)]
+        return self._score_rows(token_ids, kept)
 
     def token_ids(self, prompts: list[Prompt], completions: list[Prompt], finished: list[bool]) -> list[list[int]]:
         """Return the token ids that the model reads, one list per completion."""
@@ -89,13 +106,40 @@ class RewardModelScorer(Scorer):
 
     def score_token_ids(self, token_ids: list[list[int]]) -> list[float]:
         """Return the scores of the rows that `token_ids` returned."""
+        return self._score_rows(token_ids, [])[0]
+
+    def _score_rows(self, token_ids: list[list[int]], kept: list[list[int]]) -> tuple[list[float], list[Tensor]]:
+        """Return the scores of rows, and of each row the last hidden states at the positions `kept`, `(.., H)`."""
         # Rows of similar length share a batch, so it has little padding.
         order = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
-        scores = torch.empty(len(token_ids))
+        scores, states = torch.empty(len(token_ids)), [torch.empty(0)] * len(kept)
+        outputs: list[Any] = []
+        hook = self._backbone().register_forward_hook(lambda *call: outputs.append(call[2])) if kept else None
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             scores[rows] = self._forward([token_ids[row] for row in rows])
-        return scores.tolist()
+            for output in outputs:
+                for row, of_row in zip(rows, output.last_hidden_state, strict=True):
+                    states[row] = of_row[kept[row]]
+            outputs.clear()
+        if hook is not None:
+            hook.remove()
+        return scores.tolist(), states
+
+    @property
+    def hidden_size(self) -> int:
+        """Return the width of the hidden states, H."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def _backbone(self) -> Any:
+        return self.model.base_model
+
+    def _prompt_length(self, prompt: Prompt) -> int:
+        if isinstance(prompt, str):
+            return len(self.tokenizer(prompt)["input_ids"])
+        return len(
+            self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
 
     def _token_ids(self, prompt: Prompt, completion: Prompt, finished: bool) -> list[int]:
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -111,6 +155,28 @@ class RewardModelScorer(Scorer):
 
     def _score(self, batch: Any) -> Tensor:
         return self.model(**batch).logits[:, 0]
+
+
+def state_positions(read: list[int], sampled: list[int], prompt_length: int) -> list[int]:
+    """Return the positions of the states before each sampled token, and of the state after the last one.
+
+    The reward model reads text. Its tokens can differ from the sampled ones, because other tokens can spell the same
+    text. From the first difference on, the position stays at the last state that both share.
+
+    Args:
+        read: Tokens that the reward model reads.
+        sampled: Tokens of the completion, T of them.
+        prompt_length: Number of tokens of the prompt.
+
+    Returns:
+        T + 1 positions in `read`.
+    """
+    start = max(min(prompt_length, len(read) - 1), 1)
+    pairs = zip(read[start:], sampled, strict=False)
+    shared = next(
+        (t for t, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(read) - start, len(sampled))
+    )
+    return [start - 1 + min(t, shared) for t in range(len(sampled) + 1)]
 
 
 def load_scorer_tokenizer(path: str) -> PreTrainedTokenizerBase:

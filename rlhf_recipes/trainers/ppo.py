@@ -6,50 +6,41 @@ Overrides only. Sampling, reward calls and the clipped surrogate are TRL's; ever
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel
-from trl import GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.algorithm.kl_controller import make_kl_controller
-from rlhf_recipes.algorithm.losses import aggregate_token_loss
+from rlhf_recipes.algorithm.losses import aggregate_token_loss, trust_region_mask
 from rlhf_recipes.algorithm.masked import masked_mean
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
+from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.evaluation.alarms import AlarmCallback
 from rlhf_recipes.evaluation.held_out import HeldOutComparison
-from rlhf_recipes.models.forward import CompletionForward, rows_by_length
 from rlhf_recipes.models.loading import prepare_frozen
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
+from rlhf_recipes.trainers.forwards import ForwardTrainer
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
+from rlhf_recipes.trainers.reward_critic import RewardCritic, scorer_with_states
 from rlhf_recipes.trainers.rollout import Rollout, rollout_metrics
 from rlhf_recipes.trainers.run_identity import RunIdentity
 from rlhf_recipes.trainers.setup import (
-    REFERENCE_ADAPTER,
     add_networks,
     options_for_trl,
     prepare_parts,
     prepare_reference,
-    takes_positions,
 )
 from rlhf_recipes.trainers.update import MicroBatch, critic_loss, group_by_length
-from rlhf_recipes.trainers.value_head import ValueHeadTrainer
-
-# Image inputs of TRL's log-probability method.
-IMAGE_ARGUMENTS = set(list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:])
 
 
-class PPOTrainer(ValueHeadTrainer):
+class PPOTrainer(ForwardTrainer):
     """Train a policy against a reward model, reward functions, or both.
 
     Args:
@@ -65,6 +56,8 @@ class PPOTrainer(ValueHeadTrainer):
         reward_processing_classes: Tokenizers of reward models given as instances. Default: the models'.
         peft_config: LoRA or another PEFT method, for a policy that is not a `PeftModel`.
         quantization_config: Passed on to `from_pretrained` when `model` is a path.
+        critic_dataset: `prompt`, `chosen` and `rejected`: answers that exist already. `critic: reward` is fitted to
+            the reward model's scores of them before the first rollout.
         judges: Functions that score the answers to `eval_dataset` but do not train, by name: reward functions of TRL's
             signature, or what `rlhf_recipes.rewards.judges.load_judges` returns.
         pairwise_judges: Functions that compare two answers to a prompt, by name; `swapped_preferences` in
@@ -75,7 +68,6 @@ class PPOTrainer(ValueHeadTrainer):
         ValueError: If data, reward model or batch sizes do not fit. The error comes before training.
     """
 
-    rollout: Rollout | None = None  # the latest
     scorers: list[Scorer]
     reward_funcs: list[Any]  # TRL calls these: the reward functions, with time limits and retries
     _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout
@@ -94,6 +86,7 @@ class PPOTrainer(ValueHeadTrainer):
         reward_processing_classes: Any = None,
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
+        critic_dataset: Any = None,
         judges: dict[str, Callable[..., Any]] | None = None,
         pairwise_judges: dict[str, Callable[..., Any]] | None = None,
         **kwargs: Any,
@@ -110,15 +103,15 @@ class PPOTrainer(ValueHeadTrainer):
         # A copy, because the value head is added to the configuration of the adapter.
         kwargs |= {"peft_config": copy.deepcopy(peft_config), **parts.data}
         super().__init__(parts.model, parts.reward_funcs, options_for_trl(args), **kwargs)
-        self.args, self.beta = with_changes(self.args, beta=args.beta), args.beta
+        own = ("beta", "importance_sampling_level", "off_policy_mask_threshold")
+        self.args, self.beta = with_changes(self.args, **{name: getattr(args, name) for name in own}), args.beta
         add_networks(self.model, parts, self.args)
         if parts.reference is not None:
             self.ref_model = prepare_reference(parts.reference, self.args, self.accelerator)
         # Regrouping cannot move images. These loss terms couple the rows of a micro-batch.
         couples_rows = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
         self._may_regroup = not (self._is_vlm or couples_rows)
-        # A model for images counts its positions by itself.
-        self._takes_positions = not self._is_vlm and takes_positions(self.model)
+        self.critic_dataset = add_separator(critic_dataset, args.response_separator)
         self._build_rewards(judges, pairwise_judges)
         self._build_control(parts.facts)
 
@@ -137,10 +130,39 @@ class PPOTrainer(ValueHeadTrainer):
         )
         for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
             scorer.prepare(run)
+        self.reward_critic = self._build_reward_critic() if self.args.critic == "reward" else None
         self.reward_normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
         if (statistics := score_statistics(self.reward_funcs, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
         self.reward_funcs = [self.reward_calls.guard(function) for function in self.reward_funcs]
+
+    def _build_reward_critic(self) -> RewardCritic:
+        """Return a critic that gets the hidden states of the first reward model of this process."""
+        scorer = scorer_with_states(self.scorers)
+
+        def take(states: list[Tensor]) -> None:
+            assert self.rollout is not None
+            self.rollout.critic_states = states
+
+        scorer.take_states = take
+        return RewardCritic(self.args, scorer.hidden_size, self.accelerator.device)
+
+    def restore_progress(self) -> None:
+        """Restore the critic with the rest. At the start of a run, fit it to the answers of `critic_dataset`."""
+        super().restore_progress()
+        if self.reward_critic is None:
+            return
+        if self._resumed_from is not None:
+            ranks = (self.accelerator.process_index, 0)  # with more processes than before, a rank has no file
+            progress = next(filter(None, (self._saved_progress(self._resumed_from, rank) for rank in ranks)))
+            self.reward_critic.load_state_dict(progress["critic"])
+        elif self.critic_dataset is not None:
+            normalizer = self.reward_normalizer if self.args.reward_norm else None
+            self.reward_critic.pretrain(scorer_with_states(self.scorers), self.critic_dataset, normalizer)
+
+    def _progress(self) -> dict[str, Any]:
+        critic = {} if self.reward_critic is None else {"critic": self.reward_critic.state_dict()}
+        return super()._progress() | critic
 
     def _build_control(self, facts: dict[str, Any]) -> None:
         """Add guard, KL controller, early stopping and the identity of the run, and name the parts of a checkpoint."""
@@ -177,12 +199,22 @@ class PPOTrainer(ValueHeadTrainer):
         batch = super()._generate_and_score_completions(inputs)  # calls `_calculate_rewards`
         # If TRL has run the policy for old log-probabilities, reuse that forward.
         policy = rollout.first_forward if "old_per_token_logps" in batch else self._forward(self.model, batch)
-        rollout.take_tokens(batch, policy, self._reference_logps(batch), self.eos_token_ids)
+        values = policy.state_values if self.reward_critic is None else self._reward_values(batch)
+        rollout.take_tokens(batch, policy.per_token_logps, self._reference_logps(batch), values, self.eos_token_ids)
         normalizer = self.reward_normalizer if self.args.reward_norm else None
         rollout.normalize_scores(normalizer, update=self.model.training)
-        rollout.estimate_advantages(self.args, kl_coef=self.kl_controller.kl_coef)
+        group_size = self.num_generations if self.model.training else 1
+        rollout.estimate_advantages(self.args, kl_coef=self.kl_controller.kl_coef, group_size=group_size)
         self._report(rollout)
+        if self.reward_critic is not None and self.model.training:
+            first = self.accelerator.process_index * len(rollout.mask)
+            self.reward_critic.fit(rollout.critic_states, rollout.returns, rollout.mask, first_row=first)
         return batch | rollout.columns()
+
+    def _reward_values(self, batch: dict[str, Any]) -> Tensor:
+        assert self.rollout is not None
+        assert self.reward_critic is not None
+        return self.reward_critic.values(self.rollout.critic_states, batch["completion_ids"].size(1))
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
@@ -197,57 +229,6 @@ class PPOTrainer(ValueHeadTrainer):
         assert self.rollout is not None
         self.rollout.take_answers(prompts, completions, completion_ids_list, rewards, scores)
         return rewards_per_func
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Run TRL's forward through a `CompletionForward`: on the tokens that count, and with the values kept."""
-        forward = model if isinstance(model, CompletionForward) else self._completion_forward(model, logits_to_keep)
-        # A micro-batch of the update keeps its order. Images are stored in the order of the rows.
-        order, original = rows_by_length(attention_mask if batch_size and not self._is_vlm else None)
-        per_token_logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-            forward, input_ids[order], attention_mask[order], logits_to_keep, batch_size, **kwargs
-        )
-        per_token_logps = forward.finish(per_token_logps, original)
-        if model is self.model and self.rollout is not None and not self.rollout.has("first_forward"):
-            self.rollout.first_forward = forward
-        return per_token_logps, None if entropies is None else entropies[original], aux_loss
-
-    def _completion_forward(self, model: Any, completion_length: int) -> CompletionForward:
-        padding, positions = self.pad_to_multiple_of, self._takes_positions
-        return CompletionForward(model, completion_length, pad_to_multiple_of=padding, takes_positions=positions)
-
-    def _forward(self, model: Any, batch: dict[str, Any]) -> CompletionForward:
-        """Run a model over a whole rollout, without gradient, as TRL does."""
-        args = self.args
-        batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        forward = self._completion_forward(model, batch["completion_ids"].size(1))
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
-            self._get_per_token_logps_and_entropies(
-                forward,
-                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-                batch["completion_ids"].size(1),
-                batch_size,
-                **{key: batch[key] for key in IMAGE_ARGUMENTS if key in batch},
-            )
-        return forward
-
-    def _reference_logps(self, batch: dict[str, Any]) -> Tensor:
-        """Return the reference's log-probabilities of a rollout, `(B, T)`; TRL has them if its own KL term is on."""
-        if "ref_per_token_logps" in batch:
-            return batch["ref_per_token_logps"]
-        if self.ref_model is not None:
-            return self._forward(self.ref_model, batch).per_token_logps
-        policy = self.accelerator.unwrap_model(self.model)
-        with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
-            return self._forward(self.model, batch).per_token_logps
 
     def _report(self, rollout: Rollout) -> None:
         """Let guard and controller look at a rollout, log its figures, and keep or judge its completions."""
@@ -269,12 +250,20 @@ class PPOTrainer(ValueHeadTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Return TRL's policy loss plus the weighted value loss, from one forward."""
         forward = self._completion_forward(model, inputs["completion_ids"].size(1))
+        if (
+            self.args.importance_sampling_level != "token"
+        ):  # then `get_off_policy_mask` compares with the rollout's policy
+            inputs = {name: x for name, x in inputs.items() if name != "sampling_per_token_logps"}
         policy_loss = super()._compute_loss(forward, inputs)
+        batch = MicroBatch.of(forward, inputs, has_value_head=self.reward_critic is None)
         value_loss, weight, metrics = critic_loss(
-            MicroBatch.of(forward, inputs),
+            batch,
             self._average_like_policy_loss,
             cliprange=self.args.cliprange_value,
             micro_batches=self._micro_batches_per_rollout(),
+            inside=self._inside_trust_region(
+                batch.per_token_logps - batch.old_per_token_logps, batch.advantages, batch.mask
+            ),
         )
         self._log_metrics(metrics)
         if self.model.training:
@@ -282,6 +271,26 @@ class PPOTrainer(ValueHeadTrainer):
         if self.model.training and self.state.global_step < self.args.critic_warmup_steps:
             policy_loss = 0 * policy_loss
         return policy_loss + self.args.vf_coef * value_loss
+
+    def get_off_policy_mask(
+        self,
+        advantages: Tensor,
+        per_token_logps: Tensor,
+        sampling_per_token_logps: Tensor,
+        mask: Tensor,
+        off_policy_threshold: float,
+    ) -> Tensor:
+        """Return the mask of TRL's policy loss: TRL's own, or that of the trust region."""
+        if self.args.importance_sampling_level == "token":
+            ours = (advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold)
+            return super().get_off_policy_mask(*ours)
+        return self._inside_trust_region(per_token_logps - sampling_per_token_logps, advantages, mask)
+
+    def _inside_trust_region(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        level, epsilons = self.args.importance_sampling_level, (self.epsilon_low, self.epsilon_high)
+        return trust_region_mask(
+            log_ratio, advantages, mask, level=level, epsilon_low=epsilons[0], epsilon_high=epsilons[1]
+        )
 
     def _average_like_policy_loss(self, token_loss: Tensor, mask: Tensor, rollout_tokens: Tensor) -> Tensor:
         """Average a token loss as TRL averages the policy's: the share of this process in one optimiser step."""

@@ -17,6 +17,7 @@ from rlhf_recipes.algorithm.advantages import (
     generalized_advantage_estimation,
     is_truncated,
     last_valid_index,
+    leave_one_out_means,
     shape_rewards,
 )
 from rlhf_recipes.algorithm.distributed import global_means, global_moments, global_sum, global_var
@@ -50,6 +51,11 @@ class Rollout:
     """By reward function, and their weighted sum as `score`; `(B,)` each, NaN where there is none."""
     raw_scores: Tensor = field(init=False)
     """Weighted sum, `(N,)`; NaN where no function has scored."""
+
+    # RewardModelScorer.__call__
+    critic_states: list[Tensor] = field(init=False)
+    """With `critic: reward`, the reward model's hidden states before each token and after the last one, `(t + 1, H)`
+    per completion."""
 
     # _get_per_token_logps_and_entropies
     first_forward: CompletionForward = field(init=False)
@@ -88,6 +94,8 @@ class Rollout:
     """Of the state before each token, `(B, T)`."""
     returns: Tensor = field(init=False)
     """Targets of the critic, `(B, T)`."""
+    mc_returns: Tensor = field(init=False)
+    """Sum of the rewards from each token on, without any value, `(B, T)`."""
     advantages: Tensor = field(init=False)
     """`(B, T)`, whitened if `whiten_advantages` is true."""
 
@@ -122,14 +130,20 @@ class Rollout:
         self.own_scores = {name: own_part(values) for name, values in (rewards | {"score": scores}).items()}
 
     def take_tokens(
-        self, batch: dict[str, Any], policy: CompletionForward, ref_per_token_logps: Tensor, eos_token_ids: list[int]
+        self,
+        batch: dict[str, Any],
+        old_per_token_logps: Tensor,
+        ref_per_token_logps: Tensor,
+        state_values: Tensor,
+        eos_token_ids: list[int],
     ) -> None:
         """Note tokens, log-probabilities and values, and leave out completions that cannot train.
 
         Args:
             batch: TRL's. Its completion mask is empty where `truncated_completions: mask` leaves a completion out.
-            policy: Forward of the policy that has sampled.
+            old_per_token_logps: Of the policy that has sampled, `(B, T)`.
             ref_per_token_logps: Of the reference, `(B, T)`.
+            state_values: Of the critic, `(B, T + 1)`.
             eos_token_ids: Tokens that end a completion.
         """
         self.completion_ids, sampled = batch["completion_ids"], batch["completion_mask"]
@@ -138,9 +152,9 @@ class Rollout:
         self.mask = loss_mask(self.completion_mask, batch)
         self.truncated = is_truncated(self.completion_ids, self.completion_mask, eos_token_ids)
         # Padding must reach neither a loss nor its gradient.
-        self.old_per_token_logps = policy.per_token_logps.masked_fill(self.mask == 0, 0)
+        self.old_per_token_logps = old_per_token_logps.masked_fill(self.mask == 0, 0)
         self.ref_per_token_logps = ref_per_token_logps.masked_fill(self.mask == 0, 0)
-        self.state_values = policy.state_values
+        self.state_values = state_values
         self.k1 = estimate_kl(self.old_per_token_logps, self.ref_per_token_logps, "k1")
 
     def normalize_scores(self, normalizer: RewardNormalizer | None, *, update: bool) -> None:
@@ -154,12 +168,13 @@ class Rollout:
             normalizer.update(self.scores)
         self.normalized_scores = own_part(self.scores if normalizer is None else normalizer.normalize(self.scores))
 
-    def estimate_advantages(self, args: PPOConfig, *, kl_coef: float) -> None:
+    def estimate_advantages(self, args: PPOConfig, *, kl_coef: float, group_size: int) -> None:
         """Shape the rewards, estimate advantages and returns, and whiten the advantages over all ranks.
 
         Args:
             args: Options.
             kl_coef: Price of a nat.
+            group_size: Completions per prompt.
         """
         scores = self.normalized_scores
         if args.missing_eos_penalty is not None:
@@ -167,17 +182,22 @@ class Rollout:
         self.kl_coef = kl_coef
         old, ref = self.old_per_token_logps, self.ref_per_token_logps
         self.kl = self.k1 if args.kl_estimator == "k1" else estimate_kl(old, ref, args.kl_estimator)
-        self.rewards = shape_rewards(scores, self.kl, self.mask, kl_coef=kl_coef)
+        self.rewards = rewards = shape_rewards(scores, self.kl, self.mask, kl_coef=kl_coef)
+        if args.group_baseline and group_size > 1:
+            scores = scores - own_part(leave_one_out_means(gather(scores), group_size))
+            rewards = shape_rewards(scores, self.kl, self.mask, kl_coef=kl_coef)
 
         self.old_values, bootstrap = self.state_values[:, :-1], None
         if args.truncated_completions == "bootstrap":
             ends = last_valid_index(self.completion_mask).unsqueeze(1)
             bootstrap = self.state_values[:, 1:].gather(1, ends).squeeze(1) * self.truncated
         given: Any = {"gamma": args.gamma, "bootstrap_values": bootstrap}
-        states = (self.rewards, self.old_values, self.mask)
+        states = (rewards, self.old_values, self.mask)
         advantages, returns = generalized_advantage_estimation(*states, lam=args.lam, **given)
         if args.value_lam is not None:
             _, returns = generalized_advantage_estimation(*states, lam=args.value_lam, **given)
+        nothing = torch.zeros_like(rewards)
+        _, self.mc_returns = generalized_advantage_estimation(rewards, nothing, self.mask, gamma=args.gamma, lam=1.0)
         if args.whiten_advantages:
             _, mean, var = global_moments(advantages, self.mask)
             advantages = masked_whiten(advantages, self.mask, mean=mean, var=var)
@@ -219,14 +239,18 @@ def rollout_metrics(rollout: Rollout) -> tuple[int, dict[str, float]]:
     sums = (x.sum(dim=1) for x in (rollout.k1, rollout.kl, rollout.rewards))  # 0 outside of the mask
     repeated = repeated_ngrams(rollout.completion_ids, rollout.completion_mask)
     count, (mean_k1, paid, rlhf_reward, repetition) = global_means(mask.any(dim=1), *sums, repeated)
-    explained = explained_variance(rollout.old_values, rollout.returns, mask, variance=global_var)
+    explained, explained_mc = (
+        explained_variance(rollout.old_values, returns, mask, variance=global_var).item()
+        for returns in (rollout.returns, rollout.mc_returns)
+    )
     return int(count), {
         "objective/kl": mean_k1,
         "objective/scores": scores[scores.isfinite()].mean().item(),
         "objective/rlhf_reward": rlhf_reward,
         "objective/non_score_reward": -rollout.kl_coef * paid,
         "objective/excluded": 1 - count / scores.numel(),
-        "val/explained_variance": explained.item(),
+        "val/explained_variance": explained,
+        "val/explained_variance_mc": explained_mc,
         "kl_coef": rollout.kl_coef,
         "completions/repeated_ngrams": repetition,
     }

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.adapter import RewardAdapterScorer
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
+from rlhf_recipes.rewards.protocol import scorer_of
+from rlhf_recipes.trainers.reward_critic import check_critic
 from rlhf_recipes.trainers.run_identity import facts_of_run
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of the adapter that training starts from
@@ -95,6 +98,7 @@ def prepare_parts(
     facts = facts_of_run(args, policy=model, rewards=scorers, train_dataset=train_dataset)
     if args.reward_adapter is not None:
         scorers.append(RewardAdapterScorer(args.reward_adapter))
+    check_critic(args.critic, [scorer_of(function) for function in scorers], tokenizer)
     check_reward_functions(scorers, dataset=train_dataset, response_separator=args.response_separator)
     return Parts(
         model=policy,
@@ -108,12 +112,16 @@ def prepare_parts(
 
 
 def options_for_trl(args: PPOConfig) -> PPOConfig:
-    """Return a private copy of the options, in which TRL finds no model to load.
+    """Return a private copy of the options, in which TRL finds no model to load and PPO's surrogate.
 
-    The policy is loaded already (`model_init_kwargs`). One reference serves both KL terms. With
-    `beta`, TRL would load a second reference.
+    The policy is loaded already (`model_init_kwargs`). One reference serves both KL terms: with `beta`, TRL would load
+    another. TRL's sequence level is GSPO. Ours is a mask on PPO's surrogate: TRL asks for a mask if there is
+    an `off_policy_mask_threshold`.
     """
-    return with_changes(args, model_init_kwargs=None, beta=0.0)
+    changes: dict[str, Any] = {"model_init_kwargs": None, "beta": 0.0, "importance_sampling_level": "token"}
+    if args.importance_sampling_level != "token":
+        changes["off_policy_mask_threshold"] = math.inf
+    return with_changes(args, **changes)
 
 
 def check_rollout_fits(dataset: AnyDataset | None, args: PPOConfig) -> None:
@@ -205,8 +213,9 @@ def add_networks(policy: PreTrainedModel | PeftModel, parts: Parts, args: PPOCon
     if parts.keeps_start_adapter:
         keep_start_adapter(policy)
     keep_adapter_precision(policy)
-    size, activation = args.value_head_size, args.value_head_activation
-    attach_value_head(policy, parts.directory, head_size=size, activation=activation, seed=args.seed)
+    if args.critic == "policy":
+        size, activation = args.value_head_size, args.value_head_activation
+        attach_value_head(policy, parts.directory, head_size=size, activation=activation, seed=args.seed)
     add_completion_forward(causal_lm(policy), value_gradient_to_backbone=args.value_gradient_to_backbone)
 
 

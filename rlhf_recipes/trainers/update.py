@@ -25,30 +25,35 @@ class MicroBatch:
 
     Args:
         per_token_logps: Log-probabilities of the current policy, without their graph.
-        values: Values of the current critic; differentiated.
         old_per_token_logps: Log-probabilities of the policy that sampled.
         old_values: Values of the critic at that time.
         returns: Targets of the critic.
+        advantages: Advantages of the rollout.
         mask: 1 = trains.
         rollout_tokens: Number of tokens of the rollout that train, on all ranks; a scalar.
+        values: Values of the current critic; differentiated. `None` if it is not trained with the policy.
     """
 
     per_token_logps: Tensor
-    values: Tensor
     old_per_token_logps: Tensor
     old_values: Tensor
     returns: Tensor
+    advantages: Tensor
     mask: Tensor
     rollout_tokens: Tensor
+    values: Tensor | None = None
 
     @classmethod
-    def of(cls, forward: CompletionForward, inputs: dict[str, Any]) -> "MicroBatch":
+    def of(cls, forward: CompletionForward, inputs: dict[str, Any], *, has_value_head: bool = True) -> "MicroBatch":
         """Join the forward of an update with the columns of `Rollout.columns`."""
         mask = loss_mask(inputs["completion_mask"], inputs)
-        critic = {"values": forward.state_values[:, :-1], **{name: inputs[name] for name in ("old_values", "returns")}}
+        critic = {"old_values": inputs["old_values"], "returns": inputs["returns"]}
+        if has_value_head:
+            critic["values"] = forward.state_values[:, :-1]
         return cls(
             per_token_logps=forward.per_token_logps.detach(),
             old_per_token_logps=inputs["old_per_token_logps"],
+            advantages=inputs["advantages"],
             mask=mask,
             rollout_tokens=inputs["num_items_in_batch"],
             # The fill comes before the square: padding must not reach the gradient.
@@ -57,7 +62,12 @@ class MicroBatch:
 
 
 def critic_loss(
-    batch: MicroBatch, average: Callable[[Tensor, Tensor, Tensor], Tensor], *, cliprange: float, micro_batches: int
+    batch: MicroBatch,
+    average: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    inside: Tensor,
+    cliprange: float,
+    micro_batches: int,
 ) -> tuple[Tensor, float, dict[str, float]]:
     """Return the value loss, the weight of the micro-batch, and the metrics of the update times that weight.
 
@@ -67,20 +77,23 @@ def critic_loss(
     Args:
         batch: Rows of one process.
         average: Averages a token loss `(B, T)` like TRL's policy loss, given the mask and `rollout_tokens`.
+        inside: 1 for a token that the trust region lets train, `(B, T)`.
         cliprange: Largest change of a value without a clip.
         micro_batches: Number of micro-batches per rollout.
     """
-    token_loss = per_token_value_loss(batch.values, batch.old_values, batch.returns, cliprange=cliprange)
-    count, (approx_kl, mean_loss, clip_fraction) = global_means(
-        batch.mask,
-        estimate_kl(batch.old_per_token_logps, batch.per_token_logps, "k3"),
-        token_loss.detach(),
-        is_value_clipped(batch.values.detach(), batch.old_values, cliprange=cliprange),
-    )
+    loss = torch.zeros((), device=batch.mask.device)
+    measured = {
+        "policy/approx_kl": estimate_kl(batch.old_per_token_logps, batch.per_token_logps, "k3"),
+        "policy/clip_fraction": 1 - inside,
+    }
+    if batch.values is not None:
+        token_loss = per_token_value_loss(batch.values, batch.old_values, batch.returns, cliprange=cliprange)
+        loss = average(token_loss, batch.mask, batch.rollout_tokens)
+        clipped = is_value_clipped(batch.values.detach(), batch.old_values, cliprange=cliprange)
+        measured |= {"loss/value": token_loss.detach(), "val/clip_fraction": clipped}
+    count, means = global_means(batch.mask, *measured.values())
     weight = count * micro_batches / max(batch.rollout_tokens.item(), 1.0)
-    metrics = {"policy/approx_kl": approx_kl, "loss/value": mean_loss, "val/clip_fraction": clip_fraction}
-    loss = average(token_loss, batch.mask, batch.rollout_tokens)
-    return loss, weight, {name: weight * value for name, value in metrics.items()}
+    return loss, weight, {name: weight * mean for name, mean in zip(measured, means, strict=True)}
 
 
 def group_by_length(micro_batches: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:

@@ -101,6 +101,8 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
         """Give the value head its own learning rate, unless the user has passed an optimiser."""
         if self.optimizer is None:
             optimizer = super().create_optimizer(model)
+            if self.args.critic != "policy":
+                return optimizer
             set_learning_rate(optimizer, trained_value_head(model or self.model), self.args.value_head_learning_rate)
         return self.optimizer
 
@@ -149,6 +151,8 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
                 return
             with without_value_head(self.model):
                 super().save_model(output_dir)
+        if self.args.critic != "policy":
+            return
         save_value_head(self.model, output_dir or self.args.output_dir, should_save=self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -178,16 +182,20 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
         """Continue the rollout and the figures of the checkpoint that is resumed, if there is one."""
         if self._resumed_from is None:
             return
-        path = Path(self._resumed_from, PROGRESS_FILE.format(self.accelerator.process_index))
+        progress = self._saved_progress(self._resumed_from, self.accelerator.process_index)
         # With another number of processes the shares of the rollout differ: it is then sampled again.
-        progress = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
         if progress.get("num_processes") != self.accelerator.num_processes:
             return
-        progress = send_to_device(progress, self.accelerator.device)
         self._step, self._buffered_inputs, self._samples = (progress[name] for name in ("step", "rollout", "samples"))
         self._metrics["train"].clear()
         self._metrics["train"].update(progress["metrics"])
         self._tr_loss, self._globalstep_last_logged = progress["loss"], progress["last_logged"]
+
+    def _saved_progress(self, checkpoint: str, rank: int) -> dict[str, Any]:
+        """Return the progress that a rank has saved in a checkpoint, or nothing."""
+        path = Path(checkpoint, PROGRESS_FILE.format(rank))
+        progress = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        return dict(send_to_device(progress, self.accelerator.device))
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)

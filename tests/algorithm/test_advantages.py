@@ -1,5 +1,7 @@
 """shape_rewards, generalized_advantage_estimation, explained_variance."""
 
+import math
+
 import oracles
 import pytest
 import torch
@@ -8,7 +10,12 @@ from hypothesis import strategies as st
 from strategies import gaussians, masks, poison, seeds, unit_interval
 from tolerances import EXACT, FP32, FP64, TABLE_3_DECIMALS, assert_close
 
-from rlhf_recipes.algorithm.advantages import explained_variance, generalized_advantage_estimation, shape_rewards
+from rlhf_recipes.algorithm.advantages import (
+    explained_variance,
+    generalized_advantage_estimation,
+    leave_one_out_means,
+    shape_rewards,
+)
 
 POISONS = [float("nan"), float("inf"), float("-inf")]
 
@@ -273,3 +280,37 @@ def test_explained_variance_of_constant_returns_survives_rounding(length):
     values = torch.arange(float(length))[None]
     fraction = explained_variance(values, torch.full((1, length), 0.1), torch.ones(1, length))
     assert_close(float(fraction), 0.0, EXACT)
+
+
+@given(
+    scores=st.lists(st.one_of(st.none(), st.integers(-8, 8)), min_size=6, max_size=6),
+    group_size=st.sampled_from([2, 3]),
+)
+def test_leave_one_out_means_are_the_definition(scores, group_size):
+    groups = [scores[i : i + group_size] for i in range(0, 6, group_size)]
+    expected = sum(oracles.leave_one_out_means(groups), [])
+    given_scores = torch.tensor([math.nan if x is None else x for x in scores], dtype=torch.float64)
+    assert_close(leave_one_out_means(given_scores, group_size), expected, FP64)
+
+
+def test_the_group_baseline_keeps_the_expected_gradient():
+    """By enumeration: two answers to a prompt, each of two actions, for the gradient of the expected score."""
+    logit = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    logps = torch.stack([torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)])
+    expected = torch.autograd.grad((logps.exp() * scores).sum(), logit, retain_graph=True)[0]
+    total, squares = {"loo": 0.0, "mean": 0.0, "none": 0.0}, {"loo": 0.0, "mean": 0.0, "none": 0.0}
+    for pair in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        chosen = torch.tensor(pair)
+        probability = logps[chosen].sum().exp().item()
+        own = scores[chosen]
+        baselines = {"loo": leave_one_out_means(own, 2), "mean": own.mean().expand(2), "none": torch.zeros(2)}
+        for name, baseline in baselines.items():
+            weights = (own - baseline) / 2
+            gradient = torch.autograd.grad((logps[chosen] * weights).sum(), logit, retain_graph=True)[0].item()
+            total[name] += probability * gradient
+            squares[name] += probability * gradient**2
+    assert total["loo"] == pytest.approx(expected.item())
+    assert total["none"] == pytest.approx(expected.item())
+    assert total["mean"] == pytest.approx(expected.item() / 2)
+    assert squares["loo"] < squares["none"]

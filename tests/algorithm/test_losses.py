@@ -14,6 +14,7 @@ from rlhf_recipes.algorithm.losses import (
     is_value_clipped,
     l2_penalty,
     per_token_value_loss,
+    trust_region_mask,
 )
 
 POISONS = [float("nan"), float("inf"), float("-inf")]
@@ -240,3 +241,31 @@ def test_the_surrogate_at_ratio_one_is_the_mean_of_sequence_means():
     logps = [[-1.0, -2.0, -3.0]] * 2
     loss = oracles.clipped_surrogate(logps, logps, advantages, mask, epsilon_low=0.2, epsilon_high=0.2)
     assert_close(loss, -6.0, FP64)
+
+
+EPSILONS = {"epsilon_low": 0.2, "epsilon_high": 0.3}
+
+
+@given(mask=masks(), seed=seeds, level=st.sampled_from(["token", "prefix", "sequence"]))
+def test_trust_region_is_the_definition(mask, seed, level):
+    log_ratio, advantages = gaussians(seed, mask.shape, 2)
+    log_ratio *= 0.2
+    expected = oracles.trust_region(log_ratio.tolist(), advantages.tolist(), mask.tolist(), level=level, **EPSILONS)
+    inside = trust_region_mask(poison(log_ratio, mask), advantages, mask, level=level, **EPSILONS)
+    assert_close(inside * mask, expected, EXACT)
+
+
+def test_trust_region_by_hand():
+    """Ten small moves that a clip of each token passes are a move of a factor of 2.6 together."""
+    log_ratio = torch.full((2, 10), 0.095)
+    advantages = torch.tensor([[1.0], [-1.0]]).expand(2, 10)
+    mask = torch.ones(2, 10)
+    kept = {
+        level: trust_region_mask(log_ratio, advantages, mask, level=level, **EPSILONS)
+        .expand(2, 10)
+        .sum(dim=1)
+        .tolist()
+        for level in ("token", "prefix", "sequence")
+    }
+    # exp(0.095 t) is over 1.3 from the third token on. A negative advantage leads back, so it always trains.
+    assert kept == {"token": [10, 10], "prefix": [2, 10], "sequence": [0, 10]}

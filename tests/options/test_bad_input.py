@@ -89,7 +89,11 @@ def test_preferences(tmp_path, rows, message):
         ({"critic_warmup_steps": -1}, "`critic_warmup_steps` must not be negative"),
         ({"num_iterations": 0}, "`num_iterations` must be positive"),
         ({"loss_type": "bnpo"}, "`loss_type` must be one of"),
-        ({"importance_sampling_level": "sequence"}, "`importance_sampling_level` must be 'token'"),
+        ({"importance_sampling_level": "batch"}, "`importance_sampling_level` must be one of token, sequence, prefix"),
+        (
+            {"importance_sampling_level": "sequence", "off_policy_mask_threshold": 0.1},
+            "`off_policy_mask_threshold` needs `importance_sampling_level: token`",
+        ),
         ({"scale_rewards": "group"}, "`scale_rewards` must be 'none'"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "`multi_objective_aggregation` must be"),
         ({"sync_ref_model": True}, "`sync_ref_model` is not available"),

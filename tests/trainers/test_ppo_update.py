@@ -6,7 +6,7 @@ import oracles
 import pytest
 import tiny
 import torch
-from tolerances import FP32, SPLIT, assert_close
+from tolerances import EXACT, FP32, SPLIT, assert_close
 from trl import GRPOTrainer
 
 pytestmark = pytest.mark.tiny
@@ -39,6 +39,36 @@ def test_policy_loss_is_the_clipped_surrogate(tmp_path):
     ]
     expected = oracles.clipped_surrogate(*rows, batch["completion_mask"].tolist(), epsilon_low=0.05, epsilon_high=0.1)
     assert_close(_loss(trainer, batch), expected, FP32)
+
+
+@pytest.mark.parametrize("level", ["sequence", "prefix"])
+def test_the_trust_region_stops_the_gradient_of_tokens_outside(tmp_path, level):
+    """Inside, the gradient is that of the clipped surrogate. Outside there is none, except that of TRL's KL term."""
+    options = {"epsilon": 0.1, "epsilon_high": 0.2, "beta": 0.3, "use_bias_correction_kl": False, "vf_coef": 0.0}
+    trainer, batch = _trained_rollout(tmp_path, importance_sampling_level=level, **options)
+    actual = _gradients(trainer, [_loss(trainer, batch)])
+    logps, mask = tiny.logps(trainer, batch), batch["completion_mask"]
+    log_ratio, advantages = logps - batch["old_per_token_logps"], batch["advantages"]
+    rows = [x.detach().tolist() for x in (log_ratio, advantages, mask)]
+    inside = torch.tensor(oracles.trust_region(*rows, level=level, epsilon_low=0.1, epsilon_high=0.2))
+    assert 0.05 < inside.sum() / mask.sum() < 0.95
+    ratio = log_ratio.exp()
+    surrogate = torch.min(ratio * advantages, ratio.clamp(0.9, 1.2) * advantages)
+    gap = batch["ref_per_token_logps"] - logps
+    token_loss = (0.3 * (gap.exp() - gap - 1) - surrogate * inside) * mask
+    expected = _gradients(trainer, [(token_loss.sum(dim=1) / mask.sum(dim=1)).mean()])
+    for name, gradient in expected.items():
+        assert_close(actual[name], gradient, SPLIT)
+    stopped = 1 - inside.sum() / mask.sum()
+    assert trainer._metrics["train"]["policy/clip_fraction"][-1] == pytest.approx(stopped.item())
+
+
+def test_the_trust_region_compares_with_the_policy_of_the_rollout(tmp_path):
+    """vLLM's own log-probabilities differ a little for each token, and this sums up over a completion."""
+    trainer, batch = _trained_rollout(tmp_path, importance_sampling_level="sequence", epsilon=0.1)
+    expected = _loss(trainer, batch)
+    of_engine = batch["old_per_token_logps"] + 0.5
+    assert_close(_loss(trainer, batch | {"sampling_per_token_logps": of_engine}), expected, EXACT)
 
 
 def test_value_loss_is_the_definition(tmp_path):

@@ -33,10 +33,15 @@ def _reward(completions, **kwargs):
     return [len(text) + noise for text in completions]
 
 
-def _trainer(directory, peft=False, **kwargs):
+def _trainer(directory, kind="full", **kwargs):
+    peft, tok = kind == "lora", tiny.tokenizer()
+    if kind == "reward critic":
+        kwargs = {"critic": "reward", "critic_dataset": tiny.preferences(), **kwargs}
     return tiny.ppo_trainer(
         directory,
-        rewards=_reward,
+        tok=tok,
+        rewards=[tiny.reward_model(tok), _reward] if kind == "reward critic" else _reward,
+        reward_tok=[tok, None] if kind == "reward critic" else None,
         data=tiny.prompts(count=20).map(lambda row, i: {"prompt": f"{row['prompt']} {i}"}, with_indices=True),
         peft=tiny.lora() if peft else None,
         **{**SEVERAL_EPOCHS, "kl_controller": "adaptive", "kl_horizon": 64, "lr_scheduler_type": "linear", **kwargs},
@@ -55,6 +60,7 @@ def _everything(trainer):
         "scheduler": trainer.lr_scheduler.state_dict(),
         "state": {name: part.state_dict() for name, part in trainer._stateful.items()},
         "history": _history(trainer),
+        "critic": trainer.reward_critic and trainer.reward_critic.state_dict(),
         "tokens": trainer.state.num_input_tokens_seen,
         "flos": trainer.state.total_flos,
     }
@@ -75,13 +81,13 @@ def _assert_same(left, right, path=""):
         assert left == right, path
 
 
-@pytest.mark.parametrize("peft", [pytest.param(False, id="full"), pytest.param(True, id="lora")])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, peft):
-    whole = _trainer(tmp_path / "whole", peft, save_steps=1)
+@pytest.mark.parametrize("kind", ["full", "lora", "reward critic"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
+    whole = _trainer(tmp_path / "whole", kind, save_steps=1)
     whole.train()
     expected = _everything(whole)
     for step in (1, 4, 6, 8, 11, 19):  # in a rollout, at its end, at an epoch's end, between two logs
-        resumed = _trainer(tmp_path / "resumed", peft, save_strategy="no")
+        resumed = _trainer(tmp_path / "resumed", kind, save_strategy="no")
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         _assert_same(expected, _everything(resumed), f"step {step}")
 

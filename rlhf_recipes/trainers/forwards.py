@@ -1,0 +1,84 @@
+"""The forwards of a policy and of its reference: log-probabilities, and the values of the same forward.
+
+Overrides only, on `trl.GRPOTrainer`.
+"""
+
+import inspect
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from rlhf_recipes.models.forward import CompletionForward, rows_by_length
+from rlhf_recipes.trainers.rollout import Rollout
+from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, takes_positions
+from rlhf_recipes.trainers.value_head import ValueHeadTrainer
+
+# Image inputs of TRL's log-probability method.
+IMAGE_ARGUMENTS = set(list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:])
+
+
+class ForwardTrainer(ValueHeadTrainer):
+    """Run policy and reference through `CompletionForward`, once per rollout and micro-batch."""
+
+    rollout: Rollout | None = None  # the latest
+
+    @cached_property
+    def _takes_positions(self) -> bool:
+        """Return whether the policy gets the position of each token; a model for images counts by itself."""
+        return not self._is_vlm and takes_positions(self.model)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run TRL's forward through a `CompletionForward`: on the tokens that count, and with the values kept."""
+        forward = model if isinstance(model, CompletionForward) else self._completion_forward(model, logits_to_keep)
+        # A micro-batch of the update keeps its order. Images are stored in the order of the rows.
+        order, original = rows_by_length(attention_mask if batch_size and not self._is_vlm else None)
+        per_token_logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+            forward, input_ids[order], attention_mask[order], logits_to_keep, batch_size, **kwargs
+        )
+        per_token_logps = forward.finish(per_token_logps, original)
+        if model is self.model and self.rollout is not None and not self.rollout.has("first_forward"):
+            self.rollout.first_forward = forward
+        return per_token_logps, None if entropies is None else entropies[original], aux_loss
+
+    def _completion_forward(self, model: Any, completion_length: int) -> CompletionForward:
+        padding, positions = self.pad_to_multiple_of, self._takes_positions
+        return CompletionForward(model, completion_length, pad_to_multiple_of=padding, takes_positions=positions)
+
+    def _forward(self, model: Any, batch: dict[str, Any]) -> CompletionForward:
+        """Run a model over a whole rollout, without gradient, as TRL does."""
+        args = self.args
+        batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        forward = self._completion_forward(model, batch["completion_ids"].size(1))
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+            self._get_per_token_logps_and_entropies(
+                forward,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].size(1),
+                batch_size,
+                **{key: batch[key] for key in IMAGE_ARGUMENTS if key in batch},
+            )
+        return forward
+
+    def _reference_logps(self, batch: dict[str, Any]) -> Tensor:
+        """Return the reference's log-probabilities of a rollout, `(B, T)`; TRL has them if its own KL term is on."""
+        if "ref_per_token_logps" in batch:
+            return batch["ref_per_token_logps"]
+        if self.ref_model is not None:
+            return self._forward(self.ref_model, batch).per_token_logps
+        policy = self.accelerator.unwrap_model(self.model)
+        with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
+            return self._forward(self.model, batch).per_token_logps

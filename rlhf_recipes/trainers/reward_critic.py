@@ -1,0 +1,172 @@
+"""A critic that reads the hidden states of the reward model: `critic: reward`.
+
+The reward model reads every completion to score it, so its states cost nothing more, and they hold what the score
+depends on. The critic is a small head on them, fitted after each rollout for several epochs. Each rank keeps a copy.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss, pad
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf_recipes.algorithm.distributed import global_sum
+from rlhf_recipes.algorithm.normalization import RewardNormalizer
+from rlhf_recipes.algorithm.value_head import ValueHead
+from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.rewards.protocol import Scorer
+
+MINI_BATCHES = 4  # per rollout and epoch
+PRETRAINING_ROWS, PRETRAINING_EPOCHS = 32, 10
+
+
+class RewardCritic:
+    """Estimate the value of states from what the reward model has read so far.
+
+    Args:
+        args: Options.
+        hidden_size: Width of the reward model's states, H.
+        device: Device of the head.
+    """
+
+    def __init__(self, args: PPOConfig, hidden_size: int, device: torch.device) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            head = ValueHead(hidden_size, args.value_head_size, args.value_head_activation)
+        self.head, self.epochs = head.to(device), args.critic_epochs
+        learning_rate: Any = args.value_head_learning_rate
+        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=learning_rate, eps=1e-6)
+        self._replay: deque[list[tuple[Tensor, Tensor]]] = deque(maxlen=args.critic_replay)
+
+    @torch.no_grad()
+    def values(self, states: list[Tensor], length: int) -> Tensor:
+        """Return the values of the states around each token, `(B, T + 1)`, 0 in the padding.
+
+        Args:
+            states: Of each completion the states before its tokens and after the last one, `(t + 1, H)`.
+            length: Number of columns of the completions, T.
+        """
+        lengths = [len(of_row) for of_row in states]
+        values = pad_sequence(list(self.head(torch.cat(states)).split(lengths)), batch_first=True)
+        return pad(values, (0, length + 1 - values.size(1)))
+
+    def fit(self, states: list[Tensor], returns: Tensor, mask: Tensor, *, first_row: int = 0) -> None:
+        """Fit the head to the returns of this rollout and of those before it. Every rank must call this.
+
+        Args:
+            states: See `values`.
+            returns: Targets, `(B, T)`.
+            mask: Tokens that train, `(B, T)`.
+            first_row: Number of this rank's first row in the rollout of all ranks.
+        """
+        self._replay.append(_mini_batches(states, returns, mask, MINI_BATCHES, first_row))
+        for _ in range(self.epochs):
+            for features, targets in itertools.chain(*self._replay):
+                self._step(features, targets)
+
+    def pretrain(self, scorer: Any, dataset: Any, normalizer: RewardNormalizer | None) -> None:
+        """Fit the head to answers that exist already: the score of an answer is the target of all of its states.
+
+        Every rank does the same on the same answers.
+
+        Args:
+            scorer: Reward model that gives states.
+            dataset: `prompt`, `chosen` and `rejected`.
+            normalizer: Gives the scores the scale of the rollouts; `None` leaves them as they are.
+        """
+        prompts = [prompt for prompt in dataset["prompt"] for _ in range(2)]
+        answers = [answer for pair in zip(dataset["chosen"], dataset["rejected"], strict=True) for answer in pair]
+        scores, states = scorer.score_with_states(prompts, answers)
+        targets = torch.tensor(scores, device=next(self.head.parameters()).device)
+        targets = targets if normalizer is None else normalizer.normalize(targets).float()
+        lengths = torch.tensor([len(of_row) - 1 for of_row in states], device=targets.device)
+        mask = torch.arange(int(lengths.max()), device=targets.device) < lengths.unsqueeze(1)
+        returns = targets.unsqueeze(1).expand(mask.shape)
+        batches = _mini_batches(states, returns, mask, -(-len(states) // PRETRAINING_ROWS), first_row=0)
+        for features, values in itertools.chain(*itertools.repeat(batches, PRETRAINING_EPOCHS)):
+            self._step(features, values)
+
+    def _step(self, features: Tensor, targets: Tensor) -> None:
+        """Take one step on a mini-batch that all ranks share."""
+        count = global_sum(torch.tensor(float(len(targets)), device=targets.device)).item()
+        with torch.enable_grad():
+            error = mse_loss(self.head(features), targets, reduction="sum")
+            self.optimizer.zero_grad()
+            (error / max(count, 1.0)).backward()
+        for parameter in self.head.parameters():
+            assert parameter.grad is not None
+            parameter.grad = global_sum(parameter.grad)
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return head, optimiser and the rollouts that are fitted again."""
+        return {
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "replay": list(self._replay),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._replay.clear()
+        self._replay.extend(state["replay"])
+
+
+def scorer_with_states(scorers: Sequence[Scorer]) -> Any:
+    """Return the first scorer whose hidden states a critic can read.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for scorer in scorers:
+        if scorer.gives_states:
+            return scorer
+    raise ValueError(
+        "`critic: reward` reads the hidden states of a reward model in this process, and this run has none: set "
+        "`reward_model_path` to a directory or a Hub name, or `reward_adapter`; or set `critic: policy`."
+    )
+
+
+def check_critic(critic: str, scorers: Sequence[Scorer], tokenizer: Any) -> None:
+    """Check that a critic of this kind can read what the reward models of a run read.
+
+    Raises:
+        ValueError: If `critic: reward` has no reward model, or one that counts other tokens than the policy.
+    """
+    if critic != "reward":
+        return
+    scorer = scorer_with_states(scorers)
+    if scorer.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"`critic: reward` needs one tokenizer for policy and reward model: {scorer.__name__} has another one, so "
+            "its states are not those before the policy's tokens. Set `critic: policy`."
+        )
+
+
+def _mini_batches(
+    states: list[Tensor], returns: Tensor, mask: Tensor, count: int, first_row: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Return `count` mini-batches of states `(n, H)` and their targets `(n,)`, without padding.
+
+    The rows are dealt out by their number in the whole rollout, so the mini-batches do not depend on the number of
+    ranks.
+    """
+    device, batches = returns.device, []
+    for number in range(count):
+        features, targets = [], []
+        for row in range((number - first_row) % count, len(states), count):
+            keep = mask[row, : len(states[row]) - 1].bool()
+            features.append(states[row][:-1][keep.to(states[row].device)])
+            targets.append(returns[row, : len(keep)][keep])
+        # A rank can have no row of a mini-batch, and takes part in its step all the same.
+        empty = not features
+        batches.append(
+            (states[0][:0] if empty else torch.cat(features), returns[0, :0] if empty else torch.cat(targets))
+        )
+    return [(features.to(device), targets) for features, targets in batches]

@@ -1,0 +1,188 @@
+"""The critic on the reward model's hidden states: what it reads, what it learns, and what it costs."""
+
+import copy
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from processes import run_in_processes
+from tolerances import EXACT, FIRST_UPDATE, FP32, MERGED, SPLIT, assert_close
+
+from rlhf_recipes.algorithm.advantages import explained_variance
+from rlhf_recipes.models.critic import VALUE_HEAD_FILE
+from rlhf_recipes.rewards.scorer import RewardModelScorer, state_positions
+from rlhf_recipes.trainers.reward_critic import RewardCritic
+
+pytestmark = pytest.mark.tiny
+
+
+def _trainer(directory, **kwargs):
+    tok = tiny.tokenizer()
+    options = {"critic": "reward", "value_head_learning_rate": 1e-2, "critic_epochs": 2, **kwargs}
+    rewards = options.pop("rewards", None) or tiny.reward_model(tok)
+    return tiny.ppo_trainer(directory, tok=tok, rewards=rewards, reward_tok=tok, **options)
+
+
+@pytest.mark.parametrize(
+    ("read", "sampled", "prompt_length", "positions"),
+    [
+        ([7, 8, 1, 2, 3], [1, 2, 3], 2, [1, 2, 3, 4]),
+        ([7, 8, 1, 2], [1, 2, 3], 2, [1, 2, 3, 3]),  # cut off, or an end that the reward model does not read
+        ([7, 8, 1, 5, 6], [1, 2, 3], 2, [1, 2, 2, 2]),  # the same text in other tokens
+        ([1, 2], [1, 2], 0, [0, 0, 0]),  # the first token has no state before it
+    ],
+)
+def test_states_are_those_before_each_sampled_token(read, sampled, prompt_length, positions):
+    assert state_positions(read, sampled, prompt_length) == positions
+
+
+def test_values_are_the_head_on_the_reward_model_by_itself(tmp_path):
+    """Each completion alone, through plain transformers: its values depend neither on padding nor on later tokens."""
+    trainer = _trainer(tmp_path, max_steps=8, data=tiny.prompts(count=32), per_device_train_batch_size=16)
+    trainer.train()
+    head = copy.deepcopy(trainer.reward_critic.head)  # the rollout ends with a fit
+    batch = tiny.rollout(trainer)
+    values, model = trainer.rollout.state_values, trainer.scorers[0].model
+    assert values.std() > 0
+    compared = 0
+    for row in range(len(values)):
+        prompt, completion = (
+            batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()] for part in ("prompt", "completion")
+        )
+        read = trainer.scorers[0].tokenizer(trainer.rollout.prompts[row] + trainer.rollout.completions[row])[
+            "input_ids"
+        ]
+        if [*prompt.tolist(), *completion.tolist()][: len(read)] != read:
+            continue  # the text has other tokens
+        for t in range(len(completion)):
+            with torch.no_grad():
+                states = model.model(input_ids=torch.cat([prompt, completion[:t]])[None]).last_hidden_state
+                expected = head(states[:, -1])
+            assert_close(values[row, t], expected[0], FP32)
+            compared += 1
+    assert compared > 10
+
+
+def test_the_reward_model_reads_each_completion_once(tmp_path):
+    counts = {}
+    for critic in ("policy", "reward"):
+        trainer = _trainer(tmp_path / critic, critic=critic)
+        calls = counts[critic] = Counter()
+        for name, model in (("policy", trainer.model), ("reward model", trainer.scorers[0].model)):
+            model.base_model.register_forward_hook(lambda *_, name=name, calls=calls: calls.update([name]))
+        tiny.rollout(trainer)
+    assert counts["reward"] == counts["policy"]
+    assert counts["reward"]["reward model"] > 0
+
+
+def test_its_head_learns_what_the_states_hold():
+    torch.manual_seed(0)
+    critic = RewardCritic(
+        tiny.ppo_config("unused", critic="reward", value_head_learning_rate=1e-2), 8, torch.device("cpu")
+    )
+    weight = torch.randn(8)
+    mask = (torch.arange(6) < torch.tensor([[6], [4], [5], [1]] * 8)).long()
+    explained = []
+    for _ in range(12):
+        states = [torch.randn(int(length) + 1, 8) for length in mask.sum(dim=1)]
+        targets = torch.stack([torch.nn.functional.pad(x[:-1] @ weight, (0, 7 - len(x))) for x in states])
+        values = critic.values(states, 6)
+        assert values.shape == (32, 7)
+        explained.append(explained_variance(values[:, :-1], targets, mask).item())
+        critic.fit(states, targets, mask)
+    assert explained[0] == 0.0  # the head starts at 0
+    assert explained[-1] > 0.9
+
+
+def test_the_policy_has_no_head_and_its_first_update_is_exact(tmp_path):
+    trainer = _trainer(tmp_path)
+    assert not any("value_head" in name for name, _ in trainer.model.named_parameters())
+    batch = tiny.rollout(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    log_ratio = (tiny.logps(trainer, batch) - batch["old_per_token_logps"]) * batch["completion_mask"]
+    assert_close(log_ratio, torch.zeros_like(log_ratio), FIRST_UPDATE)
+    trainer._compute_loss(trainer.model, batch)
+    assert "loss/value" not in trainer._metrics["train"]
+    trainer.save_model(str(tmp_path / "final"))
+    assert not (tmp_path / "final" / VALUE_HEAD_FILE).exists()
+
+
+def test_it_is_fitted_before_the_first_rollout_if_it_gets_answers(tmp_path):
+    trainer = _trainer(tmp_path, critic_dataset=tiny.preferences(count=12))
+    trainer.restore_progress()  # as at the start of a run
+    tiny.rollout(trainer)
+    assert trainer.rollout.state_values.std() > 0
+    scorer, pairs = trainer.scorers[0], trainer.critic_dataset
+    scores, states = scorer.score_with_states(pairs["prompt"], pairs["chosen"])
+    assert_close(scores, scorer(pairs["prompt"], pairs["chosen"]), EXACT)
+    first = [
+        read_length(scorer, prompt + chosen) for prompt, chosen in zip(pairs["prompt"], pairs["chosen"], strict=True)
+    ]
+    assert [len(of_row) for of_row in states] == first
+
+
+def read_length(scorer, text):
+    """Return the number of states around the tokens of an answer that ends with EOS."""
+    prompt = text[: text.index("\n\n") + 2]
+    return len(scorer.tokenizer(text)["input_ids"]) + 1 - len(scorer.tokenizer(prompt)["input_ids"]) + 1
+
+
+def _fit(rank, world_size):
+    torch.manual_seed(3)
+    critic = RewardCritic(tiny.ppo_config("unused", critic="reward"), 8, torch.device("cpu"))
+    lengths = torch.tensor([3, 5, 1, 4, 2, 5, 3, 3])
+    states = [torch.randn(int(length) + 1, 8) for length in lengths]
+    returns, mask = torch.randn(8, 5), (torch.arange(5) < lengths[:, None]).long()
+    share = 8 // world_size
+    own = slice(rank * share, (rank + 1) * share)
+    for _ in range(3):
+        critic.fit(states[own], returns[own], mask[own], first_row=rank * share)
+    return {name: x.clone() for name, x in critic.head.state_dict().items()}
+
+
+@pytest.mark.distributed
+def test_two_ranks_fit_the_head_of_one():
+    one, two = _fit(0, 1), run_in_processes(_fit, 2)
+    assert one["output.weight"].abs().max() > 0
+    for rank in two:
+        for name, weights in one.items():
+            assert_close(rank[name], weights, SPLIT)
+
+
+def test_it_reads_an_adapter_on_the_backbone_of_the_policy(tmp_path):
+    """The adapter's states are those of the reward model alone."""
+    base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    tiny.save_lora_reward_model(base, tmp_path / "rm", max_steps=4, learning_rate=1e-2)
+    trainer = tiny.ppo_trainer(
+        tmp_path / "ppo",
+        model=base,
+        rewards=None,
+        peft=tiny.lora(),
+        critic="reward",
+        reward_adapter=str(tmp_path / "rm"),
+        max_steps=8,
+    )
+    trainer.train()
+    assert trainer.rollout.state_values.std() > 0
+    alone = RewardModelScorer.from_pretrained(str(tmp_path / "rm"))
+    texts = (["the fox\n\n", "world\n\n"], ["is red and", "x"])
+    ours, theirs = (scorer.score_with_states(*texts)[1] for scorer in (trainer.scorers[0], alone))
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert_close(actual, expected, MERGED)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        (tiny.length_reward, "`critic: reward` reads the hidden states of a reward model"),
+        ("other tokenizer", "`critic: reward` needs one tokenizer"),
+    ],
+)
+def test_a_critic_without_states_to_read_is_refused(tmp_path, rewards, message):
+    options = {"rewards": rewards}
+    if rewards == "other tokenizer":
+        other = tiny.tokenizer(vocab_size=300)
+        options = {"rewards": tiny.reward_model(other), "reward_tok": other}
+    with pytest.raises(ValueError, match=message):
+        tiny.ppo_trainer(tmp_path, critic="reward", **options)
