@@ -150,15 +150,28 @@ def sequence_kl(
         completions: Token ids that it returned.
         temperature: Temperature of the sampling. For greedy completions (0) the KL is measured at 1.
     """
-    total = 0.0
+    ours, theirs = (
+        completion_logps(model, tokenizer, prompts, completions, temperature) for model in (policy, reference)
+    )
+    sums = [estimate_kl(logps, ref_logps, "k1").sum().item() for logps, ref_logps in zip(ours, theirs, strict=True)]
+    return sum(sums) / len(sums) if sums else math.nan
+
+
+@torch.no_grad()
+def completion_logps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Any],
+    completions: list[list[int]],
+    temperature: float = 1.0,
+) -> list[torch.Tensor]:
+    """Return the log-probabilities of the tokens of each completion, on the CPU. The arguments are `sequence_kl`'s."""
+    logps = []
     for prompt, completion in tqdm(zip(prompts, completions, strict=True), desc="KL", total=len(prompts)):
-        prompt_ids = _tokenize_prompts(tokenizer, [prompt])["input_ids"].to(policy.device)
-        ids = torch.cat([prompt_ids, torch.tensor([completion], device=policy.device)], dim=1)
-        logps, ref_logps = (
-            _completion_logps(model, ids, len(completion), temperature or 1.0) for model in (policy, reference)
-        )
-        total += estimate_kl(logps, ref_logps, "k1").sum().item()
-    return total / len(completions) if completions else math.nan
+        prompt_ids = _tokenize_prompts(tokenizer, [prompt])["input_ids"].to(model.device)
+        ids = torch.cat([prompt_ids, torch.tensor([completion], device=model.device)], dim=1)
+        logps.append(_completion_logps(model, ids, len(completion), temperature or 1.0).squeeze(0).cpu())
+    return logps
 
 
 def _completion_logps(model: PreTrainedModel, ids: torch.Tensor, length: int, temperature: float) -> torch.Tensor:
