@@ -91,10 +91,11 @@ def prepared(
     check_output_dir(args.output_dir, adapter=peft_config is not None or isinstance(policy, PeftModel))
     train, evaluation = (add_separator(x, scoring.response_separator) for x in (train_dataset, eval_dataset))
     check_prompts_fit(train, tokenizer, policy.config, args.max_completion_length)
-    # The policy is loaded. TRL loads the reference by the same name and in the same precision.
-    loading = {name: value for name, value in (args.model_init_kwargs or {}).items() if name == "revision"}
+    # The policy is loaded. TRL loads the reference by the same name, in the precision of the policy.
+    revision = (args.model_init_kwargs or {}).get("revision", "main")
+    loading = None if revision == "main" else {"revision": revision}
     # Later answers are compared with those of step 0.
-    own = with_changes(args, model_init_kwargs=loading or None, eval_on_start=args.eval_strategy != "no")
+    own = with_changes(args, model_init_kwargs=loading, eval_on_start=args.eval_strategy != "no")
     data = {"train_dataset": train, "eval_dataset": evaluation, "processing_class": tokenizer}
     return {"model": policy, "args": own, "peft_config": peft_config, **data}
 
