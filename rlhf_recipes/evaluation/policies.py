@@ -10,6 +10,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_recipes.algorithm.best_of_n import best_of_n_kl_bound, best_of_n_weights
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
@@ -86,8 +87,8 @@ def compare_policies(
         generation: Options of `generate_completions`.
     """
     end_ids = eos_token_ids(baseline, tokenizer)
-    known = {name: [value for value in dataset[name] for _ in range(num_samples)] for name in dataset.column_names}
-    prompts = known["prompts"] = known.pop("prompt")
+    known = _repeated(dataset, num_samples)
+    prompts = known["prompts"]
     results, columns, answers = {"prompts": float(len(dataset))}, {"prompt": prompts}, []
     for name, model in (("policy", policy.eval()), ("baseline", baseline.eval())):
         torch.manual_seed(seed)
@@ -109,6 +110,59 @@ def compare_policies(
         preferences = np.reshape(columns[f"preference_{title}"], (-1, num_samples))
         results |= {f"{title}/{key}": value for key, value in preference_rate(preferences, seed=seed).items()}
     return results, columns
+
+
+def best_of_n(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    judges: dict[str, Callable[..., list[float]]],
+    sizes: list[int],
+    *,
+    chooser: str,
+    seed: int = 0,
+    **generation: Any,
+) -> dict[str, float]:
+    """Return the mean score and length of the best of n answers by one judge, for several n, under `best_of_<n>/`.
+
+    The policy answers each prompt `max(sizes)` times, once. The figures of a smaller n are means over all subsets of
+    these answers with that size (`best_of_n_weights`).
+
+    Args:
+        policy: Policy, usually the one after SFT.
+        tokenizer: Tokenizer of the policy.
+        dataset: Same as for `compare_policies`.
+        judges: Functions with TRL's reward signature, by name.
+        sizes: Values of n. Empty for no figures.
+        chooser: Name of the judge that chooses.
+        seed: Seed of sampling.
+        generation: Options of `generate_completions`.
+    """
+    if not sizes:
+        return {}
+    known = _repeated(dataset, max(sizes))
+    prompts = known["prompts"]
+    torch.manual_seed(seed)
+    ids = generate_completions(policy.eval(), tokenizer, prompts, **generation)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    answers = [answer_to(*pair) for pair in zip(prompts, texts, strict=True)]
+    figures = {name: judge(completions=answers, completion_ids=ids, **known) for name, judge in judges.items()}
+    figures["length"] = [float(len(row)) for row in ids]
+    table = {name: torch.tensor(np.array(x, dtype=float)).view(-1, max(sizes)) for name, x in figures.items()}
+    results = {}
+    for n in sizes:
+        weights = best_of_n_weights(table[chooser], n)
+        for name, values in table.items():
+            scored = weights * values.isfinite()
+            results[f"best_of_{n}/{name}"] = float((scored * values.nan_to_num()).sum() / scored.sum())
+        results[f"best_of_{n}/kl_bound"] = best_of_n_kl_bound(n)
+    return results
+
+
+def _repeated(dataset: Dataset, count: int) -> dict[str, list[Any]]:
+    """Return the columns as judges see them, each row `count` times."""
+    columns = {name: [value for value in dataset[name] for _ in range(count)] for name in dataset.column_names}
+    return {"prompts": columns.pop("prompt"), **columns}
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
