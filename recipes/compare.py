@@ -1,4 +1,4 @@
-"""Compare the PPO runs of an experiment: which is best at equal KL, and how do they differ?
+"""Compare the PPO, RLOO, GRPO and DPO runs of an experiment: which is best at equal KL, and how do they differ?
 
     python recipes/compare.py --experiment rlhf_recipes
     python recipes/compare.py --experiment my_experiment --runs 3f2a91c0 8b17e5d4 --tracking_uri http://mlflow:5000

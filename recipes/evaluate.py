@@ -1,7 +1,7 @@
 """Evaluate a policy: is it better than its baseline on prompts that it has not seen?
 
     python recipes/evaluate.py --config recipes/configs/quickstart/evaluate.yaml
-    python recipes/evaluate.py --config my_evaluation.yaml --model_name_or_path runs/my_model/ppo
+    python recipes/evaluate.py --config my_evaluation.yaml --model_name_or_path runs/my_model/ppo --best_of 4 16
 
 Writes `results.json` (mean scores, win rates with 95 % bootstrap intervals, KL, length) and `completions.jsonl`
 (every prompt with both answers and their scores).
@@ -18,7 +18,7 @@ from trl import ModelConfig, TrlParser
 from rlhf_recipes.console import completions_table, print_table, quiet_start
 from rlhf_recipes.data.loading import load_prompts
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
-from rlhf_recipes.evaluation.policies import compare_policies, eos_token_ids
+from rlhf_recipes.evaluation.policies import best_of_n, compare_policies, eos_token_ids
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.models.quantization import saved_quantization
 from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments
@@ -61,18 +61,19 @@ def main(
         )
 
         calls = RewardCalls(script_args.reward_timeout, script_args.reward_retries, script_args.failed_rewards)
+        guarded, sampling = calls.guard_judges(judges), script_args.sampling()
         results, completions = compare_policies(
             policy,
             baseline,
             tokenizer,
             dataset,
-            calls.guard_judges(judges),
+            guarded,
             pairwise_judges=calls.guard_judges(pairwise_judges),
             num_samples=script_args.num_samples,
-            max_completion_length=script_args.max_completion_length,
-            temperature=script_args.temperature,
-            batch_size=script_args.batch_size,
-            seed=script_args.seed,
+            **sampling,
+        )
+        results |= best_of_n(
+            baseline, tokenizer, dataset, guarded, script_args.best_of, chooser="reward_model", **sampling
         )
         results |= calls.settle()
 

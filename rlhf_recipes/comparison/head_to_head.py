@@ -37,7 +37,7 @@ class Answer:
 
 
 def judges_of(evaluations: Iterable[Evaluation]) -> list[str]:
-    """Return the judges of some evaluations. `reward_model` is last, because PPO was trained on it."""
+    """Return the judges of some evaluations. `reward_model` is last, because it trains the policies."""
     columns = {name for evaluation in evaluations for row in evaluation.rows[:1] for name in row}
     judges = {name.removeprefix("policy_") for name in columns if name.startswith("policy_")} - {"completion"}
     return sorted(judges, key=lambda judge: (judge == "reward_model", judge))

@@ -1,4 +1,4 @@
-"""Group PPO runs by their options, and find the best group at equal KL.
+"""Group runs by their options, and find the best group at equal KL.
 
 `rlhf_recipes/options/relevance.py` says which options may differ inside a group.
 """
@@ -80,8 +80,8 @@ def group_runs(runs: list[TrackedRun]) -> tuple[list[Group], dict[str, list[str]
 
 
 def _telling_options(differing: dict[str, list[str]]) -> list[str]:
-    """Return few options that separate the groups. The option that separates most of them is added first."""
-    chosen: list[str] = []
+    """Return few options that separate the groups: the method, then those that separate most of them."""
+    chosen = ["method"] if "method" in differing else []
 
     def separated(names: list[str]) -> int:
         return len(set(zip(*(differing[name] for name in names), strict=True)))
@@ -185,6 +185,12 @@ def _fairness(ranking: list[Ranked], paths: dict[str, pd.DataFrame], limit: floa
     caveats = []
     if len(ranking) > 1 and any(ranked.low == ranked.high for ranked in ranking[:2]):
         caveats.append("One seed cannot show the effect of chance: repeat the first two groups with other seeds.")
+    held_out = [r.group.run_name(run) for r in ranking for run in r.group.runs if run.held_out]
+    if held_out and len(ranking) > 1:
+        caveats.append(
+            f"The training of {', '.join(held_out)} logs no score and KL of its own answers: these are from the "
+            "evaluations, on held-out prompts."
+        )
     reach = {run_id: path["kl"].max() for run_id, path in paths.items()}
     if limit < FAIR_REACH * np.median(list(reach.values())):
         run_id = min(reach, key=lambda key: reach[key])
@@ -214,7 +220,7 @@ def held_out_winner(groups: list[Group]) -> str:
     judge, best = max(rates, key=lambda key: rates[key])
     others = ", ".join(f"{name} {rate:.2f}" for (_, name), rate in rates.items() if name != best)
     trained = judge in {name for group in groups for run in group.runs for name in reward_names(run)}
-    judged_by = f"{judge}, {'which PPO was trained on' if trained else 'which PPO was not trained on'}"
+    judged_by = f"{judge}, {'which trains the policies' if trained else 'which trains no policy'}"
     return (
         f"On held-out prompts, each at its own KL and judged by {judged_by}, {best} beats its baseline most often: "
         f"win rate {rates[judge, best]:.2f}{f' ({others})' if others else ''}."

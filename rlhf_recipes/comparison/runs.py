@@ -1,4 +1,4 @@
-"""Read the PPO runs of an MLflow experiment: curves, options, lineage, cost and evaluations.
+"""Read the PPO, RLOO, GRPO and DPO runs of an MLflow experiment: curves, options, lineage, cost and evaluations.
 
 Nothing is written to the store. A record that a run does not have is no error.
 """
@@ -19,16 +19,20 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from rlhf_recipes.options.baselines import CONFIGS
 from rlhf_recipes.options.relevance import flat
 from rlhf_recipes.options.secrets import without_credentials
 from rlhf_recipes.tracking.store import configure_mlflow
 
+# The stages that train a policy.
+METHODS = ("ppo", *CONFIGS)
 # The curves that the comparison draws, lists or checks for alarms.
 CURVES = (
     *("episode", "num_tokens", "objective/scores", "objective/kl", "entropy"),
     *("completions/mean_length", "completions/clipped_ratio", "val/explained_variance"),
     "completions/repeated_ngrams",
 )
+RANKED_CURVES = ("objective/kl", "objective/scores")
 # The SQL stores of MLflow replace infinity by the largest double.
 STORED_INFINITY = 1.7e308
 MEMORY = re.compile(r"system/(?:.*/)?(system|gpu_\d+)_memory_usage_megabytes")
@@ -57,7 +61,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """One PPO run.
+    """One run that trained a policy.
 
     Args:
         run_id: Id in MLflow.
@@ -66,13 +70,15 @@ class TrackedRun:
         seed: Seed as text. Empty if unknown.
         options: Values of the options by name. Empty if the run recorded none.
         metrics: Last value of every metric.
-        curves: The logged ones of `CURVES`, each indexed by step.
+        curves: The logged ones of `CURVES`, each indexed by step. Those of the evaluations, if the training logs no
+            score or KL of the policy's answers: DPO samples none.
         lineage: Names and short ids of the runs that this run used, by role.
         commit: Commit of the code. Empty if unknown.
         link: Page of the run. Empty for a store without a server.
         hours: Wall time. None if MLflow has none.
         peak_memory: Gigabytes by device, from the system metrics.
         evaluation: Latest finished evaluation, if any.
+        held_out: Whether the curves are those of the evaluations.
     """
 
     run_id: str
@@ -88,6 +94,7 @@ class TrackedRun:
     hours: float | None = None
     peak_memory: dict[str, float] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    held_out: bool = False
 
     @property
     def failed(self) -> bool:
@@ -102,7 +109,7 @@ class TrackedRun:
 
 
 def read_experiment(experiment: str, run_ids: Iterable[str], tracking_uri: str) -> list[TrackedRun]:
-    """Return the PPO runs of an experiment, oldest first, each with its curves and its evaluation.
+    """Return the runs of an experiment that trained a policy, oldest first, each with its curves and its evaluation.
 
     Args:
         experiment: Name of the experiment.
@@ -118,7 +125,7 @@ def read_experiment(experiment: str, run_ids: Iterable[str], tracking_uri: str) 
     try:
         client = MlflowClient(tracking_uri)
         runs = list(_runs(client, experiment, tracking_uri))
-        trained = _selected([run for run in runs if run.data.tags.get("stage") == "ppo"], runs, experiment, run_ids)
+        trained = _selected([run for run in runs if run.data.tags.get("stage") in METHODS], runs, experiment, run_ids)
         evaluations = _latest_evaluations(runs)
         return [_read_run(client, run, evaluations.get(run.info.run_id), tracking_uri) for run in trained]
     except MlflowException as error:
@@ -157,7 +164,7 @@ def _selected(trained: list[Run], runs: list[Run], experiment: str, wanted: Iter
         stages = pd.Series([run.data.tags.get("stage", "without a stage") for run in runs], dtype=str).value_counts()
         others = ", ".join(f"{count} {stage}" for stage, count in stages.items()) or "none"
         raise ValueError(
-            f"`experiment` {experiment!r} has no PPO run (runs there: {others}): train with "
+            f"`experiment` {experiment!r} has no run of PPO, RLOO, GRPO or DPO (runs there: {others}): train with "
             f"`recipes/ppo.py --experiment_name {experiment}`, or choose another experiment."
         )
     chosen: list[Run] = []
@@ -165,7 +172,7 @@ def _selected(trained: list[Run], runs: list[Run], experiment: str, wanted: Iter
         matches = [run for run in trained if run.info.run_id.startswith(name) or run.info.run_name == name]
         if not matches:
             known = ", ".join(f"{run.info.run_id[:8]} ({run.info.run_name})" for run in trained)
-            raise ValueError(f"`runs`: no PPO run {name!r} in experiment {experiment!r}, which has: {known}.")
+            raise ValueError(f"`runs`: no run {name!r} in experiment {experiment!r}, which has: {known}.")
         chosen += matches
     ids = {run.info.run_id for run in chosen}
     return [run for run in trained if not ids or run.info.run_id in ids]
@@ -185,6 +192,10 @@ def _latest_evaluations(runs: list[Run]) -> dict[str, Run]:
 def _read_run(client: MlflowClient, run: Run, evaluation: Run | None, tracking_uri: str) -> TrackedRun:
     info, tags, metrics = run.info, run.data.tags, run.data.metrics
     options = _read_options(client, info.run_id, tracking_uri)
+    if options:
+        options = {"method": tags["stage"], **options}
+    held_out = any(name not in metrics and f"eval_{name}" in metrics for name in RANKED_CURVES)
+    logged = {name: f"eval_{name}" if held_out and f"eval_{name}" in metrics else name for name in CURVES}
     is_server = urlsplit(tracking_uri).scheme in ("http", "https")
     page = f"{without_credentials(tracking_uri).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
     memory = [(match[1], name) for name in metrics if (match := MEMORY.fullmatch(name))]
@@ -197,13 +208,14 @@ def _read_run(client: MlflowClient, run: Run, evaluation: Run | None, tracking_u
         seed=tags.get("seed") or str(options.get("seed", "")),
         options=options,
         metrics=metrics,
-        curves={name: _history(client, info.run_id, name) for name in CURVES if name in metrics},
+        curves={name: _history(client, info.run_id, own) for name, own in logged.items() if own in metrics},
         lineage={role: _run_title(client, run_id) for role, run_id in lineage.items() if run_id},
         commit=next((tags[name] for name in COMMIT_TAGS if name in tags), ""),
         link=page if is_server else "",
         hours=(info.end_time - info.start_time) / 3.6e6 if info.end_time else None,
         peak_memory=peaks.groupby([device for device, _ in memory]).max().to_dict() if memory else {},
         evaluation=None if evaluation is None else _read_evaluation(client, evaluation, tracking_uri),
+        held_out=held_out,
     )
 
 

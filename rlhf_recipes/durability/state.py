@@ -19,19 +19,19 @@ class Stateful(Protocol):
         """Restore it."""
 
 
-def save_ppo_state(folder: Path, parts: Mapping[str, Stateful]) -> None:
+def save_ppo_state(folder: Path, parts: Mapping[str, Stateful], file: str = STATE_FILE) -> None:
     """Write the state of every part into a checkpoint."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    (folder / file).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
-def load_ppo_state(folder: Path, parts: Mapping[str, Stateful]) -> None:
+def load_ppo_state(folder: Path, parts: Mapping[str, Stateful], file: str = STATE_FILE) -> None:
     """Restore every part from a checkpoint.
 
     Raises:
         FileNotFoundError: If the checkpoint has no such file.
     """
-    path = folder / STATE_FILE
+    path = folder / file
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: PPOTrainer did not write {folder}, or not to the end.")
     state = json.loads(path.read_text(encoding="utf-8"))

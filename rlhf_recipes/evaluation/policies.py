@@ -11,6 +11,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_recipes.algorithm.best_of_n import best_of_n_kl_bound, best_of_n_weights
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
@@ -87,8 +88,8 @@ def compare_policies(
         generation: Options of `generate_completions`.
     """
     end_ids = eos_token_ids(baseline, tokenizer)
-    known = {name: [value for value in dataset[name] for _ in range(num_samples)] for name in dataset.column_names}
-    prompts = known["prompts"] = known.pop("prompt")
+    known = _repeated(dataset, num_samples)
+    prompts = known["prompts"]
     results, columns, answers = {"prompts": float(len(dataset))}, {"prompt": prompts}, []
     for name, model in (("policy", policy.eval()), ("baseline", baseline.eval())):
         torch.manual_seed(seed)
@@ -111,6 +112,59 @@ def compare_policies(
         preferences = np.reshape(columns[f"preference_{title}"], (-1, num_samples))
         results |= {f"{title}/{key}": value for key, value in preference_rate(preferences, seed=seed).items()}
     return results, columns
+
+
+def best_of_n(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    judges: dict[str, Callable[..., list[float]]],
+    sizes: list[int],
+    *,
+    chooser: str,
+    seed: int = 0,
+    **generation: Any,
+) -> dict[str, float]:
+    """Return the mean score and length of the best of n answers by one judge, for several n, under `best_of_<n>/`.
+
+    The policy answers each prompt `max(sizes)` times, once. The figures of a smaller n are means over all subsets of
+    these answers with that size (`best_of_n_weights`).
+
+    Args:
+        policy: Policy, usually the one after SFT.
+        tokenizer: Tokenizer of the policy.
+        dataset: Same as for `compare_policies`.
+        judges: Functions with TRL's reward signature, by name.
+        sizes: Values of n. Empty for no figures.
+        chooser: Name of the judge that chooses.
+        seed: Seed of sampling.
+        generation: Options of `generate_completions`.
+    """
+    if not sizes:
+        return {}
+    known = _repeated(dataset, max(sizes))
+    prompts = known["prompts"]
+    torch.manual_seed(seed)
+    ids = generate_completions(policy.eval(), tokenizer, prompts, **generation)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    answers = [answer_to(*pair) for pair in zip(prompts, texts, strict=True)]
+    figures = {name: judge(completions=answers, completion_ids=ids, **known) for name, judge in judges.items()}
+    figures["length"] = [float(len(row)) for row in ids]
+    table = {name: torch.tensor(np.array(x, dtype=float)).view(-1, max(sizes)) for name, x in figures.items()}
+    results = {}
+    for n in sizes:
+        weights = best_of_n_weights(table[chooser], n)
+        for name, values in table.items():
+            scored = weights * values.isfinite()
+            results[f"best_of_{n}/{name}"] = float((scored * values.nan_to_num()).sum() / scored.sum())
+        results[f"best_of_{n}/kl_bound"] = best_of_n_kl_bound(n)
+    return results
+
+
+def _repeated(dataset: Dataset, count: int) -> dict[str, list[Any]]:
+    """Return the columns as judges see them, each row `count` times."""
+    columns = {name: [value for value in dataset[name] for _ in range(count)] for name in dataset.column_names}
+    return {"prompts": columns.pop("prompt"), **columns}
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -154,23 +208,40 @@ def sequence_kl(
         temperature: Temperature of the sampling. For greedy completions (0) the KL is measured at 1.
         batch_size: Completions per forward pass, at most.
     """
-    prompt_ids = [_tokenize_prompts(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in prompts]
-    by_length: dict[int, list[Any]] = defaultdict(list)  # rows of one length need no padding
-    for row in zip(prompt_ids, completions, strict=True):
-        by_length[sum(map(len, row))].append(row)
-    chunks = [rows[i : i + batch_size] for rows in by_length.values() for i in range(0, len(rows), batch_size)]
-    total = sum(_summed_kl(policy, reference, chunk, temperature or 1.0) for chunk in tqdm(chunks, desc="KL"))
-    return total / len(completions) if completions else math.nan
+    ours, theirs = (
+        completion_logps(model, tokenizer, prompts, completions, temperature, batch_size)
+        for model in (policy, reference)
+    )
+    sums = [estimate_kl(logps, ref_logps, "k1").sum().item() for logps, ref_logps in zip(ours, theirs, strict=True)]
+    return sum(sums) / len(sums) if sums else math.nan
 
 
-def _summed_kl(policy: PreTrainedModel, reference: PreTrainedModel, rows: Any, temperature: float) -> float:
-    """Return the sum of the k1 estimates of rows of one length, each a prompt and a completion."""
-    ids = torch.tensor([prompt + completion for prompt, completion in rows], device=policy.device)
-    lengths = torch.tensor([len(completion) for _, completion in rows], device=policy.device)
-    width = int(lengths.max())
-    logps, ref_logps = (_completion_logps(model, ids, width, temperature) for model in (policy, reference))
-    is_completion = torch.arange(width, 0, -1, device=policy.device) <= lengths.unsqueeze(1)
-    return estimate_kl(logps, ref_logps, "k1")[is_completion].sum().item()
+@torch.no_grad()
+def completion_logps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Any],
+    completions: list[list[int]],
+    temperature: float = 1.0,
+    batch_size: int = 32,
+) -> list[torch.Tensor]:
+    """Return the log-probabilities of the tokens of each completion, on the CPU. The arguments are `sequence_kl`'s.
+
+    Rows of one length share a forward, because they need no padding.
+    """
+    rows: list[list[int]] = []
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        rows.append(_tokenize_prompts(tokenizer, [prompt])["input_ids"][0].tolist() + completion)
+        by_length[len(rows[-1])].append(index)
+    chunks = [found[i : i + batch_size] for found in by_length.values() for i in range(0, len(found), batch_size)]
+    logps = [torch.empty(0)] * len(rows)
+    for chunk in tqdm(chunks, desc="Log-probabilities"):
+        ids = torch.tensor([rows[index] for index in chunk], device=model.device)
+        width = max(len(completions[index]) for index in chunk)
+        for index, of_row in zip(chunk, _completion_logps(model, ids, width, temperature or 1.0).cpu(), strict=True):
+            logps[index] = of_row[width - len(completions[index]) :]
+    return logps
 
 
 def _completion_logps(model: PreTrainedModel, ids: torch.Tensor, length: int, temperature: float) -> torch.Tensor:

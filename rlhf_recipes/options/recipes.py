@@ -96,6 +96,12 @@ class EvaluationArguments(RewardCallConfig, JudgeArguments):
         default=None, metadata={"help": "Policy to compare with, usually the one after SFT."}
     )
     reward_model_path: str | None = field(default=None, metadata={"help": "Reward model as a judge."})
+    best_of: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Values of n: also report the best of n answers of the baseline, chosen by the reward model."
+        },
+    )
     num_prompts: int | None = field(default=None, metadata={"help": "Number of held-out prompts. Default: all."})
     num_samples: int = field(default=1, metadata={"help": "Completions per prompt and policy."})
     max_completion_length: int = field(default=256, metadata={"help": "Tokens per completion."})
@@ -112,10 +118,19 @@ class EvaluationArguments(RewardCallConfig, JudgeArguments):
         for name in ("num_prompts", "num_samples", "max_completion_length", "batch_size"):
             check_range(self, name, lambda x: x > 0, "be positive")
         check_range(self, "temperature", lambda x: x >= 0, "not be negative")
+        _check_list(self, "best_of")
+        check_range(self, "best_of", lambda x: all(n > 0 for n in x), "be positive")
+        if self.best_of and self.reward_model_path is None:
+            raise ValueError("`best_of` needs `reward_model_path`: the reward model chooses the best answer.")
         if not (self.reward_model_path or self.judge_models or self.judge_functions or self.pairwise_judges):
             raise ValueError(
                 "Nothing judges: set `reward_model_path`, `judge_models`, `judge_functions` or `pairwise_judges`."
             )
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the options of sampling, by name."""
+        names = ("max_completion_length", "temperature", "batch_size", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -150,10 +165,10 @@ class ExportArguments:
 class ComparisonArguments:
     """Options of `recipes/compare.py`: the runs and the report."""
 
-    experiment: str = field(metadata={"help": "MLflow experiment with the PPO runs to compare."})
+    experiment: str = field(metadata={"help": "MLflow experiment with the runs to compare."})
     runs: list[str] = field(
         default_factory=list,
-        metadata={"help": "Run ids, beginnings of ids, or run names. Default: all PPO runs of the experiment."},
+        metadata={"help": "Run ids, beginnings of ids, or run names. Default: all PPO, RLOO, GRPO and DPO runs."},
     )
     tracking_uri: str | None = field(
         default=None,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.preflight.finding import Finding
 from rlhf_recipes.rewards.protocol import Scorer
 
@@ -28,10 +27,10 @@ DISTORTIONS: dict[str, tuple[Any, ...]] = {
 SPREAD_PER_CLIP = (1.25, 20.0)
 
 
-def sampling_options(args: PPOConfig, given: Iterable[str], model_config: Any) -> dict[str, tuple[Any, str]]:
+def sampling_options(args: Any, given: Iterable[str], model_config: Any) -> dict[str, tuple[Any, str]]:
     """Return the generation options that change the distribution of the samples, each with its value and source.
 
-    TRL's log-probabilities take account of the temperature only. Its sampler sets the options of `PPOConfig`. All
+    TRL's log-probabilities take account of the temperature only. Its sampler sets the options of the run. All
     other options of the model's `generation_config.json` stay active, and nobody sees them.
 
     Args:
@@ -101,7 +100,7 @@ def _listed(ids: set[int]) -> str:
     return ", ".join(map(str, sorted(ids)))
 
 
-def card_findings(scorer: Scorer, args: PPOConfig, weight: float, *, alone: bool) -> list[Finding]:
+def card_findings(scorer: Scorer, args: Any, weight: float, *, alone: bool) -> list[Finding]:
     """Return the weaknesses of a reward model that its card shows.
 
     Args:
@@ -118,7 +117,7 @@ def card_findings(scorer: Scorer, args: PPOConfig, weight: float, *, alone: bool
             f"The reward model {name} ranks {card.eval_accuracy:.0%} of its evaluation pairs as the annotators did, "
             "which is no better than chance. Train it further before PPO."
         )
-    if alone and not args.reward_norm and card.score_std:
+    if alone and not getattr(args, "reward_norm", True) and card.score_std:  # only PPO has a critic
         spread = abs(weight) * card.score_std
         low, high = (bound * args.cliprange_value for bound in SPREAD_PER_CLIP)
         if not low <= spread <= high:

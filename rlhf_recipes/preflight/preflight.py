@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.durability.ending import wait_to_end
-from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.options.baselines import samples_rollouts
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, tracking_uri
 from rlhf_recipes.preflight.dataset import NEGLIGIBLE, check_preferences, check_prompts, longer_chosen, texts
 from rlhf_recipes.preflight.finding import Finding
@@ -43,7 +43,13 @@ from rlhf_recipes.preflight.resources import (
     planned_bytes,
     training_sizes,
 )
-from rlhf_recipes.preflight.schedule import Schedule, kl_findings, ppo_schedule, schedule_findings, supervised_schedule
+from rlhf_recipes.preflight.schedule import (
+    Schedule,
+    kl_findings,
+    rollout_schedule,
+    schedule_findings,
+    supervised_schedule,
+)
 from rlhf_recipes.rewards.card import tokenizer_fingerprint
 from rlhf_recipes.rewards.protocol import Scorer
 
@@ -88,18 +94,19 @@ def preflight(
         evaluation: Evaluation data, before the trainer changes it.
         preflight_args: Options that say whether to stop here.
         tracking: Options that say whether MLflow gets a copy of the model.
-        with_answers: Rows of `train` with their answers, which PPO does not see. The reward model scores some of them.
+        with_answers: Rows of `train` with their answers, which no trainer that samples sees. The reward model scores
+            some of them.
 
     Raises:
         ValueError: If a finding is certain to stop the run or to make it worthless.
         SystemExit: If `preflight_only` is set: 1 with errors, else 0.
     """
     report, state = Report(), PartialState()
-    is_ppo = isinstance(trainer.args, PPOConfig)
-    if is_ppo:
+    samples = samples_rollouts(trainer.args)
+    if samples:
         _check_rewards(report, trainer, with_answers)  # on all processes, because a reward model may be in shards
     if state.is_main_process:
-        schedule = (_check_ppo if is_ppo else _check_supervised)(report, trainer, train, evaluation)
+        schedule = (_check_rollouts if samples else _check_supervised)(report, trainer, train, evaluation)
         _check_disk(report, trainer, schedule, tracking)
         _check_memory(report, trainer, train)
         processes = _counted(state.num_processes, "process", "processes")
@@ -119,9 +126,9 @@ def _counted(count: int, one: str, many: str) -> str:
     return f"{count:,} {one if count == 1 else many}"
 
 
-def _check_ppo(report: Report, trainer: Any, train: Dataset, evaluation: Dataset | None) -> Schedule:
+def _check_rollouts(report: Report, trainer: Any, train: Dataset, evaluation: Dataset | None) -> Schedule:
     args, rewards = trainer.args, report.lines.pop("reward")
-    schedule = ppo_schedule(args, len(train))
+    schedule = rollout_schedule(args, len(train))
     per_prompt = f", {args.num_generations} per prompt" if args.num_generations > 1 else ""
     report.lines["rollout"] = (
         f"{schedule.rollout:,} completions ({args.per_device_train_batch_size} x "
@@ -130,7 +137,7 @@ def _check_ppo(report: Report, trainer: Any, train: Dataset, evaluation: Dataset
     report.lines["updates"] = (
         f"{_counted(args.num_iterations, 'epoch', 'epochs')} of "
         f"{_counted(schedule.mini_batches, 'mini-batch', 'mini-batches')} of {schedule.batch}: "
-        f"{_counted(args.rollout_steps, 'optimiser step', 'optimiser steps')} per rollout"
+        f"{_counted(schedule.steps_on_rollout, 'optimiser step', 'optimiser steps')} per rollout"
     )
     completions = schedule.rollouts * schedule.rollout
     report.lines["run"] = (
@@ -141,7 +148,8 @@ def _check_ppo(report: Report, trainer: Any, train: Dataset, evaluation: Dataset
     _add_events(report, schedule, args, evaluation)
     report.lines["reward"] = rewards
     report.findings += schedule_findings(args, schedule, None if evaluation is None else len(evaluation))
-    report.findings += kl_findings(args, schedule) + check_prompts(train, evaluation)
+    report.findings += check_prompts(train, evaluation)
+    report.findings += kl_findings(args, schedule) if hasattr(args, "kl_coef") else []
     options = sampling_options(
         args,
         getattr(trainer, "generation_kwargs", {}),
@@ -197,7 +205,8 @@ def _check_rewards(report: Report, trainer: Any, with_answers: Dataset | None) -
         prompts, answers, own = probe(
             trainer.train_dataset[:PROBES]["prompt"], None if with_answers is None else answers_of(with_answers)
         )
-        clip = args.reward_norm_clip if args.reward_norm and len(scorers) == 1 else None
+        # Only PPO normalises scores.
+        clip = args.reward_norm_clip if getattr(args, "reward_norm", False) and len(scorers) == 1 else None
         report.findings += score_findings(scorer, scorer(prompts, answers), own, clip)
     report.lines["reward"] = "; ".join(described)
 
@@ -235,7 +244,7 @@ def _check_memory(report: Report, trainer: Any, train: Dataset) -> None:
     frozen = [m for m in (getattr(trainer, "ref_model", None), *scorers) if m is not None]
     width = 2 if args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16) else 4
     sequence, rows, generation = _longest(trainer, train), args.per_device_train_batch_size, 0
-    if isinstance(args, PPOConfig):
+    if samples_rollouts(args):
         sequence += args.max_completion_length
         sampled = 0 if args.use_vllm else rows * args.steps_per_generation
         generation = cache_bytes(config, sampled * sequence, width=width) + 4 * sampled * config.vocab_size
@@ -263,13 +272,15 @@ def _longest(trainer: Any, train: Dataset) -> int:
 
 
 def _lengths(trainer: Any, train: Dataset) -> Iterator[int]:
-    if isinstance(trainer.args, PPOConfig):
+    if samples_rollouts(trainer.args):
         prompts = texts(train, ["prompt"])["prompt"]
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         for text in prompts.loc[prompts.str.len().nlargest(LONGEST).index]:
             yield len(tokenizer(text)["input_ids"])
         return
     tokenised = trainer.train_dataset
-    for column in {"chosen_ids", "rejected_ids", "input_ids"} & set(tokenised.column_names):
-        rows = tokenised.select(range(min(len(tokenised), MEASURED))).with_format("arrow")[:][column]
-        yield max((len(row) for row in rows), default=0)
+    table = tokenised.select(range(min(len(tokenised), MEASURED))).with_format("arrow")[:]
+    lengths = {name: [len(row) for row in table[name]] for name in table.column_names if name.endswith("_ids")}
+    prompts = lengths.pop("prompt_ids", [0] * len(table))  # DPO's are beside their answers
+    for answers in lengths.values():
+        yield max(map(sum, zip(prompts, answers, strict=True)), default=0)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_recipes.options.baselines import rollout_steps
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.preflight.finding import Finding
 
@@ -34,37 +35,41 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class PPOSchedule(Schedule):
-    """Count the events of a PPO run.
+class RolloutSchedule(Schedule):
+    """Count the events of a run that samples its training data.
 
     Args:
         rollouts: Rollouts that are sampled. The run may end before the last one is used up.
         rollout: Completions per rollout, over all processes.
         mini_batches: Optimiser steps per epoch over a rollout.
+        steps_on_rollout: Optimiser steps on one rollout.
         prompts: Prompts that are drawn from the dataset in the run.
     """
 
     rollouts: int
     rollout: int
     mini_batches: int
+    steps_on_rollout: int
     prompts: int
 
 
-def ppo_schedule(args: PPOConfig, rows: int) -> PPOSchedule:
-    """Return the schedule of `PPOTrainer`.
+def rollout_schedule(args: Any, rows: int) -> RolloutSchedule:
+    """Return the schedule of a trainer that samples its training data.
 
     Args:
         args: Options of the run.
         rows: Training prompts, at least as many as in one rollout. A pass leaves out an incomplete rollout.
     """
     prompts_per_rollout = args.generation_batch_size // args.num_generations
-    steps_per_pass = rows // prompts_per_rollout * args.rollout_steps
+    on_rollout = rollout_steps(args)
+    steps_per_pass = rows // prompts_per_rollout * on_rollout
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_pass)
-    rollouts = math.ceil(steps / args.rollout_steps)
-    return PPOSchedule(
+    rollouts = math.ceil(steps / on_rollout)
+    return RolloutSchedule(
         rollouts=rollouts,
         rollout=args.generation_batch_size,
-        mini_batches=args.rollout_steps // args.num_iterations,
+        mini_batches=on_rollout // args.num_iterations,
+        steps_on_rollout=on_rollout,
         prompts=rollouts * prompts_per_rollout,
         batch=args.generation_batch_size * args.gradient_accumulation_steps // args.steps_per_generation,
         **_events(args, steps, steps_per_pass),
@@ -107,7 +112,7 @@ def _count(strategy: str, every: float | None, steps: int, steps_per_pass: int, 
 
 
 def schedule_findings(args: Any, schedule: Schedule, evaluation_rows: int | None) -> list[Finding]:
-    """Return findings about evaluations and early stopping. `evaluation_rows` is `None` without an evaluation set."""
+    """Return findings about evaluations and early stopping. `evaluation_rows` is `None` if none gets an answer."""
     findings = []
     if args.eval_strategy == "steps" and (args.eval_steps or 0) > schedule.steps:
         findings.append(
@@ -120,7 +125,7 @@ def schedule_findings(args: Any, schedule: Schedule, evaluation_rows: int | None
             f"`early_stopping_patience` ({patience}) cannot end a run of {schedule.evaluations} evaluations. Lower "
             "it, or `eval_steps`."
         )
-    if isinstance(args, PPOConfig) and evaluation_rows is not None and evaluation_rows < MIN_EVALUATION_PROMPTS:
+    if evaluation_rows is not None and evaluation_rows < MIN_EVALUATION_PROMPTS:
         findings.append(
             f"There are {evaluation_rows} prompts to evaluate on: the 95 % interval of a win rate is then about ±"
             f"{0.98 / math.sqrt(evaluation_rows):.2f}, wider than most gains. Use {MIN_EVALUATION_PROMPTS} or more "
@@ -129,7 +134,7 @@ def schedule_findings(args: Any, schedule: Schedule, evaluation_rows: int | None
     return [Finding("warning", message) for message in findings]
 
 
-def kl_findings(args: PPOConfig, schedule: PPOSchedule) -> list[Finding]:
+def kl_findings(args: PPOConfig, schedule: RolloutSchedule) -> list[Finding]:
     """Return findings about options of the KL penalty that have no effect, or have it twice."""
     findings = []
     if args.beta and args.kl_coef:

@@ -5,7 +5,6 @@ Overrides only. Sampling, reward calls and the clipped surrogate are TRL's; ever
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +18,9 @@ from rlhf_recipes.algorithm.masked import masked_mean
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.evaluation.alarms import AlarmCallback
-from rlhf_recipes.evaluation.held_out import HeldOutComparison
-from rlhf_recipes.models.loading import prepare_frozen
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
-from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
-from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
 from rlhf_recipes.trainers.forwards import ForwardTrainer
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
 from rlhf_recipes.trainers.reward_critic import RewardCritic, scorer_with_states
@@ -68,9 +63,7 @@ class PPOTrainer(ForwardTrainer):
         ValueError: If data, reward model or batch sizes do not fit. The error comes before training.
     """
 
-    scorers: list[Scorer]
     reward_funcs: list[Any]  # TRL calls these: the reward functions, with time limits and retries
-    _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout
     _name = "PPO"
     _tag_names = ["trl", "ppo", "rlhf-recipes"]
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
@@ -117,24 +110,12 @@ class PPOTrainer(ForwardTrainer):
 
     def _build_rewards(self, judges: Any, pairwise_judges: Any) -> None:
         """Prepare scorers and judges, the limits of their calls, and the normaliser of the scores."""
-        limits = (self.args.reward_timeout, self.args.reward_retries, self.args.failed_rewards)
-        self.reward_calls = RewardCalls(*limits)
-        self.held_out = HeldOutComparison(judges, pairwise_judges, seed=self.args.seed, calls=RewardCalls(*limits))
-        self.scorers = [scorer_of(function) for function in self.reward_funcs]
-        run = ScoringRun(
-            policy=self.model,
-            policy_eos_token_ids=self.eos_token_ids,
-            batch_size=self.args.per_device_train_batch_size,
-            timeout=self.args.reward_timeout,
-            prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
-        )
-        for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
-            scorer.prepare(run)
+        functions = self.reward_funcs
+        self.reward_funcs = self.prepare_rewards(functions, self.args, self.eos_token_ids, judges, pairwise_judges)
         self.reward_critic = self._build_reward_critic() if self.args.critic == "reward" else None
         self.reward_normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
-        if (statistics := score_statistics(self.reward_funcs, self.reward_weights)) is not None:
+        if (statistics := score_statistics(functions, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
-        self.reward_funcs = [self.reward_calls.guard(function) for function in self.reward_funcs]
 
     def _build_reward_critic(self) -> RewardCritic:
         """Return a critic that gets the hidden states of the first reward model of this process."""

@@ -124,7 +124,7 @@ def options_for_trl(args: PPOConfig) -> PPOConfig:
     return with_changes(args, **changes)
 
 
-def check_rollout_fits(dataset: AnyDataset | None, args: PPOConfig) -> None:
+def check_rollout_fits(dataset: AnyDataset | None, args: Any) -> None:
     """Check that a dataset fills at least one rollout; a sampler would drop the rest silently.
 
     Raises:
@@ -139,18 +139,19 @@ def check_rollout_fits(dataset: AnyDataset | None, args: PPOConfig) -> None:
         )
 
 
-def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: PPOConfig) -> None:
+def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: Any) -> None:
     """Check that the policy can learn. Without this check only the value head might learn, and nobody would notice.
 
     Raises:
         ValueError: If it is an adapter and should get another, has no parameter to train, has no adapter that a reward
             adapter could take turns with, or is quantised and cannot be sent to vLLM.
     """
-    if args.reward_adapter is not None and peft_config is None and not isinstance(model, PeftModel):
+    asked = vars(args)  # the baselines have no reward adapter, and DPO has no vLLM
+    if asked.get("reward_adapter") is not None and peft_config is None and not isinstance(model, PeftModel):
         raise ValueError("`reward_adapter` needs a policy that is an adapter too: set `use_peft: true`.")
     if getattr(model, "is_quantized", False) and peft_config is None and not isinstance(model, PeftModel):
         raise ValueError("Quantised weights cannot be trained: set `use_peft: true` beside `load_in_4bit`.")
-    if getattr(model, "is_quantized", False) and args.use_vllm:
+    if getattr(model, "is_quantized", False) and asked.get("use_vllm"):
         raise ValueError(
             "`use_vllm` does not go with a quantised policy: vLLM gets merged weights, and each merge would round "
             "them again. Leave out `load_in_4bit`, or `use_vllm`."
@@ -165,7 +166,7 @@ def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | N
         )
 
 
-def policy_loader(model: Any, args: PPOConfig, quantization_config: Any) -> Callable[..., Any]:
+def policy_loader(model: Any, args: Any, quantization_config: Any) -> Callable[..., Any]:
     """Return a function that gives the policy, or with `frozen=True` an independent copy of it as the reference.
 
     The path of an adapter gives a `PeftModel` on the base that the adapter names, quantised as it was in training.

@@ -15,7 +15,7 @@ from rlhf_recipes.algorithm.distributed import global_means
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.algorithm.losses import is_value_clipped, per_token_value_loss
 from rlhf_recipes.models.forward import CompletionForward
-from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.options.baselines import rollout_steps
 from rlhf_recipes.trainers.rollout import loss_mask
 
 
@@ -117,6 +117,6 @@ def group_by_length(micro_batches: list[dict[str, Any]], window: int) -> list[di
     return grouped
 
 
-def episodes(step: int, args: PPOConfig) -> int:
+def episodes(step: int, args: Any) -> int:
     """Return how many completions all ranks have sampled at the end of a step. A started rollout counts in full."""
-    return math.ceil(step / args.rollout_steps) * args.generation_batch_size
+    return math.ceil(step / rollout_steps(args)) * args.generation_batch_size

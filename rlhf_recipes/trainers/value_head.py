@@ -4,30 +4,22 @@ Overrides only, on `trl.GRPOTrainer`; rollout and update are in `trainers/ppo.py
 run needs to continue as if it had not been interrupted, also in the middle of a rollout.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback
 from trl import GRPOTrainer
-from trl.trainer.utils import RepeatSampler
 
 from rlhf_recipes.algorithm.value_head import ValueHead
-from rlhf_recipes.durability.state import PROGRESS_FILE, Stateful, load_ppo_state, save_ppo_state
-from rlhf_recipes.durability.trainer import DurableTrainer
-from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
-from rlhf_recipes.evaluation.samples import write_table
 from rlhf_recipes.models.critic import save_value_head, trained_value_head, without_value_head
 from rlhf_recipes.models.loading import only_active_adapter
 from rlhf_recipes.models.quantization import save_quantization
+from rlhf_recipes.trainers.compared import RolloutTrainer
 from rlhf_recipes.trainers.guard import TrainingGuard
 from rlhf_recipes.trainers.rollback import RollbackError
-from rlhf_recipes.trainers.update import episodes
 
 
 def set_learning_rate(optimizer: Optimizer, head: ValueHead, learning_rate: float) -> None:
@@ -43,32 +35,13 @@ def set_learning_rate(optimizer: Optimizer, head: ValueHead, learning_rate: floa
             optimizer.add_param_group({**split, "lr": learning_rate})
 
 
-class ProgressCallback(TrainerCallback):
-    """Restore the progress of a checkpoint, once transformers has set its sums to zero."""
-
-    def __init__(self, restore: Callable[[], None]) -> None:
-        self._restore = restore
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Call the method."""
-        self._restore()
-
-
-class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
+class ValueHeadTrainer(RolloutTrainer, GRPOTrainer):
     """Treat a value head as part of the training, but not of the policy that is sampled from and saved.
 
     A subclass sets the attributes declared here before it trains.
     """
 
-    held_out: HeldOutComparison
     guard: TrainingGuard
-    _stateful: dict[str, Stateful]  # by its name in a checkpoint
-    _samples: list[dict[str, Any]]  # rows of the latest rollout
-    _train_sampler: Any = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_callback(ProgressCallback(self.restore_progress))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does. After a `RollbackError`, go back to a checkpoint and train again from there."""
@@ -111,17 +84,10 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
             return super()._generate(prompts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log TRL's figures. With those of training, log the number of completions so far, and write some of them."""
+        """Log with the figures of training what the guard has done."""
         if self.model.training and "loss" in logs:
-            self._log_metrics({"episode": episodes(self.state.global_step, self.args)})
             self._log_metrics(self.guard.metrics())
-            if self.args.should_save and self._samples:
-                write_table(self._samples, self.args.output_dir, "training", self.state.global_step)
         super().log(logs, start_time)
-
-    def _log_metrics(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def _log_advantages(self, mean_advantages: torch.Tensor) -> None:
         """Replace GRPO's advantages, which do not train, in TRL's log, and drop its statistic of groups."""
@@ -131,17 +97,6 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
         for _ in range(min(len(log), len(advantages))):
             log.pop()
         log.extend(advantages)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as TRL does, and compare with the policy that training started from."""
-        with own_randomness(self.args.seed, self.accelerator.device):
-            output = super().evaluation_loop(*args, **kwargs)
-        metrics, rows = self.held_out.finish(is_start=self.state.global_step == 0)
-        if self.args.should_save:
-            write_table(rows, self.args.output_dir, "evaluation", self.state.global_step)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
-        return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a plain policy with the value head beside it; checkpoints carry the head inside."""
@@ -160,60 +115,9 @@ class ValueHeadTrainer(DurableTrainer, GRPOTrainer):
         if self.args.should_save and isinstance(self.model, PeftModel):
             save_quantization(self.model, output_dir or self.args.output_dir)
 
-    def _save_progress(self, folder: Path) -> None:
-        torch.save(self._progress(), folder / PROGRESS_FILE.format(self.accelerator.process_index))
-        if self.args.should_save:
-            save_ppo_state(folder, self._stateful)
-
-    def _progress(self) -> dict[str, Any]:
-        """Return this rank's share of the current rollout, and the figures since the latest log."""
-        is_inside_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        return {
-            "num_processes": self.accelerator.num_processes,
-            "step": self._step,
-            "rollout": self._buffered_inputs if is_inside_rollout else None,
-            "samples": self._samples,
-            "metrics": dict(self._metrics["train"]),
-            "loss": self._tr_loss,
-            "last_logged": self._globalstep_last_logged,
-        }
-
-    def restore_progress(self) -> None:
-        """Continue the rollout and the figures of the checkpoint that is resumed, if there is one."""
-        if self._resumed_from is None:
-            return
-        progress = self._saved_progress(self._resumed_from, self.accelerator.process_index)
-        # With another number of processes the shares of the rollout differ: it is then sampled again.
-        if progress.get("num_processes") != self.accelerator.num_processes:
-            return
-        self._step, self._buffered_inputs, self._samples = (progress[name] for name in ("step", "rollout", "samples"))
-        self._metrics["train"].clear()
-        self._metrics["train"].update(progress["metrics"])
-        self._tr_loss, self._globalstep_last_logged = progress["loss"], progress["last_logged"]
-
-    def _saved_progress(self, checkpoint: str, rank: int) -> dict[str, Any]:
-        """Return the progress that a rank has saved in a checkpoint, or nothing."""
-        path = Path(checkpoint, PROGRESS_FILE.format(rank))
-        progress = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        return dict(send_to_device(progress, self.accelerator.device))
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
-        if isinstance(self._train_sampler, RepeatSampler) and self._train_sampler.shuffle:
-            for _ in range(epochs_trained):  # TRL shuffles by one generator for all epochs
-                torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
-        return epochs_trained, steps_trained
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_ppo_state(Path(checkpoint), self._stateful)
             self.guard.rollback.after_loading(
                 self.optimizer, self.lr_scheduler, Path(checkpoint), self.state.global_step
             )
-            if self.args.eval_strategy != "no":
-                self.held_out.check_baseline(checkpoint)

@@ -170,7 +170,7 @@ def test_figures_are_files_too(page, store):
 def test_the_page_shows_every_part(page):
     text = " ".join(_Page(page).text.split())
     for part in (
-        "6 PPO runs in 3 configurations",
+        "6 runs in 3 configurations",
         "Best at equal KL: A (kl_coef 0.02)",
         "gold_score 0.70 [0.64, 0.76]",  # of the runs
         "1,000 tokens/s",

@@ -78,7 +78,7 @@ def test_three_configurations_of_two_seeds(store):
     assert {ranked.group.name for ranked in verdict.ranking} == {"A", "B", "C"}
     assert verdict.ranking[-1].group.name == "C"
     assert 3.5 < verdict.common_kl < 4.2, "what the group of the smallest KL reaches"
-    assert "which PPO was not trained on, A beats its baseline most often: win rate 0.70" in held_out_winner(groups)
+    assert "which trains no policy, A beats its baseline most often: win rate 0.70" in held_out_winner(groups)
     assert all(run.evaluation is not None and run_alarms(run) == [] for group in groups for run in group.runs)
 
 
@@ -112,7 +112,7 @@ def test_runs_are_chosen_by_name(store):
         (
             "sweep",
             ["deadbeef"],
-            r"`runs`: no PPO run 'deadbeef' in experiment 'sweep', which has: .*\(runs/seed-1/ppo\)",
+            r"`runs`: no run 'deadbeef' in experiment 'sweep', which has: .*\(runs/seed-1/ppo\)",
         ),
     ],
 )
@@ -124,7 +124,9 @@ def test_what_does_not_exist_is_answered_by_what_does(store, experiment, runs, m
 
 def test_an_experiment_without_ppo(store):
     log_evaluation(store, "only-evaluations", "0" * 32, [], {})
-    with pytest.raises(ValueError, match=r"'only-evaluations' has no PPO run \(runs there: 1 evaluation\)"):
+    with pytest.raises(
+        ValueError, match=r"'only-evaluations' has no run of PPO, RLOO, GRPO or DPO \(runs there: 1 evaluation\)"
+    ):
         read_experiment("only-evaluations", [], store)
 
 

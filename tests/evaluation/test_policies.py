@@ -1,11 +1,19 @@
 """Completions are sampled from the policy itself, and the KL between two policies is exact."""
 
+import math
+
 import pytest
 import tiny
 import torch
-from tolerances import FP32, assert_close
+from tolerances import FP32, FP64, assert_close
 
-from rlhf_recipes.evaluation.policies import compare_policies, eos_token_ids, generate_completions, sequence_kl
+from rlhf_recipes.evaluation.policies import (
+    best_of_n,
+    compare_policies,
+    eos_token_ids,
+    generate_completions,
+    sequence_kl,
+)
 
 pytestmark = pytest.mark.tiny
 
@@ -103,3 +111,30 @@ def test_a_judge_sees_the_other_columns_and_may_have_nothing_to_say(tok):
     assert results["judge/policy"] == (1 + 3 + 4) / 3
     assert results["judge/win_rate"] == 0.5
     assert columns["policy_judge"][1] is None
+
+
+def test_the_best_of_n_answers_of_each_prompt(tok):
+    """Prompt a scores (3, 1, nothing, 2), prompt b (0, 0, 4, 1); the figure is ten times the score."""
+    calls = []
+
+    def chooser(prompts, completions, completion_ids, answer, **kwargs):
+        assert answer == ["a"] * 4 + ["b"] * 4
+        calls.append(completion_ids)
+        return [3.0, 1.0, None, 2.0, 0.0, 0.0, 4.0, 1.0]
+
+    def gold(completions, **kwargs):
+        return [30.0, 10.0, None, 20.0, 0.0, 0.0, 40.0, 10.0]
+
+    dataset = tiny.prompts(count=2).add_column("answer", ["a", "b"])
+    judges, given = {"reward_model": chooser, "gold": gold}, {"chooser": "reward_model", "max_completion_length": 4}
+    results = best_of_n(tiny.policy(tok), tok, dataset, judges, [4, 2, 1], **given)
+    (ids,) = calls  # sampled once
+    lengths = torch.tensor([len(row) for row in ids]).double()
+    pairs_a, pairs_b = (30 + 30 + 30 + 20 + 20 + 10) / 6, (40 + 40 + 40 + 10 + 10 + 0) / 6
+    assert results["best_of_4/gold"] == (30 + 40) / 2
+    assert_close(results["best_of_2/gold"], (pairs_a + pairs_b) / 2, FP64)
+    assert_close(results["best_of_1/gold"], (30 + 10 + 20 + 0 + 0 + 40 + 10) / 7, FP64)
+    assert_close(results["best_of_1/length"], lengths.mean(), FP64)
+    assert_close(results["best_of_4/length"], (lengths[0] + lengths[6]) / 2, FP64)
+    assert_close(results["best_of_4/kl_bound"], math.log(4) - 0.75, FP64)
+    assert best_of_n(tiny.policy(tok), tok, dataset, judges, [], **given) == {}

@@ -5,7 +5,7 @@ import tiny
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.options.ppo import PPOConfig
-from rlhf_recipes.preflight.schedule import kl_findings, ppo_schedule, schedule_findings, supervised_schedule
+from rlhf_recipes.preflight.schedule import kl_findings, rollout_schedule, schedule_findings, supervised_schedule
 
 
 class Counted(Exception):
@@ -38,7 +38,7 @@ def _counts(trainer, monkeypatch):
 )
 def test_ppo_steps_are_those_that_the_trainer_makes(tmp_path, monkeypatch, options):
     trainer = tiny.ppo_trainer(tmp_path, data=tiny.prompts(count=37), **options)
-    schedule = ppo_schedule(trainer.args, 37)
+    schedule = rollout_schedule(trainer.args, 37)
     steps, passes = _counts(trainer, monkeypatch)
     assert schedule.steps == steps
     assert passes - 1 < schedule.passes <= passes
@@ -53,7 +53,7 @@ def test_ppo_batches(tmp_path):
         num_iterations=3,
         max_steps=30,
     )
-    schedule = ppo_schedule(args, 20)
+    schedule = rollout_schedule(args, 20)
     assert schedule.rollout == 4 * 8
     assert schedule.batch == 4 * 2
     assert schedule.mini_batches == 4
@@ -77,7 +77,7 @@ def test_ppo_batches(tmp_path):
 def test_evaluations_and_checkpoints_are_those_of_a_run(tmp_path, options, evaluations, checkpoints):
     evaluation = tiny.prompts(count=2)
     trainer = tiny.ppo_trainer(tmp_path, max_steps=32, max_completion_length=2, eval_data=evaluation, **options)
-    schedule = ppo_schedule(trainer.args, 8)
+    schedule = rollout_schedule(trainer.args, 8)
     assert (schedule.evaluations, schedule.checkpoints) == (evaluations, checkpoints)
     trainer.train()
     assert len([record for record in trainer.state.log_history if "eval_score/gain" in record]) == evaluations
@@ -109,7 +109,7 @@ def test_supervised_steps_are_those_that_the_trainer_makes(tmp_path, monkeypatch
 
 def _messages(tmp_path, rows=32, evaluation_rows=80, **options):
     args = tiny.ppo_config(tmp_path, **options)
-    schedule = ppo_schedule(args, rows)
+    schedule = rollout_schedule(args, rows)
     findings = [*schedule_findings(args, schedule, evaluation_rows), *kl_findings(args, schedule)]
     assert {finding.level for finding in findings} <= {"warning"}
     return " ".join(finding.message for finding in findings)

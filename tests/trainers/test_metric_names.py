@@ -8,7 +8,9 @@ import tiny
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_recipes.evaluation.policies import compare_policies
+from rlhf_recipes.evaluation.policies import best_of_n, compare_policies
+from rlhf_recipes.options.baselines import CONFIGS
+from rlhf_recipes.trainers.baselines import TRAINERS, Scoring
 
 pytestmark = pytest.mark.tiny
 
@@ -24,7 +26,15 @@ def _documented():
     cells = [line.split("|")[1] if line.startswith("|") else line for line in lines]
     names = {name for cell in cells for name in re.findall(r"`([\w/<>*.]+)`", cell)}
     options = {"eval_strategy", "eval_steps", "judge_models", "judge_functions", "pairwise_judges", "score", "alarms"}
-    prose = {"num_generations", "rlhf_recipes/evaluation/alarms.py", "recipes/evaluate.py", "eval_<figure>", "<name>"}
+    prose = {
+        "best_of",
+        "beta",
+        "num_generations",
+        "rlhf_recipes/evaluation/alarms.py",
+        "recipes/evaluate.py",
+        "eval_<figure>",
+        "<name>",
+    }
     return names - options - prose
 
 
@@ -63,20 +73,42 @@ def _sft(directory):
     return trainer
 
 
+def _baseline(method, **options):
+    def run(directory):
+        policy = tiny.save(tiny.policy(tiny.tokenizer()), directory / "policy")
+        data = TRAINERS[method].rows(tiny.preferences())
+        trainer = TRAINERS[method](
+            policy,
+            CONFIGS[method](str(directory), **{**tiny.QUIET, **EVALUATED, "max_completion_length": 4, **options}),
+            Scoring([tiny.length_reward], " ", judges={"judge": tiny.length_reward}),
+            train_dataset=data,
+            eval_dataset=data,
+            processing_class=tiny.tokenizer(),
+        )
+        trainer.train()
+        return trainer
+
+    return run
+
+
+BASELINES = {"rloo": _baseline("rloo", num_generations=2), "dpo": _baseline("dpo")}
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     names = {
         stage: {name for entry in run(directory / stage).state.log_history for name in entry} - {"step"}
-        for stage, run in {"ppo": _ppo, "reward_modeling": _reward_model, "sft": _sft}.items()
+        for stage, run in {"ppo": _ppo, "reward_modeling": _reward_model, "sft": _sft, **BASELINES}.items()
     }
     tok = tiny.tokenizer()
     judges = {"judges": {"judge": tiny.length_reward}, "max_completion_length": 4}
     names["evaluate"] = set(compare_policies(tiny.policy(tok), tiny.policy(tok), tok, tiny.prompts(), **judges)[0])
+    names["evaluate"] |= set(best_of_n(tiny.policy(tok), tok, tiny.prompts(), sizes=[2], chooser="judge", **judges))
     return names
 
 
-@pytest.mark.parametrize("stage", ["ppo", "reward_modeling", "sft", "evaluate"])
+@pytest.mark.parametrize("stage", ["ppo", "reward_modeling", "sft", *BASELINES, "evaluate"])
 def test_every_logged_name_is_explained(logged, stage):
     patterns = [_pattern(name) for name in _documented()]
     unknown = {

@@ -21,7 +21,7 @@ from packaging.version import Version
 from transformers import PretrainedConfig, Trainer
 from transformers.integrations import MLflowCallback
 from transformers.trainer_callback import ExportableState
-from trl import GRPOTrainer, RewardTrainer
+from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer
 from trl.models import utils as models_utils
 from trl.trainer import reward_trainer, utils
 
@@ -57,6 +57,9 @@ SIGNATURES = {
     (GRPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
     (GRPOTrainer, "_get_train_sampler"): ["self", "dataset"],
+    (RLOOTrainer, "_calculate_rewards"): ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    (RLOOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
+    (RLOOTrainer, "_get_train_sampler"): ["self", "dataset"],
     (RewardTrainer, "compute_loss"): ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     (RewardTrainer, "evaluate"): ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     (RewardTrainer, "log"): ["self", "logs", "start_time"],
@@ -89,6 +92,9 @@ SIGNATURES = {
     (models_utils, "disable_gradient_checkpointing"): ["model", "gradient_checkpointing_kwargs"],
     (models_utils, "prepare_deepspeed"): ["model", "accelerator"],
     (models_utils, "prepare_fsdp"): ["model", "accelerator"],
+    (models_utils, "unwrap_model_for_generation"): [
+        "model", "accelerator", "gather_deepspeed3_params", "generation_kwargs", "gradient_checkpointing_kwargs",
+    ],
     (reward_trainer, "suppress_seqcls_warning"): [],
     (utils, "FusedCausalLMOutput"): [
         "loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss",
@@ -110,6 +116,10 @@ ATTRIBUTES = [
     (GRPOTrainer, "_logs"),
     (GRPOTrainer, "_metrics"),
     (GRPOTrainer, "_step"),
+    (DPOTrainer, "_metrics"),
+    (RLOOTrainer, "_buffered_inputs"),
+    (RLOOTrainer, "_metrics"),
+    (RLOOTrainer, "_step"),
     (RewardTrainer, "_metrics"),
     (Trainer, "_globalstep_last_logged"),
     (Trainer, "_internal_call"),  # a parameter

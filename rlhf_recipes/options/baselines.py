@@ -1,0 +1,50 @@
+"""Options of `recipes/baseline.py`, beside those of TRL's trainers."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import trl
+
+from rlhf_recipes.options.checks import check_choice
+from rlhf_recipes.options.recipes import PPOArguments
+from rlhf_recipes.options.reward_calls import RewardCallConfig
+
+
+@dataclass
+class BaselineArguments(RewardCallConfig, PPOArguments):
+    """Method, rewards and judges of `recipes/baseline.py`."""
+
+    method: Literal["rloo", "grpo", "dpo"] = field(
+        default="rloo", metadata={"help": "Trainer of TRL: RLOOTrainer, GRPOTrainer or DPOTrainer."}
+    )
+    response_separator: str = field(
+        default="\n\n", metadata={"help": "The same as in SFT and reward modelling; for plain text only."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "method", tuple(CONFIGS))
+        self.check_reward_calls()
+
+
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """Options of TRL's DPO, and the length of the answers in an evaluation: DPO itself samples nothing."""
+
+    max_completion_length: int = field(
+        default=512, metadata={"help": "Tokens per answer in an evaluation, as in RLOO and GRPO."}
+    )
+
+
+# The class of options of each method.
+CONFIGS = {"rloo": trl.RLOOConfig, "grpo": trl.GRPOConfig, "dpo": DPOConfig}
+
+
+def samples_rollouts(args: Any) -> bool:
+    """Return whether a trainer with these options samples its training data from the policy."""
+    return hasattr(args, "steps_per_generation")
+
+
+def rollout_steps(args: Any) -> int:
+    """Return the number of optimiser steps on one rollout, at least 1."""
+    return max(int(args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps), 1)

@@ -1,0 +1,357 @@
+"""TRL's RLOO, GRPO and DPO with the rewards, the evaluation and the checkpoints of PPO, to compare PPO with them.
+
+Losses and defaults are TRL's. The figures of an evaluation have the names of PPO's.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import nan
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import use_adapter
+
+from rlhf_recipes.algorithm.distributed import global_means, global_sum
+from rlhf_recipes.algorithm.kl import estimate_kl
+from rlhf_recipes.data.loading import without_answers
+from rlhf_recipes.data.messages import answer_to
+from rlhf_recipes.data.prompts import add_separator, check_columns, check_prompts_fit
+from rlhf_recipes.evaluation.policies import completion_logps, eos_token_ids, generate_completions
+from rlhf_recipes.evaluation.samples import sample_rows
+from rlhf_recipes.models.loading import check_output_dir, only_active_adapter
+from rlhf_recipes.models.quantization import save_quantization
+from rlhf_recipes.options.baselines import DPOConfig
+from rlhf_recipes.options.changes import with_changes
+from rlhf_recipes.options.reward_calls import RewardCallConfig
+from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions, weighted_scores
+from rlhf_recipes.trainers.compared import ComparedTrainer, RolloutTrainer
+from rlhf_recipes.trainers.rollout import own_part
+from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, check_policy, check_rollout_fits, policy_loader
+
+LOGGED_SAMPLES = 16  # completions of the latest rollout in the table of each log
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What scores the answers of a baseline, and the text that it reads.
+
+    Args:
+        rewards: Reward models and functions. RLOO and GRPO train on them. They only judge DPO.
+        response_separator: Separator between prompt and response.
+        judges: Functions that score the answers of an evaluation, by name.
+        pairwise_judges: Functions that compare two answers, by name.
+        limits: Limits of the calls.
+    """
+
+    rewards: list[Any]
+    response_separator: str
+    judges: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    pairwise_judges: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    limits: RewardCallConfig = field(default_factory=RewardCallConfig)
+
+
+def prepared(
+    model: str,
+    args: Any,
+    scoring: Scoring,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    *,
+    columns: tuple[str, ...],
+    tokenizer: Any,
+    peft_config: Any,
+) -> dict[str, Any]:
+    """Check the arguments of a baseline, load its policy safely, and return the arguments of TRL's trainer.
+
+    Args:
+        model: Directory or name of the policy.
+        args: Options of TRL's trainer.
+        scoring: Rewards, judges and separator.
+        train_dataset: Training rows.
+        eval_dataset: Evaluation rows.
+        columns: Columns that both must have, as text or messages.
+        tokenizer: Tokenizer of the policy.
+        peft_config: Adapter to add to the policy.
+
+    Raises:
+        ValueError: If data, policy or batch sizes do not fit.
+    """
+    check_columns(train_dataset, columns, "train_dataset")
+    check_columns(eval_dataset, columns, "eval_dataset")
+    policy = policy_loader(model, args, None)()
+    check_policy(policy, peft_config, args)
+    check_output_dir(args.output_dir, adapter=peft_config is not None or isinstance(policy, PeftModel))
+    train, evaluation = (add_separator(x, scoring.response_separator) for x in (train_dataset, eval_dataset))
+    check_prompts_fit(train, tokenizer, policy.config, args.max_completion_length)
+    # The policy is loaded. TRL loads the reference by the same name, in the precision of the policy.
+    revision = (args.model_init_kwargs or {}).get("revision", "main")
+    loading = None if revision == "main" else {"revision": revision}
+    # Later answers are compared with those of step 0.
+    own = with_changes(args, model_init_kwargs=loading, eval_on_start=args.eval_strategy != "no")
+    data = {"train_dataset": train, "eval_dataset": evaluation, "processing_class": tokenizer}
+    return {"model": policy, "args": own, "peft_config": peft_config, **data}
+
+
+def checked_rewards(scoring: Scoring, args: Any, dataset: Dataset) -> list[Any]:
+    """Load the reward models, and check that their cards fit the run.
+
+    Raises:
+        ValueError: If there is no reward, or if a reward model was trained on another kind of text.
+    """
+    loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("dtype", "attn_implementation")}
+    rewards = as_reward_functions(scoring.rewards, **loading)
+    check_reward_functions(rewards, dataset=dataset, response_separator=scoring.response_separator)
+    return rewards
+
+
+class Baseline(ComparedTrainer):
+    """Save a policy as PPO's trainer saves it: one adapter, and the quantisation of its base beside it."""
+
+    _state_file = "baseline_state.json"
+
+    @classmethod
+    def rows(cls, dataset: Dataset) -> Dataset:
+        """Return the columns of a dataset that the trainer may see."""
+        return without_answers(dataset)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy."""
+        with only_active_adapter(self.model):
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save and isinstance(self.model, PeftModel):
+            save_quantization(self.model, output_dir or self.args.output_dir)
+
+
+class SamplingBaseline(Baseline, RolloutTrainer):
+    """Score the completions of one of TRL's trainers, which is the next base, as PPO scores its own.
+
+    Args:
+        model: Directory or name of the policy.
+        args: Options of TRL's trainer.
+        scoring: Rewards and judges.
+        train_dataset: `prompt`, plain text or messages.
+        eval_dataset: `prompt`, plain text or messages.
+        processing_class: Tokenizer of the policy.
+        peft_config: LoRA or another PEFT method.
+        callbacks: Callbacks.
+
+    Raises:
+        ValueError: If data, policy or reward model do not fit. The error comes before training.
+    """
+
+    beta: float
+    eos_token_ids: list[int]
+    reward_func_names: list[str]
+    reward_weights: Tensor
+    _progress_file = "baseline_progress_{}.pt"
+
+    def __init__(
+        self,
+        model: str,
+        args: Any,
+        scoring: Scoring,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: Any = None,
+    ) -> None:
+        check_rollout_fits(train_dataset, args)
+        options: dict[str, Any] = {"tokenizer": processing_class, "peft_config": peft_config}
+        parts = prepared(model, args, scoring, train_dataset, eval_dataset, columns=("prompt",), **options)
+        rewards = checked_rewards(scoring, args, parts["train_dataset"])
+        super().__init__(reward_funcs=list(rewards), callbacks=callbacks, **parts)
+        # TRL calls these: the reward functions, with time limits and retries.
+        self.reward_funcs = self.prepare_rewards(
+            rewards, scoring.limits, self.eos_token_ids, scoring.judges, scoring.pairwise_judges
+        )
+        self._stateful = {"held_out": self.held_out}
+        self._samples = []
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._log_metrics({f"rewards/{name}": value for name, value in self.reward_calls.settle().items()})
+        scores = weighted_scores(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
+        self._log_metrics({"objective/scores": scores.nanmean().item()})
+        if self.model.training:
+            self.reward_calls.check_any_scored(scores)
+        answers = (prompts, completions, completion_ids_list)
+        named = dict(zip(self.reward_func_names, rewards_per_func.unbind(dim=1), strict=True)) | {"score": scores}
+        cut = torch.tensor([ids[-1] not in self.eos_token_ids for ids in completion_ids_list])
+        rows = sample_rows(*answers, {name: own_part(values) for name, values in named.items()}, cut)
+        if self.model.training:
+            self._samples = rows[:LOGGED_SAMPLES]
+        else:
+            self.held_out.add(rows, inputs, *answers)
+        return rewards_per_func
+
+
+class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
+    """Train by TRL's RLOO."""
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        if self.beta != 0.0:
+            tokens = batch["completion_mask"].sum(dim=1)
+            total, count = global_sum(torch.stack([tokens.sum(), (tokens > 0).sum()])).tolist()
+            # TRL has logged the mean of k1 over tokens. Ours is the mean over completions of its sum.
+            per_token = self._metrics["train" if self.model.training else "eval"]["kl"][-1]
+            self._log_metrics({"objective/kl": per_token * total / (count or 1)})
+        return batch
+
+
+class GRPOTrainer(SamplingBaseline, trl.GRPOTrainer):
+    """Train by TRL's GRPO."""
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        mask = batch["completion_mask"]
+        if "ref_per_token_logps" in batch and (logps := self._sampled_logps(batch)) is not None:
+            k1 = estimate_kl(logps, batch["ref_per_token_logps"], "k1")
+            _, (kl,) = global_means(mask.any(dim=1), (k1 * mask).sum(dim=1))
+            self._log_metrics({"objective/kl": kl})
+        return batch
+
+    def _sampled_logps(self, batch: dict[str, Any]) -> Tensor | None:
+        """Return the log-probabilities of the policy that sampled; `None` if only a further forward could tell them.
+
+        An evaluation has that forward.
+        """
+        if "old_per_token_logps" in batch or self.model.training:
+            return batch.get("old_per_token_logps")
+        ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+        count, size = batch["completion_ids"].size(1), self.args.per_device_eval_batch_size
+        return self._get_per_token_logps_and_entropies(self.model, ids, mask, count, size)[0]
+
+
+class DPOTrainer(Baseline, trl.DPOTrainer):
+    """Train by TRL's DPO on preference pairs. Answer the prompts of the evaluation pairs, which TRL's DPO never does.
+
+    Args:
+        model: Directory or name of the policy.
+        args: Options of TRL's trainer, and the length of an answer.
+        scoring: Rewards and judges of the evaluation.
+        train_dataset: `prompt`, `chosen`, `rejected`, plain text or messages.
+        eval_dataset: The same columns.
+        processing_class: Tokenizer of the policy.
+        peft_config: LoRA or another PEFT method.
+        callbacks: Callbacks.
+
+    Raises:
+        ValueError: If data, policy or reward model do not fit, or if nothing scores the answers of an evaluation.
+    """
+
+    @classmethod
+    def rows(cls, dataset: Dataset) -> Dataset:
+        """Return the pairs as they are."""
+        return dataset
+
+    def __init__(
+        self,
+        model: str,
+        args: DPOConfig,
+        scoring: Scoring,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: Any = None,
+    ) -> None:
+        columns = ("prompt", "chosen", "rejected")
+        options: dict[str, Any] = {"tokenizer": processing_class, "peft_config": peft_config}
+        parts = prepared(model, args, scoring, train_dataset, eval_dataset, columns=columns, **options)
+        evaluates = args.eval_strategy != "no"
+        if (
+            evaluates
+            and args.precompute_ref_log_probs
+            and not isinstance(parts["model"], PeftModel)
+            and not peft_config
+        ):
+            raise ValueError(
+                "`precompute_ref_log_probs` removes the reference, to which an evaluation measures the KL: leave it "
+                "out, or set `eval_strategy: no`."
+            )
+        rewards = checked_rewards(scoring, args, parts["train_dataset"]) if evaluates or scoring.rewards else []
+        self._held_out_prompts = first_of_each_prompt(parts["eval_dataset"]) if evaluates else None
+        super().__init__(callbacks=callbacks, **parts)
+        self._end_ids = eos_token_ids(parts["model"], processing_class)
+        judges = (scoring.judges, scoring.pairwise_judges)
+        functions = self.prepare_rewards(rewards, scoring.limits, self._end_ids, *judges)
+        self._functions = [getattr(function, "now", function) for function in functions]
+        self._stateful = {"held_out": self.held_out}
+
+    def answer_held_out(self) -> None:
+        """Answer the held-out prompts, and score the answers. Each process does its share."""
+        tokenizer, inputs = self.processing_class, self._own_prompts()
+        prompts = [row["prompt"] for row in inputs]
+        limits = {"max_completion_length": self.args.max_completion_length}
+        batch_size = self.args.per_device_eval_batch_size
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as policy:
+            ids = generate_completions(policy, tokenizer, prompts, batch_size=batch_size, **limits)
+            logps = completion_logps(policy, tokenizer, prompts, ids)
+            with self._reference(policy) as reference:
+                ref_logps = completion_logps(reference, tokenizer, prompts, ids)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        completions = [answer_to(*pair) for pair in zip(prompts, texts, strict=True)]
+        cut = torch.tensor([row[-1] not in self._end_ids for row in ids])
+        scores = self._scores(inputs, prompts, completions, ids)
+        kl = torch.stack([estimate_kl(*pair, "k1").sum() for pair in zip(logps, ref_logps, strict=True)])
+        rows = sample_rows(prompts, completions, ids, {"score": scores, "kl": kl}, cut)
+        self.held_out.add(rows, inputs, prompts, completions, ids)
+        figures = {
+            "objective/kl": kl,
+            "objective/scores": scores,
+            "completions/mean_length": torch.tensor([len(row) for row in ids]),
+            "completions/clipped_ratio": cut,
+        }
+        table = torch.stack([values.float() for values in figures.values()], dim=1).tolist()
+        means = torch.tensor(gather_object(table)).nanmean(dim=0).tolist()
+        self._log_metrics(dict(zip(figures, means, strict=True)))
+
+    def _own_prompts(self) -> list[dict[str, Any]]:
+        """Return the rows of this process. All processes get equally many, so some rows may be there twice."""
+        rows, state = self._held_out_prompts, self.accelerator
+        assert rows is not None
+        count = -(-len(rows) // state.num_processes)
+        return [rows[(state.process_index * count + i) % len(rows)] for i in range(count)]
+
+    def _scores(self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, ids: list[list[int]]) -> Tensor:
+        """Return the sum of the rewards of each answer, `(B,)`."""
+        known = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", "completion")}
+        answers = {"prompts": prompts, "completions": completions, "completion_ids": ids}
+        rewards = [[nan if x is None else x for x in function(**answers, **known)] for function in self._functions]
+        self._log_metrics({f"rewards/{name}": value for name, value in self.reward_calls.settle().items()})
+        return weighted_scores(torch.tensor(rewards).T, torch.ones(len(rewards)))
+
+    @contextmanager
+    def _reference(self, policy: Any) -> Iterator[Any]:
+        """Yield the policy that training started from, as TRL's DPO keeps it."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
+            yield policy
+
+
+def first_of_each_prompt(pairs: Dataset) -> Dataset:
+    """Return the prompts of preference pairs, each once, with the columns that a reward function may read."""
+    rows: dict[str, int] = {}
+    for row, prompt in enumerate(pairs["prompt"]):
+        rows.setdefault(json.dumps(prompt), row)
+    return without_answers(pairs).select(rows.values())
+
+
+TRAINERS: dict[str, Any] = {"rloo": RLOOTrainer, "grpo": GRPOTrainer, "dpo": DPOTrainer}

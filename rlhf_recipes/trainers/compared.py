@@ -1,0 +1,183 @@
+"""Compare the policy in training with the policy that it started from, and keep what a resume needs for that.
+
+Mixins for TRL's trainers, of overrides. A subclass calls `prepare_rewards` before it trains.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from transformers import TrainerCallback
+from trl.trainer.utils import RepeatSampler
+
+from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, load_ppo_state, save_ppo_state
+from rlhf_recipes.durability.trainer import DurableTrainer
+from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
+from rlhf_recipes.evaluation.samples import write_table
+from rlhf_recipes.models.loading import prepare_frozen
+from rlhf_recipes.options.reward_calls import RewardCallConfig
+from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
+from rlhf_recipes.trainers.update import episodes
+
+
+class ComparedTrainer(DurableTrainer):
+    """Compare the policy with the one that training started from, after every evaluation of TRL.
+
+    A subclass sets the attributes declared here before it trains.
+    """
+
+    held_out: HeldOutComparison
+    reward_calls: RewardCalls
+    scorers: list[Scorer]
+    _metrics: Any  # TRL's: figures since the latest log
+    _stateful: dict[str, Stateful]  # by its name in a checkpoint
+    _state_file = STATE_FILE
+
+    def prepare_rewards(
+        self,
+        functions: list[Any],
+        limits: RewardCallConfig,
+        eos_token_ids: list[int],
+        judges: dict[str, Callable[..., Any]] | None,
+        pairwise_judges: dict[str, Callable[..., Any]] | None,
+    ) -> list[Any]:
+        """Prepare reward functions and judges. Return the functions with time limits and retries.
+
+        Args:
+            functions: Reward functions and scorers.
+            limits: Limits of the calls.
+            eos_token_ids: Ids that end a completion.
+            judges: Functions that score the answers of an evaluation, by name.
+            pairwise_judges: Functions that compare two answers, by name.
+        """
+        own = (limits.reward_timeout, limits.reward_retries, limits.failed_rewards)
+        self.reward_calls = RewardCalls(*own)
+        self.held_out = HeldOutComparison(judges, pairwise_judges, seed=self.args.seed, calls=RewardCalls(*own))
+        self.scorers = [scorer_of(function) for function in functions]
+        run = ScoringRun(
+            policy=self.model,
+            policy_eos_token_ids=eos_token_ids,
+            batch_size=self.args.per_device_train_batch_size,
+            timeout=limits.reward_timeout,
+            prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
+        )
+        for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
+            scorer.prepare(run)
+        return [self.reward_calls.guard(function) for function in functions]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as TRL does, and compare with the policy that training started from."""
+        with own_randomness(self.args.seed, self.accelerator.device):
+            output = super().evaluation_loop(*args, **kwargs)
+            self.answer_held_out()
+        metrics, rows = self.held_out.finish(is_start=self.state.global_step == 0)
+        if self.args.should_save:
+            write_table(rows, self.args.output_dir, "evaluation", self.state.global_step)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def answer_held_out(self) -> None:
+        """Answer the held-out prompts. The trainers that sample have done it in TRL's evaluation."""
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _save_progress(self, folder: Path) -> None:
+        super()._save_progress(folder)
+        if self.args.should_save:
+            save_ppo_state(folder, self._stateful, self._state_file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        load_ppo_state(Path(checkpoint), self._stateful, self._state_file)
+        if self.args.eval_strategy != "no":
+            self.held_out.check_baseline(checkpoint)
+
+
+class ProgressCallback(TrainerCallback):
+    """Restore the progress of a checkpoint, once transformers has set its sums to zero."""
+
+    def __init__(self, restore: Callable[[], None]) -> None:
+        self._restore = restore
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call the method."""
+        self._restore()
+
+
+class RolloutTrainer(ComparedTrainer):
+    """Resume inside a rollout, and in later epochs with the same order of the data, which TRL loses."""
+
+    num_iterations: int
+    _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout
+    _samples: list[dict[str, Any]]  # rows of the latest rollout
+    _step: int
+    _progress_file = PROGRESS_FILE
+    _train_sampler: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(ProgressCallback(self.restore_progress))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log TRL's figures. With those of training, log the number of completions so far, and write some of them."""
+        if self.model.training and "loss" in logs:
+            self._log_metrics({"episode": episodes(self.state.global_step, self.args)})
+            if self.args.should_save and self._samples:
+                write_table(self._samples, self.args.output_dir, "training", self.state.global_step)
+        super().log(logs, start_time)
+
+    def _save_progress(self, folder: Path) -> None:
+        torch.save(self._progress(), folder / self._progress_file.format(self.accelerator.process_index))
+        super()._save_progress(folder)
+
+    def _progress(self) -> dict[str, Any]:
+        """Return this rank's share of the current rollout, and the figures since the latest log."""
+        is_inside_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "step": self._step,
+            "rollout": self._buffered_inputs if is_inside_rollout else None,
+            "samples": self._samples,
+            "metrics": dict(self._metrics["train"]),
+            "loss": self._tr_loss,
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def restore_progress(self) -> None:
+        """Continue the rollout and the figures of the checkpoint that is resumed, if there is one."""
+        if self._resumed_from is None:
+            return
+        progress = self._saved_progress(self._resumed_from, self.accelerator.process_index)
+        # With another number of processes the shares of the rollout differ: it is then sampled again.
+        if progress.get("num_processes") != self.accelerator.num_processes:
+            return
+        self._step, self._buffered_inputs, self._samples = (progress[name] for name in ("step", "rollout", "samples"))
+        self._metrics["train"].clear()
+        self._metrics["train"].update(progress["metrics"])
+        self._tr_loss, self._globalstep_last_logged = progress["loss"], progress["last_logged"]
+
+    def _saved_progress(self, checkpoint: str, rank: int) -> dict[str, Any]:
+        """Return the progress that a rank has saved in a checkpoint, or nothing."""
+        path = Path(checkpoint, self._progress_file.format(rank))
+        progress = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        return dict(send_to_device(progress, self.accelerator.device))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)
+        if isinstance(self._train_sampler, RepeatSampler) and self._train_sampler.shuffle:
+            for _ in range(epochs_trained):  # TRL shuffles by one generator for all epochs
+                torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
+        return epochs_trained, steps_trained
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
