@@ -67,7 +67,7 @@ def run_stage(stage: str, name: str, seed: int, num_pairs: int, parent: list[str
     world, run = WORLDS[name], Path("runs", name)
     try:
         if stage == "world":
-            write_world(world.text, run, seed, SEPARATOR)
+            write_world(world.text, run, seed, SEPARATOR, world.num_demonstrations)
         elif stage == "preferences":
             make_preferences(world, run, seed, num_pairs)
         else:
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--start", choices=STAGES, default=STAGES[0], help="first stage to run")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
     parser.add_argument("--seed", type=int, default=0, help="seed of every stage; the world is always the same")
-    parser.add_argument("--num_pairs", type=int, default=4_800, help="preference pairs to sample for training")
+    parser.add_argument("--num_pairs", type=int, help="preference pairs for training (default: those of the world)")
     parser.add_argument("--directory", default=".", help="where `runs/` is written")
     args = parser.parse_args()
     stages = STAGES[STAGES.index(args.start) : STAGES.index(args.until) + 1]
@@ -109,11 +109,11 @@ def main() -> None:
     Path(args.directory).mkdir(parents=True, exist_ok=True)
     os.chdir(args.directory)
     tracking = TrackingArguments(tracking=not {"world", "preferences"}.issuperset(stages))
-    run = Path("runs", args.world)
+    run, world = Path("runs", args.world), WORLDS[args.world]
     with track_pipeline(tracking, str(run), args.seed) as parent:
-        run_stages(stages, run_stage, args.world, args.seed, args.num_pairs, parent)
+        run_stages(stages, run_stage, args.world, args.seed, args.num_pairs or world.num_pairs, parent)
     if args.until == STAGES[-1]:
-        report(run, WORLDS[args.world].gold_score.__name__)
+        report(run, world.gold_score.__name__)
 
 
 if __name__ == "__main__":

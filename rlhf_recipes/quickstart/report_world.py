@@ -18,15 +18,7 @@ from functools import cached_property
 from itertools import groupby, product
 from typing import ClassVar, NamedTuple
 
-from rlhf_recipes.quickstart.world import (
-    FACT_TEMPLATES,
-    SUBJECTS,
-    VALUES,
-    Fact,
-    TextWorld,
-    Topic,
-    split_sentences,
-)
+from rlhf_recipes.quickstart.world import FACT_TEMPLATES, SUBJECTS, VALUES, Fact, TextWorld, Topic, split_sentences
 
 PROMPT = "Report on the {subject} and the {partner}: {attributes} and {last}."
 CLOSING = "That makes {count} about the {subject}."

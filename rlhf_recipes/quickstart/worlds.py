@@ -14,18 +14,22 @@ class World:
     Args:
         text: Source of prompts and demonstrations.
         gold_score: True score, with the signature of a TRL reward function.
+        num_demonstrations: Rows for SFT.
+        num_pairs: Preference pairs for training the reward model.
         max_completion_length: Tokens that the answers of a pair may have, the same as in `ppo.yaml`.
         label_noise: Temperature of the Bradley-Terry labels, in gold score.
     """
 
     text: TextWorld
     gold_score: Callable[..., Sequence[float]]
+    num_demonstrations: int
+    num_pairs: int
     max_completion_length: int
     label_noise: float
 
 
 # The name is also that of the folders `recipes/configs/<name>` and `runs/<name>`.
 WORLDS = {
-    "quickstart": World(DEFAULT_WORLD, gold_score, max_completion_length=48, label_noise=1.0),
-    "report": World(REPORT_WORLD, report_score, max_completion_length=112, label_noise=3.0),
+    "quickstart": World(DEFAULT_WORLD, gold_score, 10_000, 4_800, max_completion_length=48, label_noise=1.0),
+    "report": World(REPORT_WORLD, report_score, 6_400, 3_600, max_completion_length=112, label_noise=3.0),
 }
