@@ -45,20 +45,20 @@ def make_preferences(world: World, run: Path, seed: int, num_pairs: int) -> None
     tokenizer = load_tokenizer(require_path("model", str(run / "sft")), padding_side="left")
     policy = load_policy(str(run / "sft")).eval()
     (run / "preferences").mkdir(exist_ok=True)
-    for split, count in (("train", num_pairs), ("test", num_pairs // 6)):
-        prompts = Dataset.from_json(str(run / "prompts" / f"{split}.jsonl"))["prompt"]
-        pairs = sample_pairs(world, policy, tokenizer, [prompts[i % len(prompts)] for i in range(count)], seed)
-        pairs.to_json(str(run / "preferences" / f"{split}.jsonl"))
+    write_pairs(world, run, "train", num_pairs, seed, policy, tokenizer)
+    write_pairs(world, run, "test", num_pairs // 6, seed, policy, tokenizer)
 
 
-def sample_pairs(world: World, policy: Any, tokenizer: Any, prompts: list[str], seed: int) -> Dataset:
-    """Return labelled pairs of two completions, one for each prompt."""
+def write_pairs(world: World, run: Path, split: str, count: int, seed: int, policy: Any, tokenizer: Any) -> None:
+    """Write labelled pairs of two completions each."""
+    prompts = Dataset.from_json(str(run / "prompts" / f"{split}.jsonl"))["prompt"]
+    prompts = [prompts[i % len(prompts)] for i in range(count)]
     asked = [*add_separator(Dataset.from_dict({"prompt": prompts}), SEPARATOR)["prompt"]] * 2
     length = world.max_completion_length
     ids = generate_completions(policy, tokenizer, asked, max_completion_length=length, batch_size=128)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    first, second = texts[: len(prompts)], texts[len(prompts) :]
-    return sample_preferences(prompts, first, second, world.gold_score, world.label_noise, seed)
+    pairs = sample_preferences(prompts, texts[:count], texts[count:], world.gold_score, world.label_noise, seed)
+    pairs.to_json(str(run / "preferences" / f"{split}.jsonl"))
 
 
 def run_stage(stage: str, name: str, seed: int, num_pairs: int, parent: list[str]) -> None:

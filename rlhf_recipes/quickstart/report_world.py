@@ -24,7 +24,7 @@ PROMPT = "Report on the {subject} and the {partner}: {attributes} and {last}."
 CLOSING = "That makes {count} about the {subject}."
 COUNTS = ("one fact", "two facts", "three facts", "four facts", "five facts")
 LENGTHS = (3, 4, 4, 5, 5)  # attributes in the five prompts of a topic
-LEAST_CARE = 0.5
+LEAST_CARE = 0.6
 FLAWS = ("skipped", "unasked", "false", "off_topic", "filler", "rude", "repeated")
 WEIGHTS = {
     "fact": 1.0,

@@ -31,5 +31,5 @@ class World:
 # The name is also that of the folders `recipes/configs/<name>` and `runs/<name>`.
 WORLDS = {
     "quickstart": World(DEFAULT_WORLD, gold_score, 10_000, 4_800, max_completion_length=48, label_noise=1.0),
-    "report": World(REPORT_WORLD, report_score, 6_400, 3_600, max_completion_length=112, label_noise=3.0),
+    "report": World(REPORT_WORLD, report_score, 9_600, 3_200, max_completion_length=112, label_noise=2.0),
 }

@@ -69,6 +69,7 @@ def without(sentences, *dropped):
         ([*FOX, THREE_FOX], 3.0),
         ([*FOX, THREE_FOX, FOX_END], 2.0),  # the first number counts
         ([*FOX[:3], THREE_FOX, FOX[3]], 4.0),  # the block is over
+        ([*FOX[:3], ONE_FOX, FOX[3]], 2.0),  # after a wrong number too
         ([*FOX[:3], THREE_FOX, FOX[3], FOX_END], 3.0),  # no second closing
         ([*FOX[:3], "The fox eats leaves.", FOX_END], 3.5),  # true and unasked, but given
         ([*FOX[:3], "The fox is awake at dawn.", THREE_FOX], 2.5),  # false facts are not given
