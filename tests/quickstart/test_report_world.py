@@ -4,8 +4,10 @@ import random
 import re
 import statistics
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from strategies import seeds
 
@@ -16,6 +18,7 @@ from rlhf_recipes.quickstart.worlds import WORLDS
 PROMPTS = REPORT_WORLD.prompts()
 TRAIN, HELD_OUT = build.split_prompts(REPORT_WORLD, seed=0)
 SEPARATOR = "\n"
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 
 # One prompt of the world, and its true facts: cave, roars, red and in spring; swamp, growls, green and at noon.
 PROMPT = "Report on the fox and the goat: home, voice, colour and hours."
@@ -255,3 +258,13 @@ def test_a_world_is_written_from_its_own_text(tmp_path):
     assert len((tmp_path / "data" / "train.jsonl").read_text().splitlines()) == 50
     assert len((tmp_path / "prompts" / "test.jsonl").read_text().splitlines()) == 80
     assert "Report on the" in (tmp_path / "data" / "train.jsonl").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("stage", ["ppo", "evaluate"])
+def test_the_configurations_fit_their_world(name, stage):
+    options = yaml.safe_load((CONFIGS / name / f"{stage}.yaml").read_text())
+    gold = WORLDS[name].gold_score
+    assert options["max_completion_length"] == WORLDS[name].max_completion_length
+    assert options["judge_functions"] == [f"{gold.__module__}:{gold.__name__}"]
+    assert options["model_name_or_path"].startswith(f"runs/{name}/")
