@@ -1,6 +1,7 @@
 """The quickstart: RLHF from nothing, without network or GPU, in a world whose true score is known.
 
     python recipes/quickstart.py
+    python recipes/quickstart.py --world report
     python recipes/quickstart.py --until reward_modeling --seed 1 --directory runs/seed-1
     python recipes/quickstart.py --start ppo
 
@@ -29,48 +30,48 @@ from rlhf_recipes.models.loading import load_policy, load_tokenizer
 from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.recipes import TrackingArguments
 from rlhf_recipes.quickstart.build import sample_preferences, write_world
-from rlhf_recipes.quickstart.world import gold_score
+from rlhf_recipes.quickstart.worlds import WORLDS, World
 from rlhf_recipes.tracking.session import track_pipeline
 from rlhf_recipes.tracking.store import ui_command
 
 RECIPES = Path(__file__).resolve().parent
 STAGES = ("world", "sft", "preferences", "reward_modeling", "ppo", "evaluate")
-RUN = Path("runs", "quickstart")
-SEPARATOR = "\n"  # as in recipes/configs/quickstart/*.yaml
-LABEL_NOISE = 1.0  # temperature of the Bradley-Terry labels, in gold score
+SEPARATOR = "\n"  # as in the configurations of both worlds
 
 
-def make_preferences(seed: int, num_pairs: int) -> None:
+def make_preferences(world: World, run: Path, seed: int, num_pairs: int) -> None:
     """Sample pairs from the SFT policy on the training prompts, and label them with noise."""
     set_seed(seed)
-    tokenizer = load_tokenizer(require_path("model", str(RUN / "sft")), padding_side="left")
-    policy = load_policy(str(RUN / "sft")).eval()
-    (RUN / "preferences").mkdir(exist_ok=True)
-    write_pairs(policy, tokenizer, "train", num_pairs, seed)
-    write_pairs(policy, tokenizer, "test", num_pairs // 6, seed)
+    tokenizer = load_tokenizer(require_path("model", str(run / "sft")), padding_side="left")
+    policy = load_policy(str(run / "sft")).eval()
+    (run / "preferences").mkdir(exist_ok=True)
+    write_pairs(world, run, "train", num_pairs, seed, policy, tokenizer)
+    write_pairs(world, run, "test", num_pairs // 6, seed, policy, tokenizer)
 
 
-def write_pairs(policy: Any, tokenizer: Any, split: str, count: int, seed: int) -> None:
+def write_pairs(world: World, run: Path, split: str, count: int, seed: int, policy: Any, tokenizer: Any) -> None:
     """Write labelled pairs of two completions each."""
-    prompts = Dataset.from_json(str(RUN / "prompts" / f"{split}.jsonl"))["prompt"]
+    prompts = Dataset.from_json(str(run / "prompts" / f"{split}.jsonl"))["prompt"]
     prompts = [prompts[i % len(prompts)] for i in range(count)]
     asked = [*add_separator(Dataset.from_dict({"prompt": prompts}), SEPARATOR)["prompt"]] * 2
-    ids = generate_completions(policy, tokenizer, asked, max_completion_length=48, batch_size=128)
+    length = world.max_completion_length
+    ids = generate_completions(policy, tokenizer, asked, max_completion_length=length, batch_size=128)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    pairs = sample_preferences(prompts, texts[:count], texts[count:], gold_score, LABEL_NOISE, seed)
-    pairs.to_json(str(RUN / "preferences" / f"{split}.jsonl"))
+    pairs = sample_preferences(prompts, texts[:count], texts[count:], world.gold_score, world.label_noise, seed)
+    pairs.to_json(str(run / "preferences" / f"{split}.jsonl"))
 
 
-def run_stage(stage: str, seed: int, num_pairs: int, parent: list[str]) -> None:
+def run_stage(stage: str, name: str, seed: int, num_pairs: int, parent: list[str]) -> None:
     """Run one stage as its own command would."""
     quiet_start()  # a spawned process starts without it
+    world, run = WORLDS[name], Path("runs", name)
     try:
         if stage == "world":
-            write_world(RUN, seed, SEPARATOR)
+            write_world(world.text, run, seed, SEPARATOR, world.num_demonstrations)
         elif stage == "preferences":
-            make_preferences(seed, num_pairs)
+            make_preferences(world, run, seed, num_pairs)
         else:
-            config = RECIPES / "configs" / "quickstart" / f"{stage}.yaml"
+            config = RECIPES / "configs" / name / f"{stage}.yaml"
             sys.argv = [f"{stage}.py", "--config", str(config), "--seed", str(seed), *parent]
             runpy.run_path(str(RECIPES / f"{stage}.py"), run_name="__main__")
     except Exception:
@@ -78,27 +79,27 @@ def run_stage(stage: str, seed: int, num_pairs: int, parent: list[str]) -> None:
         sys.exit(1)
 
 
-def report() -> None:
+def report(run: Path, gold: str) -> None:
     """Print the outcome and write the plot."""
-    results = json.loads((RUN / "evaluate" / "results.json").read_text(encoding="utf-8"))
-    judges = ("gold_score", "reward_model")
-    rows = {judge: [results[f"{judge}/baseline"], results[f"{judge}/policy"]] for judge in judges}
+    results = json.loads((run / "evaluate" / "results.json").read_text(encoding="utf-8"))
+    rows = {judge: [results[f"{judge}/baseline"], results[f"{judge}/policy"]] for judge in (gold, "reward_model")}
     rows["length (tokens)"] = [results["baseline/length"], results["policy/length"]]
     rows["KL to SFT (nats)"] = [0.0, results["policy/kl"]]
-    rate, low, high = (results[f"gold_score/win_rate{end}"] for end in ("", "_low", "_high"))
+    rate, low, high = (results[f"{gold}/win_rate{end}"] for end in ("", "_low", "_high"))
     rows["win rate over SFT (gold)"] = ["", f"{rate:.3f} [{low:.3f}, {high:.3f}]"]
-    plot = plot_training(RUN / "ppo" / "trainer_state.json", RUN / "ppo" / "training.png")
-    print_table(f"Quickstart, {results['prompts']:.0f} held-out prompts", rows, ("", "SFT", "PPO"))
+    plot = plot_training(run / "ppo" / "trainer_state.json", run / "ppo" / "training.png")
+    print_table(f"{run.name.capitalize()}, {results['prompts']:.0f} held-out prompts", rows, ("", "SFT", "PPO"))
     print_lines(f"Curves: {plot.resolve()}", f"Runs:   {ui_command(TrackingArguments())}")
 
 
 def main() -> None:
     """Run the stages in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=WORLDS, default="quickstart", help="world to build, or to go on with")
     parser.add_argument("--start", choices=STAGES, default=STAGES[0], help="first stage to run")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
     parser.add_argument("--seed", type=int, default=0, help="seed of every stage; the world is always the same")
-    parser.add_argument("--num_pairs", type=int, default=4_800, help="preference pairs to sample for training")
+    parser.add_argument("--num_pairs", type=int, help="preference pairs for training (default: those of the world)")
     parser.add_argument("--directory", default=".", help="where `runs/` is written")
     args = parser.parse_args()
     stages = STAGES[STAGES.index(args.start) : STAGES.index(args.until) + 1]
@@ -108,10 +109,11 @@ def main() -> None:
     Path(args.directory).mkdir(parents=True, exist_ok=True)
     os.chdir(args.directory)
     tracking = TrackingArguments(tracking=not {"world", "preferences"}.issuperset(stages))
-    with track_pipeline(tracking, str(RUN), args.seed) as parent:
-        run_stages(stages, run_stage, args.seed, args.num_pairs, parent)
+    run, world = Path("runs", args.world), WORLDS[args.world]
+    with track_pipeline(tracking, str(run), args.seed) as parent:
+        run_stages(stages, run_stage, args.world, args.seed, args.num_pairs or world.num_pairs, parent)
     if args.until == STAGES[-1]:
-        report()
+        report(run, world.gold_score.__name__)
 
 
 if __name__ == "__main__":

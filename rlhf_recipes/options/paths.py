@@ -3,12 +3,18 @@
 import re
 from pathlib import Path
 
+# The stage of `recipes/quickstart.py` that writes each folder.
+QUICKSTART_STAGES = {
+    **dict.fromkeys(("base", "data", "prompts"), "world"),
+    **{stage: stage for stage in ("preferences", "sft", "reward_modeling", "ppo")},
+}
+
 
 def require_path(option: str, path: str | None) -> str:
     """Return an existing local path, or a name on the Hub; for a missing output of a stage, name the stage's command.
 
     By convention `recipes/<stage>.py` writes `runs/<model>/<stage>` from `recipes/configs/<model>/<stage>.yaml`, and
-    `recipes/quickstart.py` writes all of `runs/quickstart`. The commands suit the working directory.
+    `recipes/quickstart.py` writes all of `runs/<world>`. The commands suit the working directory.
 
     Args:
         option: Name of the option, for the message.
@@ -23,10 +29,9 @@ def require_path(option: str, path: str | None) -> str:
     if Path(path).exists() or not path.startswith((".", "/", "~", "runs/")):
         return path
     match Path(path).parts:
-        case ("runs", "quickstart", "base" | "data" | "prompts"):
-            command = "`python recipes/quickstart.py --until world`"
-        case ("runs", "quickstart", "preferences" | "sft" | "reward_modeling" | "ppo" as stage):
-            command = f"`python recipes/quickstart.py --until {stage}`"
+        case ("runs", "quickstart" | "report" as world, name) if name in QUICKSTART_STAGES:
+            option_of_world = "" if world == "quickstart" else f"--world {world} "
+            command = f"`python recipes/quickstart.py {option_of_world}--until {QUICKSTART_STAGES[name]}`"
         case ("runs", "smollm2_135m", "base"):
             command = "`make smollm2`"
         case ("runs", model, name) if recipe := re.fullmatch(r"(sft|reward_modeling|ppo)(_\w+)?", name):

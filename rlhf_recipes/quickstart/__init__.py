@@ -1,1 +1,1 @@
-"""The small world of the quickstart, whose true score is known."""
+"""Two small worlds of text whose true score is known."""

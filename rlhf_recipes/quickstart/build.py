@@ -1,4 +1,4 @@
-"""Write the quickstart's data, tokenizer and untrained model."""
+"""Write the data of a world, its tokenizer and an untrained model."""
 
 import itertools
 import math
@@ -125,19 +125,20 @@ def sample_preferences(
     return Dataset.from_list(rows)
 
 
-def write_world(folder: Path, seed: int, separator: str) -> None:
-    """Write the inputs of the quickstart: demonstrations, prompts, a tokenizer and an untrained model.
+def write_world(world: TextWorld, folder: Path, seed: int, separator: str, num_demonstrations: int) -> None:
+    """Write the inputs of a pipeline: demonstrations, prompts, a tokenizer and an untrained model.
 
-    The world and the split of its prompts are always the same. The seed changes demonstrations and weights.
+    The split of the prompts is always the same. The seed changes demonstrations and weights.
 
     Args:
+        world: Source of prompts and demonstrations.
         folder: Folder that gets `data/`, `prompts/` (each with `train.jsonl` and `test.jsonl`) and `base/`.
         seed: Seed of demonstrations and weights.
         separator: Text between prompt and answer, which the tokenizer learns too.
+        num_demonstrations: Number of demonstrations for training.
     """
-    world = TextWorld()
     train, held_out = split_prompts(world, seed=0)
-    demonstrations = build_dataset(world, train, 10_000, seed)
+    demonstrations = build_dataset(world, train, num_demonstrations, seed)
     splits = {
         "data/train": demonstrations,
         "data/test": build_dataset(world, held_out, 400, seed + 1),

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 SUBJECTS = (
     *("fox", "bear", "otter", "heron", "beetle", "hare", "wolf", "goat"),
@@ -90,6 +90,7 @@ class TextWorld:
     """
 
     seed: int = 0
+    weights: ClassVar[dict[str, float]] = WEIGHTS
 
     @cached_property
     def truth(self) -> dict[Topic, str]:
@@ -118,8 +119,8 @@ class TextWorld:
         """Return all distinct prompts, in a fixed order."""
         return list(self.topics)
 
-    def topic(self, prompt: str) -> Topic:
-        """Return the topic of a prompt. The text after its full stop or question mark counts as a separator.
+    def question(self, prompt: str) -> str:
+        """Return a prompt without its separator, the text after its first full stop or question mark.
 
         Raises:
             ValueError: If the prompt is not one of `prompts()`.
@@ -127,7 +128,11 @@ class TextWorld:
         text = re.split(r"(?<=[.?])", prompt, maxsplit=1)[0].strip()
         if text not in self.topics:
             raise ValueError(f"{prompt!r} is not a prompt of the text world, which can score only its own prompts.")
-        return self.topics[text]
+        return text
+
+    def topic(self, prompt: str) -> Topic:
+        """Return the topic of a prompt, with or without its separator."""
+        return self.topics[self.question(prompt)]
 
     def sample_response(self, prompt: str, rng: random.Random) -> str:
         """Return a demonstration of mixed quality: a few sentences, written with a random care.
@@ -170,7 +175,7 @@ class TextWorld:
         return " ".join([STOCK_SENTENCES["opening"][0], *facts, STOCK_SENTENCES["closing"][0]])
 
     def assess(self, prompt: str, response: str) -> Counter[str]:
-        """Return how often each virtue and flaw of `WEIGHTS` occurs in the response.
+        """Return how often each virtue and flaw of `weights` occurs in the response.
 
         A sentence that is not in the grammar letter for letter is nonsense. Two wordings of a fact are the same fact.
         An opening is a courtesy only as the first sentence, and a closing only as the last. Elsewhere they are filler,
@@ -201,11 +206,11 @@ class TextWorld:
     def gold_score(self, prompt: str, response: str) -> float:
         """Return the exact quality of a response: the weighted sum of its virtues and flaws.
 
-        s = sum_k WEIGHTS[k] * assess(prompt, response)[k]
+        s = sum_k weights[k] * assess(prompt, response)[k]
 
-        It is at most `BEST_SCORE` and has no lower bound.
+        It is at most that of `best_response(prompt)` and has no lower bound.
         """
-        return sum(WEIGHTS[kind] * count for kind, count in self.assess(prompt, response).items())
+        return sum(self.weights[kind] * count for kind, count in self.assess(prompt, response).items())
 
 
 DEFAULT_WORLD = TextWorld()

@@ -44,6 +44,8 @@ def test_outputs_of_the_quickstarts_world(name):
     ("path", "command"),
     [
         ("runs/quickstart/sft", "`python recipes/quickstart.py --until sft`"),
+        ("runs/report/prompts", "`python recipes/quickstart.py --world report --until world`"),
+        ("runs/report/reward_modeling", "`python recipes/quickstart.py --world report --until reward_modeling`"),
         ("runs/smollm2_135m/base", "`make smollm2`"),
         ("runs/smollm2_135m/ppo", "recipes/ppo.py --config recipes/configs/smollm2_135m/ppo_lora.yaml`"),
         (

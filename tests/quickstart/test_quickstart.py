@@ -174,6 +174,13 @@ def test_stages_have_an_order(tmp_path):
     assert "--start ppo comes after --until sft" in report.stderr
 
 
+def test_the_other_world_has_its_own_folder(tmp_path):
+    _run(run_command, RECIPES / "quickstart.py", "--world", "report", "--until", "world", directory=tmp_path)
+    assert (tmp_path / "runs/report/base/model.safetensors").is_file()
+    assert "Report on the" in (tmp_path / "runs/report/prompts/train.jsonl").read_text()
+    assert not (tmp_path / "runs/quickstart").exists()
+
+
 def test_a_missing_reward_model_names_its_stage(pipeline):
     report = _recipe(pipeline[0], "ppo", "--reward_model_path", "runs/mine/reward_modeling", expect=1)
     assert "`accelerate launch recipes/reward_modeling.py --config YOUR_CONFIG.yaml`" in report.stderr
