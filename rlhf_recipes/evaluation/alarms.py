@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from transformers import TrainerCallback
 
+from rlhf_recipes.evaluation.held_out import TRAINED_SCORE
 from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,35 @@ def find_alarms(
     if score is not None and rising:
         drifts = (_length_drift(curves), _kl_drift(curves, target_kl), _eos_drift(curves), _repetition_drift(curves))
         alarms += [f"The score rises ({score[0]:.2f} to {score[1]:.2f}) while {drift}." for drift in drifts if drift]
+    alarms += [text for judge, text in declines(curves).items() if judge not in rewards]
     return alarms + _judge_disagreement(evaluation, frozenset(rewards), rising)
+
+
+def declines(curves: Mapping[str, pd.Series]) -> dict[str, str]:
+    """Return a sentence for each judge whose gain has fallen from its own best, by judge.
+
+    The 95 % intervals over prompts of the best and of the latest evaluation must not overlap. The best is chosen among
+    noisy evaluations, so a fall that only leaves one of the intervals would often be chance.
+
+    Args:
+        curves: Metrics of evaluations during training by name, `eval_<judge>/gain` and its interval.
+    """
+    found = {}
+    for name in curves:
+        judge = name.removeprefix("eval_").removesuffix("/gain")
+        if name != f"eval_{judge}/gain" or not {f"{name}_low", f"{name}_high"} <= curves.keys():
+            continue
+        gain, low, high = (finite(curves[f"{name}{end}"]) for end in ("", "_low", "_high"))
+        if gain.empty or not gain.index.equals(low.index) or not gain.index.equals(high.index):
+            continue
+        best, latest = gain.idxmax(), gain.index[-1]
+        if high[latest] < low[best]:
+            found[judge] = (
+                f"The held-out judge {judge} has fallen from its best gain, {gain[best]:.2f} at step {best}, to "
+                f"{gain[latest]:.2f}: the reward is being exploited. Use the checkpoint of that time, and raise "
+                "`kl_coef`."
+            )
+    return found
 
 
 def alarms_of_log(log_history: Iterable[Mapping[str, Any]], *, target_kl: float | None) -> list[str]:
@@ -69,14 +98,19 @@ def alarms_of_log(log_history: Iterable[Mapping[str, Any]], *, target_kl: float 
         log_history: Log of transformers' `TrainerState`.
         target_kl: Same as for `find_alarms`.
     """
+    curves = curves_of_log(log_history)
+    evaluation = {name.removeprefix("eval_"): x.iloc[-1] for name, x in curves.items() if name.startswith("eval_")}
+    return find_alarms(curves, evaluation, target_kl=target_kl, rewards=("score",))
+
+
+def curves_of_log(log_history: Iterable[Mapping[str, Any]]) -> dict[str, pd.Series]:
+    """Return each figure of a trainer's log by step."""
     points: dict[str, dict[int, float]] = defaultdict(dict)
     for record in log_history:
         for name, value in record.items():
             if isinstance(value, int | float):
                 points[name][int(record["step"])] = float(value)
-    curves = {name: pd.Series(values).sort_index() for name, values in points.items()}
-    evaluation = {name.removeprefix("eval_"): x.iloc[-1] for name, x in curves.items() if name.startswith("eval_")}
-    return find_alarms(curves, evaluation, target_kl=target_kl, rewards=("score",))
+    return {name: pd.Series(values).sort_index() for name, values in points.items()}
 
 
 def _broken(curves: Mapping[str, pd.Series]) -> list[str]:
@@ -206,6 +240,18 @@ class AlarmCallback(TrainerCallback):
             self._known.add(kind)
 
     on_save = on_train_end = on_evaluate
+
+
+class DeclineStopping(TrainerCallback):
+    """End the training when a held-out judge has fallen from its best: see `declines`."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop after this evaluation if a judge has fallen."""
+        fallen = {j: text for j, text in declines(curves_of_log(state.log_history)).items() if j != TRAINED_SCORE}
+        if fallen:
+            control.should_training_stop = True
+            if state.is_world_process_zero:
+                logger.warning(f"Training ends (`stop_on_decline`). {' '.join(fallen.values())}")
 
 
 def finite(curve: pd.Series) -> pd.Series:

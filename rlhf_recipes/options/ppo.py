@@ -175,6 +175,13 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
         default=None,
         metadata={"help": "Number of evaluations in a row without a better one after which training ends."},
     )
+    stop_on_decline: bool = field(
+        default=False,
+        metadata={
+            "help": "End the training when a held-out judge falls from its own best gain: when the intervals of the "
+            "two evaluations no longer overlap. Without it this is an alarm."
+        },
+    )
     allow_changes_on_resume: bool = field(
         default=False,
         metadata={
@@ -259,6 +266,8 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
             raise ValueError(
                 "`early_stopping_patience` needs evaluations: set `eval_strategy: steps` and `eval_steps`."
             )
+        if self.stop_on_decline and self.eval_strategy == "no":
+            raise ValueError("`stop_on_decline` needs evaluations: set `eval_strategy: steps` and `eval_steps`.")
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError("`kl_coef` must be positive with `kl_controller: adaptive`, which scales it.")
         if self.missing_eos_penalty is not None and self.truncated_completions != "terminal":

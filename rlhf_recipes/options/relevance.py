@@ -22,7 +22,7 @@ CLASSES = {
     "evaluation": (
         *("do_*", "eval_*", "per_device_eval_*", "batch_eval_metrics", "prediction_loss_only", "include_for_metrics"),
         *("label_names", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-        "early_stopping_patience",
+        *("early_stopping_patience", "stop_on_decline"),
     ),
     # How the work is spread over devices and processes, and how long a reward may take.
     "execution": (

@@ -17,7 +17,7 @@ from rlhf_recipes.algorithm.losses import aggregate_token_loss, trust_region_mas
 from rlhf_recipes.algorithm.masked import masked_mean
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.data.prompts import add_separator
-from rlhf_recipes.evaluation.alarms import AlarmCallback
+from rlhf_recipes.evaluation.alarms import AlarmCallback, DeclineStopping
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
@@ -163,6 +163,8 @@ class PPOTrainer(ForwardTrainer):
         self.add_callback(AlarmCallback())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if args.stop_on_decline:
+            self.add_callback(DeclineStopping())
         if args.critic_warmup_steps:
             self.add_callback(CriticWarmupCallback(self.model, args.critic_warmup_steps))
 

@@ -1,4 +1,4 @@
-"""The recipe of the baselines trains, records and saves, and a comparison ranks PPO, RLOO, GRPO and DPO on one page."""
+"""Runs of stock trainers and of PPO are ranked on one page, and an evaluation can report best-of-n."""
 
 import json
 from pathlib import Path

@@ -9,7 +9,7 @@ import pytest
 from tracked_experiments import evaluation_metrics, learning_curves
 
 from rlhf_recipes.evaluation import alarms
-from rlhf_recipes.evaluation.alarms import LogAlarms, alarms_of_log, find_alarms
+from rlhf_recipes.evaluation.alarms import DeclineStopping, LogAlarms, alarms_of_log, find_alarms
 
 POINTS = 40
 TIME = np.linspace(0, 1, POINTS)
@@ -130,6 +130,41 @@ def test_the_log_of_a_trainer_raises_what_its_curves_raise():
     length, judge = alarms_of_log(log, target_kl=None)
     assert "length itself may be what is rewarded" in length
     assert "The held-out judge gold prefers the baseline (win rate 0.30" in judge
+
+
+def _judged(*gains, half_width=0.3, judge="gold"):
+    names = {"gain": 0.0, "gain_low": -half_width, "gain_high": half_width}
+    return [
+        {"step": 10 * i, **{f"eval_{judge}/{name}": gain + shift for name, shift in names.items()}}
+        for i, gain in enumerate(gains)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gains", "falls"),
+    [
+        ((0.0, 1.0, 1.5, 1.45), False),
+        ((0.0, 1.0, 1.5, 0.95), False),  # outside of one interval: chance chooses the best of several evaluations
+        ((0.0, 1.0, 1.5, 0.8), True),
+        ((0.0, 1.5, 0.8, 1.2), False),  # it has recovered
+    ],
+)
+def test_a_held_out_judge_that_falls_from_its_own_best(gains, falls):
+    """The policy is still better than the baseline, so only the fall shows that the reward is exploited."""
+    found = alarms_of_log(_judged(*gains), target_kl=None)
+    assert [("best gain, 1.50 at step 20, to 0.80" in alarm) for alarm in found] == [True] * falls
+    state, control = SimpleNamespace(is_world_process_zero=True, log_history=_judged(*gains)), SimpleNamespace()
+    DeclineStopping().on_evaluate(None, state, control)
+    assert getattr(control, "should_training_stop", False) == falls
+
+
+def test_a_fall_of_the_trained_score_stops_nothing():
+    """A lower score can be the price of a lower KL."""
+    log = _judged(0.0, 1.5, 0.5, judge="score")
+    assert alarms_of_log(log, target_kl=None) == []
+    control = SimpleNamespace()
+    DeclineStopping().on_evaluate(None, SimpleNamespace(is_world_process_zero=True, log_history=log), control)
+    assert not vars(control)
 
 
 def test_a_log_is_searched_once_for_all_callbacks_that_ask(monkeypatch):
