@@ -1,0 +1,265 @@
+"""Compare PPO with what a user would choose instead: TRL's RLOO, GRPO and DPO, and best-of-n.
+
+    python benchmarks/league.py --world quickstart --directory runs/league
+    python benchmarks/league.py --world quickstart --methods ppo rloo --seeds 0 1 2 --jobs 2
+
+Each seed has its own SFT policy, preferences and reward model, built by the recipe of the quickstart. Every method has
+the same number of completions and of optimiser steps, and is tuned over the same number of settings, on seeds that are
+not tested on.
+After each quarter of a run the policy is measured on held-out prompts, by the same code for all methods: gold score,
+score of the reward model, KL to the SFT policy on fresh samples, length, and win rate over the SFT policy.
+
+A run whose `result.json` exists is not repeated, so the command goes on where it was stopped. Every run is tracked in
+`mlflow.db` in the directory: `recipes/compare.py` ranks them. Writes `league.json`, `league.md` and `league.png`.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import runpy
+import shutil
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from league_methods import METHODS, WORLDS, Method, World
+from league_report import write_report
+
+from rlhf_recipes.algorithm.best_of_n import best_of_n_weights
+from rlhf_recipes.console import quiet_start
+from rlhf_recipes.data.prompts import add_separator
+from rlhf_recipes.evaluation.policies import eos_token_ids, generate_completions, sequence_kl
+from rlhf_recipes.evaluation.statistics import compare_scores
+from rlhf_recipes.models.loading import load_policy, load_tokenizer
+from rlhf_recipes.rewards.scorer import RewardModelScorer
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method with one of its settings, on one seed of a world."""
+
+    world: World
+    method: Method
+    setting: int
+    seed: int
+    root: Path
+
+    @property
+    def base(self) -> Path:
+        """Return the folder of the seed's SFT policy, reward model and data."""
+        return self.root / self.world.name / "bases" / f"seed-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the run."""
+        return self.root / self.world.name / f"{self.method.name}-{self.setting}" / f"seed-{self.seed}"
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the result, or `None` if the run has not ended."""
+        file = self.folder / "result.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+class Judge:
+    """Measure a policy on the held-out prompts of a base: the same for all methods."""
+
+    def __init__(self, world: World, base: Path) -> None:
+        self.world = world
+        self.tokenizer = load_tokenizer(str(base / "sft"), padding_side="left")
+        self.sft = load_policy(str(base / "sft")).eval()
+        self.gold = world.gold
+        self.reward_model = RewardModelScorer.from_pretrained(str(base / "reward_modeling"))
+        self.reward_model.batch_size = 64
+        self.reward_model.policy_eos_token_ids = eos_token_ids(self.sft, self.tokenizer)
+        prompts = Dataset.from_json(str(base / "prompts" / "test.jsonl"))
+        self.prompts = list(add_separator(prompts, world.separator)["prompt"])
+
+    def sample(self, policy: Any, count: int, seed: int) -> tuple[list[str], list[list[int]], dict[str, np.ndarray]]:
+        """Return `count` completions of each prompt, and their figures, each `(prompts, count)`."""
+        torch.manual_seed(seed)
+        asked = [prompt for prompt in self.prompts for _ in range(count)]
+        length = self.world.max_completion_length
+        ids = generate_completions(policy, self.tokenizer, asked, max_completion_length=length, batch_size=160)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        figures = {
+            "gold": self.gold(prompts=asked, completions=texts),
+            "proxy": self.reward_model(asked, texts, completion_ids=ids),
+            "length": [len(row) for row in ids],
+        }
+        return asked, ids, {name: np.reshape(values, (-1, count)) for name, values in figures.items()}
+
+    def measure(self, policy: Any, count: int, theirs: np.ndarray) -> dict[str, float]:
+        """Return the figures of a policy.
+
+        Args:
+            policy: Trained policy.
+            count: Completions per prompt.
+            theirs: Gold scores of the SFT policy, `(prompts, count)` or more columns.
+        """
+        asked, ids, figures = self.sample(policy, count, seed=1)
+        means = {name: float(values.mean()) for name, values in figures.items()}
+        outcome = compare_scores(figures["gold"], theirs[:, :count])
+        means |= {
+            "win_rate": outcome["win_rate"],
+            "gold_se": float(figures["gold"].mean(axis=1).std() / len(theirs) ** 0.5),
+        }
+        return means | {"kl": sequence_kl(policy, self.sft, self.tokenizer, asked, ids)}
+
+
+def run_recipe(cell: Cell) -> None:
+    """Train by the method's recipe, as its own command would."""
+    name = cell.method.recipe
+    config = RECIPES / "configs" / "quickstart" / cell.method.config
+    options: dict[str, Any] = {
+        "model_name_or_path": cell.base / "sft",
+        "output_dir": cell.folder / "run",
+        "run_name": f"{cell.world.name}-{cell.method.name}-{cell.setting}",
+        "seed": cell.seed,
+        "max_steps": cell.world.steps,
+        "save_steps": cell.world.steps // 4,
+        "save_total_limit": 4,
+        "eval_strategy": "no",
+        "max_completion_length": cell.world.max_completion_length,
+        "log_model": False,
+    }
+    options |= cell.method.paths(cell.base) | cell.world.options | cell.method.settings[cell.setting]
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    sys.argv = [f"{name}.py", *cell.method.arguments, "--config", str(config), *arguments]
+    runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+
+
+def run_cell(cell: Cell) -> str:
+    """Train and measure one run, in a process of its own; its output goes into a file."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{(cell.root / 'mlflow.db').resolve()}"
+    os.environ["MLFLOW_EXPERIMENT_NAME"] = f"league-{cell.world.name}"
+    with (cell.folder / "log.txt").open("w", encoding="utf-8") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+        try:
+            torch.set_num_threads(1)
+            quiet_start()
+            run_recipe(cell)
+            seconds = resource.getrusage(resource.RUSAGE_SELF)
+            result = {
+                "setting": cell.method.settings[cell.setting],
+                "cpu_seconds": seconds.ru_utime + seconds.ru_stime,
+            }
+            result |= measure_path(cell)
+        except BaseException:
+            traceback.print_exc()
+            return f"{cell.folder} failed: see log.txt there"
+    (cell.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if "KEEP" not in os.environ:
+        shutil.rmtree(cell.folder / "run", ignore_errors=True)
+    end = result["path"][-1]
+    return f"{cell.folder}: gold {end['gold']:.2f}, KL {end['kl']:.2f}, {result['cpu_seconds']:.0f} CPU seconds"
+
+
+def measure_path(cell: Cell) -> dict[str, Any]:
+    """Measure the policy at every fourth of the run; the last one on more completions."""
+    judge, base = Judge(cell.world, cell.base), measure_base(cell)
+    theirs, path = np.asarray(base["gold"]), []
+    for quarter in range(1, 5):
+        step = quarter * cell.world.steps // 4
+        policy = load_policy(str(cell.folder / "run" / f"checkpoint-{step}")).eval()
+        path.append({"step": step, **judge.measure(policy, 12 if quarter == 4 else 4, theirs)})
+    return {"sft": {"gold": float(theirs.mean()), "proxy": base["proxy_mean"], "length": base["length"]}, "path": path}
+
+
+def measure_base(cell: Cell) -> dict[str, Any]:
+    """Return gold and proxy scores of the SFT policy, and the curve of best-of-n by the reward model."""
+    file = cell.base / "sft.json"
+    if not file.exists():
+        judge = Judge(cell.world, cell.base)
+        _, _, figures = judge.sample(judge.sft, max(BEST_OF), seed=0)
+        proxy, gold = (torch.tensor(figures[name]) for name in ("proxy", "gold"))
+        curve = {n: (best_of_n_weights(proxy, n) * gold).sum(dim=1).mean().item() for n in BEST_OF}
+        content = {"gold": figures["gold"].tolist(), "proxy_mean": float(figures["proxy"].mean())}
+        content |= {"length": float(figures["length"].mean()), "best_of": curve}
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(content), encoding="utf-8")
+        scratch.replace(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def build_base(cell: Cell) -> None:
+    """Build the SFT policy, the preferences and the reward model of a seed."""
+    if cell.base.exists():
+        return
+    scratch = cell.root / cell.world.name / "bases" / f"building-{cell.seed}"
+    sys.argv = ["quickstart.py", "--world", cell.world.name, "--until", "reward_modeling", "--seed", str(cell.seed)]
+    sys.argv += ["--directory", str(scratch)]
+    here = Path.cwd()
+    runpy.run_path(str(RECIPES / "quickstart.py"), run_name="__main__")
+    os.chdir(here)
+    (scratch / "runs" / cell.world.name).rename(cell.base)
+
+
+def run_cells(cells: list[Cell], jobs: int) -> None:
+    """Run what has no result yet, each run in a forked process, `jobs` at a time."""
+    due = [cell for cell in cells if cell.result() is None]
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
+        for number, line in enumerate(pool.imap_unordered(run_cell, due), start=1):
+            print(f"[{number}/{len(due)}] {line}", flush=True)
+
+
+def best_setting(cells: list[Cell]) -> int:
+    """Return the setting with the highest gold score at equal KL, the mean over its tuning seeds."""
+    from league_report import gold_at
+
+    def merit(setting: int) -> float:
+        results = [cell.result() for cell in cells if cell.setting == setting]
+        return float(np.mean([gold_at(result, kl) for result in results if result for kl in cell.world.budgets]))
+
+    cell = cells[0]
+    settings = sorted({cell.setting for cell in cells if cell.result()})
+    return max(settings, key=merit)
+
+
+def main() -> None:
+    """Tune, test and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=list(WORLDS), default="quickstart")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4, 5], help="test seeds")
+    parser.add_argument("--tuning_seeds", type=int, nargs="*", default=[10, 11])
+    parser.add_argument("--directory", type=Path, default=Path("runs", "league"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    args = parser.parse_args()
+    world, root = WORLDS[args.world], args.directory.resolve()
+    (root / world.name / "bases").mkdir(parents=True, exist_ok=True)
+
+    def cell(method: str, setting: int, seed: int) -> Cell:
+        return Cell(world, METHODS[method], setting, seed, root)
+
+    for seed in (*args.tuning_seeds, *args.seeds):
+        build_base(cell(args.methods[0], 0, seed))
+    tuning = {
+        name: [cell(name, i, seed) for i in range(len(METHODS[name].settings)) for seed in args.tuning_seeds]
+        for name in args.methods
+    }
+    run_cells([each for cells in tuning.values() for each in cells], args.jobs)
+    chosen = {name: best_setting(cells) for name, cells in tuning.items()}
+    tests = {name: [cell(name, setting, seed) for seed in args.seeds] for name, setting in chosen.items()}
+    run_cells([each for cells in zip(*tests.values(), strict=True) for each in cells], args.jobs)
+    results = {name: {each.seed: each.result() for each in cells if each.result()} for name, cells in tests.items()}
+    curves = [measure_base(cell(args.methods[0], 0, seed))["best_of"] for seed in args.seeds]
+    write_report(
+        root / world.name, world, results, curves, {name: METHODS[name].settings[i] for name, i in chosen.items()}
+    )
+
+
+if __name__ == "__main__":
+    quiet_start()
+    main()

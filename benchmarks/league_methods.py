@@ -1,0 +1,99 @@
+"""The worlds and the methods of the league, and the settings over which each method is tuned."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.quickstart.worlds import WORLDS as BUILT
+
+
+@dataclass(frozen=True)
+class World:
+    """A world of `recipes/quickstart.py`, and the budget of every run in it.
+
+    Args:
+        name: Name.
+        steps: Optimiser steps, a multiple of four.
+        budgets: KL at which methods are compared, nats.
+        separator: Text between prompt and answer.
+        options: Options of every recipe.
+    """
+
+    name: str
+    steps: int
+    budgets: tuple[float, ...]
+    separator: str = "\n"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def gold(self) -> Any:
+        """Return the true score, a function of TRL's signature."""
+        return BUILT[self.name].gold_score
+
+    @property
+    def max_completion_length(self) -> int:
+        """Return the number of tokens that an answer may have."""
+        return BUILT[self.name].max_completion_length
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train a policy.
+
+    Args:
+        name: Name.
+        recipe: Recipe that trains, without `.py`.
+        config: Configuration in the folder of the world.
+        settings: Settings to tune over: options of the recipe.
+        arguments: First arguments of the recipe.
+    """
+
+    name: str
+    recipe: str
+    config: str
+    settings: list[dict[str, Any]]
+    arguments: tuple[str, ...] = ()
+
+    def paths(self, base: Path) -> dict[str, Path]:
+        """Return the options that name the data and the reward model of a base."""
+        if self.name == "dpo":
+            return {"dataset_name": base / "preferences"}
+        paths = {"dataset_name": base / "prompts", "reward_model_path": base / "reward_modeling"}
+        if any(setting.get("critic") == "reward" for setting in self.settings):
+            paths["critic_dataset_name"] = base / "preferences"
+        return paths
+
+
+WORLDS = {
+    each.name: each
+    for each in (World("quickstart", steps=60, budgets=(2.0, 3.0)), World("report", steps=60, budgets=(2.0, 4.0)))
+}
+
+PRICED = {"kl_controller": "fixed", "importance_sampling_level": "sequence", "lam": 1.0}
+AS_IT_WAS = {"kl_controller": "adaptive", "kl_coef": 0.09, "kl_horizon": 2000}
+METHODS = {
+    each.name: each
+    for each in (
+        Method(
+            "rloo", "baseline", "baseline_rloo.yaml", [{"beta": x} for x in (0.1, 0.05, 0.15)], ("--method", "rloo")
+        ),
+        Method(
+            "grpo", "baseline", "baseline_grpo.yaml", [{"beta": x} for x in (0.0, 0.04, 0.1)], ("--method", "grpo")
+        ),
+        Method(
+            "dpo",
+            "baseline",
+            "baseline_dpo.yaml",
+            [{"learning_rate": rate, "beta": beta} for rate, beta in ((1e-4, 0.1), (5e-5, 0.1), (1e-4, 0.3))],
+            ("--method", "dpo"),
+        ),
+        Method("ppo-as-it-was", "ppo", "ppo.yaml", [AS_IT_WAS | {"target_kl": x} for x in (3.5, 2.5, 2.0)]),
+        Method(
+            "ppo-group",
+            "ppo",
+            "ppo.yaml",
+            [PRICED | {"num_generations": 8, "vf_coef": 0.0, "kl_coef": x} for x in (0.1, 0.07, 0.15)],
+        ),
+        Method("ppo", "ppo", "ppo.yaml", [PRICED | {"critic": "reward", "kl_coef": x} for x in (0.1, 0.07, 0.15)]),
+    )
+}

@@ -1,0 +1,119 @@
+"""The table and the picture of the league."""
+
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from scipy import stats
+
+from rlhf_recipes.algorithm.best_of_n import best_of_n_kl_bound
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+Results = dict[str, dict[int, dict[str, Any]]]  # by method and seed
+RIVAL = "rloo"
+
+
+def gold_at(result: dict[str, Any], budget: float) -> float:
+    """Return the gold score that a run reaches for at most `budget` nats.
+
+    The path is linear in the square root of the KL between the points where it was measured, and starts at the SFT
+    policy. A run that never spends the budget counts with its end.
+    """
+    points = [(0.0, result["sft"]["gold"]), *((x["kl"], x["gold"]) for x in result["path"])]
+    for (kl, gold), (next_kl, next_gold) in zip(points, points[1:], strict=False):
+        if next_kl >= budget:
+            share = (budget**0.5 - max(kl, 0.0) ** 0.5) / (next_kl**0.5 - max(kl, 0.0) ** 0.5)
+            return float(gold + share * (next_gold - gold))
+    return float(points[-1][1])
+
+
+def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, float] | None:
+    """Return the mean difference over the seeds of both, and its 95 % bootstrap interval over seeds."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    differences = np.asarray([ours[seed] - theirs[seed] for seed in seeds])
+    if len(seeds) < 2 or differences.std() == 0:
+        return None
+    bootstrap = stats.bootstrap((differences,), np.mean, method="percentile", rng=np.random.default_rng(0))
+    low, high = bootstrap.confidence_interval
+    return float(differences.mean()), float(low), float(high)
+
+
+def figures(result: dict[str, Any], budgets: tuple[float, ...]) -> dict[str, float]:
+    """Return the figures of one run by name."""
+    end = result["path"][-1]
+    at = {f"gold@{budget:g}": gold_at(result, budget) for budget in budgets}
+    names = ("gold", "kl", "proxy", "win_rate", "length")
+    return {name: end[name] for name in names} | at | {"cpu_seconds": result["cpu_seconds"]}
+
+
+def write_report(folder: Path, world: Any, results: Results, curves: list[Any], settings: dict[str, Any]) -> None:
+    """Write `league.json`, `league.md` and `league.png`."""
+    rows = {
+        method: {seed: figures(result, world.budgets) for seed, result in by_seed.items()}
+        for method, by_seed in results.items()
+        if by_seed
+    }
+    best_of = {int(n): float(np.mean([curve[n] for curve in curves])) for n in curves[0]}
+    content = {"settings": settings, "rows": rows, "best_of": best_of}
+    (folder / "league.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = table(rows, world.budgets, best_of, settings)
+    (folder / "league.md").write_text(text, encoding="utf-8")
+    print(text)
+    draw(folder / "league.png", results, best_of)
+
+
+def table(rows: Any, budgets: tuple[float, ...], best_of: dict[int, float], settings: dict[str, Any]) -> str:
+    """Return the table, with paired differences from the rival."""
+    columns = [f"gold@{budget:g}" for budget in budgets]
+    head = ["method", "n", "held-out gold ± sd", "KL", "win rate", *columns, "reward model", "length", "CPU s"]
+    compared = ["gold", *columns, "proxy"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for method, by_seed in rows.items():
+        mean = {name: float(np.mean([row[name] for row in by_seed.values()])) for name in next(iter(by_seed.values()))}
+        spread = float(np.std([row["gold"] for row in by_seed.values()], ddof=min(1, len(by_seed) - 1)))
+        cells = [method, str(len(by_seed)), f"{mean['gold']:.2f} ± {spread:.2f}", f"{mean['kl']:.2f}"]
+        cells += [f"{mean['win_rate']:.2f}", *(f"{mean[name]:.2f}" for name in columns)]
+        cells += [f"{mean['proxy']:.2f}", f"{mean['length']:.0f}", f"{mean['cpu_seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"Paired differences from {RIVAL} over seeds, with 95 % bootstrap intervals:", ""]
+    lines += [f"| method | {' | '.join(compared)} |", "|---" + "|---" * len(compared) + "|"]
+    for method in rows:
+        if method == RIVAL or RIVAL not in rows:
+            continue
+        cells = []
+        for name in compared:
+            values = ({seed: row[name] for seed, row in rows[each].items()} for each in (method, RIVAL))
+            outcome = paired_difference(*values)
+            cells.append("" if outcome is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*outcome))
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    curve = ", ".join(f"{gold:.2f} @ {best_of_n_kl_bound(n):.2f}" for n, gold in best_of.items())
+    lines += ["", f"Best of {', '.join(map(str, best_of))}: gold @ bound of the KL: {curve}.", ""]
+    lines += [
+        f"{method}: {', '.join(f'{k} {v}' for k, v in setting.items())}." for method, setting in settings.items()
+    ]
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, {date.today()}"
+    return "\n".join([*lines, "", machine, ""])
+
+
+def draw(file: Path, results: Results, best_of: dict[int, float]) -> None:
+    """Draw gold against KL: the path of each run, and the curve of best-of-n."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for number, (method, by_seed) in enumerate(results.items()):
+        for count, result in enumerate(by_seed.values()):
+            kl = [0.0, *(max(point["kl"], 0.0) for point in result["path"])]
+            gold = [result["sft"]["gold"], *(point["gold"] for point in result["path"])]
+            label = None if count else method
+            axes.plot(np.sqrt(kl), gold, marker="o", markersize=3, linewidth=0.9, color=f"C{number}", label=label)
+    line = [np.sqrt(best_of_n_kl_bound(n)) for n in best_of]
+    axes.plot(line, list(best_of.values()), color="black", linestyle="--", label="best of n (bound of the KL)")
+    axes.set(xlabel="square root of the KL to the SFT policy (nats)", ylabel="gold score on held-out prompts")
+    axes.legend()
+    figure.savefig(file, dpi=90)
