@@ -10,9 +10,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from scipy import stats
 
 from rlhf_recipes.algorithm.best_of_n import best_of_n_kl_bound
+from rlhf_recipes.evaluation.statistics import mean_gain
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -33,17 +33,6 @@ def gold_at(result: dict[str, Any], budget: float) -> float:
             share = (budget**0.5 - max(kl, 0.0) ** 0.5) / (next_kl**0.5 - max(kl, 0.0) ** 0.5)
             return float(gold + share * (next_gold - gold))
     return float(points[-1][1])
-
-
-def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, float] | None:
-    """Return the mean difference over the seeds of both, and its 95 % bootstrap interval over seeds."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    differences = np.asarray([ours[seed] - theirs[seed] for seed in seeds])
-    if len(seeds) < 2 or differences.std() == 0:
-        return None
-    bootstrap = stats.bootstrap((differences,), np.mean, method="percentile", rng=np.random.default_rng(0))
-    low, high = bootstrap.confidence_interval
-    return float(differences.mean()), float(low), float(high)
 
 
 def figures(result: dict[str, Any], budgets: tuple[float, ...]) -> dict[str, float]:
@@ -85,14 +74,14 @@ def table(rows: Any, budgets: tuple[float, ...], best_of: dict[int, float], sett
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Paired differences from {RIVAL} over seeds, with 95 % bootstrap intervals:", ""]
     lines += [f"| method | {' | '.join(compared)} |", "|---" + "|---" * len(compared) + "|"]
-    for method in rows:
+    for method, by_seed in rows.items():
         if method == RIVAL or RIVAL not in rows:
             continue
         cells = []
         for name in compared:
-            values = ({seed: row[name] for seed, row in rows[each].items()} for each in (method, RIVAL))
-            outcome = paired_difference(*values)
-            cells.append("" if outcome is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*outcome))
+            seeds = sorted(by_seed.keys() & rows[RIVAL].keys())
+            gain = mean_gain(*([rows[each][seed][name] for seed in seeds] for each in (method, RIVAL)))
+            cells.append(f"{gain['gain']:+.2f} [{gain['gain_low']:+.2f}, {gain['gain_high']:+.2f}]")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     curve = ", ".join(f"{gold:.2f} @ {best_of_n_kl_bound(n):.2f}" for n, gold in best_of.items())
     lines += ["", f"Best of {', '.join(map(str, best_of))}: gold @ bound of the KL: {curve}.", ""]
