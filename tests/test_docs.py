@@ -46,7 +46,7 @@ PARSERS |= {f"baseline_{method}": (BaselineArguments, config, *_AROUND) for meth
 PARSERS["baseline"] = PARSERS["baseline_rloo"]
 # Our classes of options: the base from TRL whose options they inherit, and the variables that hold them.
 OURS = {
-    PPOConfig: (trl.GRPOConfig, {"args", "training_args"}),
+    PPOConfig: (trl.GRPOConfig, {"args", "training_args", "limits"}),
     RewardModelConfig: (trl.RewardConfig, {"args", "training_args"}),
     arguments.JudgeArguments: (trl.ScriptArguments, {"judge_args"}),
     arguments.PPOArguments: (trl.ScriptArguments, {"script_args", "judge_args"}),
