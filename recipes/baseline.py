@@ -27,7 +27,8 @@ from rlhf_recipes.rewards.functions import import_function
 from rlhf_recipes.rewards.judges import load_judges
 from rlhf_recipes.tracking.registry import require_model
 from rlhf_recipes.tracking.session import log_datasets, log_model, log_results, track_run
-from rlhf_recipes.trainers.baselines import TRAINERS, Scoring
+from rlhf_recipes.trainers.baselines import TRAINERS
+from rlhf_recipes.trainers.stock import Scoring
 
 
 def main(

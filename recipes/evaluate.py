@@ -9,6 +9,7 @@ Writes `results.json` (mean scores, win rates with 95 % bootstrap intervals, KL,
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from accelerate import PartialState
@@ -61,7 +62,13 @@ def main(
         )
 
         calls = RewardCalls(script_args.reward_timeout, script_args.reward_retries, script_args.failed_rewards)
-        guarded, sampling = calls.guard_judges(judges), script_args.sampling()
+        guarded = calls.guard_judges(judges)
+        sampling: dict[str, Any] = {
+            "max_completion_length": script_args.max_completion_length,
+            "temperature": script_args.temperature,
+            "batch_size": script_args.batch_size,
+            "seed": script_args.seed,
+        }
         results, completions = compare_policies(
             policy,
             baseline,

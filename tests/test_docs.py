@@ -15,6 +15,7 @@ from trl import TrlParser
 import rlhf_recipes
 from rlhf_recipes import PPOConfig, RewardModelConfig
 from rlhf_recipes.options import recipes as arguments
+from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments, DPOConfig
 from rlhf_recipes.options.paths import require_path
 
 ROOT = Path(__file__).parents[1]
@@ -35,15 +36,23 @@ def _parser_classes(recipe):
 
 
 PARSERS = {
-    path.stem: _parser_classes(path) for path in sorted(RECIPES.glob("*.py")) if "TrlParser(" in path.read_text()
+    path.stem: _parser_classes(path)
+    for path in sorted(RECIPES.glob("*.py"))
+    if "TrlParser(" in path.read_text() and path.stem != "baseline"
 }
+# The method chooses the class of the baselines' options.
+_AROUND = (trl.ModelConfig, arguments.TrackingArguments, arguments.PreflightArguments)
+PARSERS |= {f"baseline_{method}": (BaselineArguments, config, *_AROUND) for method, config in CONFIGS.items()}
+PARSERS["baseline"] = PARSERS["baseline_rloo"]
 # Our classes of options: the base from TRL whose options they inherit, and the variables that hold them.
 OURS = {
-    PPOConfig: (trl.GRPOConfig, {"args", "training_args"}),
+    PPOConfig: (trl.GRPOConfig, {"args", "training_args", "limits"}),
     RewardModelConfig: (trl.RewardConfig, {"args", "training_args"}),
     arguments.JudgeArguments: (trl.ScriptArguments, {"judge_args"}),
     arguments.PPOArguments: (trl.ScriptArguments, {"script_args", "judge_args"}),
     arguments.EvaluationArguments: (trl.ScriptArguments, {"script_args", "judge_args"}),
+    BaselineArguments: (trl.ScriptArguments, {"script_args", "judge_args", "limits", "self"}),
+    DPOConfig: (trl.DPOConfig, {"args", "training_args"}),
     arguments.BoundaryArguments: (None, {"boundary_args"}),
     arguments.ExportArguments: (None, {"script_args"}),
     arguments.ServeArguments: (None, {"script_args"}),

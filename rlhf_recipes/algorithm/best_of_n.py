@@ -21,7 +21,7 @@ def best_of_n_weights(scores: Tensor, n: int) -> Tensor:
     Returns:
         Probabilities, `(P, N)`. Each row sums to 1.
 
-    Source: Nakano et al. 2021, arXiv:2112.09332, appendix I. Differs: handles equal scores.
+    Source: Nakano et al. 2021, arXiv:2112.09332 (best-of-n estimator). Differs: handles equal scores.
     """
     count = scores.size(1)
     by_rank = torch.tensor(
@@ -40,6 +40,6 @@ def best_of_n_kl_bound(n: int) -> float:
 
     The bound is close if no two answers are equal.
 
-    Source: Beirami et al. 2024, arXiv:2401.01879, theorem 1.
+    Source: Beirami et al. 2024, arXiv:2401.01879.
     """
     return math.log(n) - (n - 1) / n

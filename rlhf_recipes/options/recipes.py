@@ -127,11 +127,6 @@ class EvaluationArguments(RewardCallConfig, JudgeArguments):
                 "Nothing judges: set `reward_model_path`, `judge_models`, `judge_functions` or `pairwise_judges`."
             )
 
-    def sampling(self) -> dict[str, Any]:
-        """Return the options of sampling, by name."""
-        names = ("max_completion_length", "temperature", "batch_size", "seed")
-        return {name: getattr(self, name) for name in names}
-
 
 @dataclass
 class ServeArguments:

@@ -35,7 +35,7 @@ def test_the_weighted_sum_is_the_mean_over_all_subsets(scores, n):
     figures = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6]
     weights = best_of_n_weights(torch.tensor([scores, scores[::-1]]), n)
     expected = [_enumerated(scores, figures, n), _enumerated(scores[::-1], figures, n)]
-    assert_close((weights * torch.tensor(figures)).sum(dim=1), expected, FP64)
+    assert_close((weights * torch.tensor(figures, dtype=torch.float64)).sum(dim=1), expected, FP64)
     assert_close(weights.sum(dim=1), [1.0, 1.0], FP64)
 
 

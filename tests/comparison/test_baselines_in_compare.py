@@ -1,4 +1,4 @@
-"""Runs of stock trainers and of PPO are ranked on one page, and an evaluation can report best-of-n."""
+"""Runs of stock trainers and of PPO are ranked on one page."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,10 @@ from rlhf_recipes.comparison.runs import read_experiment
 pytestmark = pytest.mark.recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SAMPLING = {"steps_per_generation": 2, "num_generations": 2, "num_generations_eval": 1, "beta": 0.1}
-STAGES = {"ppo": {"steps_per_generation": 2}, "rloo": SAMPLING, "dpo": {}}
+SAMPLING = {
+    "steps_per_generation": 2, "num_generations": 2, "num_generations_eval": 1, "num_iterations": 2, "beta": 0.1,
+}  # fmt: skip
+STAGES = {"ppo": {"steps_per_generation": 2}, "rloo": SAMPLING, "grpo": SAMPLING, "dpo": {}}
 
 
 def _run(directory, stage, **options):
@@ -31,7 +33,7 @@ def _run(directory, stage, **options):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Train with PPO, RLOO and DPO, recorded in one store."""
+    """Train with each method, recorded in one store."""
     directory, tok = tmp_path_factory.mktemp("baselines"), tiny.tokenizer()
     tiny.save(tiny.policy(tok), directory / "policy")
     tiny.save(tiny.reward_model(tok), directory / "rm")
@@ -55,13 +57,13 @@ def test_a_policy_is_saved_with_its_log(directory, stage):
 
 def test_a_comparison_ranks_all_methods(directory):
     runs = read_experiment("rlhf_recipes", [], f"sqlite:///{directory}/mlflow.db")
-    assert [run.options["method"] for run in runs] == ["ppo", "rloo", "dpo"]
-    assert [run.held_out for run in runs] == [False, False, True]
+    assert [run.options["method"] for run in runs] == ["ppo", "rloo", "grpo", "dpo"]
+    assert [run.held_out for run in runs] == [False, False, False, True]
     groups, _ = group_runs(runs)
-    assert [f"method {name}" in group.label for name, group in zip(STAGES, groups, strict=True)] == [True] * 3
+    assert [f"method {name}" in group.label for name, group in zip(STAGES, groups, strict=True)] == [True] * 4
     verdict = rank_groups(groups)
-    assert {ranked.group.name for ranked in verdict.ranking} == {"A", "B", "C"}
-    assert any("The training of C logs no score and KL of its own answers" in caveat for caveat in verdict.caveats)
+    assert {ranked.group.name for ranked in verdict.ranking} == {"A", "B", "C", "D"}
+    assert any("The training of D logs no score and KL of its own answers" in caveat for caveat in verdict.caveats)
     code, output = run_script(RECIPES / "compare.py", "--experiment", "rlhf_recipes", directory=directory)
     assert code == 0, output[-3000:]
     page = (directory / "runs" / "compare" / "report.html").read_text()

@@ -10,7 +10,8 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.evaluation.policies import best_of_n, compare_policies
 from rlhf_recipes.options.baselines import CONFIGS
-from rlhf_recipes.trainers.baselines import TRAINERS, Scoring
+from rlhf_recipes.trainers.baselines import TRAINERS
+from rlhf_recipes.trainers.stock import Scoring
 
 pytestmark = pytest.mark.tiny
 
