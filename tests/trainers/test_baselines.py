@@ -13,7 +13,8 @@ from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments, DPOConfig
 from rlhf_recipes.options.recipes import EvaluationArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.rewards.scorer import RewardModelScorer
-from rlhf_recipes.trainers.baselines import TRAINERS, DPOTrainer, Scoring
+from rlhf_recipes.trainers.baselines import TRAINERS, DPOTrainer
+from rlhf_recipes.trainers.stock import Scoring
 
 pytestmark = pytest.mark.tiny
 
