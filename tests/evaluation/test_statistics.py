@@ -50,14 +50,6 @@ def test_win_rate_counts_ties_as_half():
     assert win_rate([1, 1, 0, 2], [0, 1, 1, 0])["win_rate"] == 0.625
 
 
-def test_win_rate_interval_is_the_normal_one_for_many_prompts():
-    scores = np.r_[np.ones(600), np.zeros(400)]
-    outcome = win_rate(scores, 1 - scores)
-    half_width = 1.96 * np.sqrt(0.6 * 0.4 / 1000)
-    assert 0.9 * half_width < 0.6 - outcome["win_rate_low"] < 1.1 * half_width
-    assert 0.9 * half_width < outcome["win_rate_high"] - 0.6 < 1.1 * half_width
-
-
 def test_samples_of_one_prompt_are_not_independent():
     """Fifty copies of each outcome give the same interval as one."""
     scores = np.r_[np.ones(12), np.zeros(8)]
