@@ -304,6 +304,27 @@ def _from_script(trace):
     return trace
 
 
+def wait_for(path):
+    """Wait until another process has written a file."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} was never written"
+        time.sleep(0.05)
+
+
+def wait_for_server(process, url, log):
+    """Wait until a process answers at an address."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urlopen(url, timeout=5):
+                return
+        except (URLError, OSError):
+            assert process.is_alive(), log.read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 @contextmanager
 def mlflow_server(directory, port):
     """A real MLflow server of one worker with proxied artifacts; ended when the block is left."""
@@ -316,15 +337,7 @@ def mlflow_server(directory, port):
     log = directory / "server.txt"
     process = _start(_mlflow_main, command, directory, environment, log, log)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-            except (URLError, OSError):
-                assert process.is_alive(), log.read_text()[-2000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
+        wait_for_server(process, f"http://127.0.0.1:{port}/health", log)
         yield
     finally:
         process.kill()

@@ -3,13 +3,12 @@
 import ast
 import dataclasses
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import trl
 import yaml
+from processes import run_command
 from trl import TrlParser
 
 import rlhf_recipes
@@ -178,7 +177,7 @@ def test_help_and_docstring(stage):
     docstring = ast.get_docstring(ast.parse(script.read_text()))
     assert f"recipes/{stage}.py" in docstring
     if stage in ("quickstart", "prepare_smollm2"):
-        subprocess.run([sys.executable, str(script), "--help"], check=True, capture_output=True)
+        assert run_command(script, "--help", directory=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: str(p.relative_to(ROOT)))

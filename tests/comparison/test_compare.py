@@ -1,12 +1,13 @@
 """`recipes/compare.py` writes a page with figures and an answer, and refuses wrong input."""
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from matplotlib import image
-from processes import free_port, mlflow_server, run_command, run_fresh
+from processes import free_port, mlflow_server, run_command
 from tracked_experiments import (
     evaluation_metrics,
     evaluation_rows,
@@ -26,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 HOSTILE = "</p><script>alert(1)</script>&amp; {{ 7 * 6 }} `code`"
 
 
-def _compare(run, directory, *arguments, fails=False):
-    result = run(ROOT / "recipes" / "compare.py", *arguments, directory=directory)
+def _compare(directory, *arguments, fails=False):
+    result = run_command(ROOT / "recipes" / "compare.py", *arguments, directory=directory)
     assert (result.returncode != 0) is fails, result.stdout[-3000:] + result.stderr[-6000:]
     return result
 
@@ -69,9 +70,10 @@ def _report(experiment, uri, directory, num_shown=4):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(tmp_path_factory, empty_store):
     """Return a directory with the default store of the recipe: experiment `sweep`, three times two runs."""
     directory = tmp_path_factory.mktemp("compare")
+    shutil.copy(empty_store, directory)
     uri = f"sqlite:///{directory}/mlflow.db"
     for number, kl_coef in enumerate((0.02, 0.05, 0.2)):
         for seed in (0, 1):
@@ -88,7 +90,7 @@ def page(store):
 
 
 def test_the_recipe_writes_the_report_and_says_what_it_found(store):
-    result = _compare(run_fresh, store[0], "--experiment", "sweep")
+    result = _compare(store[0], "--experiment", "sweep")
     output = store[0] / "runs" / "compare"
     assert {path.name for path in output.iterdir()} == {"report.html", "frontier.png", "curves.png"}
     answer = "Best at equal KL: A (kl_coef 0.02)"
@@ -216,15 +218,16 @@ def test_alarms_are_on_the_page(store, tmp_path):
 
 
 def test_a_refusal_is_one_line(store):
-    result = _compare(run_command, store[0], "--experiment", "no-such", fails=True)
+    result = _compare(store[0], "--experiment", "no-such", fails=True)
     last = result.stderr.strip().splitlines()[-1]
     assert re.fullmatch(r"Error: `experiment` 'no-such' is not in sqlite:.*, which has: .*sweep.*", last)
     assert "Traceback" not in result.stderr
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path, empty_store):
     """The address of a tracking server."""
+    shutil.copy(empty_store, tmp_path)
     port = free_port()
     with mlflow_server(tmp_path, port):
         yield f"http://127.0.0.1:{port}"

@@ -82,13 +82,10 @@ def directory(tmp_path_factory):
     for name, model in (("base", tiny.policy(tok)), ("rm", tiny.reward_model(tok))):
         tiny.save(model, directory / name)
     for name, data in (("prompts", tiny.prompts(count=16)), ("preferences", tiny.preferences(count=16))):
-        (directory / name).mkdir()
-        for split in ("train", "test"):
-            data.to_json(str(directory / name / f"{split}.jsonl"))
+        tiny.write_splits(data, directory / name)
     (directory / "texts").mkdir()
-    tiny.preferences(count=16).select_columns(["prompt", "chosen"]).rename_column("chosen", "completion").to_json(
-        str(directory / "texts" / "train.jsonl")
-    )
+    texts = tiny.preferences(count=16).select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
+    texts.to_json(directory / "texts" / "train.jsonl")
     (directory / "probe.py").write_text(PROBE)
     return directory
 
@@ -99,20 +96,20 @@ def _inside(directory, monkeypatch):
     monkeypatch.chdir(directory)
 
 
-def _run(directory, engine, stage, output_dir, options, *arguments, mixed_precision="no", **launch):
+def _run(directory, engine, stage, output_dir, options, mixed_precision="no", **launch):
     """Run a recipe on two ranks by a launch file, shipped or not."""
     config = directory / f"{output_dir}.yaml"
     config.write_text(yaml.safe_dump({**options, "output_dir": output_dir}))
     return run_launch(
         "--config_file", ROOT / "accelerate_configs" / f"{engine}.yaml" if isinstance(engine, str) else engine,
         "--num_processes", 2, "--mixed_precision", mixed_precision, "--main_process_port", free_port(),
-        ROOT / "recipes" / f"{stage}.py", "--config", config, *arguments, directory=directory, **launch,
+        ROOT / "recipes" / f"{stage}.py", "--config", config, directory=directory, **launch,
     )  # fmt: skip
 
 
-def _launch(directory, engine, stage, output_dir, options, *arguments, **launch):
+def _launch(directory, engine, stage, output_dir, options, **launch):
     """Run a recipe to its end; return the log of PPO and the findings of each rank."""
-    result = _run(directory, engine, stage, output_dir, options, *arguments, **launch)
+    result = _run(directory, engine, stage, output_dir, options, **launch)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     if stage != "ppo":
         return None
@@ -162,11 +159,10 @@ def test_ddp(directory, ddp):
 @pytest.mark.parametrize("failed", ["raise", "mask"])
 def test_a_reward_that_fails_on_one_rank(directory, failed):
     """Every rank must end or continue; none may wait for the others in a collective."""
-    options = {**PPO, "reward_functions": ["probe:reward", "probe:broken_on_rank_1"], "failed_rewards": failed}
+    rewards = {"reward_functions": ["probe:reward", "probe:broken_on_rank_1"], "failed_rewards": failed}
+    options = {**PPO, **rewards, "reward_retries": 0, "save_strategy": "no"}
     start = time.monotonic()
-    result = _run(
-        directory, "multi_gpu", "ppo", f"ddp_{failed}", {**options, "reward_retries": 0, "save_strategy": "no"}
-    )
+    result = _run(directory, "multi_gpu", "ppo", f"ddp_{failed}", options)
     assert time.monotonic() - start < 300
     message = "`broken_on_rank_1` failed at the first attempt on process 1: ConnectionError: gone (probe.py, line"
     assert message in result.stderr
@@ -237,17 +233,8 @@ def test_zero3_trains_the_weights_of_ddp_by_fresh_interpreters(directory, ddp):
 
 
 def test_zero3_resumes(directory, zero3):
-    log, _ = _launch(
-        directory,
-        "zero3",
-        "ppo",
-        "zero3",
-        {**PPO, "max_steps": 8},
-        "--resume_from_checkpoint",
-        "zero3/checkpoint-4",
-        "--allow_changes_on_resume",
-        "true",
-    )
+    resume = {"resume_from_checkpoint": "zero3/checkpoint-4", "allow_changes_on_resume": True}
+    log, _ = _launch(directory, "zero3", "ppo", "zero3", {**PPO, "max_steps": 8, **resume})
     steps = [entry["step"] for entry in log if "loss" in entry]
     assert steps == list(range(1, 9))
     assert (directory / "zero3" / "checkpoint-8" / "ppo_state.json").is_file()
@@ -279,7 +266,5 @@ def test_zero3_in_bfloat16(directory, peft):
 def test_zero3_fine_tunes(directory):
     options = {**TRAINING, "model_name_or_path": "base", "dataset_name": "texts", "save_strategy": "no"}
     _launch(directory, "zero3", "sft", "sft", options)
-    assert (
-        load_policy(str(directory / "sft")).lm_head.weight.shape
-        == load_policy(str(directory / "base")).lm_head.weight.shape
-    )
+    trained, base = (load_policy(str(directory / name)).lm_head.weight for name in ("sft", "base"))
+    assert trained.shape == base.shape

@@ -2,17 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow
 import pytest
 import tiny
 import yaml
-from processes import environment_of_a_user, free_port, run_launch, run_script, start_script
+from processes import environment_of_a_user, free_port, run_launch, run_script, start_script, wait_for
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.recipe
@@ -83,11 +83,10 @@ OPTIONS = {
 
 
 @pytest.fixture
-def directory(tmp_path):
+def directory(tmp_path, empty_store):
+    shutil.copy(empty_store, tmp_path)
     tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "policy")
-    (tmp_path / "prompts").mkdir()
-    for split in ("train", "test"):
-        tiny.prompts(count=16).to_json(str(tmp_path / "prompts" / f"{split}.jsonl"))
+    tiny.write_splits(tiny.prompts(count=16), tmp_path / "prompts")
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     return tmp_path
 
@@ -121,9 +120,9 @@ def _assert_same(left, right):
     assert _results(left)[2] == _results(right)[2]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_the_same_command_goes_on_where_the_signal_stopped_it(directory, name):
-    environment = {"SIGNAL": name}
+def test_the_same_command_goes_on_where_the_signal_stopped_it(directory):
+    """The tests of the launchers send the other signal too."""
+    environment = {"SIGNAL": "SIGTERM"}
     code, output = _run(directory, environment, reward_functions=["my_rewards:signalled"], reward_weights=[1.0])
     assert code == 75, output[-3000:]
     assert "Stopped by a signal at step 5, with a checkpoint in out." in output
@@ -142,7 +141,8 @@ def test_the_same_command_goes_on_where_the_signal_stopped_it(directory, name):
     assert [m.step for m in client.get_metric_history(run.info.run_id, "eval_win_rate")] == [0, 5, 10, 12]
 
     (directory / "calls").write_text("x" * 9)
-    code, output = _run(directory, environment, reward_functions=["my_rewards:signalled"], output_dir="whole")
+    whole = {"output_dir": "whole", "tracking": False}
+    code, output = _run(directory, environment, reward_functions=["my_rewards:signalled"], **whole)
     assert code == 0, output[-3000:]
     _assert_same(directory / "whole", directory / "out")
 
@@ -188,25 +188,18 @@ def test_a_full_disk_costs_no_checkpoint(directory):
 
 def test_a_run_that_is_over_is_not_trained_on(directory):
     """A job that is submitted again may have nothing left to do. transformers would train one more step."""
-    for _ in range(2):
+    for attempt in ("first", "second"):
         code, output = _run(directory, {}, reward_functions=["my_rewards:length"], tracking=False)
         assert code == 0, output[-3000:]
         assert json.loads((directory / "out" / "trainer_state.json").read_text())["global_step"] == 12
-    _run(directory, {}, reward_functions=["my_rewards:length"], tracking=False, output_dir="whole")
-    _assert_same(directory / "whole", directory / "out")
-
-
-def _wait_for(path):
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} was never written"
-        time.sleep(0.05)
+        shutil.copytree(directory / "out", directory / attempt)
+    _assert_same(directory / "first", directory / "second")
 
 
 def test_a_second_signal_ends_the_process_at_once(directory):
     config = _config(directory, reward_functions=["my_rewards:endless"], tracking=False)
     process = start_script(ROOT / "recipes" / "ppo.py", "--config", config, directory=directory)
-    _wait_for(directory / "sampling")
+    wait_for(directory / "sampling")
     os.kill(process.pid, signal.SIGTERM)
     process.join(2.5)
     assert process.exitcode is None, "the first one waits for the optimiser step"
@@ -230,7 +223,7 @@ def slow(completions, **kwargs):
     command = [str(part) for part in (LAUNCH, ROOT / "recipes" / "ppo.py", "--config", config)]
     options = {"cwd": directory, "env": environment_of_a_user(OMP_NUM_THREADS="1"), "text": True}
     process = subprocess.Popen(command, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    _wait_for(directory / "sampling")
+    wait_for(directory / "sampling")
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output[-5000:]
@@ -267,7 +260,7 @@ def waiting(completions, **kwargs):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    _wait_for(directory / "sampling")
+    wait_for(directory / "sampling")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output[-5000:]
@@ -278,6 +271,6 @@ def waiting(completions, **kwargs):
 
     (directory / "wait").unlink()
     for output_dir in ("out", "whole"):
-        result = run_launch(*arguments, "--output_dir", output_dir, directory=directory)
+        result = run_launch(*arguments, "--output_dir", output_dir, "--tracking", "false", directory=directory)
         assert result.returncode == 0, result.stderr[-5000:]
     _assert_same(directory / "whole", directory / "out")

@@ -1,12 +1,10 @@
 """Stages in processes of their own: how they are started, and what a user sees of one that fails."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import environment_of_a_user
+from processes import run_command
 
 from rlhf_recipes.durability.stages import start_method
 
@@ -29,11 +27,10 @@ def test_a_stage_is_forked_only_where_there_is_no_cuda_device(monkeypatch, has_d
 @pytest.mark.recipe
 def test_a_spawned_stage_runs_and_fails_as_a_forked_one(tmp_path):
     """This stage needs the output of an earlier one, which is missing."""
+    script = tmp_path / "spawned.py"
+    script.write_text(SPAWNED)
     stages = ("--start", "preferences", "--until", "preferences", "--directory", "here")
-    result = subprocess.run(
-        [sys.executable, "-c", SPAWNED, str(ROOT / "recipes" / "quickstart.py"), *stages],
-        cwd=tmp_path, env=environment_of_a_user(), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    result = run_command(script, ROOT / "recipes" / "quickstart.py", *stages, directory=tmp_path)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-2:] == [

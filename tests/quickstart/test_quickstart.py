@@ -1,5 +1,6 @@
 """The stages as a user runs them, shortened: exit code, artifacts, messages."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -16,9 +17,11 @@ CONFIGS = RECIPES / "configs" / "quickstart"
 SHORT = {
     "sft": ["--max_steps", "4"],
     "reward_modeling": ["--max_steps", "2"],
-    "ppo": ["--max_steps", "4", "--eval_steps", "4", "--kl_horizon", "128"],
-    "evaluate": ["--num_prompts", "12"],
+    "ppo": ["--max_steps", "4", "--eval_steps", "4", "--kl_horizon", "64", "--per_device_train_batch_size", "16"],
+    "evaluate": ["--num_prompts", "8"],
 }
+HELD_OUT = 30  # prompts are left for the evaluations: with fewer the preflight warns
+UNTRACKED = ("--tracking", "false")  # a new store takes seconds
 
 
 def _run(run, *command, expect=0, **options):
@@ -32,25 +35,33 @@ def _recipe(directory, stage, *arguments, **options):
     return _run(run_command, RECIPES / f"{stage}.py", "--config", config, *arguments, directory=directory, **options)
 
 
-def _launch(*arguments, **options):
-    """PPO on two processes, as on several devices."""
+def _on_two_processes(*arguments):
+    """Return the arguments of `accelerate launch` to run a recipe as on several devices."""
     launch = ("--config_file", ROOT / "accelerate_configs" / "multi_gpu.yaml", "--num_processes", "2")
-    recipe = (RECIPES / "ppo.py", "--config", CONFIGS / "ppo.yaml", "--per_device_train_batch_size", "16")
-    port = ("--mixed_precision", "no", "--main_process_port", free_port())
-    return _run(run_launch, *launch, *port, *recipe, *arguments, **options)
+    return (*launch, "--mixed_precision", "no", "--main_process_port", free_port(), *arguments)
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """Every stage once, a few steps each, by the documented commands. The reports of the recipes, by stage."""
+    """Run every stage for a few steps. Return the directory, and the reports of the recipes by stage.
+
+    Three stages are fresh interpreters by the documented commands. Together they import every library.
+    """
     directory = tmp_path_factory.mktemp("quickstart")
+    fresh = {
+        "world": run_fresh,
+        "sft": functools.partial(run_fresh, "-m", LAUNCHER),
+        "ppo": functools.partial(run_fresh, "-m", LAUNCHER, *_on_two_processes()),
+    }
     reports = {}
     for stage in ("world", "sft", "preferences", "reward_modeling", "ppo", "evaluate"):
-        if stage in SHORT:
-            command = ("-m", LAUNCHER, RECIPES / f"{stage}.py", "--config", CONFIGS / f"{stage}.yaml", *SHORT[stage])
-        else:
+        command = (RECIPES / f"{stage}.py", "--config", CONFIGS / f"{stage}.yaml", *SHORT.get(stage, ()))
+        if stage in ("world", "preferences"):
             command = (RECIPES / "quickstart.py", "--start", stage, "--until", stage, "--num_pairs", "48")
-        reports[stage] = _run(run_fresh, *command, directory=directory)
+        reports[stage] = _run(fresh.get(stage, run_command), *command, directory=directory)
+        if stage == "world":
+            held_out = directory / "runs/quickstart/prompts/test.jsonl"
+            held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:HELD_OUT]))
     return directory, reports
 
 
@@ -68,10 +79,10 @@ def test_artifacts(pipeline):
     ):
         assert (run / name).is_file(), name
     results = json.loads((run / "evaluate" / "results.json").read_text())
-    assert results["prompts"] == 12
+    assert results["prompts"] == 8
     assert {"gold_score/policy", "reward_model/win_rate_low", "policy/kl", "policy/length"} <= results.keys()
     samples_per_prompt = 4
-    assert len((run / "evaluate" / "completions.jsonl").read_text().splitlines()) == 12 * samples_per_prompt
+    assert len((run / "evaluate" / "completions.jsonl").read_text().splitlines()) == 8 * samples_per_prompt
 
 
 def test_a_reward_model_ends_with_its_metrics(pipeline):
@@ -93,7 +104,8 @@ def test_every_stage_is_a_finished_run(pipeline):
 def test_no_warning_of_ours_in_a_first_run(pipeline):
     for stage, report in pipeline[1].items():
         for line in (report.stdout + report.stderr).splitlines():
-            if not line.startswith("Warning: The reward model"):  # which has made two steps
+            # The reward model has made two steps, and torch finds no unused parameter in the first forward.
+            if not line.startswith("Warning: The reward model") and "reducer.cpp" not in line:
                 assert "Warning" not in line, f"{stage}: {line}"
             assert "UNEXPECTED" not in line, f"{stage}: {line}"
 
@@ -121,7 +133,7 @@ def test_the_preflight_of_the_whole_quickstart_is_short_and_finds_nothing(pipeli
 def test_a_run_opens_with_its_preflight(pipeline):
     for stage in ("sft", "reward_modeling", "ppo"):
         assert pipeline[1][stage].stdout.startswith("Preflight: "), stage
-    assert "  run         1 rollout, 128 completions" in pipeline[1]["ppo"].stdout
+    assert "  run         1 rollout, 64 completions" in pipeline[1]["ppo"].stdout
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -137,18 +149,16 @@ def test_two_processes_agree_on_a_preflight(pipeline, trained_card, fails):
         ):
             (bad / name).write_text(json.dumps(json.loads((bad / name).read_text()) | change))
     for only in ("true", "false") if fails else ("true",):
-        report = _launch(
-            "--model_name_or_path", bad, "--preflight_only", only,
-            "--output_dir", "runs/two", "--experiment_name", "two_preflights",
-            directory=pipeline[0], expect=int(fails),
-        )  # fmt: skip
+        recipe = (RECIPES / "ppo.py", "--config", CONFIGS / "ppo.yaml", "--per_device_train_batch_size", "16")
+        options = ("--model_name_or_path", bad, "--preflight_only", only, "--output_dir", "runs/two", *UNTRACKED)
+        report = _run(run_launch, *_on_two_processes(*recipe, *options), directory=pipeline[0], expect=int(fails))
         assert report.stdout.count("Preflight: 2 processes on cpu") == 1
         assert "64 completions (16 x 2 processes x 2 steps)" in report.stdout
         assert ("outside the policy's vocabulary" in report.stdout) is fails
         assert not (pipeline[0] / "runs/two/trainer_state.json").exists()
 
 
-@pytest.mark.parametrize("options", [[], ["--kl_coef", "0.2"]], ids=["no options", "an option"])
+@pytest.mark.parametrize("options", [(), ("--kl_coef", "0.2", *UNTRACKED)], ids=["no options", "options"])
 def test_ppo_without_a_configuration_is_the_quickstarts_stage(tmp_path, options):
     report = _run(run_command, RECIPES / "ppo.py", *options, directory=tmp_path, expect=1)
     last = report.stderr.strip().splitlines()[-1]
@@ -164,7 +174,7 @@ def test_a_bug_keeps_its_traceback(tmp_path):
 
 
 def test_an_evaluation_checks_the_reward_models_card(pipeline):
-    report = _recipe(pipeline[0], "evaluate", "--response_separator", "###", expect=1)
+    report = _recipe(pipeline[0], "evaluate", "--response_separator", "###", *UNTRACKED, expect=1)
     assert "Set `response_separator:" in report.stderr
 
 
@@ -182,7 +192,8 @@ def test_the_other_world_has_its_own_folder(tmp_path):
 
 
 def test_a_missing_reward_model_names_its_stage(pipeline):
-    report = _recipe(pipeline[0], "ppo", "--reward_model_path", "runs/mine/reward_modeling", expect=1)
+    options = ("--reward_model_path", "runs/mine/reward_modeling", *UNTRACKED)
+    report = _recipe(pipeline[0], "ppo", *options, expect=1)
     assert "`accelerate launch recipes/reward_modeling.py --config YOUR_CONFIG.yaml`" in report.stderr
 
 
@@ -193,24 +204,20 @@ def test_a_crash_is_recorded_as_failed(pipeline):
 
 
 def test_reward_functions_are_named_as_module_and_function(pipeline):
-    _recipe(
-        pipeline[0], "ppo", "--max_steps", "2", "--reward_functions", "rlhf_recipes.quickstart.world:gold_score",
-        "--output_dir", "runs/quickstart/ppo_gold", "--tracking", "false",
-    )  # fmt: skip
-    report = _recipe(pipeline[0], "ppo", "--reward_functions", "json:no_such_function", expect=1)
+    options = ("--max_steps", "2", "--eval_strategy", "no", "--max_completion_length", "8", *UNTRACKED)
+    options += ("--output_dir", "runs/quickstart/ppo_gold")
+    _recipe(pipeline[0], "ppo", "--reward_functions", "rlhf_recipes.quickstart.world:gold_score", *options)
+    report = _recipe(pipeline[0], "ppo", "--reward_functions", "json:no_such_function", *UNTRACKED, expect=1)
     assert "json has no function 'no_such_function'" in report.stderr
 
 
-def test_two_processes(pipeline):
-    """A launch as on several devices; the ranks must agree on what they save."""
-    report = _launch(
-        "--max_steps", "4", "--output_dir", "runs/quickstart/ppo_two", "--experiment_name", "two",
-        directory=pipeline[0], fresh=True,
-    )  # fmt: skip
-    state = json.loads((pipeline[0] / "runs/quickstart/ppo_two/trainer_state.json").read_text())
-    assert state["global_step"] == 4, report.stderr[-2000:]
+def test_two_processes_are_one_run(pipeline):
+    """The ranks must agree on what they save."""
+    state = json.loads((pipeline[0] / "runs/quickstart/ppo/trainer_state.json").read_text())
+    assert state["global_step"] == 4, pipeline[1]["ppo"].stderr[-2000:]
     mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
-    (run,) = mlflow.search_runs(experiment_names=["two"], output_format="list")
+    runs = mlflow.search_runs(experiment_names=["rlhf_recipes"], output_format="list")
+    (run,) = (run for run in runs if run.data.tags["stage"] == "ppo")
     assert run.info.status == "FINISHED"
     assert run.data.tags["accelerate.num_processes"] == "2"
     assert run.data.metrics["episode"] == 2 * 16 * 2, "processes x batch x steps_per_generation"

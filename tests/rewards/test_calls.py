@@ -3,8 +3,6 @@
 import asyncio
 import functools
 import math
-import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ import tenacity
 import tiny
 import torch
 from accelerate import PartialState
-from processes import run_in_processes
+from processes import run_command, run_in_processes
 from tolerances import EXACT, assert_close
 
 from rlhf_recipes import PPOConfig
@@ -187,9 +185,7 @@ def test_a_timeout_of_the_functions_own_is_its_error():
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_hung_call_does_not_keep_the_process(kind, tmp_path):
     (tmp_path / "hung.py").write_text(HUNG)
-    result = subprocess.run(
-        [sys.executable, "hung.py", kind], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+    result = run_command(tmp_path / "hung.py", kind, directory=tmp_path)
     assert result.returncode == 1
     assert "no answer within 0.2 s" in result.stderr
 

@@ -16,7 +16,7 @@ import requests
 import tenacity
 import tiny
 import yaml
-from processes import free_port, run_script, start_script
+from processes import free_port, run_script, start_script, wait_for_server
 from tolerances import FP32, assert_close
 
 from rlhf_recipes.options.recipes import JudgeArguments, ServeArguments
@@ -56,15 +56,7 @@ def _served(directory, port, *options, **environment):
         RECIPES / "serve_reward_model.py", *arguments, directory=directory, **{TOKEN_VARIABLE: TOKEN} | environment
     )
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                requests.get(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except requests.ConnectionError:
-                assert process.is_alive(), (directory / "output.txt").read_text()[-3000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+        wait_for_server(process, f"http://127.0.0.1:{port}/health", directory / "output.txt")
         yield process
     finally:
         process.kill()

@@ -19,9 +19,10 @@ REGISTERED = {"registered_model_name": "tiny", "registered_model_alias": "candid
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Return the address of a store, and the directory of its artifacts."""
+def store(tmp_path_factory, empty_store):
+    """Return the directory of a store and of its artifacts."""
     directory = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_store, directory)
     client = mlflow.MlflowClient(f"sqlite:///{directory}/mlflow.db")
     client.create_experiment("tests", artifact_location=str(directory / "artifacts"))
     return directory

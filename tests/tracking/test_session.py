@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import tiny
 import yaml
-from processes import free_port, mlflow_server, run_script, start_script
+from processes import free_port, mlflow_server, run_script, start_script, wait_for
 
 pytestmark = pytest.mark.recipe
 
@@ -66,24 +66,23 @@ with track_run(TrackingArguments(), sys.argv[1], sys.argv[1], Config(sys.argv[1]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Write a policy, data and a store to copy, because creating a store takes seconds."""
+    """Write a policy and data."""
     directory = tmp_path_factory.mktemp("world")
     tiny.save(tiny.policy(tiny.tokenizer()), directory / "policy")
     for name, data in (("prompts", tiny.prompts()), ("pairs", tiny.preferences())):
         tiny.write_splits(data, directory / name)
-    mlflow.MlflowClient(f"sqlite:///{directory}/mlflow.db").search_experiments()
     return directory
 
 
-def _workplace(world, directory):
+def _workplace(empty_store, directory):
     (directory / "my_rewards.py").write_text(REWARDS)
-    shutil.copy(world / "mlflow.db", directory)
+    shutil.copy(empty_store, directory)
     return directory
 
 
 @pytest.fixture
-def directory(world, tmp_path):
-    return _workplace(world, tmp_path)
+def directory(empty_store, tmp_path):
+    return _workplace(empty_store, tmp_path)
 
 
 def _options(world, directory, reward="length", **changes):
@@ -129,17 +128,10 @@ def _artifact(uri, run, name):
     return Path(mlflow.MlflowClient(uri).download_artifacts(run.info.run_id, name)).read_text()
 
 
-def _wait_for(path):
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} was never written"
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
-def stages(world, tmp_path_factory):
+def stages(world, empty_store, tmp_path_factory):
     """Train a reward model and a policy, and evaluate it. Return the directory, the store and its runs by stage."""
-    directory = _workplace(world, tmp_path_factory.mktemp("stages"))
+    directory = _workplace(empty_store, tmp_path_factory.mktemp("stages"))
     common = {"model_name_or_path": str(world / "policy"), "response_separator": " "}
     reward_model = {"dataset_name": str(world / "pairs"), "output_dir": "out/rm", "max_steps": 2, **common}
     (directory / "rm.yaml").write_text(yaml.safe_dump(reward_model | tiny.RECIPE))
@@ -286,7 +278,7 @@ def test_a_run_that_cannot_go_back_is_failed_and_says_what_to_change(world, dire
 def test_a_termination_is_killed(world, directory, number, exit_code):
     options = _options(world, directory, reward="endless")
     process = start_script(RECIPES / "ppo.py", *options, directory=directory)
-    _wait_for(directory / "sampling")
+    wait_for(directory / "sampling")
     assert _runs(_store(directory))["ppo"].info.status == "RUNNING"
     os.kill(process.pid, number)
     if number == signal.SIGTERM:  # the first asks for a checkpoint, the second for an end
@@ -327,10 +319,10 @@ def test_a_resume_continues_the_same_run(world, directory):
     assert steps == [0, 4, 8, 12], "also those of the first attempt"
 
 
-def test_a_checkpoint_of_another_store_begins_a_new_run(world, directory):
+def test_a_checkpoint_of_another_store_begins_a_new_run(world, directory, empty_store):
     options = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
     _ppo(world, directory, **options)
-    shutil.copy(world / "mlflow.db", directory)
+    shutil.copy(empty_store, directory)
     code, output = _ppo(world, directory, resume_from_checkpoint="out/ppo/checkpoint-4", max_steps=8, **options)
     assert code == 0, output[-3000:]
     assert "of out/ppo/checkpoint-4 is not in this store: a new run begins" in output
@@ -343,7 +335,7 @@ def test_a_server_that_dies_stops_no_training_and_loses_nothing(world, directory
     options = _options(world, directory, reward="slow", max_steps=40)
     with mlflow_server(directory, port):
         process = start_script(RECIPES / "ppo.py", *options, "--tracking_uri", uri, directory=directory)
-        _wait_for(directory / "sampling")
+        wait_for(directory / "sampling")
         while "loss" not in _runs(uri)["ppo"].data.metrics:
             assert process.is_alive()
             time.sleep(0.2)
