@@ -9,6 +9,7 @@ from typing import Any, Literal
 from trl import GRPOConfig
 
 from rlhf_recipes.options.checks import check_choice, check_range, check_types
+from rlhf_recipes.options.critic import CriticConfig
 from rlhf_recipes.options.guard import GuardConfig
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.options.secrets import holds_credentials
@@ -22,7 +23,7 @@ class _SingleGeneration(int):
 
 
 @dataclass
-class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
+class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
     """Options of `PPOTrainer`: those of `trl.GRPOConfig`, some with another default, and new ones.
 
     A rollout has `per_device_train_batch_size * processes * steps_per_generation` completions. PPO trains on it for
@@ -57,46 +58,6 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
     adam_epsilon: float = field(
         default=1e-5,
         metadata={"help": "With 1e-8 the policy drifts six times as fast in the first updates (arXiv:2403.17031)."},
-    )
-    # Value function.
-    critic: Literal["policy", "reward"] = field(
-        default="policy",
-        metadata={
-            "help": "Hidden states that the value head reads. `policy`: the policy's own; the head trains with the "
-            "policy. `reward`: the reward model's, from the forward that scores; the head is fitted between rollouts."
-        },
-    )
-    critic_epochs: int = field(
-        default=8, metadata={"help": "With `critic: reward`, passes over the latest rollouts after each rollout."}
-    )
-    critic_replay: int = field(
-        default=4, metadata={"help": "With `critic: reward`, number of rollouts that the critic is fitted to."}
-    )
-    value_head_size: int | None = field(
-        default=None, metadata={"help": "Width of the value head's hidden layer. Default: the model's hidden size."}
-    )
-    value_head_activation: Literal["silu", "gelu"] = field(
-        default="silu", metadata={"help": "Activation of the value head: `silu` or `gelu`. ReLU is refused."}
-    )
-    value_gradient_to_backbone: bool = field(
-        default=False,
-        metadata={
-            "help": "Let the value loss train the backbone too. This is known to make the policy worse than SFT."
-        },
-    )
-    value_head_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate of the value head, under the policy's schedule. Default: ten times "
-            "`learning_rate`. A new head must follow the scores at a rate that would harm a trained backbone."
-        },
-    )
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float = field(
-        default=0.2, metadata={"help": "Trust region of the value function, in units of the normalised score."}
-    )
-    critic_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimiser steps at the start that train only the value head."}
     )
     # Advantages.
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
@@ -207,8 +168,8 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
         super().__post_init__()
         self.num_generations = int(self.num_generations)
         self.eval_on_start = self.eval_strategy != "no"  # later answers are compared with those of step 0
-        if self.value_head_learning_rate is None:
-            self.value_head_learning_rate = 10 * self.learning_rate if self.critic == "policy" else 1e-3
+        self.set_critic_learning_rate(self.learning_rate)
+        self.check_critic()
         self._check_ranges()
         self.check_guard()
         self._check_reward_calls()
@@ -250,17 +211,14 @@ class PPOConfig(GuardConfig, RewardCallConfig, GRPOConfig):
         check_choice(self, "truncated_completions", ("terminal", "bootstrap", "mask"))
         check_choice(self, "kl_estimator", ("k1", "k2", "k3"))
         check_choice(self, "kl_controller", ("fixed", "adaptive"))
-        check_choice(
-            self, "value_head_activation", ("silu", "gelu"), " ReLU units die, and a dead head cannot follow."
-        )
         for name in ("gamma", "lam", "value_lam"):
             check_range(self, name, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]")
         check_range(self, "reward_norm_decay", lambda x: 0.0 <= x < 1.0, "lie in [0, 1)")
-        for name in ("cliprange_value", "reward_norm_clip", "target_kl", "kl_horizon"):
+        for name in ("reward_norm_clip", "target_kl", "kl_horizon"):
             check_range(self, name, lambda x: x > 0, "be positive")
-        for name in ("num_iterations", "value_head_size", "max_completion_length", "early_stopping_patience"):
+        for name in ("num_iterations", "max_completion_length", "early_stopping_patience"):
             check_range(self, name, lambda x: x > 0, "be positive")
-        for name in ("value_head_learning_rate", "vf_coef", "kl_coef", "critic_warmup_steps", "logged_samples"):
+        for name in ("kl_coef", "logged_samples"):
             check_range(self, name, lambda x: x >= 0, "not be negative")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError(

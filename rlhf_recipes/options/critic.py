@@ -1,0 +1,72 @@
+"""The critic of `PPOTrainer`: what it reads, its shape, and how it is trained."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf_recipes.options.checks import check_choice, check_range
+
+
+@dataclass
+class CriticConfig:
+    """Options of the critic."""
+
+    critic: Literal["policy", "reward"] = field(
+        default="policy",
+        metadata={
+            "help": "Hidden states that the value head reads. `policy`: the policy's own; the head trains with the "
+            "policy. `reward`: the reward model's, from the forward that scores; the head is fitted between rollouts."
+        },
+    )
+    critic_epochs: int = field(
+        default=8, metadata={"help": "With `critic: reward`, passes over the latest rollouts after each rollout."}
+    )
+    critic_replay: int = field(
+        default=4, metadata={"help": "With `critic: reward`, number of rollouts that the critic is fitted to."}
+    )
+    value_head_size: int | None = field(
+        default=None, metadata={"help": "Width of the value head's hidden layer. Default: the model's hidden size."}
+    )
+    value_head_activation: Literal["silu", "gelu"] = field(
+        default="silu", metadata={"help": "Activation of the value head: `silu` or `gelu`. ReLU is refused."}
+    )
+    value_gradient_to_backbone: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the value loss train the backbone too. This is known to make the policy worse than SFT."
+        },
+    )
+    value_head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the value head, under the policy's schedule. Default: ten times "
+            "`learning_rate`. A new head must follow the scores at a rate that would harm a trained backbone."
+        },
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(
+        default=0.2, metadata={"help": "Trust region of the value function, in units of the normalised score."}
+    )
+    critic_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimiser steps at the start that train only the value head."}
+    )
+
+    def set_critic_learning_rate(self, learning_rate: float) -> None:
+        """Choose the learning rate of the value head, if the user has not."""
+        if self.value_head_learning_rate is None:
+            self.value_head_learning_rate = 10 * learning_rate if self.critic == "policy" else 1e-3
+
+    def check_critic(self) -> None:
+        """Refuse values that no critic can have."""
+        check_choice(self, "critic", ("policy", "reward"))
+        check_choice(
+            self, "value_head_activation", ("silu", "gelu"), " ReLU units die, and a dead head cannot follow."
+        )
+        for name in ("value_head_size", "cliprange_value", "critic_epochs", "critic_replay"):
+            check_range(self, name, lambda x: x > 0, "be positive")
+        for name in ("value_head_learning_rate", "vf_coef", "critic_warmup_steps"):
+            check_range(self, name, lambda x: x >= 0, "not be negative")
+        if self.critic == "reward" and self.critic_warmup_steps:
+            raise ValueError(
+                "`critic_warmup_steps` needs `critic: policy`. `critic: reward` is fitted before the first rollout by "
+                "`critic_dataset_name`."
+            )
