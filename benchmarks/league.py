@@ -23,6 +23,7 @@ import shutil
 import sys
 import traceback
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from league_methods import METHODS, WORLDS, Method, World
-from league_report import write_report
+from league_report import gold_at, write_report
 
 from rlhf_recipes.algorithm.best_of_n import best_of_n_weights
 from rlhf_recipes.console import quiet_start
@@ -216,15 +217,12 @@ def run_cells(cells: list[Cell], jobs: int) -> None:
 
 def best_setting(cells: list[Cell]) -> int:
     """Return the setting with the highest gold score at equal KL, the mean over its tuning seeds."""
-    from league_report import gold_at
 
     def merit(setting: int) -> float:
         results = [cell.result() for cell in cells if cell.setting == setting]
         return float(np.mean([gold_at(result, kl) for result in results if result for kl in cell.world.budgets]))
 
-    cell = cells[0]
-    settings = sorted({cell.setting for cell in cells if cell.result()})
-    return max(settings, key=merit)
+    return max(sorted({cell.setting for cell in cells}), key=merit)
 
 
 def main() -> None:
@@ -249,7 +247,9 @@ def main() -> None:
         name: [cell(name, i, seed) for i in range(len(METHODS[name].settings)) for seed in args.tuning_seeds]
         for name in args.methods
     }
-    run_cells([each for cells in tuning.values() for each in cells], args.jobs)
+    run_cells([each for cells in zip_longest(*tuning.values()) for each in cells if each], args.jobs)
+    if not args.seeds:
+        return
     chosen = {name: best_setting(cells) for name, cells in tuning.items()}
     tests = {name: [cell(name, setting, seed) for seed in args.seeds] for name, setting in chosen.items()}
     run_cells([each for cells in zip(*tests.values(), strict=True) for each in cells], args.jobs)

@@ -36,7 +36,7 @@ def _documented():
         "eval_<figure>",
         "<name>",
     }
-    return names - options - prose
+    return names - options - prose - {"recipes/baseline.py", "stop_on_decline"}
 
 
 def _pattern(name):
