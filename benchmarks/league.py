@@ -220,7 +220,7 @@ def best_setting(cells: list[Cell]) -> int:
 
     def merit(setting: int) -> float:
         results = [cell.result() for cell in cells if cell.setting == setting]
-        return float(np.mean([gold_at(result, kl) for result in results if result for kl in cell.world.budgets]))
+        return float(np.mean([gold_at(result, kl) for result in results if result for kl in cells[0].world.budgets]))
 
     return max(sorted({cell.setting for cell in cells}), key=merit)
 
