@@ -159,3 +159,16 @@ def explained_variance(
     # The mean of equal numbers has a rounding error. The square of this error must not count as a variance.
     rounding = (4 * torch.finfo(total.dtype).eps * masked_mean(returns, mask)) ** 2
     return torch.where(total > rounding, 1 - residual / total, 0)
+
+
+def quarters(mask: Tensor) -> list[Tensor]:
+    """Return for each quarter of the completions the mask of its tokens, `(B, T)`.
+
+    Token k of n, counted from 0 over the tokens of the mask, is in quarter `floor(4 k / n)`.
+
+    Args:
+        mask: Valid completion tokens, `(B, T)`.
+    """
+    valid = mask.bool()
+    place = 4 * (valid.cumsum(dim=1) - 1) // valid.sum(dim=1, keepdim=True).clamp(min=1)
+    return [valid & (place == quarter) for quarter in range(4)]

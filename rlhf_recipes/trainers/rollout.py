@@ -18,6 +18,7 @@ from rlhf_recipes.algorithm.advantages import (
     is_truncated,
     last_valid_index,
     leave_one_out_means,
+    quarters,
     shape_rewards,
 )
 from rlhf_recipes.algorithm.distributed import global_means, global_moments, global_sum, global_var
@@ -239,18 +240,17 @@ def rollout_metrics(rollout: Rollout) -> tuple[int, dict[str, float]]:
     sums = (x.sum(dim=1) for x in (rollout.k1, rollout.kl, rollout.rewards))  # 0 outside of the mask
     repeated = repeated_ngrams(rollout.completion_ids, rollout.completion_mask)
     count, (mean_k1, paid, rlhf_reward, repetition) = global_means(mask.any(dim=1), *sums, repeated)
-    explained, explained_mc = (
-        explained_variance(rollout.old_values, returns, mask, variance=global_var).item()
-        for returns in (rollout.returns, rollout.mc_returns)
-    )
+    explained = {"": (rollout.returns, mask), "_mc": (rollout.mc_returns, mask)}
+    explained |= {f"_mc_q{i}": (rollout.mc_returns, quarter) for i, quarter in enumerate(quarters(mask), start=1)}
     return int(count), {
         "objective/kl": mean_k1,
         "objective/scores": scores[scores.isfinite()].mean().item(),
         "objective/rlhf_reward": rlhf_reward,
         "objective/non_score_reward": -rollout.kl_coef * paid,
         "objective/excluded": 1 - count / scores.numel(),
-        "val/explained_variance": explained,
-        "val/explained_variance_mc": explained_mc,
         "kl_coef": rollout.kl_coef,
         "completions/repeated_ngrams": repetition,
+    } | {
+        f"val/explained_variance{name}": explained_variance(rollout.old_values, *target, variance=global_var).item()
+        for name, target in explained.items()
     }

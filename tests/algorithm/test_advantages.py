@@ -14,6 +14,7 @@ from rlhf_recipes.algorithm.advantages import (
     explained_variance,
     generalized_advantage_estimation,
     leave_one_out_means,
+    quarters,
     shape_rewards,
 )
 
@@ -314,3 +315,9 @@ def test_the_group_baseline_keeps_the_expected_gradient():
     assert total["none"] == pytest.approx(expected.item())
     assert total["mean"] == pytest.approx(expected.item() / 2)
     assert squares["loo"] < squares["none"]
+
+
+def test_quarters_by_hand():
+    """The tokens of the mask count, not the columns; a completion of three tokens has no fourth quarter."""
+    expected = torch.tensor([[0, 0, 1, 2, 3], [0, 1, 2, -1, -1], [0, 1, -1, -1, 2], [-1, 0, -1, 2, -1], [-1] * 5])
+    assert torch.equal(torch.stack(quarters(MASK)), torch.stack([expected == quarter for quarter in range(4)]))
