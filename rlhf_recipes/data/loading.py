@@ -6,28 +6,32 @@ from datasets import Dataset, DatasetDict, load_dataset
 from trl import ScriptArguments
 
 from rlhf_recipes.data.prompts import add_separator, check_columns
-from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.recipes import PPOArguments
 
 
-def load_split(script_args: ScriptArguments, split: str) -> Dataset:
+def load_split(script_args: ScriptArguments, split: str, *, option: str = "dataset_name") -> Dataset:
     """Load one split of a dataset: a Hub name, or a directory with JSON lines, CSV or Parquet.
+
+    Args:
+        script_args: Options of the recipe.
+        split: Name of the split.
+        option: Option that names the dataset.
 
     Raises:
         ValueError: If no dataset is named, it cannot be loaded, or it has no such split or no rows in it.
         FileNotFoundError: See `require_path`.
     """
-    name = require_path("dataset_name", script_args.dataset_name)
+    name = require_path(option, getattr(script_args, option))
     if Path(name).is_file():
-        raise ValueError(f"`dataset_name` is the file {name}: name the directory that holds it.")
+        raise ValueError(f"`{option}` is the file {name}: name the directory that holds it.")
     if script_args.dataset_streaming:
         raise ValueError("`dataset_streaming` is not available in the recipes: leave it out.")
     try:
-        dataset = load_dataset(name, script_args.dataset_config)
+        dataset = load_dataset(name, script_args.dataset_config if option == "dataset_name" else None)
     except (OSError, ValueError) as error:
         where = "" if Path(name).exists() else " (not a directory here, so it was looked for on the Hub)"
-        raise ValueError(f"`dataset_name` {name!r} cannot be loaded{where}: {error}") from error
+        raise ValueError(f"`{option}` {name!r} cannot be loaded{where}: {error}") from error
     assert isinstance(dataset, DatasetDict)
     if split not in dataset:
         splits = ", ".join(map(repr, dataset))
@@ -80,7 +84,6 @@ def load_critic_pairs(script_args: PPOArguments) -> Dataset | None:
     """
     if script_args.critic_dataset_name is None:
         return None
-    named = with_changes(script_args, dataset_name=script_args.critic_dataset_name, dataset_config=None)
-    pairs = load_split(named, script_args.dataset_train_split)
+    pairs = load_split(script_args, script_args.dataset_train_split, option="critic_dataset_name")
     check_columns(pairs, ("prompt", "chosen", "rejected"), "critic_dataset_name")
     return pairs.select(range(min(script_args.critic_pairs, len(pairs))))
