@@ -56,9 +56,8 @@ class Method:
 
     def paths(self, base: Path) -> dict[str, Path]:
         """Return the options that name the data and the reward model of a base."""
-        if self.name == "dpo":
-            return {"dataset_name": base / "preferences"}
-        paths = {"dataset_name": base / "prompts", "reward_model_path": base / "reward_modeling"}
+        data = "preferences" if self.name == "dpo" else "prompts"
+        paths = {"dataset_name": base / data, "reward_model_path": base / "reward_modeling"}
         if any(setting.get("critic") == "reward" for setting in self.settings):
             paths["critic_dataset_name"] = base / "preferences"
         return paths
