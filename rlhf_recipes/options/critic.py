@@ -18,7 +18,7 @@ class CriticConfig:
         },
     )
     critic_epochs: int = field(
-        default=8, metadata={"help": "With `critic: reward`, passes over the latest rollouts after each rollout."}
+        default=2, metadata={"help": "With `critic: reward`, passes over the latest rollouts after each rollout."}
     )
     critic_replay: int = field(
         default=4, metadata={"help": "With `critic: reward`, number of rollouts that the critic is fitted to."}
