@@ -18,10 +18,7 @@ class CriticConfig:
         },
     )
     critic_epochs: int = field(
-        default=2, metadata={"help": "With `critic: reward`, passes over the latest rollouts after each rollout."}
-    )
-    critic_replay: int = field(
-        default=4, metadata={"help": "With `critic: reward`, number of rollouts that the critic is fitted to."}
+        default=4, metadata={"help": "With `critic: reward`, passes over a rollout after its advantages are known."}
     )
     value_head_size: int | None = field(
         default=None, metadata={"help": "Width of the value head's hidden layer. Default: the model's hidden size."}
@@ -61,7 +58,7 @@ class CriticConfig:
         check_choice(
             self, "value_head_activation", ("silu", "gelu"), " ReLU units die, and a dead head cannot follow."
         )
-        for name in ("value_head_size", "cliprange_value", "critic_epochs", "critic_replay"):
+        for name in ("value_head_size", "cliprange_value", "critic_epochs"):
             check_range(self, name, lambda x: x > 0, "be positive")
         for name in ("value_head_learning_rate", "vf_coef", "critic_warmup_steps"):
             check_range(self, name, lambda x: x >= 0, "not be negative")

@@ -5,7 +5,6 @@ depends on. The critic is a small head on them, fitted after each rollout for se
 """
 
 import itertools
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from rlhf_recipes.algorithm.value_head import ValueHead
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.protocol import Scorer
 
-MINI_BATCHES = 4  # per rollout and epoch
+MINI_BATCHES = 4  # per epoch
 PRETRAINING_ROWS, PRETRAINING_EPOCHS = 32, 10
 
 
@@ -40,7 +39,6 @@ class RewardCritic:
         self.head, self.epochs = head.to(device), args.critic_epochs
         learning_rate: Any = args.value_head_learning_rate
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=learning_rate, eps=1e-6)
-        self._replay: deque[list[tuple[Tensor, Tensor]]] = deque(maxlen=args.critic_replay)
 
     @torch.no_grad()
     def values(self, states: list[Tensor], length: int) -> Tensor:
@@ -55,7 +53,7 @@ class RewardCritic:
         return pad(values, (0, length + 1 - values.size(1)))
 
     def fit(self, states: list[Tensor], returns: Tensor, mask: Tensor, *, first_row: int = 0) -> None:
-        """Fit the head to the returns of this rollout and of those before it. Every rank must call this.
+        """Fit the head to the returns of a rollout. Every rank must call this.
 
         Args:
             states: See `values`.
@@ -63,10 +61,9 @@ class RewardCritic:
             mask: Tokens that train, `(B, T)`.
             first_row: Number of this rank's first row in the rollout of all ranks.
         """
-        self._replay.append(_mini_batches(states, returns, mask, MINI_BATCHES, first_row))
-        for _ in range(self.epochs):
-            for features, targets in itertools.chain(*self._replay):
-                self._step(features, targets)
+        batches = _mini_batches(states, returns, mask, MINI_BATCHES, first_row)
+        for features, targets in itertools.chain(*itertools.repeat(batches, self.epochs)):
+            self._step(features, targets)
 
     def pretrain(self, scorer: Any, dataset: Any, normalizer: RewardNormalizer | None) -> None:
         """Fit the head to answers that exist already: the score of an answer is the target of all of its states.
@@ -103,19 +100,13 @@ class RewardCritic:
         self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return head, optimiser and the rollouts that are fitted again."""
-        return {
-            "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "replay": list(self._replay),
-        }
+        """Return head and optimiser."""
+        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._replay.clear()
-        self._replay.extend(state["replay"])
 
 
 def scorer_with_states(scorers: Sequence[Scorer]) -> Any:
