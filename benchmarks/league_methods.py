@@ -43,9 +43,10 @@ class Method:
     Args:
         name: Name.
         recipe: Recipe that trains, without `.py`.
-        config: Configuration in the folder of the world.
+        config: Configuration: a path, or a name in the folder of the quickstart.
         settings: Settings to tune over: options of the recipe.
         arguments: First arguments of the recipe.
+        reads_preferences: Whether a critic is fitted to the preferences of the reward model.
     """
 
     name: str
@@ -53,30 +54,23 @@ class Method:
     config: str
     settings: list[dict[str, Any]]
     arguments: tuple[str, ...] = ()
+    reads_preferences: bool = False
 
     def paths(self, base: Path) -> dict[str, Path]:
         """Return the options that name the data and the reward model of a base."""
         data = "preferences" if self.name == "dpo" else "prompts"
         paths = {"dataset_name": base / data, "reward_model_path": base / "reward_modeling"}
-        if any(setting.get("critic") == "reward" for setting in self.settings):
+        if self.reads_preferences:
             paths["critic_dataset_name"] = base / "preferences"
         return paths
 
 
+HERE = Path(__file__).resolve().parent
 WORLDS = {
     each.name: each
     for each in (World("quickstart", steps=60, budgets=(2.0, 3.0)), World("report", steps=60, budgets=(2.0, 4.0)))
 }
 
-# PPO as the quickstart has it, and as it was before.
-PPO = {
-    "kl_controller": "fixed",
-    "importance_sampling_level": "sequence",
-    "lam": 1.0,
-    "whiten_advantages": False,
-    "loss_type": "dr_grpo",
-}
-AS_IT_WAS = {"kl_controller": "adaptive", "kl_coef": 0.09, "kl_horizon": 2000}
 METHODS = {
     each.name: each
     for each in (
@@ -89,7 +83,7 @@ METHODS = {
             [{"learning_rate": rate, "beta": 0.1} for rate in (1e-4, 5e-5)],
             ("--method", "dpo"),
         ),
-        Method("ppo-as-it-was", "ppo", "ppo.yaml", [AS_IT_WAS | {"target_kl": x} for x in (3.5, 2.5)]),
-        Method("ppo", "ppo", "ppo.yaml", [PPO | {"critic": "reward", "kl_coef": x} for x in (0.1, 0.15)]),
+        Method("ppo-as-it-was", "ppo", str(HERE / "ppo_as_it_was.yaml"), [{"target_kl": x} for x in (3.5, 2.5)]),
+        Method("ppo", "ppo", "ppo.yaml", [{"kl_coef": x} for x in (0.1, 0.15)], reads_preferences=True),
     )
 }

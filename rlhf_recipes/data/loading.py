@@ -80,10 +80,9 @@ def load_critic_pairs(script_args: PPOArguments) -> Dataset | None:
     """Load the preferences to which a critic is fitted before the first rollout, if the recipe names some.
 
     Raises:
-        ValueError: See `load_split` and `check_columns`.
+        ValueError: See `load_split`.
     """
     if script_args.critic_dataset_name is None:
         return None
     pairs = load_split(script_args, script_args.dataset_train_split, option="critic_dataset_name")
-    check_columns(pairs, ("prompt", "chosen", "rejected"), "critic_dataset_name")
     return pairs.select(range(min(script_args.critic_pairs, len(pairs))))

@@ -88,7 +88,7 @@ class PPOTrainer(ForwardTrainer):
             model,
             reward_funcs,
             args,
-            datasets=(train_dataset, eval_dataset),
+            datasets=(train_dataset, eval_dataset, critic_dataset),
             tokenizers=(processing_class, reward_processing_classes),
             peft_config=peft_config,
             quantization_config=quantization_config,

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf_recipes.algorithm.distributed import global_sum
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.algorithm.value_head import ValueHead
+from rlhf_recipes.data.prompts import check_columns
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.protocol import Scorer
 
@@ -124,14 +125,18 @@ def scorer_with_states(scorers: Sequence[Scorer]) -> Any:
     )
 
 
-def check_critic(critic: str, scorers: Sequence[Scorer], tokenizer: Any) -> None:
+def check_critic(critic: str, dataset: Any, scorers: Sequence[Scorer], tokenizer: Any) -> None:
     """Check that a critic of this kind can read what the reward models of a run read.
 
     Raises:
-        ValueError: If `critic: reward` has no reward model, or one that counts other tokens than the policy.
+        ValueError: If `critic: reward` has no reward model, or one that counts other tokens than the policy, or if
+            there are answers for a critic that is not fitted to any.
     """
     if critic != "reward":
+        if dataset is not None:
+            raise ValueError("A `critic_dataset` (`critic_dataset_name`) needs `critic: reward`: no other is fitted.")
         return
+    check_columns(dataset, ("prompt", "chosen", "rejected"), "critic_dataset")
     scorer = scorer_with_states(scorers)
     if scorer.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(

@@ -60,7 +60,7 @@ def prepare_parts(
     reward_funcs: Any,
     args: PPOConfig,
     *,
-    datasets: tuple[Any, Any],
+    datasets: tuple[Any, Any, Any],
     tokenizers: tuple[Any, Any],
     peft_config: PeftConfig | None,
     quantization_config: Any,
@@ -71,7 +71,7 @@ def prepare_parts(
         model: Policy, or its path.
         reward_funcs: Reward models and functions.
         args: Options.
-        datasets: Training and evaluation prompts.
+        datasets: Training prompts, evaluation prompts, and preferences for the critic.
         tokenizers: Of the policy, and of reward models that are given as instances; `None` for the models' own.
         peft_config: Adapter to add to the policy.
         quantization_config: Quantisation of a policy that is given by its path.
@@ -79,7 +79,7 @@ def prepare_parts(
     Raises:
         ValueError: If data, policy, reward model or batch sizes do not fit.
     """
-    (train_dataset, eval_dataset), (tokenizer, reward_tokenizers) = datasets, tokenizers
+    (train_dataset, eval_dataset, critic_dataset), (tokenizer, reward_tokenizers) = datasets, tokenizers
     check_columns(train_dataset, ("prompt",), "train_dataset")
     check_columns(eval_dataset, ("prompt",), "eval_dataset")
     check_rollout_fits(train_dataset, args)
@@ -98,7 +98,7 @@ def prepare_parts(
     facts = facts_of_run(args, policy=model, rewards=scorers, train_dataset=train_dataset)
     if args.reward_adapter is not None:
         scorers.append(RewardAdapterScorer(args.reward_adapter))
-    check_critic(args.critic, [scorer_of(function) for function in scorers], tokenizer)
+    check_critic(args.critic, critic_dataset, [scorer_of(function) for function in scorers], tokenizer)
     check_reward_functions(scorers, dataset=train_dataset, response_separator=args.response_separator)
     return Parts(
         model=policy,
