@@ -1,6 +1,7 @@
 """Measure time and memory of one PPO iteration: this trainer, TRL's GRPO on the same batch, and TRL's last PPO.
 
     python benchmarks/ppo_iteration.py --output runs/benchmark
+    python benchmarks/ppo_iteration.py --output runs/benchmark --trainers ours reward_critic
     pip install --no-deps --target build/trl-1.12 trl==1.12.0
     python benchmarks/ppo_iteration.py --output runs/benchmark --trl_1_12 build/trl-1.12
 
@@ -29,6 +30,7 @@ from pathlib import Path
 TRAINERS = {
     "ours": "rlhf_recipes PPO",
     "padded": "rlhf_recipes PPO, not trimmed",
+    "reward_critic": "rlhf_recipes PPO, critic: reward",
     "grpo": "TRL 1.16 GRPO",
     "trl_1_12": "TRL 1.12 PPO",
 }
@@ -199,15 +201,16 @@ def make_trainer(kind: str, scenario: dict, device: str, folder: str):
         "max_completion_length": scenario["completion"],
     }  # fmt: skip
     model = parts["policy"]
-    if kind in ("ours", "padded"):
+    if kind in ("ours", "padded", "reward_critic"):
         from rlhf_recipes import PPOConfig, PPOTrainer
         from rlhf_recipes.models.forward import CompletionForward
 
         if kind == "padded":
             CompletionForward._columns = lambda self, attention_mask: (0, attention_mask.size(1))
+        critic = "reward" if kind == "reward_critic" else "policy"
 
         trainer = PPOTrainer(
-            model, parts["classifier"](), PPOConfig(folder, **common, response_separator=""),
+            model, parts["classifier"](), PPOConfig(folder, **common, critic=critic, response_separator=""),
             train_dataset=parts["dataset"], processing_class=parts["tokenizer"], peft_config=lora,
             reward_processing_classes=parts["tokenizer"],
         )  # fmt: skip
@@ -353,6 +356,7 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=["even", "long_tail", "large_vocabulary"])
     parser.add_argument("--trl_1_12", help="directory with TRL 1.12.0, whose PPO is then measured too")
     parser.add_argument("--padded", action="store_true", help="also measure this trainer without trimming")
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS), help="default: all of them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
@@ -363,7 +367,7 @@ def main() -> None:
         return
     args.output.mkdir(parents=True, exist_ok=True)
     left_out = {"trl_1_12": not args.trl_1_12, "padded": not args.padded}
-    kinds = [kind for kind in TRAINERS if not left_out.get(kind)]
+    kinds = [kind for kind in TRAINERS if kind in args.trainers and not left_out.get(kind)]
     for name in args.scenarios:
         rows = measure(name, kinds, args)
         (args.output / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
