@@ -12,9 +12,22 @@ pytestmark = pytest.mark.distributed
 METRICS = ("objective/kl", "objective/scores", "objective/rlhf_reward", "objective/excluded", "kl_coef", "loss/value")
 
 
-def _completion(prompt_ids):
+VARIANTS = {
+    "grpo": {"loss_type": "grpo"},
+    "dapo": {"loss_type": "dapo"},
+    "groups": {
+        "loss_type": "dr_grpo",
+        "num_generations": 2,
+        "importance_sampling_level": "sequence",
+        "critic": "reward",
+        "whiten_advantages": False,
+    },
+}
+
+
+def _completion(prompt_ids, sample):
     """Return the completion that every rank samples from this prompt: of any length, ended or cut."""
-    draw = random.Random(sum(prompt_ids))
+    draw = random.Random(2 * sum(prompt_ids) + sample)
     tokens = [draw.randrange(60, 200) for _ in range(draw.randrange(1, 9))]
     return tokens + [1] * draw.randrange(2)
 
@@ -53,10 +66,14 @@ def _record_rollouts(trainer):
 def _train(rank, world_size, directory):
     results = {}
     data = tiny.prompts(count=24).map(lambda row, i: {"prompt": f"{row['prompt']} {i}"}, with_indices=True)
-    for loss_type in ("grpo", "dapo"):
+    tok = tiny.tokenizer()
+    for name, options in VARIANTS.items():
+        reads = options.get("critic") == "reward"
         trainer = tiny.ppo_trainer(
-            f"{directory}/{world_size}-{loss_type}",
-            rewards=_reward,
+            f"{directory}/{world_size}-{name}",
+            tok=tok,
+            rewards=[tiny.reward_model(tok), _reward] if reads else _reward,
+            reward_tok=[tok, None] if reads else None,
             data=data,
             eval_data=data.select(range(7)),
             eval_strategy="steps",
@@ -65,25 +82,25 @@ def _train(rank, world_size, directory):
             per_device_train_batch_size=8 // world_size,
             steps_per_generation=1,
             max_steps=6,
-            loss_type=loss_type,
             kl_controller="adaptive",
             kl_horizon=16,
             missing_eos_penalty=0.5,
             vf_coef=0.5,
+            **options,
         )
         trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: (
-            [_completion(p) for p in prompt_ids],
+            [_completion(p, i % 2) for i, p in enumerate(prompt_ids)],  # two of a group are neighbours
             None,
         )
         trainer.held_out.judges["judge"] = _held_out_judge(trainer)
         rollouts = _record_rollouts(trainer)
         trainer.train()
-        results[loss_type] = {
+        results[name] = {
             "rollouts": rollouts,
             "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
             "normalizer": trainer.reward_normalizer.state_dict(),
             "controller": trainer.kl_controller.state_dict(),
-            "log": [{k: entry[k] for k in METRICS} for entry in trainer.state.log_history if METRICS[0] in entry],
+            "log": [{k: entry.get(k) for k in METRICS} for entry in trainer.state.log_history if METRICS[0] in entry],
             "evaluations": [
                 {name: value for name, value in entry.items() if "judge/" in name or name == "eval_prompts"}
                 for entry in trainer.state.log_history
@@ -101,9 +118,9 @@ def results(tmp_path_factory):
     return _train(0, 1, directory), run_in_processes(_train, 2, directory)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
-def test_two_ranks_train_the_weights_of_one(results, loss_type):
-    one, two = results[0][loss_type], [rank[loss_type] for rank in results[1]]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_train_the_weights_of_one(results, variant):
+    one, two = results[0][variant], [rank[variant] for rank in results[1]]
     start = dict(tiny.policy(tiny.tokenizer()).named_parameters())
     moved = max((one["weights"][name] - parameter).abs().max().item() for name, parameter in start.items())
     assert moved > 100 * SPLIT["atol"]
@@ -112,9 +129,9 @@ def test_two_ranks_train_the_weights_of_one(results, loss_type):
             assert_close(rank["weights"][name], weights, SPLIT)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
-def test_two_ranks_agree_on_the_state_of_one(results, loss_type):
-    one, two = results[0][loss_type], [rank[loss_type] for rank in results[1]]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_agree_on_the_state_of_one(results, variant):
+    one, two = results[0][variant], [rank[variant] for rank in results[1]]
     assert two[0]["normalizer"] == two[1]["normalizer"]
     assert two[0]["controller"] == two[1]["controller"]
     for part in ("normalizer", "controller"):
@@ -123,9 +140,9 @@ def test_two_ranks_agree_on_the_state_of_one(results, loss_type):
     assert one["controller"]["kl_coef"] != 0.05
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
-def test_two_ranks_whiten_the_advantages_of_one(results, loss_type):
-    one, two = results[0][loss_type]["rollouts"], [rank[loss_type]["rollouts"] for rank in results[1]]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_whiten_the_advantages_of_one(results, variant):
+    one, two = results[0][variant]["rollouts"], [rank[variant]["rollouts"] for rank in results[1]]
     assert len(one) == 3
     for number, expected in enumerate(one):
         halves = [rank[number] for rank in two]
