@@ -190,11 +190,13 @@ def test_a_reward_model_scores_as_it_was_trained(tmp_path, base):
     ppo = tiny.ppo_trainer(tmp_path / "ppo", rewards=str(tmp_path / "rm"), peft=tiny.lora())
     ppo.train()
 
-    adapter = {"rewards": None, "reward_adapter": str(tmp_path / "rm")}
+    # Policy, reference, reward model and critic on one base.
+    adapter = {"rewards": None, "reward_adapter": str(tmp_path / "rm"), "critic": "reward", "max_steps": 8}
     shared = _trainer(base, tmp_path / "shared", peft=tiny.lora(), **adapter)
     assert len(_linears(shared.model)) == 14
     assert_close(shared.reward_funcs[0](**text), live, FP32)
     shared.train()
+    assert shared.rollout.state_values.std() > 0
 
 
 def test_quantised_weights_are_not_trained(tmp_path, base):
