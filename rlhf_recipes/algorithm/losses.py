@@ -114,7 +114,7 @@ def trust_region_mask(
         advantages: Advantages, `(B, T)`; only the sign counts.
         mask: Valid completion tokens, `(B, T)`.
         level: `"token"`, where the mask is that of PPO's clip, `"sequence"` or `"prefix"`.
-        epsilon_low: Distance of the lower border from a ratio of 1, in (0, 1).
+        epsilon_low: Distance of the lower border from a ratio of 1; from 1 on there is no lower border.
         epsilon_high: Distance of the upper border from a ratio of 1, > 0.
 
     Source: Ahmadian et al. 2024, arXiv:2402.14740 (RLOO); Zheng et al. 2025, arXiv:2507.18071, eq. 7 (GSPO). Differs:
@@ -123,7 +123,7 @@ def trust_region_mask(
     moved = torch.where(mask.bool(), log_ratio.detach(), 0)
     totals = {"token": moved, "prefix": moved.cumsum(dim=1), "sequence": moved.sum(dim=1, keepdim=True)}
     too_likely = totals[level] > math.log1p(epsilon_high)
-    too_unlikely = totals[level] < math.log1p(-epsilon_low)
+    too_unlikely = totals[level] < (math.log1p(-epsilon_low) if epsilon_low < 1 else -math.inf)
     return (~((advantages > 0) & too_likely | (advantages < 0) & too_unlikely)).to(log_ratio.dtype)
 
 

@@ -48,6 +48,11 @@ class RewardNormalizer:
         return self._mean
 
     @property
+    def is_known(self) -> bool:
+        """Return whether there are statistics: after a start from known ones, or an update."""
+        return self._weight > 0
+
+    @property
     def std(self) -> float:
         """Return the moving standard deviation of the scores, `eps` included."""
         return math.sqrt(self._variance + self.eps)

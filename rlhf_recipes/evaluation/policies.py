@@ -16,6 +16,8 @@ from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
 
+MAX_LOGITS = 2**27  # per forward that only measures: half a gigabyte in float32
+
 
 @torch.no_grad()
 def generate_completions(
@@ -234,7 +236,11 @@ def completion_logps(
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         rows.append(_tokenize_prompts(tokenizer, [prompt])["input_ids"][0].tolist() + completion)
         by_length[len(rows[-1])].append(index)
-    chunks = [found[i : i + batch_size] for found in by_length.values() for i in range(0, len(found), batch_size)]
+    vocabulary = model.config.get_text_config().vocab_size
+    chunks = []
+    for length, found in by_length.items():
+        size = max(1, min(batch_size, MAX_LOGITS // (length * vocabulary)))
+        chunks += [found[i : i + size] for i in range(0, len(found), size)]
     logps = [torch.empty(0)] * len(rows)
     for chunk in tqdm(chunks, desc="Log-probabilities"):
         ids = torch.tensor([rows[index] for index in chunk], device=model.device)

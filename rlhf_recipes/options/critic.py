@@ -21,7 +21,8 @@ class CriticConfig:
         default=4, metadata={"help": "With `critic: reward`, passes over a rollout after its advantages are known."}
     )
     value_head_size: int | None = field(
-        default=None, metadata={"help": "Width of the value head's hidden layer. Default: the model's hidden size."}
+        default=None,
+        metadata={"help": "Width of the value head's hidden layer. Default: that of the states that it reads."},
     )
     value_head_activation: Literal["silu", "gelu"] = field(
         default="silu", metadata={"help": "Activation of the value head: `silu` or `gelu`. ReLU is refused."}
@@ -35,8 +36,9 @@ class CriticConfig:
     value_head_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the value head, under the policy's schedule. Default: ten times "
-            "`learning_rate`. A new head must follow the scores at a rate that would harm a trained backbone."
+            "help": "Learning rate of the value head. With `critic: policy` it has the policy's schedule. Default: "
+            "ten times `learning_rate`, because a new head must follow the scores faster than a trained backbone may "
+            "move; 1e-3 with `critic: reward`."
         },
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
@@ -62,6 +64,8 @@ class CriticConfig:
             check_range(self, name, lambda x: x > 0, "be positive")
         for name in ("value_head_learning_rate", "vf_coef", "critic_warmup_steps"):
             check_range(self, name, lambda x: x >= 0, "not be negative")
+        if self.critic == "reward" and self.value_gradient_to_backbone:
+            raise ValueError("`value_gradient_to_backbone` needs `critic: policy`: the reward model must not change.")
         if self.critic == "reward" and self.critic_warmup_steps:
             raise ValueError(
                 "`critic_warmup_steps` needs `critic: policy`. `critic: reward` is fitted before the first rollout by "

@@ -139,8 +139,8 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
     stop_on_decline: bool = field(
         default=False,
         metadata={
-            "help": "End the training when a held-out judge falls from its own best gain: when the intervals of the "
-            "two evaluations no longer overlap. Without it this is an alarm."
+            "help": "End the training when a held-out judge of single answers falls from its own best gain: when the "
+            "intervals of the two evaluations no longer overlap. Without it this is an alarm."
         },
     )
     allow_changes_on_resume: bool = field(

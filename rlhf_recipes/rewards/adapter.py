@@ -14,7 +14,6 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 from trl.trainer.utils import use_adapter
 
-from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.quantization import quantization_of, restore_precision, saved_quantization
 from rlhf_recipes.models.reward_model import ScoreHead, is_adapter
 from rlhf_recipes.models.safe_loading import safe_loading
@@ -75,9 +74,6 @@ class RewardAdapterScorer(RewardModelScorer):
                 parameter.requires_grad_(False)
         self._weights = {}
         return policy
-
-    def _backbone(self) -> Any:
-        return causal_lm(self.model).base_model
 
     def _check_base(self, policy: PeftModel, trained_on: str) -> None:
         base = policy.get_base_model().config._name_or_path

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import apply_chat_template
 
+from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.reward_model import load_reward_model
 from rlhf_recipes.models.safe_loading import safe_loading
@@ -22,6 +23,7 @@ from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
 
 logger = logging.getLogger(__name__)
 Prompt = str | list[dict[str, Any]]
+MAX_GAP = 16  # tokens that a chat template may write between prompt and answer, for example an empty chain of thought
 
 
 class RewardModelScorer(Scorer):
@@ -88,7 +90,7 @@ class RewardModelScorer(Scorer):
         if self.take_states is None or completion_ids is None:
             return self.score_token_ids(token_ids)
         rows = zip(token_ids, completion_ids, prompts, strict=True)
-        kept = [state_positions(read, sampled, self._prompt_length(prompt)) for read, sampled, prompt in rows]
+        kept = [state_positions(read, sampled, self._prompt_ids(prompt)) for read, sampled, prompt in rows]
         scores, states = self._score_rows(token_ids, kept)
         self.take_states(states)
         return scores
@@ -96,8 +98,8 @@ class RewardModelScorer(Scorer):
     def score_with_states(self, prompts: list[Prompt], completions: list[Prompt]) -> tuple[list[float], list[Tensor]]:
         """Return the scores of finished completions, and the hidden states around the tokens of each, `(t + 1, H)`."""
         token_ids = self.token_ids(prompts, completions, [True] * len(prompts))
-        starts = [self._prompt_length(prompt) - 1 for prompt in prompts]
-        kept = [list(range(start, len(read))) for start, read in zip(starts, token_ids, strict=True)]
+        starts = [shared_length(read, self._prompt_ids(x)) for read, x in zip(token_ids, prompts, strict=True)]
+        kept = [list(range(max(start, 1) - 1, len(read))) for start, read in zip(starts, token_ids, strict=True)]
         return self._score_rows(token_ids, kept)
 
     def token_ids(self, prompts: list[Prompt], completions: list[Prompt], finished: list[bool]) -> list[list[int]]:
@@ -115,31 +117,36 @@ class RewardModelScorer(Scorer):
         scores, states = torch.empty(len(token_ids)), [torch.empty(0)] * len(kept)
         outputs: list[Any] = []
         hook = self._backbone().register_forward_hook(lambda *call: outputs.append(call[2])) if kept else None
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            scores[rows] = self._forward([token_ids[row] for row in rows])
-            for output in outputs:
-                for row, of_row in zip(rows, output.last_hidden_state, strict=True):
-                    states[row] = of_row[kept[row]]
-            outputs.clear()
-        if hook is not None:
-            hook.remove()
+        try:
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                scores[rows] = self._forward([token_ids[row] for row in rows])
+                for output in outputs:
+                    for row, of_row in zip(rows, output.last_hidden_state, strict=True):
+                        states[row] = of_row[kept[row]]
+                outputs.clear()
+        finally:
+            if hook is not None:
+                hook.remove()
         return scores.tolist(), states
 
     @property
     def hidden_size(self) -> int:
         """Return the width of the hidden states, H."""
-        return int(self.model.config.get_text_config().hidden_size)
+        return int(self._classifier().config.get_text_config().hidden_size)
+
+    def _classifier(self) -> Any:
+        """Return the model without DeepSpeed's engine and without PEFT around it."""
+        return causal_lm(getattr(self.model, "module", self.model))
 
     def _backbone(self) -> Any:
-        return self.model.base_model
+        return self._classifier().base_model
 
-    def _prompt_length(self, prompt: Prompt) -> int:
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return len(self.tokenizer(prompt)["input_ids"])
-        return len(
-            self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
+            return list(self.tokenizer(prompt)["input_ids"])
+        chat = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+        return list(chat["input_ids"])
 
     def _token_ids(self, prompt: Prompt, completion: Prompt, finished: bool) -> list[int]:
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -157,26 +164,32 @@ class RewardModelScorer(Scorer):
         return self.model(**batch).logits[:, 0]
 
 
-def state_positions(read: list[int], sampled: list[int], prompt_length: int) -> list[int]:
-    """Return the positions of the states before each sampled token, and of the state after the last one.
+def state_positions(read: list[int], sampled: list[int], prompt: list[int]) -> list[int]:
+    """Return where the reward model has read all before each sampled token, and all of the last one.
 
-    The reward model reads text. Its tokens can differ from the sampled ones, because other tokens can spell the same
-    text. From the first difference on, the position stays at the last state that both share.
+    The reward model reads text, so its tokens can differ from the sampled ones. A chat template can write something
+    between prompt and answer, and other tokens can spell the same answer. The prompt ends where the two texts differ
+    first. The answer begins where the longest part of it is found, at most `MAX_GAP` tokens later. From the first
+    difference on, the position stays at the last token that both share: a value must not know the tokens to come.
 
     Args:
         read: Tokens that the reward model reads.
         sampled: Tokens of the completion, T of them.
-        prompt_length: Number of tokens of the prompt.
+        prompt: Tokens of the prompt.
 
     Returns:
         T + 1 positions in `read`.
     """
-    start = max(min(prompt_length, len(read) - 1), 1)
-    pairs = zip(read[start:], sampled, strict=False)
-    shared = next(
-        (t for t, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(read) - start, len(sampled))
-    )
-    return [start - 1 + min(t, shared) for t in range(len(sampled) + 1)]
+    end = max(shared_length(read, prompt), 1)
+    start = max(range(end, end + MAX_GAP + 1), key=lambda place: (shared_length(read[place:], sampled), -place))
+    shared = shared_length(read[start:], sampled)
+    return [(start if shared else end) - 1 + min(t, shared) for t in range(len(sampled) + 1)]
+
+
+def shared_length(first: list[int], second: list[int]) -> int:
+    """Return the number of equal elements at the start of two lists."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(first), len(second)))
 
 
 def load_scorer_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
@@ -185,6 +186,11 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
                 "`precompute_ref_log_probs` removes the reference, to which an evaluation measures the KL: leave it "
                 "out, or set `eval_strategy: no`."
             )
+        if evaluates and (is_deepspeed_zero3_enabled() or args.fsdp):
+            raise ValueError(
+                "DPO's evaluation needs whole weights on each process: use DDP or ZeRO-2, or set `eval_strategy: no` "
+                "and judge the trained policy by `recipes/evaluate.py`."
+            )
         rewards = checked_rewards(scoring, args, parts["train_dataset"]) if evaluates or scoring.rewards else []
         self._held_out_prompts = first_of_each_prompt(parts["eval_dataset"]) if evaluates else None
         super().__init__(callbacks=callbacks, **parts)
@@ -202,9 +208,9 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         batch_size = self.args.per_device_eval_batch_size
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as policy:
             ids = generate_completions(policy, tokenizer, prompts, batch_size=batch_size, **limits)
-            logps = completion_logps(policy, tokenizer, prompts, ids)
+            logps = completion_logps(policy, tokenizer, prompts, ids, batch_size=batch_size)
             with self._reference(policy) as reference:
-                ref_logps = completion_logps(reference, tokenizer, prompts, ids)
+                ref_logps = completion_logps(reference, tokenizer, prompts, ids, batch_size=batch_size)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         completions = [answer_to(*pair) for pair in zip(prompts, texts, strict=True)]
         cut = torch.tensor([row[-1] not in self._end_ids for row in ids])

@@ -5,13 +5,15 @@ Overrides only. Sampling, reward calls and the clipped surrogate are TRL's; ever
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel
 
+from rlhf_recipes.algorithm.advantages import leave_one_out_means
 from rlhf_recipes.algorithm.kl_controller import make_kl_controller
 from rlhf_recipes.algorithm.losses import aggregate_token_loss, trust_region_mask
 from rlhf_recipes.algorithm.masked import masked_mean
@@ -112,21 +114,13 @@ class PPOTrainer(ForwardTrainer):
         """Prepare scorers and judges, the limits of their calls, and the normaliser of the scores."""
         functions = self.reward_funcs
         self.reward_funcs = self.prepare_rewards(functions, self.args, self.eos_token_ids, judges, pairwise_judges)
-        self.reward_critic = self._build_reward_critic() if self.args.critic == "reward" else None
+        self.reward_critic = None
+        if self.args.critic == "reward":
+            size = scorer_with_states(self.scorers).hidden_size
+            self.reward_critic = RewardCritic(self.args, size, self.accelerator.device)
         self.reward_normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
         if (statistics := score_statistics(functions, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
-
-    def _build_reward_critic(self) -> RewardCritic:
-        """Return a critic that gets the hidden states of the first reward model of this process."""
-        scorer = scorer_with_states(self.scorers)
-
-        def take(states: list[Tensor]) -> None:
-            assert self.rollout is not None
-            self.rollout.critic_states = states
-
-        scorer.take_states = take
-        return RewardCritic(self.args, scorer.hidden_size, self.accelerator.device)
 
     def restore_progress(self) -> None:
         """Restore the critic with the rest. At the start of a run, fit it to the answers of `critic_dataset`."""
@@ -135,11 +129,23 @@ class PPOTrainer(ForwardTrainer):
             return
         if self._resumed_from is not None:
             ranks = (self.accelerator.process_index, 0)  # with more processes than before, a rank has no file
-            progress = next(filter(None, (self._saved_progress(self._resumed_from, rank) for rank in ranks)))
-            self.reward_critic.load_state_dict(progress["critic"])
+            saved = (self._saved_progress(self._resumed_from, rank) for rank in ranks)
+            self.reward_critic.restore(next((progress["critic"] for progress in saved if "critic" in progress), None))
         elif self.critic_dataset is not None:
-            normalizer = self.reward_normalizer if self.args.reward_norm else None
-            self.reward_critic.pretrain(scorer_with_states(self.scorers), self.critic_dataset, normalizer)
+            scorer = scorer_with_states(self.scorers)
+            self.reward_critic.pretrain(scorer, self.critic_dataset, self._scale_of_returns)
+
+    def _scale_of_returns(self, scores: Tensor) -> Tensor:
+        """Return the scores of pairs of answers on the scale of the returns of a rollout."""
+        scores = scores * self.reward_weights[0].to(scores.device)
+        if self.args.reward_norm:
+            normalizer = self.reward_normalizer
+            if not normalizer.is_known:  # the first rollout is scaled by its own statistics, and so are these scores
+                normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
+                normalizer.update(scores)
+            scores = normalizer.normalize(scores)
+        grouped = self.args.group_baseline and self.num_generations > 1
+        return (scores - leave_one_out_means(scores, 2) if grouped else scores).float()
 
     def _progress(self) -> dict[str, Any]:
         critic = {} if self.reward_critic is None else {"critic": self.reward_critic.state_dict()}
@@ -164,6 +170,8 @@ class PPOTrainer(ForwardTrainer):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if args.stop_on_decline:
+            if not self.held_out.judges:
+                raise ValueError("`stop_on_decline` needs a held-out judge: set `judge_functions` or `judge_models`.")
             self.add_callback(DeclineStopping())
         if args.critic_warmup_steps:
             self.add_callback(CriticWarmupCallback(self.model, args.critic_warmup_steps))
@@ -192,6 +200,7 @@ class PPOTrainer(ForwardTrainer):
         if self.reward_critic is not None and self.model.training:
             first = self.accelerator.process_index * len(rollout.mask)
             self.reward_critic.fit(rollout.critic_states, rollout.returns, rollout.mask, first_row=first)
+        rollout.forget("critic_states")  # they are large, and the update does not read them
         return batch | rollout.columns()
 
     def _reward_values(self, batch: dict[str, Any]) -> Tensor:
@@ -199,10 +208,24 @@ class PPOTrainer(ForwardTrainer):
         assert self.reward_critic is not None
         return self.reward_critic.values(self.rollout.critic_states, batch["completion_ids"].size(1))
 
+    @contextmanager
+    def _states_for_critic(self) -> Iterator[None]:
+        """Let the reward model give its hidden states to the rollout, inside only: it may serve others too."""
+        if self.reward_critic is None:
+            yield
+            return
+        scorer, rollout = scorer_with_states(self.scorers), self.rollout
+        scorer.take_states = lambda states: setattr(rollout, "critic_states", states)
+        try:
+            yield
+        finally:
+            scorer.take_states = None
+
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
     ) -> Tensor:
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self._states_for_critic():
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._log_metrics({f"rewards/{name}": value for name, value in self.reward_calls.settle().items()})
         scores = weighted_scores(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
         self._log_metrics({"objective/unscorable": scores.isnan().float().mean().item()})

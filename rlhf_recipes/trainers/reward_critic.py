@@ -5,7 +5,7 @@ depends on. The critic is a small head on them, fitted after each rollout for se
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch.nn.functional import mse_loss, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_recipes.algorithm.distributed import global_sum
-from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.algorithm.value_head import ValueHead
 from rlhf_recipes.data.prompts import check_columns
 from rlhf_recipes.options.ppo import PPOConfig
@@ -34,7 +33,7 @@ class RewardCritic:
     """
 
     def __init__(self, args: PPOConfig, hidden_size: int, device: torch.device) -> None:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             head = ValueHead(hidden_size, args.value_head_size, args.value_head_activation)
         self.head, self.epochs = head.to(device), args.critic_epochs
@@ -50,7 +49,10 @@ class RewardCritic:
             length: Number of columns of the completions, T.
         """
         lengths = [len(of_row) for of_row in states]
-        values = pad_sequence(list(self.head(torch.cat(states)).split(lengths)), batch_first=True)
+        known = self.head(
+            torch.cat(states)
+        ).nan_to_num()  # a reward model may fail on a row that another reward scores
+        values = pad_sequence(list(known.split(lengths)), batch_first=True)
         return pad(values, (0, length + 1 - values.size(1)))
 
     def fit(self, states: list[Tensor], returns: Tensor, mask: Tensor, *, first_row: int = 0) -> None:
@@ -66,7 +68,7 @@ class RewardCritic:
         for features, targets in itertools.chain(*itertools.repeat(batches, self.epochs)):
             self._step(features, targets)
 
-    def pretrain(self, scorer: Any, dataset: Any, normalizer: RewardNormalizer | None) -> None:
+    def pretrain(self, scorer: Any, dataset: Any, scale: Callable[[Tensor], Tensor]) -> None:
         """Fit the head to answers that exist already: the score of an answer is the target of all of its states.
 
         Every rank does the same on the same answers.
@@ -74,13 +76,12 @@ class RewardCritic:
         Args:
             scorer: Reward model that gives states.
             dataset: `prompt`, `chosen` and `rejected`.
-            normalizer: Gives the scores the scale of the rollouts; `None` leaves them as they are.
+            scale: Brings the scores of the answers, each `chosen` before its `rejected`, to the scale of the returns.
         """
         prompts = [prompt for prompt in dataset["prompt"] for _ in range(2)]
         answers = [answer for pair in zip(dataset["chosen"], dataset["rejected"], strict=True) for answer in pair]
         scores, states = scorer.score_with_states(prompts, answers)
-        targets = torch.tensor(scores, device=next(self.head.parameters()).device)
-        targets = targets if normalizer is None else normalizer.normalize(targets).float()
+        targets = scale(torch.tensor(scores, device=next(self.head.parameters()).device))
         lengths = torch.tensor([len(of_row) - 1 for of_row in states], device=targets.device)
         mask = torch.arange(int(lengths.max()), device=targets.device) < lengths.unsqueeze(1)
         returns = targets.unsqueeze(1).expand(mask.shape)
@@ -104,8 +105,14 @@ class RewardCritic:
         """Return head and optimiser."""
         return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: If the checkpoint had no such critic.
+        """
+        if state is None:
+            raise ValueError("The checkpoint holds no critic of `critic: reward`: resume with `critic: policy`.")
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -137,8 +144,14 @@ def check_critic(critic: str, dataset: Any, scorers: Sequence[Scorer], tokenizer
             raise ValueError("A `critic_dataset` (`critic_dataset_name`) needs `critic: reward`: no other is fitted.")
         return
     check_columns(dataset, ("prompt", "chosen", "rejected"), "critic_dataset")
+    if dataset is not None and len(scorers) > 1:
+        raise ValueError(
+            "`critic_dataset` (`critic_dataset_name`) needs a single reward: the reward model's scores of its answers "
+            "are not the sum of several rewards. Leave it out."
+        )
     scorer = scorer_with_states(scorers)
-    if scorer.tokenizer.get_vocab() != tokenizer.get_vocab():
+    vocabulary = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()  # a processor of images holds a tokenizer
+    if scorer.tokenizer.get_vocab() != vocabulary:
         raise ValueError(
             f"`critic: reward` needs one tokenizer for policy and reward model: {scorer.__name__} has another one, so "
             "its states are not those before the policy's tokens. Set `critic: policy`."
@@ -157,7 +170,9 @@ def _mini_batches(
     for number in range(count):
         features, targets = [], []
         for row in range((number - first_row) % count, len(states), count):
-            keep = mask[row, : len(states[row]) - 1].bool()
+            keep = mask[row, : len(states[row]) - 1].bool() & (
+                states[row].isfinite().all() & returns[row].isfinite().all()
+            )
             features.append(states[row][:-1][keep.to(states[row].device)])
             targets.append(returns[row, : len(keep)][keep])
         # A rank can have no row of a mini-batch, and takes part in its step all the same.

@@ -109,6 +109,10 @@ class Rollout:
             raise AttributeError(f"`{name}` of this rollout is filled already.")
         super().__setattr__(name, value)
 
+    def forget(self, name: str) -> None:
+        """Free the memory of a field that is not needed any more."""
+        vars(self).pop(name, None)
+
     def take_answers(
         self,
         prompts: list[Text],

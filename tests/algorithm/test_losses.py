@@ -269,3 +269,9 @@ def test_trust_region_by_hand():
     }
     # exp(0.095 t) is over 1.3 from the third token on. A negative advantage leads back, so it always trains.
     assert kept == {"token": [10, 10], "prefix": [2, 10], "sequence": [0, 10]}
+
+
+def test_a_trust_region_without_a_lower_border():
+    log_ratio, advantages, mask = torch.tensor([[-9.0, 9.0]]), torch.tensor([[-1.0, 1.0]]), torch.ones(1, 2)
+    inside = trust_region_mask(log_ratio, advantages, mask, level="token", epsilon_low=1.0, epsilon_high=1.5)
+    assert_close(inside, [[1.0, 0.0]], EXACT)

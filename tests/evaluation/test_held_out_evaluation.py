@@ -160,3 +160,10 @@ def test_the_value_head_of_the_best_checkpoint_is_saved(tmp_path):
     state = json.loads((tmp_path / "checkpoint-8" / "ppo_state.json").read_text())
     assert set(state["held_out"]["baseline"]) == {f"{p}\n\n" for p in tiny.PROMPTS}
     assert (tmp_path / "value_head.safetensors").is_file()
+
+
+def test_a_decline_needs_a_judge(tmp_path):
+    options = {"eval_data": tiny.prompts(), "eval_strategy": "steps", "eval_steps": 2, "stop_on_decline": True}
+    with pytest.raises(ValueError, match="`stop_on_decline` needs a held-out judge"):
+        tiny.ppo_trainer(tmp_path, **options)
+    tiny.ppo_trainer(tmp_path, judges={"judge": tiny.length_reward}, **options)

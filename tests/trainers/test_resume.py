@@ -36,7 +36,7 @@ def _reward(completions, **kwargs):
 def _trainer(directory, kind="full", **kwargs):
     peft, tok = kind == "lora", tiny.tokenizer()
     if kind == "reward critic":
-        kwargs = {"critic": "reward", "critic_dataset": tiny.preferences(), **kwargs}
+        kwargs = {"critic": "reward", **kwargs}
     return tiny.ppo_trainer(
         directory,
         tok=tok,

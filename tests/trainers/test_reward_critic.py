@@ -1,16 +1,19 @@
 """The critic on the reward model's hidden states: what it reads, what it learns, and what it costs."""
 
 import copy
+import math
 from collections import Counter
 
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from processes import run_in_processes
 from tolerances import EXACT, FIRST_UPDATE, FP32, MERGED, SPLIT, assert_close
 
 from rlhf_recipes.algorithm.advantages import explained_variance
 from rlhf_recipes.models.critic import VALUE_HEAD_FILE
+from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.rewards.scorer import RewardModelScorer, state_positions
 from rlhf_recipes.trainers.reward_critic import RewardCritic
 
@@ -25,16 +28,20 @@ def _trainer(directory, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("read", "sampled", "prompt_length", "positions"),
+    ("read", "sampled", "prompt", "positions"),
     [
-        ([7, 8, 1, 2, 3], [1, 2, 3], 2, [1, 2, 3, 4]),
-        ([7, 8, 1, 2], [1, 2, 3], 2, [1, 2, 3, 3]),  # cut off, or an end that the reward model does not read
-        ([7, 8, 1, 5, 6], [1, 2, 3], 2, [1, 2, 2, 2]),  # the same text in other tokens
-        ([1, 2], [1, 2], 0, [0, 0, 0]),  # the first token has no state before it
+        ([7, 8, 1, 2, 3], [1, 2, 3], [7, 8], [1, 2, 3, 4]),
+        ([7, 8, 1, 2], [1, 2, 3], [7, 8], [1, 2, 3, 3]),  # cut off, or an end that the reward model does not read
+        ([7, 8, 1, 5, 6], [1, 2, 3], [7, 8], [1, 2, 2, 2]),  # the same text in other tokens
+        ([7, 8, 5, 6], [1, 2], [7, 8], [1, 1, 1]),
+        ([7, 8, 4, 4, 1, 2], [1, 2], [7, 8], [3, 4, 5]),  # the template writes something before the answer
+        ([7, 1, 2, 3], [1, 2, 3], [7, 9, 9], [0, 1, 2, 3]),  # the prompt opens a part that the answer closes
+        ([7, 5, 2], [1, 2], [7, 8], [0, 0, 0]),  # the last token of the prompt and the first of the answer are one
+        ([7, 8, 1, 2], [1, 2], [7, 8, 0], [1, 2, 3]),  # a tokenizer that ends each text
     ],
 )
-def test_states_are_those_before_each_sampled_token(read, sampled, prompt_length, positions):
-    assert state_positions(read, sampled, prompt_length) == positions
+def test_states_are_those_before_each_sampled_token(read, sampled, prompt, positions):
+    assert state_positions(read, sampled, prompt) == positions
 
 
 def test_values_are_the_head_on_the_reward_model_by_itself(tmp_path):
@@ -186,3 +193,48 @@ def test_a_critic_without_states_to_read_is_refused(tmp_path, rewards, message):
         options = {"rewards": tiny.reward_model(other), "reward_tok": other}
     with pytest.raises(ValueError, match=message):
         tiny.ppo_trainer(tmp_path, critic="reward", **options)
+
+
+def test_a_scorer_stays_free_for_others(tmp_path):
+    """It also judges, and it serves a second trainer."""
+    tok = tiny.tokenizer()
+    scorer = RewardModelScorer(tiny.reward_model(tok), tok)
+    trainer = _trainer(tmp_path / "one", rewards=scorer, judges={"judge": scorer})
+    tiny.rollout(trainer)
+    assert scorer.take_states is None
+    assert not trainer.rollout.has("critic_states")
+    tiny.rollout(_trainer(tmp_path / "two", rewards=scorer, critic="policy"))
+
+
+def test_it_reads_a_reward_model_that_is_an_adapter(tmp_path):
+    tok = tiny.tokenizer()
+    model = get_peft_model(tiny.reward_model(tok), LoraConfig(task_type="SEQ_CLS"))
+    trainer = _trainer(tmp_path, rewards=model, max_steps=8)
+    trainer.train()
+    assert trainer.rollout.state_values.std() > 0
+
+
+def test_a_row_that_it_cannot_read_does_not_spoil_the_critic():
+    critic = RewardCritic(tiny.ppo_config("unused", critic="reward"), 8, torch.device("cpu"))
+    states = [torch.randn(4, 8) for _ in range(8)]
+    states[3][1] = math.nan
+    returns, mask = torch.randn(8, 3), torch.ones(8, 3)
+    critic.fit(states, returns, mask)
+    values = critic.values(states, 3)
+    assert values.isfinite().all()
+    assert values[0].std() > 0
+
+
+@pytest.mark.parametrize(("weight", "mean", "std"), [(2.0, 1.0, 4.0), (-1.0, None, None)])
+def test_answers_have_the_scale_of_the_returns(tmp_path, weight, mean, std):
+    """With the statistics of the card, and without a card."""
+    trainer = _trainer(tmp_path, reward_weights=[weight])
+    if mean is not None:
+        trainer.reward_normalizer.warm_start(weight * mean, abs(weight) * std)
+    scores = torch.tensor([-3.0, 1.0, 5.0, 9.0])
+    expected = (scores - (scores.mean() if mean is None else mean)) / (
+        scores.std(correction=0) if std is None else std
+    )
+    assert_close(trainer._scale_of_returns(scores), math.copysign(1, weight) * expected, FP32)
+    trainer.args, trainer.num_generations = with_changes(trainer.args, reward_norm=False), 2
+    assert_close(trainer._scale_of_returns(scores), weight * torch.tensor([-4.0, 4.0, -4.0, 4.0]), FP32)
