@@ -25,7 +25,7 @@ from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
 from rlhf_recipes.trainers.forwards import ForwardTrainer
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
-from rlhf_recipes.trainers.reward_critic import RewardCritic, scorer_with_states
+from rlhf_recipes.trainers.reward_critic import RewardCritic, scorer_with_states, share_of_own_states
 from rlhf_recipes.trainers.rollout import Rollout, rollout_metrics
 from rlhf_recipes.trainers.run_identity import RunIdentity
 from rlhf_recipes.trainers.setup import (
@@ -206,7 +206,9 @@ class PPOTrainer(ForwardTrainer):
     def _reward_values(self, batch: dict[str, Any]) -> Tensor:
         assert self.rollout is not None
         assert self.reward_critic is not None
-        return self.reward_critic.values(self.rollout.critic_states, batch["completion_ids"].size(1))
+        states = self.rollout.critic_states
+        self._log_metrics({"val/critic_tokens": share_of_own_states(states)})
+        return self.reward_critic.values(states, batch["completion_ids"].size(1))
 
     @contextmanager
     def _states_for_critic(self) -> Iterator[None]:

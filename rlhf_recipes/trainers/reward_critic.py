@@ -117,6 +117,18 @@ class RewardCritic:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def share_of_own_states(states: list[Tensor]) -> float:
+    """Return the share of tokens before which the critic has read more than before the token in front of them.
+
+    It is below 1 where the reward model reads other tokens than the policy has sampled.
+
+    Args:
+        states: Of each completion the states before its tokens and after the last one, `(t + 1, H)`.
+    """
+    own = sum(int((of_row[1:] != of_row[:-1]).any(dim=1).sum()) for of_row in states)
+    return own / max(sum(len(of_row) - 1 for of_row in states), 1)
+
+
 def scorer_with_states(scorers: Sequence[Scorer]) -> Any:
     """Return the first scorer whose hidden states a critic can read.
 

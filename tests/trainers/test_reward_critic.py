@@ -15,7 +15,7 @@ from rlhf_recipes.algorithm.advantages import explained_variance
 from rlhf_recipes.models.critic import VALUE_HEAD_FILE
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.rewards.scorer import RewardModelScorer, state_positions
-from rlhf_recipes.trainers.reward_critic import RewardCritic
+from rlhf_recipes.trainers.reward_critic import RewardCritic, share_of_own_states
 
 pytestmark = pytest.mark.tiny
 
@@ -212,6 +212,15 @@ def test_it_reads_a_reward_model_that_is_an_adapter(tmp_path):
     trainer = _trainer(tmp_path, rewards=model, max_steps=8)
     trainer.train()
     assert trainer.rollout.state_values.std() > 0
+
+
+def test_tokens_without_a_state_of_their_own_are_counted(tmp_path):
+    trainer = _trainer(tmp_path)
+    tiny.rollout(trainer)
+    (logged,) = trainer._metrics["train"]["val/critic_tokens"]
+    assert 0.5 < logged <= 1.0
+    constant = [torch.ones(4, 8), torch.tensor([[1.0], [2.0], [2.0]])]
+    assert share_of_own_states(constant) == 1 / 5
 
 
 def test_a_row_that_it_cannot_read_does_not_spoil_the_critic():
