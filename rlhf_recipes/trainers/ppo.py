@@ -131,7 +131,7 @@ class PPOTrainer(ForwardTrainer):
             ranks = (self.accelerator.process_index, 0)  # with more processes than before, a rank has no file
             saved = (self._saved_progress(self._resumed_from, rank) for rank in ranks)
             self.reward_critic.restore(next((progress["critic"] for progress in saved if "critic" in progress), None))
-        elif self.critic_dataset is not None:
+        elif self.critic_dataset is not None and len(self.scorers) == 1:
             scorer = scorer_with_states(self.scorers)
             self.reward_critic.pretrain(scorer, self.critic_dataset, self._scale_of_returns)
 

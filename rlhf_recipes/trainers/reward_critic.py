@@ -5,6 +5,7 @@ depends on. The critic is a small head on them, fitted after each rollout for se
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from rlhf_recipes.rewards.protocol import Scorer
 
 MINI_BATCHES = 4  # per epoch
 PRETRAINING_ROWS, PRETRAINING_EPOCHS = 32, 10
+OTHER_TOKENS = 0.01  # share of the vocabulary in which two tokenizers may differ and still count as one
+logger = logging.getLogger(__name__)
 
 
 class RewardCritic:
@@ -157,13 +160,14 @@ def check_critic(critic: str, dataset: Any, scorers: Sequence[Scorer], tokenizer
         return
     check_columns(dataset, ("prompt", "chosen", "rejected"), "critic_dataset")
     if dataset is not None and len(scorers) > 1:
-        raise ValueError(
-            "`critic_dataset` (`critic_dataset_name`) needs a single reward: the reward model's scores of its answers "
-            "are not the sum of several rewards. Leave it out."
+        logger.warning(
+            "The critic is not fitted to `critic_dataset` (`critic_dataset_name`): the reward model's scores of its "
+            "answers are not the sum of this run's rewards. It is fitted from the first rollout on."
         )
     scorer = scorer_with_states(scorers)
     vocabulary = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()  # a processor of images holds a tokenizer
-    if scorer.tokenizer.get_vocab() != vocabulary:
+    # Some tokens may be added to one of the two.
+    if len(vocabulary.items() ^ scorer.tokenizer.get_vocab().items()) > OTHER_TOKENS * len(vocabulary):
         raise ValueError(
             f"`critic: reward` needs one tokenizer for policy and reward model: {scorer.__name__} has another one, so "
             "its states are not those before the policy's tokens. Set `critic: policy`."

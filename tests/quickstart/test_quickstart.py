@@ -72,7 +72,6 @@ def test_artifacts(pipeline):
         "reward_modeling/model.safetensors",
         "reward_modeling/reward_model_card.json",
         "ppo/model.safetensors",
-        "ppo/value_head.safetensors",
         "ppo/trainer_state.json",
         "evaluate/results.json",
         "evaluate/completions.jsonl",
