@@ -6,12 +6,12 @@ from typing import Any, Literal
 import trl
 
 from rlhf_recipes.options.checks import check_choice
-from rlhf_recipes.options.recipes import PPOArguments
+from rlhf_recipes.options.recipes import RewardArguments
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 
 
 @dataclass
-class BaselineArguments(RewardCallConfig, PPOArguments):
+class BaselineArguments(RewardCallConfig, RewardArguments):
     """Method, rewards and judges of `recipes/baseline.py`."""
 
     method: Literal["rloo", "grpo", "dpo"] = field(

@@ -61,8 +61,8 @@ class JudgeArguments(ScriptArguments):
 
 
 @dataclass
-class PPOArguments(JudgeArguments):
-    """Rewards and judges of `recipes/ppo.py`."""
+class RewardArguments(JudgeArguments):
+    """Rewards and judges of a recipe that trains a policy."""
 
     reward_model_path: str | None = field(
         default=None,
@@ -72,6 +72,15 @@ class PPOArguments(JudgeArguments):
         default_factory=list,
         metadata={"help": "Python reward functions, each as `package.module:function`, added to the reward model."},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_list(self, "reward_functions")
+
+
+@dataclass
+class PPOArguments(RewardArguments):
+    """Rewards, judges and answers for the critic of `recipes/ppo.py`."""
 
     critic_dataset_name: str | None = field(
         default=None,
@@ -84,7 +93,6 @@ class PPOArguments(JudgeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_list(self, "reward_functions")
         check_range(self, "critic_pairs", lambda x: x > 0, "be positive")
 
 
