@@ -265,11 +265,6 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
         """Return the KL per sequence that the controller aims at, in nats; `None` with a fixed coefficient."""
         return self.target_kl if self.kl_controller == "adaptive" else None
 
-    @property
-    def rollout_steps(self) -> int:
-        """Return the number of optimiser steps on one rollout."""
-        return int(self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps)
-
 
 def _check_addresses(config: "PPOConfig") -> None:
     """Refuse a password that TRL's message about a silent server would show."""

@@ -8,6 +8,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from transformers import TrainerCallback
 
 from rlhf_recipes.durability.checkpoints import abandon, checkpoints_by_age, find_defect, is_abandoned
+from rlhf_recipes.options.baselines import rollout_steps
 from rlhf_recipes.options.ppo import PPOConfig
 
 SEED_STRIDE = 10_007  # between the random numbers of two attempts; more than there are ranks
@@ -76,7 +77,7 @@ class Rollback(TrainerCallback):
         if found is None:
             raise DivergedError(
                 f"{error.reason} This run has no checkpoint from before that to go back to: lower `save_steps` (a "
-                f"rollout is {args.rollout_steps} steps), or raise `save_total_limit`. {error.advice}"
+                f"rollout is {rollout_steps(args)} steps), or raise `save_total_limit`. {error.advice}"
             )
         saved_at, checkpoint = found
         self.count += 1
