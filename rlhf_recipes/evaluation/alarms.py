@@ -100,7 +100,7 @@ def alarms_of_log(log_history: Iterable[Mapping[str, Any]], *, target_kl: float 
     """
     curves = curves_of_log(log_history)
     evaluation = {name.removeprefix("eval_"): x.iloc[-1] for name, x in curves.items() if name.startswith("eval_")}
-    return find_alarms(curves, evaluation, target_kl=target_kl, rewards=("score",))
+    return find_alarms(curves, evaluation, target_kl=target_kl, rewards=(TRAINED_SCORE,))
 
 
 def curves_of_log(log_history: Iterable[Mapping[str, Any]]) -> dict[str, pd.Series]:

@@ -63,6 +63,18 @@ def generate_completions(
     return completions
 
 
+def sample_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Any], **generation: Any
+) -> tuple[list[list[int]], list[str], list[Any]]:
+    """Sample one completion per prompt. Return token ids, texts, and answers in the form that judges read.
+
+    The arguments are those of `generate_completions`.
+    """
+    ids = generate_completions(model, tokenizer, prompts, **generation)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return ids, texts, [answer_to(*pair) for pair in zip(prompts, texts, strict=True)]
+
+
 def compare_policies(
     policy: PreTrainedModel,
     baseline: PreTrainedModel,
@@ -95,9 +107,8 @@ def compare_policies(
     results, columns, answers = {"prompts": float(len(dataset))}, {"prompt": prompts}, []
     for name, model in (("policy", policy.eval()), ("baseline", baseline.eval())):
         torch.manual_seed(seed)
-        ids = generate_completions(model, tokenizer, prompts, **generation)
-        columns[f"{name}_completion"] = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answers.append([answer_to(*pair) for pair in zip(prompts, columns[f"{name}_completion"], strict=True)])
+        ids, columns[f"{name}_completion"], judged = sample_answers(model, tokenizer, prompts, **generation)
+        answers.append(judged)
         results[f"{name}/length"] = float(np.mean([len(row) for row in ids]))
         results[f"{name}/eos_rate"] = float(np.mean([row[-1] in end_ids for row in ids]))
         if name == "policy":
@@ -147,9 +158,7 @@ def best_of_n(
     known = _repeated(dataset, max(sizes))
     prompts = known["prompts"]
     torch.manual_seed(seed)
-    ids = generate_completions(policy.eval(), tokenizer, prompts, **generation)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    answers = [answer_to(*pair) for pair in zip(prompts, texts, strict=True)]
+    ids, _, answers = sample_answers(policy.eval(), tokenizer, prompts, **generation)
     figures = {name: judge(completions=answers, completion_ids=ids, **known) for name, judge in judges.items()}
     figures["length"] = [float(len(row)) for row in ids]
     table = {name: torch.tensor(np.array(x, dtype=float)).view(-1, max(sizes)) for name, x in figures.items()}

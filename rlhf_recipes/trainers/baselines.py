@@ -22,8 +22,7 @@ from trl.trainer.utils import use_adapter
 from rlhf_recipes.algorithm.distributed import global_means, global_sum
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.data.loading import without_answers
-from rlhf_recipes.data.messages import answer_to
-from rlhf_recipes.evaluation.policies import completion_logps, eos_token_ids, generate_completions
+from rlhf_recipes.evaluation.policies import completion_logps, eos_token_ids, sample_answers
 from rlhf_recipes.evaluation.samples import sample_rows
 from rlhf_recipes.options.baselines import DPOConfig
 from rlhf_recipes.rewards.functions import weighted_scores
@@ -207,12 +206,10 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         limits = {"max_completion_length": self.args.max_completion_length}
         batch_size = self.args.per_device_eval_batch_size
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as policy:
-            ids = generate_completions(policy, tokenizer, prompts, batch_size=batch_size, **limits)
+            ids, _, completions = sample_answers(policy, tokenizer, prompts, batch_size=batch_size, **limits)
             logps = completion_logps(policy, tokenizer, prompts, ids, batch_size=batch_size)
             with self._reference(policy) as reference:
                 ref_logps = completion_logps(reference, tokenizer, prompts, ids, batch_size=batch_size)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        completions = [answer_to(*pair) for pair in zip(prompts, texts, strict=True)]
         cut = torch.tensor([row[-1] not in self._end_ids for row in ids])
         scores = self._scores(inputs, prompts, completions, ids)
         kl = torch.stack([estimate_kl(*pair, "k1").sum() for pair in zip(logps, ref_logps, strict=True)])
