@@ -68,8 +68,8 @@ class RewardCritic:
             first_row: Number of this rank's first row in the rollout of all ranks.
         """
         batches = _mini_batches(states, returns, mask, MINI_BATCHES, first_row)
-        for features, targets in itertools.chain(*itertools.repeat(batches, self.epochs)):
-            self._step(features, targets)
+        for batch in itertools.chain(*itertools.repeat(batches, self.epochs)):
+            self._step(*batch)
 
     def pretrain(self, scorer: Any, dataset: Any, scale: Callable[[Tensor], Tensor]) -> None:
         """Fit the head to answers that exist already: the score of an answer is the target of all of its states.
@@ -89,12 +89,11 @@ class RewardCritic:
         mask = torch.arange(int(lengths.max()), device=targets.device) < lengths.unsqueeze(1)
         returns = targets.unsqueeze(1).expand(mask.shape)
         batches = _mini_batches(states, returns, mask, -(-len(states) // PRETRAINING_ROWS), first_row=0)
-        for features, values in itertools.chain(*itertools.repeat(batches, PRETRAINING_EPOCHS)):
-            self._step(features, values)
+        for batch in itertools.chain(*itertools.repeat(batches, PRETRAINING_EPOCHS)):
+            self._step(*batch)
 
-    def _step(self, features: Tensor, targets: Tensor) -> None:
-        """Take one step on a mini-batch that all ranks share."""
-        count = global_sum(torch.tensor(float(len(targets)), device=targets.device)).item()
+    def _step(self, features: Tensor, targets: Tensor, count: float) -> None:
+        """Take one step on a mini-batch that all ranks share, with `count` targets in all."""
         with torch.enable_grad():
             error = mse_loss(self.head(features), targets, reduction="sum")
             self.optimizer.zero_grad()
@@ -128,8 +127,8 @@ def share_of_own_states(states: list[Tensor]) -> float:
     Args:
         states: Of each completion the states before its tokens and after the last one, `(t + 1, H)`.
     """
-    own = sum(int((of_row[1:] != of_row[:-1]).any(dim=1).sum()) for of_row in states)
-    return own / max(sum(len(of_row) - 1 for of_row in states), 1)
+    own = torch.stack([(of_row[1:] != of_row[:-1]).any(dim=1).sum() for of_row in states])
+    return own.sum().item() / max(sum(len(of_row) - 1 for of_row in states), 1)
 
 
 def scorer_with_states(scorers: Sequence[Scorer]) -> Any:
@@ -176,24 +175,21 @@ def check_critic(critic: str, dataset: Any, scorers: Sequence[Scorer], tokenizer
 
 def _mini_batches(
     states: list[Tensor], returns: Tensor, mask: Tensor, count: int, first_row: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Return `count` mini-batches of states `(n, H)` and their targets `(n,)`, without padding.
+) -> list[tuple[Tensor, Tensor, float]]:
+    """Return `count` mini-batches: states `(n, H)`, their targets `(n,)`, and the number of targets of all ranks.
 
     The rows are dealt out by their number in the whole rollout, so the mini-batches do not depend on the number of
     ranks.
     """
-    device, batches = returns.device, []
+    batches = []
     for number in range(count):
-        features, targets = [], []
-        for row in range((number - first_row) % count, len(states), count):
-            keep = mask[row, : len(states[row]) - 1].bool() & (
-                states[row].isfinite().all() & returns[row].isfinite().all()
-            )
-            features.append(states[row][:-1][keep.to(states[row].device)])
-            targets.append(returns[row, : len(keep)][keep])
         # A rank can have no row of a mini-batch, and takes part in its step all the same.
-        empty = not features
-        batches.append(
-            (states[0][:0] if empty else torch.cat(features), returns[0, :0] if empty else torch.cat(targets))
-        )
-    return [(features.to(device), targets) for features, targets in batches]
+        features, targets = [states[0][:0]], [returns[0, :0]]
+        for row in range((number - first_row) % count, len(states), count):
+            is_finite = states[row].isfinite().all() & returns[row].isfinite().all()
+            keep = mask[row, : len(states[row]) - 1].bool() & is_finite
+            features.append(states[row][:-1][keep])
+            targets.append(returns[row, : len(keep)][keep])
+        batches.append((torch.cat(features), torch.cat(targets)))
+    totals = global_sum(torch.tensor([float(len(targets)) for _, targets in batches], device=returns.device)).tolist()
+    return [(*batch, total) for batch, total in zip(batches, totals, strict=True)]
