@@ -161,8 +161,7 @@ def run_cell(cell: Cell) -> str:
             traceback.print_exc()
             return f"{cell.folder} failed: see log.txt there"
     (cell.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if "KEEP" not in os.environ:
-        shutil.rmtree(cell.folder / "run", ignore_errors=True)
+    shutil.rmtree(cell.folder / "run", ignore_errors=True)
     end = result["path"][-1]
     return f"{cell.folder}: gold {end['gold']:.2f}, KL {end['kl']:.2f}, {result['cpu_seconds']:.0f} CPU seconds"
 

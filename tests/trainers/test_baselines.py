@@ -157,7 +157,7 @@ def _history(trainer):
 
 @TWO
 def test_a_resumed_run_is_the_uninterrupted_one(base, tmp_path, method):
-    """Five rollouts of four steps are an epoch: the checkpoint lies in a rollout, and for DPO in the second epoch."""
+    """An epoch has five rollouts of four steps. The checkpoint is inside a rollout; for DPO, in the second epoch."""
     options = {"max_steps": 8, "logging_steps": 3, **EVALUATED, "eval_steps": 8}
     whole = _trainer(method, base, tmp_path, save_strategy="steps", save_steps=6, **options)
     whole.train()
