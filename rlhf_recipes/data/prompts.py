@@ -3,6 +3,7 @@
 The formats are TRL's: `prompt`; `prompt`, `chosen`, `rejected`; `prompt`, `completion`. Each is text or messages.
 """
 
+import itertools
 from typing import Any, TypeAlias, TypeVar
 
 from datasets import Dataset, IterableDataset
@@ -101,6 +102,17 @@ def check_prompts_fit(
 
 def prompt_length(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of tokens that the policy reads for a prompt."""
+    return len(prompt_ids(prompt, tokenizer))
+
+
+def prompt_ids(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that the policy reads for a prompt."""
     if isinstance(prompt, str):
-        return len(tokenizer(prompt)["input_ids"])
-    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return list(tokenizer(prompt)["input_ids"])
+    chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    return list(chat["input_ids"])
+
+
+def first_prompts(dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, count: int = 4) -> list[list[int]]:
+    """Return the token ids of the first prompts of a dataset, as the policy reads them."""
+    return [prompt_ids(row["prompt"], tokenizer) for row in itertools.islice(dataset, count)]

@@ -15,6 +15,7 @@ from rlhf_recipes.algorithm.best_of_n import best_of_n_kl_bound, best_of_n_weigh
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
+from rlhf_recipes.models.forward import sampling_inputs
 
 MAX_LOGITS = 2**27  # per forward that only measures: half a gigabyte in float32
 
@@ -56,7 +57,7 @@ def generate_completions(
     try:
         for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):
             batch = _tokenize_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
-            output = model.generate(**batch)[:, batch["input_ids"].size(1) :]
+            output = model.generate(**batch, **sampling_inputs(model))[:, batch["input_ids"].size(1) :]
             completions += [_cut_after_eos(row, end_ids) for row in output.tolist()]
     finally:
         model.generation_config = original
