@@ -60,8 +60,7 @@ def causes_of_dependence(model: Any) -> list[str]:
     found = _prompt_learning(model)
     if (limit := short_limit(model)) is not None:
         found.append(f"the model's rope changes at {limit} tokens; keep all rows on one side of it")
-    kinds = {getattr(module, "rope_type", None) for module in model.modules()} - {None, "default"}
-    if "dynamic" in kinds:
+    if any(getattr(module, "rope_type", None) == "dynamic" for module in model.modules()):
         found.append("the model's rope (`dynamic`) depends on the longest row of a batch")
     implementation = getattr(causal_lm(model).config, "_attn_implementation", None)
     if implementation not in (None, "eager", "sdpa"):
