@@ -124,18 +124,19 @@ class NumbersCallback(TrainerCallback):
         was_training = trainer.model.training
         with own_randomness(args.seed, trainer.accelerator.device):
             numbers, rows = RunNumbers(trainer), self._rows()
-            findings, largest = check_numbers(numbers, rows, self._start, from_start=state.global_step == 0)
+            report = check_numbers(numbers, rows, self._start, from_start=state.global_step == 0)
+            gradients: list[Finding] = []
             if trainer.accelerator.distributed_type not in SHARDED:
                 reaches_backbone = args.value_gradient_to_backbone
-                findings += gradient_findings(numbers.gradients(rows), reaches_backbone=reaches_backbone)
-            self._reference = rows, numbers.reference(rows)
+                gradients = gradient_findings(numbers.gradients(rows), reaches_backbone=reaches_backbone)
+            self._reference = rows, report.reference
         trainer.model.train(was_training)
-        self._end_together(findings)
+        self._end_together(report.findings + gradients)
         if trainer.accelerator.is_main_process:
             seconds = time.perf_counter() - begin
             print_lines(
                 "Numbers: training, evaluation, plain transformers, reference and padding agree within "
-                f"{largest:.1g} nats per token ({seconds:.1f} s)."
+                f"{report.largest:.1g} nats per token ({seconds:.1f} s)."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

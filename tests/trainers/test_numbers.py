@@ -205,6 +205,18 @@ def test_an_adapter_of_pissa_gets_a_copy_that_changes_no_base(tmp_path):
             assert_close(weight, base[name], EXACT)
 
 
+def test_tokens_that_are_trained_alone_work_with_a_tied_head(tmp_path):
+    tok = tiny.tokenizer()
+    ends = {tok.eos_token_id, *tok("the fox")["input_ids"]}
+    model = llama(tok=tok, tie_word_embeddings=True)
+    run = trainer(tmp_path, model, tok, peft=lora(trainable_token_indices=sorted(ends)), learning_rate=0.1)
+    base = run.model.get_base_model().get_input_embeddings().weight.detach().clone()
+    run.train()
+    changed = (run.model.get_base_model().get_input_embeddings().weight - base).abs().sum(dim=1).nonzero()[:, 0]
+    assert {*changed.tolist()} <= ends
+    assert changed.numel()
+
+
 def test_noise_of_a_router_is_named(tmp_path):
     """It cannot be switched off: PhiMoE's router reads the same number in evaluation mode."""
     tok = tiny.tokenizer()

@@ -86,6 +86,7 @@ def _train(rank, world_size, directory):
             kl_horizon=16,
             missing_eos_penalty=0.5,
             vf_coef=0.5,
+            check_numerics=True,
             **options,
         )
         trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: (
