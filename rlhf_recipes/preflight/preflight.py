@@ -115,6 +115,9 @@ def preflight(
     if state.num_processes > 1:
         broadcast_object_list(errors)
     if preflight_args.preflight_only:
+        numbers = getattr(trainer, "numbers", None)
+        if not errors[0] and numbers is not None and trainer.accelerator.distributed_type not in SHARDED:
+            numbers.check(from_start=True)  # otherwise training begins with it
         wait_to_end()
         trainer.accelerator.end_training()
         raise SystemExit(1 if errors[0] else 0)

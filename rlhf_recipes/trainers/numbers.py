@@ -118,13 +118,24 @@ class NumbersCallback(TrainerCallback):
         Raises:
             ValueError: If they do.
         """
-        if self._is_done:  # the policy has moved: a second call of `train`, or a rollback
-            return
+        if not self._is_done:  # else the policy has moved: a second call of `train`, or a rollback
+            self.check(from_start=state.global_step == 0)
+
+    def check(self, *, from_start: bool) -> None:
+        """Compare the numbers, and print the result.
+
+        Args:
+            from_start: Whether the policy has not been trained yet.
+
+        Raises:
+            ValueError: If they disagree.
+        """
         self._is_done, trainer, begin = True, self._trainer, time.perf_counter()
+        args = trainer.args
         was_training = trainer.model.training
         with own_randomness(args.seed, trainer.accelerator.device):
             numbers, rows = RunNumbers(trainer), self._rows()
-            report = check_numbers(numbers, rows, self._start, from_start=state.global_step == 0)
+            report = check_numbers(numbers, rows, self._start, from_start=from_start)
             gradients: list[Finding] = []
             if trainer.accelerator.distributed_type not in SHARDED:
                 reaches_backbone = args.value_gradient_to_backbone

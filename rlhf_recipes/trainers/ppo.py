@@ -25,7 +25,6 @@ from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
 from rlhf_recipes.trainers.forwards import ForwardTrainer
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
-from rlhf_recipes.trainers.numbers import NumbersCallback
 from rlhf_recipes.trainers.reward_critic import RewardCritic, scorer_with_states, share_of_own_states
 from rlhf_recipes.trainers.rollout import Rollout, rollout_metrics
 from rlhf_recipes.trainers.run_identity import RunIdentity
@@ -110,8 +109,8 @@ class PPOTrainer(ForwardTrainer):
         self.critic_dataset = add_separator(critic_dataset, args.response_separator)
         self._build_rewards(judges, pairwise_judges)
         self._build_control(parts.facts)
-        if args.check_numerics:
-            self.add_callback(NumbersCallback(self, parts.start))
+        if args.check_numerics and not self._is_vlm:
+            self.watch_numbers(parts.start)
 
     def _build_rewards(self, judges: Any, pairwise_judges: Any) -> None:
         """Prepare scorers and judges, the limits of their calls, and the normaliser of the scores."""

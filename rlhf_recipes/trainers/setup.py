@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils import TrainableTokensWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from rlhf_recipes.data.prompts import (
@@ -119,7 +119,8 @@ def prepare_parts(
     reference = None if uses_peft else load(frozen=True)
     longest = functools.partial(longest_row, train_dataset, tokenizer, args.max_completion_length)
     use_one_rope([network for network in (policy, reference) if network is not None], longest)
-    prompts = first_prompts(train_dataset, tokenizer) if args.check_numerics else None
+    reads_text = isinstance(tokenizer, PreTrainedTokenizerBase)  # a processor also reads images
+    prompts = first_prompts(train_dataset, tokenizer) if args.check_numerics and reads_text else None
     return Parts(
         model=policy,
         directory=directory,

@@ -1,7 +1,5 @@
 """The check of the numbers before the first step: it is quiet on a sound run, and names what is wrong with another."""
 
-import contextlib
-
 import pytest
 import tiny
 import torch
@@ -11,6 +9,8 @@ from torch import nn
 from transformers import LlamaForCausalLM, PhimoeConfig, PhimoeForCausalLM
 
 from rlhf_recipes.models import dropout
+from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
+from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.trainers import setup
 
 pytestmark = pytest.mark.tiny
@@ -236,7 +236,17 @@ def test_the_saved_configuration_keeps_its_dropout(tmp_path):
     assert LlamaForCausalLM.from_pretrained(tmp_path).config.attention_dropout == 0.2
 
 
+def test_the_preflight_alone_checks_the_numbers_too(tmp_path, capsys):
+    options = PreflightArguments(preflight_only=True), TrackingArguments(tracking=False)
+    data = tiny.prompts()
+    with pytest.raises(SystemExit) as ended:
+        preflight(trainer(tmp_path / "sound"), data, None, *options)
+    assert ended.value.code == 0
+    assert "Numbers: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="None of the usual causes"):
+        preflight(trainer(tmp_path / "noisy", llama(cls=NoisyLlama)), data, None, *options)
+
+
 def test_the_option_switches_the_check_off(tmp_path, capsys):
-    with contextlib.redirect_stderr(None):
-        trainer(tmp_path, llama(cls=NoisyLlama), check_numerics=False).train()
+    trainer(tmp_path, llama(cls=NoisyLlama), check_numerics=False).train()
     assert "Numbers" not in capsys.readouterr().out
