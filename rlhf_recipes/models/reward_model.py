@@ -70,16 +70,18 @@ def load_adapter_weights(path: str) -> dict[str, Tensor]:
     """Load the weights of a reward model's adapter, with its score head under the name `score`.
 
     Raises:
-        ValueError: If there is no score head, or if it has a bias.
+        ValueError: If there is no score head, or if it has several outputs or a bias.
     """
     with safe_loading(path):
         weights = load_peft_weights(path, device="cpu")
     heads = [name for name in weights if name.endswith("score.weight")]
     if len(heads) != 1:
         raise ValueError(f"The adapter {path} has no score head, so it is not a reward model.")
+    weights["score"] = weights.pop(heads[0])
+    if len(weights["score"]) > 1:
+        raise ValueError(f"The score head of the adapter {path} has {len(weights['score'])} outputs, not one.")
     if any(name.endswith("score.bias") for name in weights):
         raise ValueError(f"The score head of the adapter {path} has a bias, which would not be used.")
-    weights["score"] = weights.pop(heads[0])
     return weights
 
 

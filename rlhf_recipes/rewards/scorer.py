@@ -77,10 +77,10 @@ class RewardModelScorer(Scorer):
     ) -> "RewardModelScorer":
         """Load a reward model and its tokenizer from a directory or the Hub, and its card from a directory."""
         model, card = load_reward_model(path, **kwargs), RewardModelCard.load(path)
-        saved = load_scorer_tokenizer(path) if tokenizer is None or is_adapter(path) else tokenizer
+        tokenizer = load_scorer_tokenizer(path) if tokenizer is None else tokenizer
         if is_adapter(path):  # the configuration is its base's, which no score head was trained with
-            model.config.get_text_config().pad_token_id = adapter_pad_id(model.config, saved, card, path)
-        scorer = cls(model, tokenizer or saved, card)
+            model.config.get_text_config().pad_token_id = adapter_pad_id(model.config, tokenizer, card, path)
+        scorer = cls(model, tokenizer, card)
         scorer.__name__ = Path(path).name  # the configuration of an adapter's model names its base
         if card is None:
             logger.warning(f"{path} has no {CARD_FILE}, so its separator and its chat template cannot be checked.")

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from peft import PeftConfig, TaskType
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,13 +15,7 @@ from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.statistics import preference_metrics
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, save_quantization
-from rlhf_recipes.models.reward_model import (
-    ScoreHead,
-    check_score_layer,
-    load_reward_model_base,
-    position_limit,
-    store_in_float32,
-)
+from rlhf_recipes.models.reward_model import ScoreHead, check_score_layer, load_reward_model_base, store_in_float32
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
@@ -82,7 +74,6 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         if peft_config is not None:
             # For this task PEFT trains and saves the whole `score` head. With TRL's default it stays frozen.
             peft_config = with_changes(peft_config, task_type=TaskType.SEQ_CLS)
-        self._position_limit = position_limit(model)
         example = next(iter(train_dataset))
         self._card = {
             "base_model": base_model,
@@ -119,20 +110,7 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if {"prompt", "chosen"} <= set(column_names(dataset)):
             dataset = add_separator(dataset, args.response_separator)
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if self._position_limit is not None and isinstance(dataset, Dataset):
-            self._check_lengths(dataset, dataset_name, self._position_limit)
-        return dataset
-
-    @staticmethod
-    def _check_lengths(dataset: Dataset, name: str, limit: int) -> None:
-        columns = dataset.with_format("arrow")[:]
-        longest = max(pc.max(pc.list_value_length(columns[x])).as_py() or 0 for x in ("chosen_ids", "rejected_ids"))
-        if longest > limit:
-            raise ValueError(
-                f"A response of the {name} pairs has {longest} tokens with its prompt, but the model can read "
-                f"{limit}. Set `max_length: {limit}` to leave out such pairs, or shorten them."
-            )
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -176,20 +176,6 @@ def test_rotary_positions_refuse_nothing(tmp_path):
     tiny.ppo_trainer(tmp_path, rewards=model, reward_tok=tok, data=LATE)
 
 
-@pytest.mark.parametrize("split", ["train", "eval"])
-def test_pairs_beyond_the_positions_are_refused_before_the_training(tmp_path, split):
-    tok = tiny.tokenizer()
-    pairs = Dataset.from_dict({"prompt": [SHORT, LONG], "chosen": ["a", "b"], "rejected": ["b", LONG]})
-    data = {"data": pairs} if split == "train" else {"eval_data": pairs}
-    with pytest.raises(
-        ValueError, match=rf"of the {split} pairs has \d\d tokens .* Set `max_length: 24` to leave out"
-    ):
-        tiny.reward_trainer(tmp_path, _gpt2(tok), tok=tok, **data)
-    trainer = tiny.reward_trainer(tmp_path, _gpt2(tok), tok=tok, max_length=POSITIONS, **data)
-    trainer.train()
-    trainer.evaluate()
-
-
 def test_the_option_is_checked(tmp_path):
     with pytest.raises(ValueError, match="`reward_overflow` must be one of raise, cut, got 'left'"):
         tiny.ppo_config(tmp_path, reward_overflow="left")

@@ -340,6 +340,27 @@ def test_a_reward_model_without_its_weights_is_refused(tmp_path, change, message
         RewardModelScorer.from_pretrained(path)
 
 
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"score.weight": torch.ones(2, 32)}, "has 2 outputs, not one"),
+        ({"score.weight": torch.ones(1, 32), "score.bias": torch.ones(1)}, "has a bias, which would not be used"),
+        ({"classifier.weight": torch.ones(1, 32)}, "has no score head, so it is not a reward model"),
+        ({}, "has no score head, so it is not a reward model"),
+    ],
+)
+@pytest.mark.parametrize("load", [RewardModelScorer.from_pretrained, RewardAdapterScorer])
+def test_an_adapter_without_one_plain_head_is_refused(tmp_path, head, message, load):
+    tok = tiny.tokenizer()
+    base = _save(tiny.policy(tok), tok, tmp_path / "base")
+    get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), tiny.lora()).save_pretrained(tmp_path / "rm")
+    tok.save_pretrained(tmp_path / "rm")
+    file = tmp_path / "rm" / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{name}": tensor for name, tensor in head.items()}, file)
+    with pytest.raises(ValueError, match=message):
+        load(str(tmp_path / "rm"))
+
+
 def test_one_output_is_taken_whatever_it_is_called(tmp_path):
     tok = tiny.tokenizer()
     expected = RewardModelScorer(_model("Llama", tok), tok)(PROMPTS, ANSWERS)
