@@ -24,6 +24,7 @@ from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_
 from rlhf_recipes.models.quantization import saved_quantization
 from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.judges import load_judges
 from rlhf_recipes.tracking.registry import require_model
 from rlhf_recipes.tracking.session import log_datasets, log_results, track_run
@@ -60,6 +61,9 @@ def main(
             dtype=init_kwargs["dtype"],
             device_map=PartialState().device,
         )
+
+        length, overflow = script_args.max_completion_length, script_args.reward_overflow
+        check_context(judges.values(), {"dataset_name": dataset}, length, overflow)
 
         calls = RewardCalls(script_args.reward_timeout, script_args.reward_retries, script_args.failed_rewards)
         guarded = calls.guard_judges(judges)

@@ -25,6 +25,7 @@ from rlhf_recipes.data.loading import without_answers
 from rlhf_recipes.evaluation.policies import completion_logps, eos_token_ids, sample_answers
 from rlhf_recipes.evaluation.samples import sample_rows
 from rlhf_recipes.options.baselines import DPOConfig
+from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.functions import weighted_scores
 from rlhf_recipes.trainers.compared import RolloutTrainer
 from rlhf_recipes.trainers.rollout import own_part
@@ -198,6 +199,10 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         functions = self.prepare_rewards(rewards, scoring.limits, self._end_ids, *judges)
         self._functions = [getattr(function, "now", function) for function in functions]
         self._stateful = {"held_out": self.held_out}
+
+    def _check_context(self, reward_overflow: str) -> None:
+        functions, answered = [*self.scorers, *self.held_out.judges.values()], {"eval_dataset": self._held_out_prompts}
+        check_context(functions, answered, self.args.max_completion_length, reward_overflow)
 
     def answer_held_out(self) -> None:
         """Answer the held-out prompts, and score the answers. Each process does its share."""

@@ -20,6 +20,7 @@ from rlhf_recipes.evaluation.samples import write_table
 from rlhf_recipes.models.loading import prepare_frozen
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
 from rlhf_recipes.trainers.update import episodes
 
@@ -67,7 +68,13 @@ class ComparedTrainer(DurableTrainer):
         )
         for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
             scorer.prepare(run)
+        self._check_context(limits.reward_overflow)
         return [self.reward_calls.guard(function) for function in functions]
+
+    def _check_context(self, reward_overflow: str) -> None:
+        held_out, length = {"eval_dataset": self.eval_dataset}, self.args.max_completion_length
+        check_context(self.scorers, {"train_dataset": self.train_dataset} | held_out, length, reward_overflow)
+        check_context(self.held_out.judges.values(), held_out, length, reward_overflow)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL does, and compare with the policy that training started from."""

@@ -15,7 +15,7 @@ from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.statistics import preference_metrics
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, save_quantization
-from rlhf_recipes.models.reward_model import ScoreHead, load_reward_model_base, store_in_float32
+from rlhf_recipes.models.reward_model import ScoreHead, check_score_layer, load_reward_model_base, store_in_float32
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
@@ -68,6 +68,7 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
             torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
             model = load_reward_model_base(model, **from_pretrained_kwargs(args, quantization_config))
             args = with_changes(args, model_init_kwargs=None)  # TRL warns about them beside a loaded model
+        check_score_layer(model)
         if processing_class is None:
             processing_class = load_tokenizer(base_model)
         if peft_config is not None:
@@ -159,6 +160,7 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         """Return the facts of the training and the latest evaluation, for users of the reward model."""
         return RewardModelCard(
             **self._card,
+            pad_token_id=self.model.config.get_text_config().pad_token_id,
             tokenizer_fingerprint=tokenizer_fingerprint(self.processing_class),
             chat_template_fingerprint=chat_template_fingerprint(self.processing_class)
             if self._card["conversational"]
