@@ -16,12 +16,15 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import is_conversational
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.algorithm.distributed import global_means, global_sum
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.data.loading import without_answers
+from rlhf_recipes.data.rendering import for_training
+from rlhf_recipes.data.rows import join_prefill
 from rlhf_recipes.evaluation.policies import completion_logps, eos_token_ids, sample_answers
 from rlhf_recipes.evaluation.samples import sample_rows
 from rlhf_recipes.options.baselines import DPOConfig
@@ -198,6 +201,12 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         functions = self.prepare_rewards(rewards, scoring.limits, self._end_ids, *judges)
         self._functions = [getattr(function, "now", function) for function in functions]
         self._stateful = {"held_out": self.held_out}
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        dataset = join_prefill(dataset)
+        if not is_conversational(next(iter(dataset))):
+            processing_class = for_training(processing_class)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def answer_held_out(self) -> None:
         """Answer the held-out prompts, and score the answers. Each process does its share."""

@@ -19,6 +19,7 @@ from rlhf_recipes.algorithm.losses import aggregate_token_loss, trust_region_mas
 from rlhf_recipes.algorithm.masked import masked_mean
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.data.prompts import add_separator
+from rlhf_recipes.data.rows import mend_transcripts, readable_rows
 from rlhf_recipes.evaluation.alarms import AlarmCallback, DeclineStopping
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
@@ -106,7 +107,8 @@ class PPOTrainer(ForwardTrainer):
         # Regrouping cannot move images. These loss terms couple the rows of a micro-batch.
         couples_rows = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
         self._may_regroup = not (self._is_vlm or couples_rows)
-        self.critic_dataset = add_separator(critic_dataset, args.response_separator)
+        pairs = readable_rows(critic_dataset, ("prompt", "chosen", "rejected"), "critic_dataset")
+        self.critic_dataset = add_separator(mend_transcripts(pairs), args.response_separator)
         self._build_rewards(judges, pairwise_judges)
         self._build_control(parts.facts)
 

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
-from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_columns, check_prompts_fit
+from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_fit
+from rlhf_recipes.data.rows import check_rendering, readable_rows
 from rlhf_recipes.models.critic import attach_value_head, causal_lm
 from rlhf_recipes.models.forward import add_completion_forward
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer, prepare_frozen
@@ -80,8 +81,9 @@ def prepare_parts(
         ValueError: If data, policy, reward model or batch sizes do not fit.
     """
     (train_dataset, eval_dataset, critic_dataset), (tokenizer, reward_tokenizers) = datasets, tokenizers
-    check_columns(train_dataset, ("prompt",), "train_dataset")
-    check_columns(eval_dataset, ("prompt",), "eval_dataset")
+    sees_images = hasattr(tokenizer, "tokenizer")  # a processor holds a tokenizer
+    train_dataset = readable_rows(train_dataset, ("prompt",), "train_dataset", keep_parts=sees_images)
+    eval_dataset = readable_rows(eval_dataset, ("prompt",), "eval_dataset", keep_parts=sees_images)
     check_rollout_fits(train_dataset, args)
     load = policy_loader(model, args, quantization_config)
     policy = load()
@@ -91,6 +93,9 @@ def prepare_parts(
     check_output_dir(args.output_dir, adapter=uses_peft)
     tokenizer = load_tokenizer(directory, padding_side="left") if tokenizer is None else tokenizer
     train_dataset, eval_dataset = (add_separator(x, args.response_separator) for x in (train_dataset, eval_dataset))
+    if not sees_images:
+        check_rendering(train_dataset, ("prompt",), "train_dataset", tokenizer)
+        check_rendering(eval_dataset, ("prompt",), "eval_dataset", tokenizer)
     check_prompts_fit(train_dataset, tokenizer, policy.config, args.max_completion_length)
 
     loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("dtype", "attn_implementation")}
