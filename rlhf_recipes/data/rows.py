@@ -75,6 +75,8 @@ def _readable_row(row: dict[str, Any], index: int, columns: list[str], name: str
     for column in columns:
         try:
             value = parsed_messages(row[column], must_parse=index == 0)
+            if isinstance(value, dict):
+                raise ValueError("it is a dictionary; write text, or a list of messages")
             read[column] = plain_messages(value, keep_parts=keep_parts) if isinstance(value, list) else value
         except ValueError as error:
             raise ValueError(f"`{name}` has a {column!r} that cannot be read in row {index}: {error}.") from None
@@ -111,7 +113,8 @@ def _check_repeated_prompts(dataset: Dataset, columns: list[str], name: str) -> 
         row = next((row for row, length in repeated if length >= REPEATED), repeated[0][0])
         raise ValueError(
             f"`{name}` holds the prompt again at the beginning of {' and '.join(map(repr, answers))} in row {row}"
-            f"{f' and {len(repeated) - 1} others' if len(repeated) > 1 else ''}. Take it out of the answers."
+            f"{f' and {len(repeated) - 1} others' if len(repeated) > 1 else ''}. Take it out of the answers "
+            "(`text.removeprefix(prompt)`)."
         )
 
 
@@ -126,11 +129,13 @@ def mend_transcripts(dataset: MaybeDataset) -> Any:
     Args:
         dataset: Prompts and answers as text; other rows stay unchanged. Call it before the separator is added.
     """
-    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+    if dataset is None:
+        return None
+    columns = [column for column in ("prompt", *ANSWERS) if column in column_names(dataset)]
+    if "prompt" not in columns or len(columns) == 1:
         return dataset
-    answers = [column for column in ANSWERS if column in dataset.column_names]
-    rows = zip(*(dataset[column] for column in ("prompt", *answers)), strict=True)
-    if not answers or not any(is_cut_inside(row[0], list(row[1:])) for row in rows):
+    rows = zip(*(dataset[column] for column in columns), strict=True) if isinstance(dataset, Dataset) else None
+    if rows is not None and not any(is_cut_inside(row[0], list(row[1:])) for row in rows):
         return dataset
     return dataset.map(_mended)
 
@@ -147,13 +152,16 @@ def join_prefill(dataset: MaybeDataset) -> Any:
     """
     if dataset is None or "prompt" not in column_names(dataset):
         return dataset
-    rows = dataset["prompt"] if isinstance(dataset, Dataset) else [next(iter(dataset))["prompt"]]
-    return dataset.map(_joined) if any(map(ends_in_prefill, rows)) else dataset
+    if isinstance(dataset, Dataset) and not any(map(ends_in_prefill, dataset["prompt"])):
+        return dataset
+    return dataset.map(_joined, with_indices=True)
 
 
-def _joined(row: dict[str, Any]) -> dict[str, Any]:
-    if not ends_in_prefill(row["prompt"]) or len(row["prompt"]) == 1:
+def _joined(row: dict[str, Any], index: int) -> dict[str, Any]:
+    if not ends_in_prefill(row["prompt"]):
         return row
+    if len(row["prompt"]) == 1:
+        raise ValueError(f"The 'prompt' in row {index} holds nothing but the beginning of the answer.")
     begun = row["prompt"][-1:]
     return {"prompt": row["prompt"][:-1]} | {name: conversation(begun, row[name]) for name in ANSWERS if name in row}
 

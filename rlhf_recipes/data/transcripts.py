@@ -14,7 +14,7 @@ ANSWERS = ("chosen", "rejected", "completion")
 def split_transcript(row: dict[str, Any]) -> dict[str, str]:
     """Return a row's `prompt`, up to the last "Assistant:" that its answers share, and the answers after it.
 
-    Use it by `dataset.map(split_transcript)`. A column `prompt`, if there is one, is joined to the answers first.
+    Use it by `dataset.map(split_transcript)`. A `prompt` that the answers do not hold is written before them first.
 
     Args:
         row: `chosen` and `rejected`, or `completion`: text that holds the dialogue.
@@ -22,10 +22,13 @@ def split_transcript(row: dict[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: If the texts share no "Assistant:".
     """
-    whole = {name: (row.get("prompt") or "") + row[name] for name in ANSWERS if name in row}
+    prompt = row.get("prompt") or ""
+    whole = {name: prompt + row[name].removeprefix(prompt) for name in ANSWERS if name in row}
     shared = commonprefix([text[: _end(text)] for text in whole.values()])
     if (end := _end(shared)) == 0:
-        raise ValueError(f"No {ASSISTANT!r} is in all of {', '.join(whole)}, which begin with {shared[:80]!r}.")
+        raise ValueError(
+            f"No {ASSISTANT!r} is in all of {', '.join(whole)}, which begin with {next(iter(whole.values()))[:80]!r}."
+        )
     return {"prompt": shared[:end]} | {name: text[end:] for name, text in whole.items()}
 
 

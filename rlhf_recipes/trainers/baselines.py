@@ -106,6 +106,9 @@ class SamplingBaseline(Baseline, RolloutTrainer):
 class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
     """Train by TRL's RLOO."""
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        return self.rendered(prompts, super()._tokenize_prompts)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
         if self.beta != 0.0:
@@ -119,6 +122,9 @@ class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
 
 class GRPOTrainer(SamplingBaseline, trl.GRPOTrainer):
     """Train by TRL's GRPO."""
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        return self.rendered(prompts, super()._tokenize_prompts)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)

@@ -144,16 +144,25 @@ class RolloutTrainer(ComparedTrainer):
                 write_table(self._samples, self.args.output_dir, "training", self.state.global_step)
         super().log(logs, start_time)
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        """Tokenise as TRL does, but continue a message of the assistant, and leave off an EOS that ends a prompt."""
+    def rendered(self, prompts: list[Any], tokenize: Callable[[list[Any]], Any]) -> Any:
+        """Tokenise as TRL does, but continue a message of the assistant, and leave off an EOS that ends a prompt.
+
+        Args:
+            prompts: Text or messages.
+            tokenize: TRL's method, which returns token ids, images and fields of a processor.
+        """
         # A strict template refuses to begin an answer after the assistant's message.
         asked = [prompt[:-1] if ends_in_prefill(prompt) and len(prompt) > 1 else prompt for prompt in prompts]
-        ids, images, fields = super()._tokenize_prompts(asked)
-        tokenizer, options = self.processing_class, vars(self)  # TRL's RLOO has no tools
-        if hasattr(tokenizer, "tokenizer") or options.get("environment_factories") is not None:
+        ids, images, fields = tokenize(asked)
+        if hasattr(self.processing_class, "tokenizer") or vars(self).get("environment_factories") is not None:
             return ids, images, fields  # a processor of images; or tools that differ between rows
-        template = {"tools": options.get("tools") or None, "chat_template": options.get("chat_template")}
-        return prompt_ids(tokenizer, prompts, **template, **self.chat_template_kwargs), images, fields
+        return prompt_ids(self.processing_class, prompts, **self.template_options), images, fields
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Return the options with which TRL renders prompts. Its RLOO has no tools."""
+        own = {"tools": vars(self).get("tools") or None, "chat_template": vars(self).get("chat_template")}
+        return own | self.chat_template_kwargs
 
     def _save_progress(self, folder: Path) -> None:
         torch.save(self._progress(), folder / self._progress_file.format(self.accelerator.process_index))

@@ -18,8 +18,6 @@ from rlhf_recipes.algorithm.kl_controller import make_kl_controller
 from rlhf_recipes.algorithm.losses import aggregate_token_loss, trust_region_mask
 from rlhf_recipes.algorithm.masked import masked_mean
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
-from rlhf_recipes.data.prompts import add_separator
-from rlhf_recipes.data.rows import mend_transcripts, readable_rows
 from rlhf_recipes.evaluation.alarms import AlarmCallback, DeclineStopping
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
@@ -107,8 +105,7 @@ class PPOTrainer(ForwardTrainer):
         # Regrouping cannot move images. These loss terms couple the rows of a micro-batch.
         couples_rows = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
         self._may_regroup = not (self._is_vlm or couples_rows)
-        pairs = readable_rows(critic_dataset, ("prompt", "chosen", "rejected"), "critic_dataset")
-        self.critic_dataset = add_separator(mend_transcripts(pairs), args.response_separator)
+        self.critic_dataset = parts.critic_dataset
         self._build_rewards(judges, pairwise_judges)
         self._build_control(parts.facts)
 
@@ -185,6 +182,9 @@ class PPOTrainer(ForwardTrainer):
             return inputs
         self._buffered_inputs = group_by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        return self.rendered(prompts, super()._tokenize_prompts)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Sample, score, and estimate advantages: from prompts to the batch of the update."""

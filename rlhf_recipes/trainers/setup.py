@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_fit
-from rlhf_recipes.data.rows import check_rendering, readable_rows
+from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
 from rlhf_recipes.models.critic import attach_value_head, causal_lm
 from rlhf_recipes.models.forward import add_completion_forward
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer, prepare_frozen
@@ -43,6 +43,7 @@ class Parts:
         reference: Frozen copy of the policy; `None` with PEFT, where the same network serves as the reference.
         keeps_start_adapter: Whether the policy came with an adapter, whose copy is then the reference.
         reward_funcs: Scorers and functions.
+        critic_dataset: Preferences for the critic, whose prompts end with the separator.
         data: Arguments of TRL's trainer: datasets of prompts that end with the separator, and the policy's tokenizer.
         facts: Facts that must be the same when the run is resumed.
     """
@@ -52,6 +53,7 @@ class Parts:
     reference: Any
     keeps_start_adapter: bool
     reward_funcs: list[Any]
+    critic_dataset: Any
     data: dict[str, Any]
     facts: dict[str, Any]
 
@@ -84,6 +86,7 @@ def prepare_parts(
     sees_images = hasattr(tokenizer, "tokenizer")  # a processor holds a tokenizer
     train_dataset = readable_rows(train_dataset, ("prompt",), "train_dataset", keep_parts=sees_images)
     eval_dataset = readable_rows(eval_dataset, ("prompt",), "eval_dataset", keep_parts=sees_images)
+    critic_dataset = readable_rows(critic_dataset, ("prompt", "chosen", "rejected"), "critic_dataset")
     check_rollout_fits(train_dataset, args)
     load = policy_loader(model, args, quantization_config)
     policy = load()
@@ -111,6 +114,7 @@ def prepare_parts(
         reference=None if uses_peft else load(frozen=True),
         keeps_start_adapter=isinstance(policy, PeftModel),
         reward_funcs=scorers,
+        critic_dataset=add_separator(mend_transcripts(critic_dataset), args.response_separator),
         data={"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer},
         facts=facts,
     )
