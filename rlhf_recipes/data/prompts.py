@@ -10,6 +10,10 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
+from rlhf_recipes.data.messages import Text
+from rlhf_recipes.data.rendering import prompt_ids
+from rlhf_recipes.data.transcripts import begun_answer
+
 AnyDataset: TypeAlias = Dataset | IterableDataset
 MaybeDataset = TypeVar("MaybeDataset", Dataset, IterableDataset, None)
 
@@ -59,20 +63,32 @@ def check_columns(dataset: AnyDataset | None, columns: tuple[str, ...], name: st
 
 def _is_empty(text: Any) -> bool:
     if isinstance(text, list):
-        return not text or not text[-1].get("content")
+        return not text or not (text[-1].get("content") or text[-1].get("tool_calls"))
     return not isinstance(text, str) or not text.strip()
 
 
 def add_separator(dataset: MaybeDataset, separator: str) -> MaybeDataset:
-    """End every plain-text prompt with `separator`. Chat prompts have a template and do not change."""
+    """End every plain-text prompt with `separator`. Chat prompts have a template and do not change.
+
+    Raises:
+        ValueError: If the prompt of a transcript ends inside the answer, which the separator would cut.
+    """
     if dataset is None or separator == "" or is_conversational(next(iter(dataset))):
         return dataset
 
-    def end_prompt(example: dict[str, Any]) -> dict[str, Any]:
+    def end_prompt(example: dict[str, Any], row: int) -> dict[str, Any]:
         prompt = example["prompt"]
-        return {"prompt": prompt if prompt.endswith(separator) else prompt + separator}
+        if prompt.endswith(separator):
+            return {"prompt": prompt}
+        if begun := begun_answer(prompt):
+            raise ValueError(
+                f"The prompt in row {row} ends inside the assistant's answer ({begun[-40:]!r}), where "
+                "`response_separator` would cut it. Split whole dialogues by `dataset.map(split_transcript)` "
+                "(`rlhf_recipes.data.transcripts`), or set `response_separator: ''`."
+            )
+        return {"prompt": prompt + separator}
 
-    return dataset.map(end_prompt)
+    return dataset.map(end_prompt, with_indices=True)
 
 
 def check_prompts_fit(
@@ -100,19 +116,11 @@ def check_prompts_fit(
         )
 
 
-def prompt_length(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
+def prompt_length(prompt: Text, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of tokens that the policy reads for a prompt."""
-    return len(prompt_ids(prompt, tokenizer))
+    return len(prompt_ids(tokenizer, [prompt])[0])
 
 
-def prompt_ids(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that the policy reads for a prompt."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-    return list(chat["input_ids"])
-
-
-def first_prompts(dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, count: int = 4) -> list[list[int]]:
+def first_prompts(dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, count: int = 3) -> list[list[int]]:
     """Return the token ids of the first prompts of a dataset, as the policy reads them."""
-    return [prompt_ids(row["prompt"], tokenizer) for row in itertools.islice(dataset, count)]
+    return prompt_ids(tokenizer, [row["prompt"] for row in itertools.islice(dataset, count)])

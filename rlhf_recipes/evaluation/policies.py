@@ -14,6 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf_recipes.algorithm.best_of_n import best_of_n_kl_bound, best_of_n_weights
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.data.messages import answer_to
+from rlhf_recipes.data.rendering import prompt_ids
+from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
 from rlhf_recipes.models.forward import sampling_inputs
 
@@ -102,6 +104,7 @@ def compare_policies(
         seed: Seed of sampling, the same for both policies, and of the bootstrap.
         generation: Options of `generate_completions`.
     """
+    check_reward_columns(dataset, "dataset", pairs=bool(pairwise_judges))
     end_ids = eos_token_ids(baseline, tokenizer)
     known = _repeated(dataset, num_samples)
     prompts = known["prompts"]
@@ -187,11 +190,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> Any:
-    if isinstance(prompts[0], str):
-        token_ids = tokenizer(prompts)["input_ids"]
-    else:
-        token_ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return tokenizer.pad({"input_ids": token_ids}, padding_side="left", return_tensors="pt")
+    return tokenizer.pad({"input_ids": prompt_ids(tokenizer, prompts)}, padding_side="left", return_tensors="pt")
 
 
 def _cut_after_eos(token_ids: list[int], end_ids: list[int]) -> list[int]:

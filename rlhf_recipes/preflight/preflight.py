@@ -18,6 +18,7 @@ from rlhf_recipes.durability.ending import wait_to_end
 from rlhf_recipes.options.baselines import samples_rollouts
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, tracking_uri
 from rlhf_recipes.preflight.dataset import NEGLIGIBLE, check_preferences, check_prompts, longer_chosen, texts
+from rlhf_recipes.preflight.examples import example_lines
 from rlhf_recipes.preflight.finding import Finding
 from rlhf_recipes.preflight.policy import (
     PROBES,
@@ -109,6 +110,7 @@ def preflight(
         schedule = (_check_rollouts if samples else _check_supervised)(report, trainer, train, evaluation)
         _check_disk(report, trainer, schedule, tracking)
         _check_memory(report, trainer, train)
+        report.lines |= example_lines(trainer)
         processes = _counted(state.num_processes, "process", "processes")
         report.write(f"Preflight: {processes} on {state.device.type}, {schedule.steps:,} optimiser steps")
     errors = [report.errors]

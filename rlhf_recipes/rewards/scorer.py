@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import apply_chat_template
 
 from rlhf_recipes.data.messages import answer_to
+from rlhf_recipes.data.rendering import answered_ids, prompt_ids
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.reward_model import check_score_layer, is_adapter, load_reward_model, position_limit
@@ -189,17 +189,10 @@ class RewardModelScorer(Scorer):
         return self._classifier().base_model
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        chat = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-        return list(chat["input_ids"])
+        return prompt_ids(self.tokenizer, [prompt])[0]
 
     def _token_ids(self, prompt: Prompt, completion: Prompt, finished: bool) -> list[int]:
-        if isinstance(prompt, str) and isinstance(completion, str):
-            text = prompt + completion + (self.tokenizer.eos_token if finished else "")
-            return self.tokenizer(text)["input_ids"]
-        text = apply_chat_template({"messages": [*prompt, *completion]}, self.tokenizer)["text"]
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template holds them
+        return answered_ids(self.tokenizer, prompt, completion, finished)
 
     @torch.no_grad()
     def _forward(self, token_ids: list[list[int]]) -> Tensor:

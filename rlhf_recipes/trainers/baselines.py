@@ -16,12 +16,15 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import is_conversational
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.algorithm.distributed import global_means, global_sum
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.data.loading import without_answers
+from rlhf_recipes.data.rendering import for_training
+from rlhf_recipes.data.rows import join_prefill
 from rlhf_recipes.evaluation.policies import completion_logps, eos_token_ids, sample_answers
 from rlhf_recipes.evaluation.samples import sample_rows
 from rlhf_recipes.options.baselines import DPOConfig
@@ -104,6 +107,9 @@ class SamplingBaseline(Baseline, RolloutTrainer):
 class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
     """Train by TRL's RLOO."""
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        return self.rendered(prompts, super()._tokenize_prompts)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
         if self.beta != 0.0:
@@ -117,6 +123,9 @@ class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
 
 class GRPOTrainer(SamplingBaseline, trl.GRPOTrainer):
     """Train by TRL's GRPO."""
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        return self.rendered(prompts, super()._tokenize_prompts)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
@@ -203,6 +212,12 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
     def _check_context(self, reward_overflow: str) -> None:
         functions, answered = [*self.scorers, *self.held_out.judges.values()], {"eval_dataset": self._held_out_prompts}
         check_context(functions, answered, self.args.max_completion_length, reward_overflow)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        dataset = join_prefill(dataset)
+        if not is_conversational(next(iter(dataset))):
+            processing_class = for_training(processing_class)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def answer_held_out(self) -> None:
         """Answer the held-out prompts, and score the answers. Each process does its share."""

@@ -13,6 +13,9 @@ from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
+from rlhf_recipes.data.messages import ends_in_prefill
+from rlhf_recipes.data.rendering import prompt_ids
+from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, load_ppo_state, save_ppo_state
 from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
@@ -54,7 +57,12 @@ class ComparedTrainer(DurableTrainer):
             eos_token_ids: Ids that end a completion.
             judges: Functions that score the answers of an evaluation, by name.
             pairwise_judges: Functions that compare two answers, by name.
+
+        Raises:
+            ValueError: If a column has the name of an argument of theirs.
         """
+        check_reward_columns(self.train_dataset, "train_dataset")
+        check_reward_columns(self.eval_dataset, "eval_dataset", pairs=bool(pairwise_judges))
         own = (limits.reward_timeout, limits.reward_retries, limits.failed_rewards)
         self.reward_calls = RewardCalls(*own)
         self.held_out = HeldOutComparison(judges, pairwise_judges, seed=self.args.seed, calls=RewardCalls(*own))
@@ -124,6 +132,7 @@ class RolloutTrainer(ComparedTrainer):
     """Resume inside a rollout, and in later epochs with the same order of the data, which TRL loses."""
 
     num_iterations: int
+    chat_template_kwargs: dict[str, Any]  # TRL's
     _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout
     _samples: list[dict[str, Any]]  # rows of the latest rollout
     _step: int
@@ -141,6 +150,26 @@ class RolloutTrainer(ComparedTrainer):
             if self.args.should_save and self._samples:
                 write_table(self._samples, self.args.output_dir, "training", self.state.global_step)
         super().log(logs, start_time)
+
+    def rendered(self, prompts: list[Any], tokenize: Callable[[list[Any]], Any]) -> Any:
+        """Tokenise as TRL does, but continue a message of the assistant, and leave off an EOS that ends a prompt.
+
+        Args:
+            prompts: Text or messages.
+            tokenize: TRL's method, which returns token ids, images and fields of a processor.
+        """
+        # A strict template refuses to begin an answer after the assistant's message.
+        asked = [prompt[:-1] if ends_in_prefill(prompt) and len(prompt) > 1 else prompt for prompt in prompts]
+        ids, images, fields = tokenize(asked)
+        if hasattr(self.processing_class, "tokenizer") or vars(self).get("environment_factories") is not None:
+            return ids, images, fields  # a processor of images; or tools that differ between rows
+        return prompt_ids(self.processing_class, prompts, **self.template_options), images, fields
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Return the options with which TRL renders prompts. Its RLOO has no tools."""
+        own = {"tools": vars(self).get("tools") or None, "chat_template": vars(self).get("chat_template")}
+        return own | self.chat_template_kwargs
 
     def _save_progress(self, folder: Path) -> None:
         torch.save(self._progress(), folder / self._progress_file.format(self.accelerator.process_index))

@@ -18,7 +18,6 @@ from rlhf_recipes.algorithm.kl_controller import make_kl_controller
 from rlhf_recipes.algorithm.losses import aggregate_token_loss, trust_region_mask
 from rlhf_recipes.algorithm.masked import masked_mean
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
-from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.evaluation.alarms import AlarmCallback, DeclineStopping
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
@@ -106,7 +105,7 @@ class PPOTrainer(ForwardTrainer):
         # Regrouping cannot move images. These loss terms couple the rows of a micro-batch.
         couples_rows = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
         self._may_regroup = not (self._is_vlm or couples_rows)
-        self.critic_dataset = add_separator(critic_dataset, args.response_separator)
+        self.critic_dataset = parts.critic_dataset
         self._build_rewards(judges, pairwise_judges)
         self._build_control(parts.facts)
         if args.check_numerics and not self._is_vlm:
@@ -186,6 +185,9 @@ class PPOTrainer(ForwardTrainer):
         self._buffered_inputs = group_by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        return self.rendered(prompts, super()._tokenize_prompts)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Sample, score, and estimate advantages: from prompts to the batch of the update."""
         rollout = self.rollout = Rollout(inputs)
@@ -260,9 +262,7 @@ class PPOTrainer(ForwardTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Return TRL's policy loss plus the weighted value loss, from one forward."""
         forward = self._completion_forward(model, inputs["completion_ids"].size(1))
-        if (
-            self.args.importance_sampling_level != "token"
-        ):  # then `get_off_policy_mask` compares with the rollout's policy
+        if self.args.importance_sampling_level != "token":  # `get_off_policy_mask` compares with the rollout's policy
             inputs = {name: x for name, x in inputs.items() if name != "sampling_per_token_logps"}
         policy_loss = super()._compute_loss(forward, inputs)
         batch = MicroBatch.of(forward, inputs, has_value_head=self.reward_critic is None)

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from trl import RewardTrainer, is_conversational
 
 from rlhf_recipes.algorithm.losses import l2_penalty
-from rlhf_recipes.data.prompts import add_separator, check_columns, column_names
+from rlhf_recipes.data.prompts import add_separator, column_names
+from rlhf_recipes.data.rendering import for_training
+from rlhf_recipes.data.rows import check_rendering, join_prefill, mend_transcripts, readable_rows
 from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.statistics import preference_metrics
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
@@ -58,9 +60,8 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
     ) -> None:
         if train_dataset is None:
             raise ValueError("`train_dataset` is not set.")
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is not None:
-                self._check_preferences(dataset, name)
+        train_dataset = readable_preferences(train_dataset, "train_dataset")
+        eval_dataset = readable_preferences(eval_dataset, "eval_dataset")
         check_output_dir(args.output_dir, adapter=peft_config is not None)
         base_model = model if isinstance(model, str) else model.config._name_or_path
         args = with_changes(args)  # a copy: TRL writes into options
@@ -97,19 +98,15 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
             if isinstance(module, ScoreHead):
                 store_in_float32(module)  # TRL casts the trained weights of a quantised model to bfloat16
 
-    @staticmethod
-    def _check_preferences(dataset: Any, name: str) -> None:
-        has_prompt = not isinstance(dataset, dict) and "prompt" in column_names(dataset)
-        check_columns(dataset, ("prompt", "chosen", "rejected") if has_prompt else ("chosen", "rejected"), name)
-        if not has_prompt and not is_conversational(next(iter(dataset))):
-            raise ValueError(
-                f"`{name}` is plain text without a column 'prompt', so nothing tells where the response begins. "
-                "Split it, for example by `dataset.map(trl.extract_prompt)`."
-            )
-
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        if {"prompt", "chosen"} <= set(column_names(dataset)):
-            dataset = add_separator(dataset, args.response_separator)
+        names = set(column_names(dataset))
+        if "chosen_ids" not in names:  # tokens need none of this
+            columns = ("prompt", "chosen", "rejected") if "prompt" in names else ("chosen",)
+            check_rendering(dataset, columns, f"{dataset_name}_dataset", processing_class)
+            if "prompt" in names:
+                dataset = join_prefill(add_separator(dataset, args.response_separator))
+            if not is_conversational(next(iter(dataset))):
+                processing_class = for_training(processing_class)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def compute_loss(
@@ -130,6 +127,8 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; the card keeps the result of the trainer's own evaluation set."""
         self._eval_batches.clear()
+        if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
+            eval_dataset = readable_preferences(eval_dataset, "eval_dataset")
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         if eval_dataset is None:
             self._card |= {
@@ -166,3 +165,23 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
             if self._card["conversational"]
             else None,
         )
+
+
+def readable_preferences(dataset: Any, name: str) -> Any:
+    """Return preferences as text or plain messages, with the boundary of a transcript where the answer begins.
+
+    Raises:
+        ValueError: If a row cannot be read (`readable_rows`), or if plain text has no column `prompt`.
+    """
+    if dataset is None or (not isinstance(dataset, dict) and "chosen_ids" in column_names(dataset)):
+        return dataset
+    has_prompt = not isinstance(dataset, dict) and "prompt" in column_names(dataset)
+    columns = ("prompt", "chosen", "rejected") if has_prompt else ("chosen", "rejected")
+    dataset = readable_rows(dataset, columns, name)
+    if not has_prompt and not is_conversational(next(iter(dataset))):
+        raise ValueError(
+            f"`{name}` is plain text without a column 'prompt', so nothing tells where the response begins. Split "
+            "dialogues of the form 'Human: .. Assistant: ..' by `dataset.map(split_transcript)` "
+            "(`rlhf_recipes.data.transcripts`), and write other prompts into a column 'prompt'."
+        )
+    return mend_transcripts(dataset)

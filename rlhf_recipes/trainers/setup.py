@@ -14,17 +14,12 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils import TrainableTokensWrapper
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
-from rlhf_recipes.data.prompts import (
-    AnyDataset,
-    add_separator,
-    check_columns,
-    check_prompts_fit,
-    first_prompts,
-    prompt_length,
-)
+from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_fit, first_prompts
+from rlhf_recipes.data.rendering import prompt_ids
+from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
 from rlhf_recipes.models.critic import attach_value_head, causal_lm
 from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.forward import add_completion_forward
@@ -56,6 +51,7 @@ class Parts:
         reference: Frozen copy of the policy; `None` with PEFT, where the same network serves as the reference.
         keeps_start_adapter: Whether the policy came with an adapter, whose copy is then the reference.
         reward_funcs: Scorers and functions.
+        critic_dataset: Preferences for the critic, whose prompts end with the separator.
         data: Arguments of TRL's trainer: datasets of prompts that end with the separator, and the policy's tokenizer.
         facts: Facts that must be the same when the run is resumed.
         start: A short row and its log-probabilities by the policy as it was given; see `given_model`.
@@ -66,6 +62,7 @@ class Parts:
     reference: Any
     keeps_start_adapter: bool
     reward_funcs: list[Any]
+    critic_dataset: Any
     data: dict[str, Any]
     facts: dict[str, Any]
     start: Any
@@ -96,8 +93,10 @@ def prepare_parts(
         ValueError: If data, policy, reward model or batch sizes do not fit.
     """
     (train_dataset, eval_dataset, critic_dataset), (tokenizer, reward_tokenizers) = datasets, tokenizers
-    check_columns(train_dataset, ("prompt",), "train_dataset")
-    check_columns(eval_dataset, ("prompt",), "eval_dataset")
+    sees_images = hasattr(tokenizer, "tokenizer")  # a processor holds a tokenizer
+    train_dataset = readable_rows(train_dataset, ("prompt",), "train_dataset", keep_parts=sees_images)
+    eval_dataset = readable_rows(eval_dataset, ("prompt",), "eval_dataset", keep_parts=sees_images)
+    critic_dataset = readable_rows(critic_dataset, ("prompt", "chosen", "rejected"), "critic_dataset")
     check_rollout_fits(train_dataset, args)
     load = policy_loader(model, args, quantization_config)
     policy = load()
@@ -107,6 +106,9 @@ def prepare_parts(
     check_output_dir(args.output_dir, adapter=uses_peft)
     tokenizer = load_tokenizer(directory, padding_side="left") if tokenizer is None else tokenizer
     train_dataset, eval_dataset = (add_separator(x, args.response_separator) for x in (train_dataset, eval_dataset))
+    if not sees_images:
+        check_rendering(train_dataset, ("prompt",), "train_dataset", tokenizer)
+        check_rendering(eval_dataset, ("prompt",), "eval_dataset", tokenizer)
     check_prompts_fit(train_dataset, tokenizer, policy.config, args.max_completion_length)
 
     loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("dtype", "attn_implementation")}
@@ -119,8 +121,7 @@ def prepare_parts(
     reference = None if uses_peft else load(frozen=True)
     longest = functools.partial(longest_row, train_dataset, tokenizer, args.max_completion_length)
     use_one_rope([network for network in (policy, reference) if network is not None], longest)
-    reads_text = isinstance(tokenizer, PreTrainedTokenizerBase)  # a processor also reads images
-    prompts = first_prompts(train_dataset, tokenizer) if args.check_numerics and reads_text else None
+    prompts = first_prompts(train_dataset, tokenizer) if args.check_numerics and not sees_images else None
     return Parts(
         model=policy,
         directory=directory,
@@ -128,6 +129,7 @@ def prepare_parts(
         start=None if prompts is None else given_model(policy, prompts, args.temperature),
         keeps_start_adapter=isinstance(policy, PeftModel),
         reward_funcs=scorers,
+        critic_dataset=add_separator(mend_transcripts(critic_dataset), args.response_separator),
         data={"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer},
         facts=facts,
     )
@@ -137,7 +139,7 @@ def longest_row(dataset: AnyDataset, tokenizer: Any, max_new_tokens: int) -> flo
     """Return the number of tokens that a prompt and its completion can have; infinite for a stream."""
     if not isinstance(dataset, Dataset):
         return math.inf
-    return max(prompt_length(prompt, tokenizer) for prompt in dataset["prompt"]) + max_new_tokens
+    return max(map(len, prompt_ids(tokenizer, list(dataset["prompt"])))) + max_new_tokens
 
 
 def use_one_rope(networks: list[Any], longest: Callable[[], float]) -> None:

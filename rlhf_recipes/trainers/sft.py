@@ -2,9 +2,14 @@
 
 from typing import Any
 
-from trl import SFTConfig
+from datasets import Dataset
+from trl import SFTConfig, is_conversational
 from trl import SFTTrainer as TRLSFTTrainer
 
+from rlhf_recipes.data.messages import ends_in_prefill
+from rlhf_recipes.data.prompts import column_names
+from rlhf_recipes.data.rendering import for_training
+from rlhf_recipes.data.rows import check_rendering, readable_rows
 from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.models.quantization import keep_unpacked, save_quantization
 from rlhf_recipes.options.changes import with_changes
@@ -17,7 +22,39 @@ class SFTTrainer(DurableTrainer, TRLSFTTrainer):
         super().__init__(model, with_changes(args), *more, **kwargs)  # a copy: TRL writes into options
         keep_unpacked(self.model)
 
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        if formatting_func is None and "input_ids" not in column_names(dataset):
+            dataset = _readable_demonstrations(dataset, processing_class, f"{dataset_name}_dataset")
+            if not is_conversational(next(iter(dataset))):
+                processing_class = for_training(processing_class)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             save_quantization(self.model, output_dir or self.args.output_dir)
+
+
+def _readable_demonstrations(dataset: Any, tokenizer: Any, name: str) -> Any:
+    """Return demonstrations as text or plain messages, and check that the tokenizer renders them whole."""
+    names = column_names(dataset)
+    if "conversations" in names and "messages" not in names:
+        dataset = dataset.rename_column("conversations", "messages")  # TRL does the same
+    known = (("prompt", "completion"), ("messages",))
+    columns = next((c for c in known if set(c) <= set(column_names(dataset))), ())
+    if not columns:
+        return dataset
+    sees_images = hasattr(tokenizer, "tokenizer")  # a processor holds a tokenizer
+    dataset = readable_rows(dataset, columns, name, keep_parts=sees_images)
+    if not sees_images:
+        check_rendering(dataset, columns, name, tokenizer)
+    prompts = dataset["prompt"] if isinstance(dataset, Dataset) and "prompt" in columns else []
+    row = next((row for row, prompt in enumerate(prompts) if ends_in_prefill(prompt)), None)
+    if row is not None:
+        raise ValueError(
+            f"`{name}` has a 'prompt' in row {row} that ends with a message of the assistant, and TRL would begin "
+            "another one. Move the message to the beginning of `completion`."
+        )
+    return dataset

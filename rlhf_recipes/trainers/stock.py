@@ -8,7 +8,8 @@ from datasets import Dataset
 from peft import PeftModel
 
 from rlhf_recipes.data.loading import without_answers
-from rlhf_recipes.data.prompts import add_separator, check_columns, check_prompts_fit
+from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
+from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
 from rlhf_recipes.models.loading import check_output_dir, only_active_adapter
 from rlhf_recipes.models.quantization import save_quantization
 from rlhf_recipes.options.changes import with_changes
@@ -63,12 +64,14 @@ def prepared(
     Raises:
         ValueError: If data, policy or batch sizes do not fit.
     """
-    check_columns(train_dataset, columns, "train_dataset")
-    check_columns(eval_dataset, columns, "eval_dataset")
+    train_dataset = mend_transcripts(readable_rows(train_dataset, columns, "train_dataset"))
+    eval_dataset = mend_transcripts(readable_rows(eval_dataset, columns, "eval_dataset"))
     policy = policy_loader(model, args, None)()
     check_policy(policy, peft_config, args)
     check_output_dir(args.output_dir, adapter=peft_config is not None or isinstance(policy, PeftModel))
     train, evaluation = (add_separator(x, scoring.response_separator) for x in (train_dataset, eval_dataset))
+    for name, dataset in (("train_dataset", train), ("eval_dataset", evaluation)):
+        check_rendering(dataset, columns, name, tokenizer)
     check_prompts_fit(train, tokenizer, policy.config, args.max_completion_length)
     # The policy is loaded. TRL loads the reference by the same name, in the precision of the policy.
     revision = (args.model_init_kwargs or {}).get("revision", "main")
