@@ -207,6 +207,27 @@ def _finding(message: str, distance: float, limit: float, causes: list[str]) -> 
     return Finding("error", f"{message}: {distance:.2g} nats per token apart, {limit:.1g} allowed. {why}")
 
 
+def reward_findings(name: str, ours: list[float], alone: list[float], precision: torch.dtype) -> list[Finding]:
+    """Return an error if a reward model gives other scores in the run than alone.
+
+    Args:
+        name: Name of the reward model.
+        ours: Scores in the run.
+        alone: Scores by plain transformers.
+        precision: Precision of the reward model.
+    """
+    scores, plain = [torch.tensor(ours)], [torch.tensor(alone)]
+    distance, limit = difference(scores, plain), tolerance(plain, precision)
+    if distance <= limit:
+        return []
+    message = (
+        f"The reward model {name} gives other scores in the run than by plain transformers: {distance:.2g} apart, "
+        f"{limit:.1g} allowed (for example {ours[0]:.4g} and {alone[0]:.4g}). Check that its directory holds the "
+        "tokenizer, the `pad_token_id` and the base that it was trained with."
+    )
+    return [Finding("error", message)]
+
+
 def reference_findings(before: list[Tensor], after: list[Tensor], precision: torch.dtype) -> list[Finding]:
     """Return an error if the reference has changed in the first optimiser step."""
     distance, limit = difference(before, after), tolerance(before, precision) * SAME_BATCH

@@ -67,6 +67,10 @@ class Scorer(Protocol):
         """Get ready for the calls of a run."""
         return
 
+    def scores_alone(self, prompts: list[Any], completions: list[Any]) -> tuple[list[float], list[float]] | None:
+        """Return scores in the run, and by plain transformers without the run; `None` if they cannot be compared."""
+        return None
+
 
 class FunctionScorer(Scorer):
     """Give a plain function, or a module that is called like one, the contract of a scorer."""

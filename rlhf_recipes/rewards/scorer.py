@@ -19,6 +19,7 @@ from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.reward_model import check_score_layer, is_adapter, load_reward_model, position_limit
 from rlhf_recipes.models.safe_loading import safe_loading
+from rlhf_recipes.rewards.alone import row_scores, scores_alone
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
 from rlhf_recipes.rewards.client import finished_completions
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
@@ -126,6 +127,22 @@ class RewardModelScorer(Scorer):
     def token_ids(self, prompts: list[Prompt], completions: list[Prompt], finished: list[bool]) -> list[list[int]]:
         """Return the token ids that the model reads, one list per completion."""
         return [self._token_ids(*row) for row in zip(prompts, completions, finished, strict=True)]
+
+    def scores_alone(self, prompts: list[Prompt], completions: list[Prompt]) -> tuple[list[float], list[float]] | None:
+        """Return the scores of finished completions, and those of plain transformers, row by row.
+
+        A reward model that was given by its path is loaded a second time, if it is small.
+        """
+        token_ids = self.token_ids(prompts, completions, [True] * len(prompts))
+        if self.position_limit is not None:
+            token_ids = [row for row in token_ids if len(row) <= self.position_limit]
+        if not token_ids:
+            return None
+        if isinstance(self.source, str):
+            alone = scores_alone(self.source, token_ids, pad_token_id=self.pad_token_id, like=self.model)
+        else:
+            alone = row_scores(self.model, token_ids)
+        return None if alone is None else (self.score_token_ids(token_ids), alone)
 
     def prompt_lengths(self, prompts: list[Prompt]) -> list[int]:
         """Return the number of tokens that the model reads beside those of an answer, one per prompt."""

@@ -1,5 +1,6 @@
 """Check the numbers of a run before its first step, and the reference after it. The comparisons are in `preflight`."""
 
+import itertools
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models.utils import disable_gradient_checkpointing
 
 from rlhf_recipes.console import print_lines
+from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.prompts import first_prompts
 from rlhf_recipes.evaluation.held_out import own_randomness
 from rlhf_recipes.models.critic import causal_lm
@@ -22,10 +24,12 @@ from rlhf_recipes.preflight.numerics import (
     check_numbers,
     gradient_findings,
     reference_findings,
+    reward_findings,
     sampled_rows,
     short_rows,
 )
 
+EXAMPLES = 32  # rows of the dataset, of which the shortest are scored
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
@@ -136,13 +140,14 @@ class NumbersCallback(TrainerCallback):
         with own_randomness(args.seed, trainer.accelerator.device):
             numbers, rows = RunNumbers(trainer), self._rows()
             report = check_numbers(numbers, rows, self._start, from_start=from_start)
-            gradients: list[Finding] = []
+            findings = report.findings
             if trainer.accelerator.distributed_type not in SHARDED:
                 reaches_backbone = args.value_gradient_to_backbone
-                gradients = gradient_findings(numbers.gradients(rows), reaches_backbone=reaches_backbone)
+                found = gradient_findings(numbers.gradients(rows), reaches_backbone=reaches_backbone)
+                findings = [*findings, *found, *self._reward_findings(rows)]
             self._reference = rows, report.reference
         trainer.model.train(was_training)
-        self._end_together(report.findings + gradients)
+        self._end_together(findings)
         if trainer.accelerator.is_main_process:
             seconds = time.perf_counter() - begin
             print_lines(
@@ -162,6 +167,21 @@ class NumbersCallback(TrainerCallback):
         with own_randomness(args.seed, self._trainer.accelerator.device):
             numbers = RunNumbers(self._trainer)
             self._end_together(reference_findings(before, numbers.reference(rows), numbers.precision))
+
+    def _reward_findings(self, rows: Rows) -> list[Finding]:
+        """Compare the scores of short answers to the shortest of the first prompts."""
+        prompts = sorted(
+            itertools.islice(self._trainer.train_dataset, EXAMPLES), key=lambda row: len(str(row["prompt"]))
+        )
+        prompts = [row["prompt"] for row in prompts[: len(rows)]]
+        texts = self._trainer._tokenizer.batch_decode(rows.completions[: len(prompts)], skip_special_tokens=True)
+        answers = [answer_to(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        findings = []
+        for scorer in self._trainer.scorers:
+            if (compared := scorer.scores_alone(prompts, answers)) is not None:
+                ours, alone = compared
+                findings += reward_findings(scorer.__name__, ours, alone, scorer.model.dtype)
+        return findings
 
     def _rows(self) -> Rows:
         trainer = self._trainer

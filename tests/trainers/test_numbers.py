@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tolerances import EXACT, assert_close
+from tolerances import EXACT, MERGED, assert_close
 from torch import nn
 from transformers import LlamaForCausalLM, PhimoeConfig, PhimoeForCausalLM
 
@@ -250,3 +250,37 @@ def test_the_preflight_alone_checks_the_numbers_too(tmp_path, capsys):
 def test_the_option_switches_the_check_off(tmp_path, capsys):
     trainer(tmp_path, llama(cls=NoisyLlama), check_numerics=False).train()
     assert "Numbers" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["path", "instance", "adapter", "shared"])
+def test_a_reward_model_in_the_run_scores_as_it_does_alone(tmp_path, monkeypatch, kind):
+    tok = tiny.tokenizer()
+    base = tiny.save(tiny.policy(tok), tmp_path / "base")
+    if kind in ("adapter", "shared"):
+        tiny.save_lora_reward_model(base, tmp_path / "reward", max_steps=2, learning_rate=0.1)
+        rewards, options = str(tmp_path / "reward"), {"peft": lora(), "response_separator": "\n\n"}
+        if kind == "shared":
+            rewards, options = None, options | {"reward_adapter": rewards}
+    else:
+        model, options = tiny.reward_model(tok), {}
+        rewards = tiny.save(model, tmp_path / "reward") if kind == "path" else model
+    if kind == "instance":
+        options["reward_tok"] = tok
+    run = trainer(tmp_path / "out", base, tok, rewards=rewards, **options)
+    compared = []
+    for scorer in run.scorers:
+        monkeypatch.setattr(scorer, "scores_alone", lambda *row, call=scorer.scores_alone: compared.append(call(*row)))
+    run.train()
+    ((ours, alone),) = compared
+    assert len(ours) == len(set(ours)) == 3
+    assert_close(ours, alone, MERGED)
+
+
+def test_a_reward_model_that_scores_otherwise_in_the_run_is_named(tmp_path):
+    tok = tiny.tokenizer()
+    directory = tiny.save(tiny.reward_model(tok), tmp_path / "reward")
+    started = trainer(tmp_path / "out", tok=tok, rewards=directory)
+    with torch.no_grad():
+        started.scorers[0].model.score.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="The reward model reward gives other scores in the run"):
+        started.train()
