@@ -107,7 +107,8 @@ def sampled_rows(prompts: list[list[int]], next_token_logits: Sequence[Tensor]) 
     completions = []
     for i, logits in enumerate(next_token_logits):
         count = max(COMPLETION_TOKENS - 2 * i, 1)
-        completions.append(logits.float().softmax(-1).multinomial(count, replacement=True).tolist())
+        finite = logits.float().nan_to_num()  # `check_numbers` reports the others
+        completions.append(finite.softmax(-1).multinomial(count, replacement=True).tolist())
     return Rows(prompts, completions)
 
 
@@ -167,9 +168,15 @@ def check_numbers(
         start: Other rows, and their log-probabilities by the model as it was given; `None` if they are not known.
         from_start: Whether the policy has not been trained yet, so that reference and given model are equal to it.
     """
-    model = numbers.model
+    model, plain = numbers.model, numbers.plain(rows)
+    if not all(row.isfinite().all() for row in plain):
+        message = (
+            "The policy's log-probabilities are not finite: its weights hold NaN or infinity, or its precision "
+            f"({numbers.precision}) is too narrow for it. Load other weights, or use bfloat16 or float32."
+        )
+        return NumbersReport([Finding("error", message)], math.inf, plain)
     training, again = (numbers.policy(rows, training=True) for _ in range(2))
-    together, plain = numbers.policy(rows, training=False), numbers.plain(rows)
+    together = numbers.policy(rows, training=False)
     single = [x for i in range(len(rows)) for x in numbers.policy(rows[i : i + 1], training=False)]
     pair = numbers.policy(rows[:2], training=False)
     policy, reference = numbers.policy_and_reference(rows)

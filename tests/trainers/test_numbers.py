@@ -145,6 +145,13 @@ def test_what_is_broken_is_named(tmp_path, model, options, named):
     assert found.count("nats per token apart") <= 2
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    assert "log-probabilities are not finite" in message(tmp_path, model)
+
+
 def test_dropout_by_module_is_named(tmp_path):
     model = llama()
     model.model.norm = nn.Sequential(model.model.norm, nn.Dropout(0.2))
