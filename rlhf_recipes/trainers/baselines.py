@@ -87,6 +87,7 @@ class SamplingBaseline(Baseline, RolloutTrainer):
         self._log_metrics({f"rewards/{name}": value for name, value in self.reward_calls.settle().items()})
         scores = weighted_scores(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
         self._log_metrics({"objective/scores": scores.nanmean().item()})
+        self._log_counts(int((~scores.isnan()).sum()), ["objective/scores"])
         if self.model.training:
             self.reward_calls.check_any_scored(scores)
         answers = (prompts, completions, completion_ids_list)
@@ -111,6 +112,7 @@ class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
             # TRL has logged the mean of k1 over tokens. Ours is the mean over completions of its sum.
             per_token = self._metrics["train" if self.model.training else "eval"]["kl"][-1]
             self._log_metrics({"objective/kl": per_token * total / (count or 1)})
+            self._log_counts(count, ["objective/kl"])
         return batch
 
 
@@ -122,8 +124,9 @@ class GRPOTrainer(SamplingBaseline, trl.GRPOTrainer):
         mask = batch["completion_mask"]
         if "ref_per_token_logps" in batch and (logps := self._sampled_logps(batch)) is not None:
             k1 = estimate_kl(logps, batch["ref_per_token_logps"], "k1")
-            _, (kl,) = global_means(mask.any(dim=1), (k1 * mask).sum(dim=1))
+            count, (kl,) = global_means(mask.any(dim=1), (k1 * mask).sum(dim=1))
             self._log_metrics({"objective/kl": kl})
+            self._log_counts(count, ["objective/kl"])
         return batch
 
     def _sampled_logps(self, batch: dict[str, Any]) -> Tensor | None:

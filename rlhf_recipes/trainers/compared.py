@@ -4,7 +4,7 @@ Mixins for TRL's trainers, of overrides. A subclass calls `prepare_rewards` befo
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rlhf_recipes.models.loading import prepare_frozen
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
-from rlhf_recipes.trainers.update import episodes
+from rlhf_recipes.trainers.update import COUNT_OF, episodes, weigh_means
 
 
 class ComparedTrainer(DurableTrainer):
@@ -88,6 +88,13 @@ class ComparedTrainer(DurableTrainer):
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
+    def _log_counts(self, count: float, names: Iterable[str]) -> None:
+        """Log how many tokens or completions of all ranks are behind the means that were just logged.
+
+        The log weighs the means by these numbers. Without them, each has the same weight.
+        """
+        self._log_metrics({f"{COUNT_OF}{name}": count for name in names})
+
     def _save_progress(self, folder: Path) -> None:
         super()._save_progress(folder)
         if self.args.should_save:
@@ -133,6 +140,7 @@ class RolloutTrainer(ComparedTrainer):
             self._log_metrics({"episode": episodes(self.state.global_step, self.args)})
             if self.args.should_save and self._samples:
                 write_table(self._samples, self.args.output_dir, "training", self.state.global_step)
+        weigh_means(self._metrics["train" if self.model.training else "eval"])
         super().log(logs, start_time)
 
     def _save_progress(self, folder: Path) -> None:
