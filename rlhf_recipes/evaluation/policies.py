@@ -15,6 +15,7 @@ from rlhf_recipes.algorithm.best_of_n import best_of_n_kl_bound, best_of_n_weigh
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
+from rlhf_recipes.models.critic import causal_lm
 
 MAX_LOGITS = 2**27  # per forward that only measures: half a gigabyte in float32
 
@@ -51,7 +52,8 @@ def generate_completions(
         bos_token_id=tokenizer.bos_token_id,
         **sampling,
     )
-    original, model.generation_config = model.generation_config, config
+    owner = causal_lm(model)  # PEFT reads the config of its model, and would overwrite it by one of its own
+    original, owner.generation_config = owner.generation_config, config
     completions: list[list[int]] = []
     try:
         for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):
@@ -59,7 +61,7 @@ def generate_completions(
             output = model.generate(**batch)[:, batch["input_ids"].size(1) :]
             completions += [_cut_after_eos(row, end_ids) for row in output.tolist()]
     finally:
-        model.generation_config = original
+        owner.generation_config = original
     return completions
 
 

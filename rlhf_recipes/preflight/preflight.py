@@ -24,9 +24,9 @@ from rlhf_recipes.preflight.policy import (
     answers_of,
     card_findings,
     end_findings,
+    options_of_sampler,
     probe,
     sampling_findings,
-    sampling_options,
     score_findings,
 )
 from rlhf_recipes.preflight.resources import (
@@ -150,11 +150,7 @@ def _check_rollouts(report: Report, trainer: Any, train: Dataset, evaluation: Da
     report.findings += schedule_findings(args, schedule, None if evaluation is None else len(evaluation))
     report.findings += check_prompts(train, evaluation)
     report.findings += kl_findings(args, schedule) if hasattr(args, "kl_coef") else []
-    options = sampling_options(
-        args,
-        getattr(trainer, "generation_kwargs", {}),
-        None if args.use_vllm else trainer.model.generation_config,
-    )
+    options = options_of_sampler(trainer)
     vocab_size = trainer.model.config.get_text_config().vocab_size
     report.findings += end_findings(trainer.eos_token_ids, vocab_size, options, args.max_completion_length)
     report.findings += sampling_findings(options)

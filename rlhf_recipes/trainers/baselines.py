@@ -24,6 +24,7 @@ from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.data.loading import without_answers
 from rlhf_recipes.evaluation.policies import completion_logps, eos_token_ids, sample_answers
 from rlhf_recipes.evaluation.samples import sample_rows
+from rlhf_recipes.models.generation import check_generation_kwargs
 from rlhf_recipes.options.baselines import DPOConfig
 from rlhf_recipes.rewards.functions import weighted_scores
 from rlhf_recipes.trainers.compared import RolloutTrainer
@@ -69,6 +70,7 @@ class SamplingBaseline(Baseline, RolloutTrainer):
         callbacks: Any = None,
     ) -> None:
         check_rollout_fits(train_dataset, args)
+        check_generation_kwargs(args)
         options: dict[str, Any] = {"tokenizer": processing_class, "peft_config": peft_config}
         parts = prepared(model, args, scoring, train_dataset, eval_dataset, columns=("prompt",), **options)
         rewards = checked_rewards(scoring, args, parts["train_dataset"])

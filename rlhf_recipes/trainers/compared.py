@@ -17,8 +17,10 @@ from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, l
 from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
 from rlhf_recipes.evaluation.samples import write_table
+from rlhf_recipes.models.generation import plain_output
 from rlhf_recipes.models.loading import prepare_frozen
 from rlhf_recipes.options.reward_calls import RewardCallConfig
+from rlhf_recipes.preflight.policy import warn_of_sampling
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
 from rlhf_recipes.trainers.update import COUNT_OF, episodes, weigh_means
@@ -133,6 +135,12 @@ class RolloutTrainer(ComparedTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(ProgressCallback(self.restore_progress))
+        if self.accelerator.is_main_process:
+            warn_of_sampling(self)
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        with plain_output(self.model):
+            return super()._generate(prompts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's figures. With those of training, log the number of completions so far, and write some of them."""

@@ -17,6 +17,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_columns, check_prompts_fit
 from rlhf_recipes.models.critic import attach_value_head, causal_lm
 from rlhf_recipes.models.forward import add_completion_forward
+from rlhf_recipes.models.generation import check_generation_kwargs
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer, prepare_frozen
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, saved_quantization
 from rlhf_recipes.models.reward_model import is_adapter
@@ -83,6 +84,7 @@ def prepare_parts(
     check_columns(train_dataset, ("prompt",), "train_dataset")
     check_columns(eval_dataset, ("prompt",), "eval_dataset")
     check_rollout_fits(train_dataset, args)
+    check_generation_kwargs(args)
     load = policy_loader(model, args, quantization_config)
     policy = load()
     directory = model if isinstance(model, str) else policy.config._name_or_path
