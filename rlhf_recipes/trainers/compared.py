@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, load_ppo_state, save_ppo_state
-from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
 from rlhf_recipes.evaluation.samples import write_table
 from rlhf_recipes.models.generation import plain_output
@@ -23,10 +22,11 @@ from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.preflight.policy import warn_of_sampling
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
+from rlhf_recipes.trainers.saving import SavingTrainer
 from rlhf_recipes.trainers.update import COUNT_OF, episodes, weigh_means
 
 
-class ComparedTrainer(DurableTrainer):
+class ComparedTrainer(SavingTrainer):
     """Compare the policy with the one that training started from, after every evaluation of TRL.
 
     A subclass sets the attributes declared here before it trains.

@@ -28,12 +28,8 @@ from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
 from rlhf_recipes.trainers.reward_critic import RewardCritic, scorer_with_states, share_of_own_states
 from rlhf_recipes.trainers.rollout import MEANS_OVER_COMPLETIONS, Rollout, rollout_metrics
 from rlhf_recipes.trainers.run_identity import RunIdentity
-from rlhf_recipes.trainers.setup import (
-    add_networks,
-    options_for_trl,
-    prepare_parts,
-    prepare_reference,
-)
+from rlhf_recipes.trainers.saving import revision_of
+from rlhf_recipes.trainers.setup import add_networks, options_for_trl, prepare_parts, prepare_reference
 from rlhf_recipes.trainers.update import MicroBatch, critic_loss, group_by_length
 
 
@@ -95,6 +91,7 @@ class PPOTrainer(ForwardTrainer):
             peft_config=peft_config,
             quantization_config=quantization_config,
         )
+        self._revision = revision_of(model, args)
         # A copy, because the value head is added to the configuration of the adapter.
         kwargs |= {"peft_config": copy.deepcopy(peft_config), **parts.data}
         super().__init__(parts.model, parts.reward_funcs, options_for_trl(args), **kwargs)
@@ -260,9 +257,8 @@ class PPOTrainer(ForwardTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Return TRL's policy loss plus the weighted value loss, from one forward."""
         forward = self._completion_forward(model, inputs["completion_ids"].size(1))
-        if (
-            self.args.importance_sampling_level != "token"
-        ):  # then `get_off_policy_mask` compares with the rollout's policy
+        if self.args.importance_sampling_level != "token":
+            # `get_off_policy_mask` compares with the policy of the rollout.
             inputs = {name: x for name, x in inputs.items() if name != "sampling_per_token_logps"}
         policy_loss = super()._compute_loss(forward, inputs)
         batch = MicroBatch.of(forward, inputs, has_value_head=self.reward_critic is None)

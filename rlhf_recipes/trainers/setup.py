@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_columns, check_prompts_fit
+from rlhf_recipes.models.adapter_base import find_base
 from rlhf_recipes.models.critic import attach_value_head, causal_lm
+from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.forward import add_completion_forward
 from rlhf_recipes.models.generation import check_generation_kwargs
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer, prepare_frozen
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, saved_quantization
-from rlhf_recipes.models.reward_model import is_adapter
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
@@ -179,7 +180,7 @@ def policy_loader(model: Any, args: Any, quantization_config: Any) -> Callable[.
     kwargs = from_pretrained_kwargs(args, quantization_config)
     base = model
     if is_adapter(model):
-        base = PeftConfig.from_pretrained(model).base_model_name_or_path
+        base = find_base(model, revision=kwargs.get("revision"))
         kwargs.setdefault("quantization_config", saved_quantization(model))
 
     def load(frozen: bool = False) -> PreTrainedModel | PeftModel:

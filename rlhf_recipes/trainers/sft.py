@@ -5,19 +5,15 @@ from typing import Any
 from trl import SFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
 
-from rlhf_recipes.durability.trainer import DurableTrainer
-from rlhf_recipes.models.quantization import keep_unpacked, save_quantization
+from rlhf_recipes.models.quantization import keep_unpacked
 from rlhf_recipes.options.changes import with_changes
+from rlhf_recipes.trainers.saving import SavingTrainer, revision_of
 
 
-class SFTTrainer(DurableTrainer, TRLSFTTrainer):
+class SFTTrainer(SavingTrainer, TRLSFTTrainer):
     """Train as TRL does, but write a checkpoint whole or not at all, also on a quantised base."""
 
     def __init__(self, model: Any, args: SFTConfig, *more: Any, **kwargs: Any) -> None:
+        self._revision = revision_of(model, args)
         super().__init__(model, with_changes(args), *more, **kwargs)  # a copy: TRL writes into options
         keep_unpacked(self.model)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save:
-            save_quantization(self.model, output_dir or self.args.output_dir)

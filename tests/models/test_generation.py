@@ -226,3 +226,19 @@ def test_the_export_says_so(tmp_path):
     assert "`do_sample: true`" in output
     saved = json.loads((tmp_path / "export" / "generation_config.json").read_text())
     assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.9, 0.6)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_a_final_save_says_so_too(tmp_path, caplog, kind):
+    """A refusal of transformers would come after the training, when the weights are saved."""
+    model = tiny.policy(tiny.tokenizer())
+    model.generation_config.update(temperature=0.9, top_p=0.6)
+    if kind == "ppo":
+        trainer = tiny.ppo_trainer(tmp_path / "out", model=model)
+    else:
+        trainer = _baseline(tmp_path / "out", tiny.policy(tiny.tokenizer()))
+        trainer.model.generation_config.update(temperature=0.9, top_p=0.6)
+    trainer.save_model(str(tmp_path / "out"))
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.9, 0.6)
+    assert len([message for message in caplog.messages if "saved with `do_sample: true`" in message]) == 1
