@@ -16,7 +16,7 @@ from peft import PeftModel
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.durability.ending import wait_to_end
 from rlhf_recipes.options.baselines import samples_rollouts
-from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, tracking_uri
+from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, is_recorded, tracking_uri
 from rlhf_recipes.preflight.dataset import NEGLIGIBLE, check_preferences, check_prompts, longer_chosen, texts
 from rlhf_recipes.preflight.finding import Finding
 from rlhf_recipes.preflight.policy import (
@@ -225,7 +225,7 @@ def _check_disk(report: Report, trainer: Any, schedule: Schedule, tracking: Trac
     sizes = training_sizes(trainer.model, args, adapter=isinstance(trainer.model, PeftModel))
     one = checkpoint_bytes(sizes, only_model=args.save_only_model)
     final = checkpoint_bytes(sizes, only_model=True)
-    keeps_copy = tracking.tracking and tracking.log_model and not tracking_uri(tracking).startswith("http")
+    keeps_copy = is_recorded(tracking) and tracking.log_model and not tracking_uri(tracking).startswith("http")
     planned = planned_bytes(one, final, schedule.checkpoints, args.save_total_limit, 1 + keeps_copy)
     free = free_disk(args.output_dir)
     report.lines["disk"] = f"up to {gigabytes(planned)} to be written, {gigabytes(free)} free"

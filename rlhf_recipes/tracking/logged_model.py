@@ -6,7 +6,6 @@ MLflow's `transformers` flavor is not used, because it loads an adapter on a loc
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from rlhf_recipes.models.adapter_base import BASE_FILE, saved_base
 from rlhf_recipes.models.fingerprint import ADAPTER_CONFIG, base_fingerprint, is_adapter, weights_fingerprint
 from rlhf_recipes.options.secrets import redact
 from rlhf_recipes.rewards.card import CARD_FILE
+from rlhf_recipes.tracking.names import model_name
 
 SCHEME = "models:/"
 # Weights, heads, configurations, the tokenizer and the card. Files that only a training needs are left out.
@@ -89,7 +89,7 @@ def describe_model(directory: str | Path, model_type: str, revision: str | None 
         params |= {"base_fingerprint": of_base} if of_base else {}
     return {
         "directory": str(directory),
-        "name": re.sub(r"[^\w-]", "_", directory.name),  # MLflow refuses dots
+        "name": model_name(directory.name),
         "model_type": model_type,
         "params": params,
         "tags": {"weights": fingerprint},
