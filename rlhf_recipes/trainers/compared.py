@@ -139,7 +139,7 @@ class RolloutTrainer(ComparedTrainer):
             warn_of_sampling(self)
 
     def _generate(self, prompts: list[Any]) -> Any:
-        with plain_output(self.model):
+        with plain_output(self.accelerator.unwrap_model(self.model)):
             return super()._generate(prompts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

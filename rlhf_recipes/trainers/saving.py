@@ -21,7 +21,7 @@ class SavingTrainer(DurableTrainer):
         self._base = base_of_adapter(self.model, self._revision)  # before another run can replace it
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        mend_generation_config(self.model)
+        mend_generation_config(self.accelerator.unwrap_model(self.model))
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             save_quantization(self.model, output_dir or self.args.output_dir)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from mlflow.entities import Metric
 
 from rlhf_recipes.durability.termination import TerminatedError
 from rlhf_recipes.options.recipes import TrackingArguments
-from rlhf_recipes.tracking import session, store
+from rlhf_recipes.tracking import delivery, session, store
 from rlhf_recipes.tracking.lineage import write_run_file
 from rlhf_recipes.tracking.session import log_results, track_pipeline, track_run
 
@@ -240,11 +241,30 @@ def _handlers_kept():
         signal.signal(number, handler)
 
 
-def test_a_signal_while_the_metrics_of_the_machine_end(client, monkeypatch):
+def test_an_error_when_the_metrics_of_the_machine_end(client, monkeypatch):
     monkeypatch.setattr(session, "system_metrics", _bad_metrics)
     with pytest.raises(RuntimeError), track_run(TrackingArguments(), "sft", "sft", Config("out")):
         pass
     assert _runs(client)[0].info.status == "FAILED"
+
+
+def test_a_signal_while_the_last_records_are_sent(client, monkeypatch):
+    """The body has ended without an error, but the run was stopped before its records were."""
+    slow = threading.Event()
+    timer = threading.Timer(0.3, _interrupt)
+    monkeypatch.setattr(delivery, "_apply", lambda *record: (timer.start(), slow.wait(30)))
+    with _handlers_kept(), pytest.raises(TerminatedError):
+        _stage("sft", [1.0])
+    slow.set()
+    assert _runs(client)[0].info.status == "KILLED"
+
+
+def test_a_signal_while_the_run_is_being_ended_comes_too_late(client, monkeypatch):
+    end = mlflow.end_run
+    monkeypatch.setattr(mlflow, "end_run", lambda status: (_interrupt(), end(status)))
+    with _handlers_kept():
+        _stage("sft", [1.0])
+    assert _runs(client)[0].info.status == "FINISHED"
 
 
 def test_a_run_of_the_users_own_is_left_alone(client, monkeypatch):
