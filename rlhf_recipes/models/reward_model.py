@@ -2,10 +2,9 @@
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import load_peft_weights
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
@@ -14,10 +13,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf_recipes.algorithm.float32_linear import Float32Linear
+from rlhf_recipes.models.adapter_base import find_base
+from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 
-ADAPTER_CONFIG = "adapter_config.json"
 # Tables of positions in transformers' decoders. They are layers, or buffers in GPT-J's attention.
 POSITION_TABLE = re.compile(r"(wpe|embed_positions|positions_embed)$")
 
@@ -42,7 +42,7 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
     if is_adapter(path):
         load_adapter_weights(path)  # refuses an adapter without a score head
         kwargs.setdefault("quantization_config", saved_quantization(path))
-        base_path = base or PeftConfig.from_pretrained(path).base_model_name_or_path
+        base_path = find_base(path, base, kwargs.get("revision"))
         with suppress_seqcls_warning(), safe_loading(path, base_path):
             model = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1, **kwargs)
         with_score_head(keep_unpacked(model))
@@ -185,8 +185,3 @@ def store_in_float32(head: nn.Linear) -> None:
     """Store a head in float32, in place, except under ZeRO-3, which stores all weights in one precision."""
     if not is_deepspeed_zero3_enabled():
         head.float()
-
-
-def is_adapter(path: str) -> bool:
-    """Return whether a local directory holds a PEFT adapter."""
-    return Path(path, ADAPTER_CONFIG).is_file()

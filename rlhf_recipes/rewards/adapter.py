@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig
 from trl.trainer.utils import use_adapter
 
+from rlhf_recipes.models.adapter_base import base_of_adapter, saved_base
+from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import quantization_of, restore_precision, saved_quantization
-from rlhf_recipes.models.reward_model import ScoreHead, is_adapter, load_adapter_weights, position_limit
+from rlhf_recipes.models.reward_model import ScoreHead, load_adapter_weights, position_limit
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.protocol import ScoringRun
@@ -85,10 +87,15 @@ class RewardAdapterScorer(RewardModelScorer):
 
     def _check_base(self, policy: PeftModel, trained_on: str) -> None:
         base = policy.get_base_model().config._name_or_path
-        if Path(base).resolve() != Path(trained_on).resolve():
+        is_same, fingerprints = Path(base).resolve() == Path(trained_on).resolve(), ""
+        if (noted := saved_base(self.source)) and (own := base_of_adapter(policy)):
+            is_same = noted["fingerprint"] == own["fingerprint"]
+            fingerprints = f" (fingerprints {noted['fingerprint']} and {own['fingerprint']})"
+        if not is_same:
             raise ValueError(
-                f"`reward_adapter` {self.source} was trained on {trained_on}, but the policy's base is {base}. Train "
-                "a reward model on that base, or load this one beside the policy by `reward_model_path`."
+                f"`reward_adapter` {self.source} was trained on {trained_on}, but the policy's base is {base}"
+                f"{fingerprints}. Train a reward model on that base, or load this one beside the policy by "
+                "`reward_model_path`."
             )
         ours, theirs = quantization_of(policy), saved_quantization(self.source)
         if (ours and ours.to_dict()) != (theirs and theirs.to_dict()):

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from rlhf_recipes.models.adapter_base import find_base
+from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import saved_quantization
-from rlhf_recipes.models.reward_model import is_adapter
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 
 LARGEST = 2 * 2**30  # bytes of weights; a larger reward model is not loaded a second time
@@ -28,7 +29,7 @@ def scores_alone(path: str, token_ids: list[list[int]], *, pad_token_id: int | N
         like: Model that gives precision and device.
     """
     adapter = is_adapter(path)
-    base = str(PeftConfig.from_pretrained(path).base_model_name_or_path) if adapter else path
+    base = find_base(path) if adapter else path
     files = [file for directory in {path, base} for file in Path(directory).glob("*.safetensors")]
     if not files or sum(file.stat().st_size for file in files) > LARGEST:
         return None

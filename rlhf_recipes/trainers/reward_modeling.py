@@ -13,17 +13,17 @@ from rlhf_recipes.algorithm.losses import l2_penalty
 from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, join_prefill, mend_transcripts, readable_rows
-from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.statistics import preference_metrics
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
-from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, save_quantization
+from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked
 from rlhf_recipes.models.reward_model import ScoreHead, check_score_layer, load_reward_model_base, store_in_float32
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
+from rlhf_recipes.trainers.saving import SavingTrainer, revision_of
 
 
-class RewardModelTrainer(DurableTrainer, RewardTrainer):
+class RewardModelTrainer(SavingTrainer, RewardTrainer):
     """Train a reward model on preferences and write its card.
 
     Adds to `trl.RewardTrainer`: an explicit separator for plain text, the usual initialisation of the head, a float32
@@ -64,6 +64,7 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         eval_dataset = readable_preferences(eval_dataset, "eval_dataset")
         check_output_dir(args.output_dir, adapter=peft_config is not None)
         base_model = model if isinstance(model, str) else model.config._name_or_path
+        self._revision = revision_of(model, args)
         args = with_changes(args)  # a copy: TRL writes into options
         if isinstance(model, str):
             torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
@@ -152,7 +153,6 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             self.card.save(Path(output_dir or self.args.output_dir))
-            save_quantization(self.model, output_dir or self.args.output_dir)
 
     @property
     def card(self) -> RewardModelCard:

@@ -20,12 +20,14 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_fit, first_prompts
 from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
+from rlhf_recipes.models.adapter_base import find_base
 from rlhf_recipes.models.critic import attach_value_head, causal_lm
 from rlhf_recipes.models.dropout import disable_dropout
+from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.forward import add_completion_forward
+from rlhf_recipes.models.generation import check_generation_kwargs
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer, prepare_frozen
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, saved_quantization
-from rlhf_recipes.models.reward_model import is_adapter
 from rlhf_recipes.models.rope import short_limit, use_long_factors
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.options.changes import with_changes
@@ -98,6 +100,7 @@ def prepare_parts(
     eval_dataset = readable_rows(eval_dataset, ("prompt",), "eval_dataset", keep_parts=sees_images)
     critic_dataset = readable_rows(critic_dataset, ("prompt", "chosen", "rejected"), "critic_dataset")
     check_rollout_fits(train_dataset, args)
+    check_generation_kwargs(args)
     load = policy_loader(model, args, quantization_config)
     policy = load()
     directory = model if isinstance(model, str) else policy.config._name_or_path
@@ -226,7 +229,7 @@ def policy_loader(model: Any, args: Any, quantization_config: Any) -> Callable[.
     kwargs = from_pretrained_kwargs(args, quantization_config)
     base = model
     if is_adapter(model):
-        base = PeftConfig.from_pretrained(model).base_model_name_or_path
+        base = find_base(model, revision=kwargs.get("revision"))
         kwargs.setdefault("quantization_config", saved_quantization(model))
 
     def load(frozen: bool = False) -> PreTrainedModel | PeftModel:

@@ -11,7 +11,6 @@ from rlhf_recipes.data.loading import without_answers
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
 from rlhf_recipes.models.loading import check_output_dir, only_active_adapter
-from rlhf_recipes.models.quantization import save_quantization
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
@@ -95,7 +94,7 @@ def checked_rewards(scoring: Scoring, args: Any, dataset: Dataset) -> list[Any]:
 
 
 class Baseline(ComparedTrainer):
-    """Save a policy as PPO's trainer saves it: one adapter, and the quantisation of its base beside it."""
+    """Save a policy as PPO's trainer saves it: one adapter."""
 
     _state_file = "baseline_state.json"
 
@@ -108,8 +107,3 @@ class Baseline(ComparedTrainer):
         """Save the policy."""
         with only_active_adapter(self.model):
             super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save and isinstance(self.model, PeftModel):
-            save_quantization(self.model, output_dir or self.args.output_dir)

@@ -10,6 +10,7 @@ from tolerances import FP32, SPLIT, assert_close
 
 pytestmark = pytest.mark.distributed
 METRICS = ("objective/kl", "objective/scores", "objective/rlhf_reward", "objective/excluded", "kl_coef", "loss/value")
+METRICS += ("policy/approx_kl", "policy/clip_fraction", "val/clip_fraction")
 
 
 VARIANTS = {
