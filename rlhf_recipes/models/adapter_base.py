@@ -10,7 +10,15 @@ from peft import PeftConfig, PeftModel
 from rlhf_recipes.models.fingerprint import ADAPTER_CONFIG, base_fingerprint
 
 BASE_FILE = "adapter_base.json"
+# Initialisations of LoRA that leave the weights of the base alone and start from the model without an adapter.
+NEUTRAL_INITIALISATIONS = (True, "gaussian")
 logger = logging.getLogger(__name__)
+
+
+def initialisation(config: PeftConfig) -> Any:
+    """Return the initialisation of a LoRA configuration that starts elsewhere or changes the base; else `None`."""
+    chosen = getattr(config, "init_lora_weights", True)
+    return None if chosen in NEUTRAL_INITIALISATIONS else chosen
 
 
 def base_of_adapter(model: Any, revision: str | None = None) -> dict[str, str] | None:

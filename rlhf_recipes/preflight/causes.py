@@ -4,12 +4,11 @@ from typing import Any
 
 from torch import nn
 
+from rlhf_recipes.models.adapter_base import initialisation
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.dropout import dropouts
 from rlhf_recipes.models.rope import short_limit
 
-# Initialisations of LoRA that leave the base's weights alone and start as the model without an adapter.
-NEUTRAL_INITIALISATIONS = (True, "gaussian")
 # Entries of a configuration by which a model changes its logits after the LM head. TRL's fused head knows the first.
 KNOWN_TO_TRL = (
     "final_logit_softcapping",
@@ -72,10 +71,9 @@ def causes_of_another_start(model: Any) -> list[str]:
     """Return why the policy may start from another model than the one that was given, or than the reference."""
     found = _prompt_learning(model)
     for config in getattr(model, "peft_config", {}).values():
-        initialisation = getattr(config, "init_lora_weights", True)
-        if initialisation not in NEUTRAL_INITIALISATIONS:
+        if (chosen := initialisation(config)) is not None:
             found.append(
-                f"`init_lora_weights: {initialisation}` changes the policy or the base's weights; use `true`, or "
+                f"`init_lora_weights: {chosen}` changes the policy or the base's weights; use `true`, or "
                 "train an adapter with it by SFT and start from that"
             )
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from trl.trainer.utils import use_adapter
 
-from rlhf_recipes.models.adapter_base import base_of_adapter, saved_base
+from rlhf_recipes.models.adapter_base import base_of_adapter, initialisation, saved_base
 from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import quantization_of, restore_precision, saved_quantization
 from rlhf_recipes.models.reward_model import ScoreHead, load_adapter_weights, position_limit
@@ -64,6 +64,11 @@ class RewardAdapterScorer(RewardModelScorer):
         """
         policy, adapter_config = run.policy, copy.deepcopy(PeftConfig.from_pretrained(self.source))
         self._check_base(policy, adapter_config.base_model_name_or_path)
+        if (chosen := initialisation(adapter_config)) not in (None, False, "orthogonal"):  # these leave the base alone
+            raise ValueError(
+                f"`reward_adapter` {self.source} was trained with `init_lora_weights: {chosen}`, which can "
+                "change the weights of the base, so it cannot share the policy's. Load it by `reward_model_path`."
+            )
         adapter_config.modules_to_save, adapter_config.task_type, adapter_config.inference_mode = None, None, True
         base = policy.get_base_model()
         check_vocabulary(self.tokenizer, vocabulary_size(base), self.__name__)

@@ -14,6 +14,7 @@ from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, join_prefill, mend_transcripts, readable_rows
 from rlhf_recipes.evaluation.statistics import preference_metrics
+from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked
 from rlhf_recipes.models.reward_model import ScoreHead, check_score_layer, load_reward_model_base, store_in_float32
@@ -93,6 +94,8 @@ class RewardModelTrainer(SavingTrainer, RewardTrainer):
             **kwargs,
         )
 
+        if args.disable_dropout:
+            disable_dropout(self.model)
         keep_unpacked(self.model)
         keep_adapter_precision(self.model)
         for module in self.model.modules():
