@@ -3,6 +3,7 @@
 The formats are TRL's: `prompt`; `prompt`, `chosen`, `rejected`; `prompt`, `completion`. Each is text or messages.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from datasets import Dataset, IterableDataset
@@ -20,6 +21,16 @@ MaybeDataset = TypeVar("MaybeDataset", Dataset, IterableDataset, None)
 def column_names(dataset: AnyDataset) -> list[str]:
     """Return the names of the columns. A stream may not declare them, so its first row is read."""
     return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def rows_of(dataset: AnyDataset, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Return the values of columns row by row, read in batches. Of a stream, return the first row only."""
+    if not isinstance(dataset, Dataset):
+        first = next(iter(dataset))
+        yield tuple(first[column] for column in columns)
+        return
+    for batch in dataset.select_columns(list(columns)).iter(batch_size=1_000):
+        yield from zip(*(batch[column] for column in columns), strict=True)
 
 
 def check_columns(dataset: AnyDataset | None, columns: tuple[str, ...], name: str) -> None:
@@ -54,8 +65,8 @@ def check_columns(dataset: AnyDataset | None, columns: tuple[str, ...], name: st
             "the prompt too, drop the column `prompt`."
         )
     if isinstance(dataset, Dataset):
-        for column in columns:
-            for row, text in enumerate(dataset[column]):
+        for row, values in enumerate(rows_of(dataset, columns)):
+            for column, text in zip(columns, values, strict=True):
                 if _is_empty(text):
                     raise ValueError(f"`{name}` has an empty {column!r} in row {row}. Remove that row.")
 
