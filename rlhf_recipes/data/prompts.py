@@ -83,7 +83,7 @@ def add_separator(dataset: MaybeDataset, separator: str) -> MaybeDataset:
     Raises:
         ValueError: If the prompt of a transcript ends inside the answer, which the separator would cut.
     """
-    if dataset is None or separator == "" or is_conversational(next(iter(dataset))):
+    if dataset is None or separator == "" or is_conversational({"prompt": next(iter(dataset))["prompt"]}):
         return dataset
 
     def end_prompt(example: dict[str, Any], row: int) -> dict[str, Any]:

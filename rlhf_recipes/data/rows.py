@@ -226,17 +226,25 @@ def _check_chat(values: tuple[Any, ...], where: str, tokenizer: PreTrainedTokeni
             )
 
 
-def check_reward_columns(dataset: AnyDataset | None, name: str, *, pairs: bool = False) -> None:
+def check_reward_columns(
+    dataset: AnyDataset | None, name: str, *, pairs: bool = False, sees_images: bool = True
+) -> None:
     """Check that no column has the name of an argument that reward functions and judges get anyway.
+
+    TRL puts the images of a column into the prompts, so a model for text cannot have them.
 
     Args:
         dataset: Dataset whose columns are passed on. `None` is accepted.
         name: Name of the dataset, for the message.
         pairs: Whether a judge compares two answers, which are arguments too.
+        sees_images: Whether the model reads images.
 
     Raises:
-        ValueError: If a column has such a name.
+        ValueError: If a column has such a name, or if it holds images that the model cannot read.
     """
+    for column in () if dataset is None or sees_images else ("image", "images"):
+        if column in column_names(dataset) and any(value for (value,) in rows_of(dataset, (column,))):
+            raise ValueError(f"`{name}` has images in the column {column!r}, but the model reads text only.")
     reserved = (*REWARD_ARGUMENTS, *(("completions_a", "completions_b") if pairs else ()))
     taken = [] if dataset is None else [column for column in reserved if column in column_names(dataset)]
     if taken:
