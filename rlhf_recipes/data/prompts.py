@@ -4,6 +4,7 @@ The formats are TRL's: `prompt`; `prompt`, `chosen`, `rejected`; `prompt`, `comp
 """
 
 import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from datasets import Dataset, IterableDataset
@@ -21,6 +22,16 @@ MaybeDataset = TypeVar("MaybeDataset", Dataset, IterableDataset, None)
 def column_names(dataset: AnyDataset) -> list[str]:
     """Return the names of the columns. A stream may not declare them, so its first row is read."""
     return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def rows_of(dataset: AnyDataset, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Return the values of columns row by row, read in batches. Of a stream, return the first row only."""
+    if not isinstance(dataset, Dataset):
+        first = next(iter(dataset))
+        yield tuple(first[column] for column in columns)
+        return
+    for batch in dataset.select_columns(list(columns)).iter(batch_size=1_000):
+        yield from zip(*(batch[column] for column in columns), strict=True)
 
 
 def check_columns(dataset: AnyDataset | None, columns: tuple[str, ...], name: str) -> None:
@@ -55,8 +66,8 @@ def check_columns(dataset: AnyDataset | None, columns: tuple[str, ...], name: st
             "the prompt too, drop the column `prompt`."
         )
     if isinstance(dataset, Dataset):
-        for column in columns:
-            for row, text in enumerate(dataset[column]):
+        for row, values in enumerate(rows_of(dataset, columns)):
+            for column, text in zip(columns, values, strict=True):
                 if _is_empty(text):
                     raise ValueError(f"`{name}` has an empty {column!r} in row {row}. Remove that row.")
 
@@ -73,7 +84,7 @@ def add_separator(dataset: MaybeDataset, separator: str) -> MaybeDataset:
     Raises:
         ValueError: If the prompt of a transcript ends inside the answer, which the separator would cut.
     """
-    if dataset is None or separator == "" or is_conversational(next(iter(dataset))):
+    if dataset is None or separator == "" or is_conversational({"prompt": next(iter(dataset))["prompt"]}):
         return dataset
 
     def end_prompt(example: dict[str, Any], row: int) -> dict[str, Any]:

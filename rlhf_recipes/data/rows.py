@@ -3,14 +3,13 @@
 The checks are linear in the rows. The chat template renders one row of each sequence of roles, not every row.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes.data.messages import ROLES, conversation, ends_in_prefill, parsed_messages, plain_messages
-from rlhf_recipes.data.prompts import AnyDataset, MaybeDataset, check_columns, column_names
+from rlhf_recipes.data.prompts import AnyDataset, MaybeDataset, check_columns, column_names, rows_of
 from rlhf_recipes.data.rendering import prepended_ids, prompt_ids
 from rlhf_recipes.data.transcripts import ANSWERS, is_cut_inside, split_transcript
 
@@ -55,7 +54,7 @@ def _changes(dataset: AnyDataset, first: dict[str, Any], options: dict[str, Any]
     columns, name = options["columns"], options["name"]
     changes = False
     is_text: dict[str, bool] = {}
-    for index, values in enumerate(zip(*(dataset[column] for column in columns), strict=True)):
+    for index, values in enumerate(rows_of(dataset, columns)):
         row = dict(zip(columns, values, strict=True))
         read = _readable_row(row, index, **options)
         changes = changes or read != row
@@ -105,7 +104,7 @@ def _check_repeated_prompts(dataset: Dataset, columns: list[str], name: str) -> 
         return
     repeated = [
         (row, len(prompt))
-        for row, (prompt, *said) in enumerate(zip(*(dataset[c] for c in ("prompt", *answers)), strict=True))
+        for row, (prompt, *said) in enumerate(rows_of(dataset, ("prompt", *answers)))
         if all(_repeats(prompt, text) for text in said)
     ]
     by_chance = len(repeated) * 2 <= len(dataset) and all(length < REPEATED for _, length in repeated)
@@ -134,8 +133,8 @@ def mend_transcripts(dataset: MaybeDataset) -> Any:
     columns = [column for column in ("prompt", *ANSWERS) if column in column_names(dataset)]
     if "prompt" not in columns or len(columns) == 1:
         return dataset
-    rows = zip(*(dataset[column] for column in columns), strict=True) if isinstance(dataset, Dataset) else None
-    if rows is not None and not any(is_cut_inside(row[0], list(row[1:])) for row in rows):
+    is_stream = not isinstance(dataset, Dataset)
+    if not is_stream and not any(is_cut_inside(prompt, answers) for prompt, *answers in rows_of(dataset, columns)):
         return dataset
     return dataset.map(_mended)
 
@@ -152,7 +151,7 @@ def join_prefill(dataset: MaybeDataset) -> Any:
     """
     if dataset is None or "prompt" not in column_names(dataset):
         return dataset
-    if isinstance(dataset, Dataset) and not any(map(ends_in_prefill, dataset["prompt"])):
+    if isinstance(dataset, Dataset) and not any(ends_in_prefill(row[0]) for row in rows_of(dataset, ("prompt",))):
         return dataset
     return dataset.map(_joined, with_indices=True)
 
@@ -185,7 +184,7 @@ def check_rendering(
         return
     seen: set[Any] = set()
     bos = tokenizer.bos_token if tokenizer.bos_token_id in prepended_ids(tokenizer) else None
-    for row, values in enumerate(_values(dataset, columns)):
+    for row, values in enumerate(rows_of(dataset, columns)):
         if isinstance(values[0], str):
             if bos and values[0].startswith(bos):
                 raise ValueError(
@@ -197,13 +196,6 @@ def check_rendering(
         if shape not in seen:
             seen.add(shape)
             _check_chat(values, f"Row {row} of `{name}`", tokenizer, columns[0] == "prompt")
-
-
-def _values(dataset: AnyDataset, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
-    if isinstance(dataset, Dataset):
-        return zip(*(dataset[column] for column in columns), strict=True)
-    first = next(iter(dataset))
-    return iter([tuple(first[column] for column in columns)])
 
 
 def _check_chat(values: tuple[Any, ...], where: str, tokenizer: PreTrainedTokenizerBase, has_prompt: bool) -> None:
@@ -234,17 +226,25 @@ def _check_chat(values: tuple[Any, ...], where: str, tokenizer: PreTrainedTokeni
             )
 
 
-def check_reward_columns(dataset: AnyDataset | None, name: str, *, pairs: bool = False) -> None:
+def check_reward_columns(
+    dataset: AnyDataset | None, name: str, *, pairs: bool = False, sees_images: bool = True
+) -> None:
     """Check that no column has the name of an argument that reward functions and judges get anyway.
+
+    TRL puts the images of a column into the prompts, so a model for text cannot have them.
 
     Args:
         dataset: Dataset whose columns are passed on. `None` is accepted.
         name: Name of the dataset, for the message.
         pairs: Whether a judge compares two answers, which are arguments too.
+        sees_images: Whether the model reads images.
 
     Raises:
-        ValueError: If a column has such a name.
+        ValueError: If a column has such a name, or if it holds images that the model cannot read.
     """
+    for column in () if dataset is None or sees_images else ("image", "images"):
+        if column in column_names(dataset) and any(value for (value,) in rows_of(dataset, (column,))):
+            raise ValueError(f"`{name}` has images in the column {column!r}, but the model reads text only.")
     reserved = (*REWARD_ARGUMENTS, *(("completions_a", "completions_b") if pairs else ()))
     taken = [] if dataset is None else [column for column in reserved if column in column_names(dataset)]
     if taken:

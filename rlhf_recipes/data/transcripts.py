@@ -1,13 +1,14 @@
-"""Split dialogues that are one text, with paragraphs that begin with "Human:" and "Assistant:", as in HH-RLHF.
+"""Split dialogues that are one text, whose turns begin with "Human:" and "Assistant:", as in HH-RLHF.
 
 The answer begins after the last "Assistant:". `trl.extract_prompt` cuts where two answers differ first, which is often
 inside a sentence.
 """
 
+import re
 from os.path import commonprefix
 from typing import Any
 
-USER, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+USER, ASSISTANT = (re.compile(rf"(?:^|\n|### ?)(?:{names}):") for names in ("Human|User", "Assistant|AI|Bot"))
 ANSWERS = ("chosen", "rejected", "completion")
 
 
@@ -26,23 +27,25 @@ def split_transcript(row: dict[str, Any]) -> dict[str, str]:
     whole = {name: prompt + row[name].removeprefix(prompt) for name in ANSWERS if name in row}
     shared = commonprefix([text[: _end(text)] for text in whole.values()])
     if (end := _end(shared)) == 0:
-        raise ValueError(
-            f"No {ASSISTANT!r} is in all of {', '.join(whole)}, which begin with {next(iter(whole.values()))[:80]!r}."
-        )
+        begins = next(iter(whole.values()))[:80]
+        raise ValueError(f"No 'Assistant:' begins a turn in all of {', '.join(whole)}, which begin with {begins!r}.")
     return {"prompt": shared[:end]} | {name: text[end:] for name, text in whole.items()}
 
 
 def _end(text: str) -> int:
     """Return the place after the last "Assistant:"; 0 if there is none."""
-    place = text.rfind(ASSISTANT)
-    return 0 if place < 0 else place + len(ASSISTANT)
+    return max((turn.end() for turn in ASSISTANT.finditer(text)), default=0)
 
 
 def begun_answer(prompt: str) -> str:
-    """Return the part of the answer that the prompt of a transcript holds; "" if it ends where it should."""
+    """Return the part of the answer that the prompt of a transcript holds; "" if it ends where it should.
+
+    Text in further lines is taken for no answer: it can be a question about the dialogue.
+    """
     end = _end(prompt)
     rest = prompt[end:]
-    return rest if end and USER in f"\n\n{prompt}" and USER not in rest and rest.strip() else ""
+    is_begun = end and USER.search(prompt) and not USER.search(rest) and "\n" not in rest.strip()
+    return rest if is_begun and rest.strip() else ""
 
 
 def is_cut_inside(prompt: Any, answers: list[Any]) -> bool:
@@ -51,4 +54,5 @@ def is_cut_inside(prompt: Any, answers: list[Any]) -> bool:
         return False
     if begun_answer(prompt):
         return True
-    return USER in prompt[_end(prompt) :] and _end(prompt) > 0 and all(ASSISTANT in answer for answer in answers)
+    end = _end(prompt)
+    return end > 0 and USER.search(prompt[end:]) is not None and all(map(ASSISTANT.search, answers))

@@ -63,8 +63,9 @@ class ComparedTrainer(SavingTrainer):
         Raises:
             ValueError: If a column has the name of an argument of theirs.
         """
-        check_reward_columns(self.train_dataset, "train_dataset")
-        check_reward_columns(self.eval_dataset, "eval_dataset", pairs=bool(pairwise_judges))
+        sees_images = hasattr(self.processing_class, "tokenizer")  # a processor holds a tokenizer
+        check_reward_columns(self.train_dataset, "train_dataset", sees_images=sees_images)
+        check_reward_columns(self.eval_dataset, "eval_dataset", pairs=bool(pairwise_judges), sees_images=sees_images)
         own = (limits.reward_timeout, limits.reward_retries, limits.failed_rewards)
         self.reward_calls = RewardCalls(*own)
         self.held_out = HeldOutComparison(judges, pairwise_judges, seed=self.args.seed, calls=RewardCalls(*own))

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from datasets import Dataset
 from trl import SFTConfig, is_conversational
 from trl import SFTTrainer as TRLSFTTrainer
 
 from rlhf_recipes.data.messages import ends_in_prefill
-from rlhf_recipes.data.prompts import column_names
+from rlhf_recipes.data.prompts import column_names, rows_of
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, readable_rows
 from rlhf_recipes.models.quantization import keep_unpacked
@@ -46,8 +45,8 @@ def _readable_demonstrations(dataset: Any, tokenizer: Any, name: str) -> Any:
     dataset = readable_rows(dataset, columns, name, keep_parts=sees_images)
     if not sees_images:
         check_rendering(dataset, columns, name, tokenizer)
-    prompts = dataset["prompt"] if isinstance(dataset, Dataset) and "prompt" in columns else []
-    row = next((row for row, prompt in enumerate(prompts) if ends_in_prefill(prompt)), None)
+    prompts = rows_of(dataset, ("prompt",)) if "prompt" in columns else ()
+    row = next((row for row, (prompt,) in enumerate(prompts) if ends_in_prefill(prompt)), None)
     if row is not None:
         raise ValueError(
             f"`{name}` has a 'prompt' in row {row} that ends with a message of the assistant, and TRL would begin "

@@ -1,6 +1,7 @@
 """Rows are read into one form, and what no model could read as it was meant is refused with its row."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -215,6 +216,14 @@ def test_a_column_with_the_name_of_an_argument(column):
     data = Dataset.from_dict({"prompt": ["a"], column: ["b"]})
     with pytest.raises(ValueError, match=f"`train_dataset` has a column '{column}'.*rename_column"):
         check_reward_columns(data, "train_dataset")
+
+
+@pytest.mark.parametrize(("image", "is_refused"), [("x.png", True), (None, False)])
+def test_images_beside_the_prompts_of_a_model_for_text(image, is_refused):
+    data = Dataset.from_dict({"prompt": ["a", "b"], "image": [None, image]})
+    check_reward_columns(data, "train_dataset")
+    with pytest.raises(ValueError, match="images in the column 'image'") if is_refused else nullcontext():
+        check_reward_columns(data, "train_dataset", sees_images=False)
 
 
 def test_arguments_of_a_judge_of_pairs():

@@ -2,7 +2,7 @@
 
 import pytest
 import trl
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.data.rows import mend_transcripts
@@ -38,7 +38,9 @@ def test_dialogues_that_part_earlier_share_the_last_common_turn():
 
 
 def test_text_without_a_shared_assistant():
-    with pytest.raises(ValueError, match="No '.*Assistant:' is in all of chosen, rejected, which begin with 'a b'"):
+    with pytest.raises(
+        ValueError, match="No 'Assistant:' begins a turn in all of chosen, rejected, which begin with 'a b'"
+    ):
         split_transcript({"chosen": "a b", "rejected": "a c"})
 
 
@@ -50,6 +52,10 @@ def test_text_without_a_shared_assistant():
         (HEAD + " I", " I"),
         (TURN + " I would", " I would"),
         (HEAD + " With flour.\n\nHuman: And then?", ""),  # the separator may be "\n\nAssistant:"
+        (HEAD + " With flour.\n\nHow polite is this assistant?", ""),  # a question about the dialogue
+        ("User: hi\nAI:", ""),
+        ("User: hi\nAI: Hel", " Hel"),
+        ("### Human: hi### Assistant: Hel", " Hel"),
         ("What does an assistant: do", ""),
         ("", ""),
     ],
@@ -61,8 +67,11 @@ def test_an_answer_that_the_prompt_has_begun(prompt, begun):
 @pytest.mark.parametrize("stream", [False, True])
 def test_pairs_that_were_cut_inside_a_sentence_are_mended(stream):
     data = Dataset.from_list([{"prompt": HEAD, **PAIR}, trl.extract_prompt(_whole(TURN))])
+    earlier = {name: HEAD + text + TURN[len(HEAD) :] for name, text in PAIR.items()}
+    data = concatenate_datasets([data, Dataset.from_list([trl.extract_prompt(earlier)])])
     rows = list(mend_transcripts(data.to_iterable_dataset() if stream else data))
-    assert rows == [{"prompt": HEAD, **PAIR}, {"prompt": TURN, **PAIR}]
+    assert rows == [{"prompt": HEAD, **PAIR}, {"prompt": TURN, **PAIR}, split_transcript(earlier)]
+    assert rows[2]["prompt"] == HEAD
 
 
 def test_pairs_that_are_right_stay_the_same_dataset():
