@@ -47,7 +47,7 @@ def main(
         # A policy on a 4-bit base started from rounded weights, so its baseline needs the same rounding.
         baseline_path = require_model("baseline_path", script_args.baseline_path, model_args.model_revision)
         baseline = load_policy(baseline_path, base_quantization=saved_quantization(path), **init_kwargs)
-        check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length)
+        check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length, "dataset_name")
         reward_model_path = script_args.reward_model_path
         if reward_model_path is not None:
             reward_model_path = require_model("reward_model_path", reward_model_path)

@@ -27,6 +27,7 @@ from rlhf_recipes.evaluation.samples import sample_rows
 from rlhf_recipes.options.baselines import DPOConfig
 from rlhf_recipes.rewards.functions import weighted_scores
 from rlhf_recipes.trainers.compared import RolloutTrainer
+from rlhf_recipes.trainers.prepared import check_prepared
 from rlhf_recipes.trainers.rollout import own_part
 from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, check_rollout_fits
 from rlhf_recipes.trainers.stock import Baseline, Scoring, checked_rewards, prepared
@@ -193,6 +194,7 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         rewards = checked_rewards(scoring, args, parts["train_dataset"]) if evaluates or scoring.rewards else []
         self._held_out_prompts = first_of_each_prompt(parts["eval_dataset"]) if evaluates else None
         super().__init__(callbacks=callbacks, **parts)
+        check_prepared(self, train_dataset=parts["train_dataset"], eval_dataset=parts["eval_dataset"])
         self._end_ids = eos_token_ids(parts["model"], processing_class)
         judges = (scoring.judges, scoring.pairwise_judges)
         functions = self.prepare_rewards(rewards, scoring.limits, self._end_ids, *judges)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from trl import RewardTrainer, is_conversational
 
 from rlhf_recipes.algorithm.losses import l2_penalty
+from rlhf_recipes.data.numbers import check_numbers
 from rlhf_recipes.data.prompts import add_separator, check_columns, column_names
 from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.statistics import preference_metrics
@@ -19,6 +20,7 @@ from rlhf_recipes.models.reward_model import ScoreHead, load_reward_model_base, 
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
+from rlhf_recipes.trainers.prepared import check_prepared
 
 
 class RewardModelTrainer(DurableTrainer, RewardTrainer):
@@ -61,6 +63,8 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 self._check_preferences(dataset, name)
+        train_dataset = check_numbers(train_dataset, "train_dataset")
+        eval_dataset = check_numbers(eval_dataset, "eval_dataset")
         check_output_dir(args.output_dir, adapter=peft_config is not None)
         base_model = model if isinstance(model, str) else model.config._name_or_path
         args = with_changes(args)  # a copy: TRL writes into options
@@ -90,6 +94,7 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
             **kwargs,
         )
 
+        check_prepared(self, train_dataset=train_dataset, eval_dataset=eval_dataset)
         keep_unpacked(self.model)
         keep_adapter_precision(self.model)
         for module in self.model.modules():

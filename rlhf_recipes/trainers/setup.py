@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from accelerate import Accelerator
@@ -91,7 +92,8 @@ def prepare_parts(
     check_output_dir(args.output_dir, adapter=uses_peft)
     tokenizer = load_tokenizer(directory, padding_side="left") if tokenizer is None else tokenizer
     train_dataset, eval_dataset = (add_separator(x, args.response_separator) for x in (train_dataset, eval_dataset))
-    check_prompts_fit(train_dataset, tokenizer, policy.config, args.max_completion_length)
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        check_prompts_fit(dataset, tokenizer, policy.config, args.max_completion_length, name)
 
     loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("dtype", "attn_implementation")}
     scorers = as_reward_functions(reward_funcs, reward_tokenizers, **loading)
@@ -131,9 +133,12 @@ def check_rollout_fits(dataset: AnyDataset | None, args: Any) -> None:
         ValueError: If it does not.
     """
     prompts = args.generation_batch_size // args.num_generations
-    if isinstance(dataset, Dataset) and len(dataset) < prompts:
+    if dataset is None:
+        return
+    count = len(dataset) if isinstance(dataset, Dataset) else sum(1 for _ in islice(dataset, prompts))
+    if count < prompts:
         raise ValueError(
-            f"`train_dataset` has {len(dataset)} prompts, fewer than one rollout's {prompts} "
+            f"`train_dataset` has {count} prompts, fewer than one rollout's {prompts} "
             "(`per_device_train_batch_size` x processes x `steps_per_generation` / `num_generations`). Add prompts "
             "or lower one of these."
         )

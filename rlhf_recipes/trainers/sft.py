@@ -8,6 +8,7 @@ from trl import SFTTrainer as TRLSFTTrainer
 from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.models.quantization import keep_unpacked, save_quantization
 from rlhf_recipes.options.changes import with_changes
+from rlhf_recipes.trainers.prepared import check_prepared
 
 
 class SFTTrainer(DurableTrainer, TRLSFTTrainer):
@@ -15,6 +16,8 @@ class SFTTrainer(DurableTrainer, TRLSFTTrainer):
 
     def __init__(self, model: Any, args: SFTConfig, *more: Any, **kwargs: Any) -> None:
         super().__init__(model, with_changes(args), *more, **kwargs)  # a copy: TRL writes into options
+        given = dict(zip(("data_collator", "train_dataset", "eval_dataset"), more, strict=False)) | kwargs
+        check_prepared(self, **{name: given.get(name) for name in ("train_dataset", "eval_dataset")})
         keep_unpacked(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from rlhf_recipes.data.loading import without_answers
+from rlhf_recipes.data.numbers import check_numbers
 from rlhf_recipes.data.prompts import add_separator, check_columns, check_prompts_fit
 from rlhf_recipes.models.loading import check_output_dir, only_active_adapter
 from rlhf_recipes.models.quantization import save_quantization
@@ -63,13 +64,15 @@ def prepared(
     Raises:
         ValueError: If data, policy or batch sizes do not fit.
     """
-    check_columns(train_dataset, columns, "train_dataset")
-    check_columns(eval_dataset, columns, "eval_dataset")
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        check_columns(dataset, columns, name)
+        check_numbers(dataset, name)
     policy = policy_loader(model, args, None)()
     check_policy(policy, peft_config, args)
     check_output_dir(args.output_dir, adapter=peft_config is not None or isinstance(policy, PeftModel))
     train, evaluation = (add_separator(x, scoring.response_separator) for x in (train_dataset, eval_dataset))
-    check_prompts_fit(train, tokenizer, policy.config, args.max_completion_length)
+    for name, dataset in (("train_dataset", train), ("eval_dataset", evaluation)):
+        check_prompts_fit(dataset, tokenizer, policy.config, args.max_completion_length, name)
     # The policy is loaded. TRL loads the reference by the same name, in the precision of the policy.
     revision = (args.model_init_kwargs or {}).get("revision", "main")
     loading = None if revision == "main" else {"revision": revision}

@@ -1,0 +1,46 @@
+"""Check the rows that TRL has tokenised, before training."""
+
+from typing import Any
+
+from datasets import Dataset
+
+from rlhf_recipes.data.tokens import check_rows
+from rlhf_recipes.models.loading import learned_positions
+
+
+def check_prepared(trainer: Any, **given: Any) -> None:
+    """Check that rows are left to train and to evaluate on, and that the model can read them.
+
+    TRL leaves out pairs that are longer than `max_length`, and rows whose prompt alone is.
+
+    Args:
+        trainer: Trainer that has tokenised its data.
+        given: Datasets of the user, by the name of the argument.
+
+    Raises:
+        ValueError: If no row of a dataset is left, or a row has a token or a position that the model does not have.
+    """
+    for name, dataset in given.items():
+        prepared = getattr(trainer, name)
+        splits = {f"{name}[{key!r}]": key for key in dataset} if isinstance(dataset, dict) else {name: None}
+        for title, key in splits.items():
+            _check_split(
+                trainer, dataset if key is None else dataset[key], prepared if key is None else prepared[key], title
+            )
+
+
+def _check_split(trainer: Any, given: Any, prepared: Any, name: str) -> None:
+    if not isinstance(prepared, Dataset):
+        return
+    limit, what = trainer.args.max_length, "pairs" if "chosen_ids" in prepared.column_names else "rows"
+    if len(given) and not len(prepared):
+        raise ValueError(
+            f"{len(given):,} of {len(given):,} {what} are longer than `max_length` ({limit}) tokens, so row 0 of "
+            f"`{name}` and all others are left out. Raise `max_length`, or shorten the texts."
+        )
+    positions = None if "seq_lengths" in prepared.column_names else learned_positions(trainer.model)  # packed rows
+    if positions is not None and limit is not None and limit <= positions:
+        positions = None
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    vocab_size = getattr(trainer.model.config.get_text_config(), "vocab_size", None)
+    check_rows(prepared, tokenizer, vocab_size, positions, name)
