@@ -159,6 +159,13 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
             self.card.save(Path(output_dir or self.args.output_dir))
             save_quantization(self.model, output_dir or self.args.output_dir)
 
+    def save_card(self) -> None:
+        """Write the card again, beside the saved model, with the result of the latest evaluation."""
+        if self.args.should_save:
+            self.card.save(self.args.output_dir)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model card", revision=self.args.hub_revision)
+
     @property
     def card(self) -> RewardModelCard:
         """Return the facts of the training and the latest evaluation, for users of the reward model."""
