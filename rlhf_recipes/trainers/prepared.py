@@ -4,6 +4,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from rlhf_recipes.data.prompts import column_names
 from rlhf_recipes.data.tokens import check_rows
 from rlhf_recipes.models.loading import learned_positions
 
@@ -30,14 +31,15 @@ def check_prepared(trainer: Any, **given: Any) -> None:
 
 
 def _check_split(trainer: Any, given: Any, prepared: Any, name: str) -> None:
+    limit = trainer.args.max_length
+    if prepared is not None and next(iter(prepared), None) is None:
+        count = f"{len(given):,} of {len(given):,}" if isinstance(prepared, Dataset) else "All"
+        raise ValueError(
+            f"{count} {'pairs' if 'chosen' in column_names(given) else 'rows'} are longer than `max_length` ({limit}) "
+            f"tokens, so row 0 of `{name}` and all others are left out. Raise `max_length`, or shorten the texts."
+        )
     if not isinstance(prepared, Dataset):
         return
-    limit, what = trainer.args.max_length, "pairs" if "chosen_ids" in prepared.column_names else "rows"
-    if len(given) and not len(prepared):
-        raise ValueError(
-            f"{len(given):,} of {len(given):,} {what} are longer than `max_length` ({limit}) tokens, so row 0 of "
-            f"`{name}` and all others are left out. Raise `max_length`, or shorten the texts."
-        )
     positions = None if "seq_lengths" in prepared.column_names else learned_positions(trainer.model)  # packed rows
     if positions is not None and limit is not None and limit <= positions:
         positions = None

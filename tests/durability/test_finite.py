@@ -158,12 +158,10 @@ def test_all_finite(tensors, is_finite):
 
 
 @pytest.mark.parametrize("make", [_sft, _rm])
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 3}], ids=["no row", "no whole step"])
-def test_a_stream_that_makes_no_step_is_no_success(tmp_path, make, options):
-    """transformers would end well, or read the stream for ever."""
-    trainer = make(tmp_path, **options)
-    rows = trainer.train_dataset.select(range(4)).to_iterable_dataset()
-    trainer.train_dataset = rows if options else rows.filter(lambda row: False)
+def test_a_stream_that_makes_no_step_is_no_success(tmp_path, make):
+    """transformers would read it for ever."""
+    trainer = make(tmp_path, gradient_accumulation_steps=3)
+    trainer.train_dataset = trainer.train_dataset.select(range(4)).to_iterable_dataset()
     with pytest.raises(ValueError, match="made no optimiser step after step 0: it has fewer rows than one step needs"):
         trainer.train()
 

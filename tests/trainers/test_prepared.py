@@ -71,6 +71,13 @@ def test_a_dataset_of_which_nothing_is_left_is_refused(tmp_path, build, rows, na
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize(("build", "rows"), [(_sft, _demonstrations), (_rm, _pairs)], ids=["sft", "reward model"])
+def test_a_stream_of_which_nothing_is_left_is_refused(tmp_path, build, rows):
+    with pytest.raises(ValueError, match=r"All (rows|pairs) are longer than `max_length` \(20\) tokens, so row 0"):
+        build(tmp_path, rows(*ALL).to_iterable_dataset())
+    build(tmp_path, rows(0, 1).to_iterable_dataset()).train()
+
+
 def test_evaluation_sets_by_name_are_checked_each(tmp_path):
     data = {"good": _demonstrations(), "bad": _demonstrations(*ALL)}
     with pytest.raises(ValueError, match=r"row 0 of `eval_dataset\['bad'\]`"):
