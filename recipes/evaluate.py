@@ -20,6 +20,7 @@ from rlhf_recipes.console import completions_table, print_table, quiet_start
 from rlhf_recipes.data.loading import load_prompts
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.evaluation.policies import best_of_n, compare_policies, eos_token_ids
+from rlhf_recipes.evaluation.vocabulary import check_baseline
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.models.quantization import saved_quantization
 from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments
@@ -47,6 +48,7 @@ def main(
         # A policy on a 4-bit base started from rounded weights, so its baseline needs the same rounding.
         baseline_path = require_model("baseline_path", script_args.baseline_path, model_args.model_revision)
         baseline = load_policy(baseline_path, base_quantization=saved_quantization(path), **init_kwargs)
+        check_baseline(tokenizer, baseline_path, baseline.config, dataset)
         check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length, "dataset_name")
         reward_model_path = script_args.reward_model_path
         if reward_model_path is not None:

@@ -27,6 +27,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.reward_model import is_adapter
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
+from rlhf_recipes.models.vocabulary import fit_to_adapter
 
 POSITION_TABLES = re.compile(r"\b(wpe|embed_positions|position_embeddings?)\b")  # GPT-2, OPT and GPT-J, BERT
 
@@ -90,6 +91,8 @@ def load_policy(
     base_path = base or PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter(path) else path
     with safe_loading(path, base_path):
         model = keep_unpacked(AutoModelForCausalLM.from_pretrained(base_path, **safe_kwargs(kwargs)))
+    if is_adapter(path):
+        fit_to_adapter(model, path)
     if stays_quantized:
         return load_adapter(model, path) if is_adapter(path) else model
     if rounding is not None:

@@ -14,6 +14,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from rlhf_recipes.algorithm.float32_linear import Float32Linear
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
+from rlhf_recipes.models.vocabulary import fit_to_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -40,7 +41,7 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
         base_path = base or PeftConfig.from_pretrained(path).base_model_name_or_path
         with suppress_seqcls_warning(), safe_loading(path, base_path):
             model = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1, **kwargs)
-        with_score_head(keep_unpacked(model))
+        with_score_head(fit_to_adapter(keep_unpacked(model), path))
         if kwargs["quantization_config"] is not None:
             return load_adapter(model, path)  # a merge would round it
         model = PeftModel.from_pretrained(model, path)

@@ -3,10 +3,12 @@
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 
 from rlhf_recipes.data.prompts import column_names
 from rlhf_recipes.data.tokens import check_rows
 from rlhf_recipes.models.loading import learned_positions
+from rlhf_recipes.models.vocabulary import check_padding
 
 
 def check_prepared(trainer: Any, **given: Any) -> None:
@@ -21,6 +23,7 @@ def check_prepared(trainer: Any, **given: Any) -> None:
     Raises:
         ValueError: If no row of a dataset is left, or a row has a token or a position that the model does not have.
     """
+    check_padding(trainer.processing_class, trainer.model.config)
     for name, dataset in given.items():
         prepared = getattr(trainer, name)
         splits = {f"{name}[{key!r}]": key for key in dataset} if isinstance(dataset, dict) else {name: None}
@@ -28,6 +31,25 @@ def check_prepared(trainer: Any, **given: Any) -> None:
             _check_split(
                 trainer, dataset if key is None else dataset[key], prepared if key is None else prepared[key], title
             )
+
+
+def check_adapter_vocabulary(trainer: Any, tokens_before: int) -> None:
+    """Refuse to train an adapter on new tokens whose embedding is the output layer too: TRL cannot run it.
+
+    Args:
+        trainer: Trainer, after TRL has taken over the template of `chat_template_path`.
+        tokens_before: Number of tokens of the tokenizer before that.
+
+    Raises:
+        ValueError: If the template brought tokens.
+    """
+    added, config = len(trainer.processing_class) - tokens_before, trainer.model.config.get_text_config()
+    if added > 0 and config.tie_word_embeddings and isinstance(trainer.model, PeftModel):
+        raise ValueError(
+            f"`chat_template_path` {trainer.args.chat_template_path} adds {added} tokens, which an adapter cannot "
+            "learn where input and output share their embedding. Train the whole model (`use_peft: false`), add the "
+            "tokens to the base first (`trl.clone_chat_template`), or name a template file (`.jinja`)."
+        )
 
 
 def _check_split(trainer: Any, given: Any, prepared: Any, name: str) -> None:
