@@ -72,10 +72,17 @@ class DurableTrainer(FiniteTrainer):
             )
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        is_alone = self.accelerator.num_processes == 1
+        is_last = self.state.global_step >= self.state.max_steps and not self.args.push_to_hub
+        if is_last and not is_alone:  # after an error of one process, the others would not take part in saving
+            self.save_model(self.args.output_dir)
         try:
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
         except Exception:
-            self._keep_trained(trial)
+            if is_alone and self.state.global_step > 0:
+                self._keep_trained(trial)
+            if is_alone and is_last:
+                self.save_model(self.args.output_dir)
             raise
         is_late = skip_scheduler and self.state.global_step > 0  # a signal left it out before
         if is_late and self._determine_best_metric(metrics, trial):
@@ -83,12 +90,7 @@ class DurableTrainer(FiniteTrainer):
         return metrics
 
     def _keep_trained(self, trial: Any) -> None:
-        """Write a checkpoint after a failed evaluation. A resume from it begins with that evaluation.
-
-        With several processes, this one may have failed alone, and the others would not take part.
-        """
-        if self.accelerator.num_processes > 1 or self.state.global_step == 0:
-            return
+        """Write a checkpoint after a failed evaluation. A resume from it begins with that evaluation."""
         for callback in self._preemption_callbacks():
             callback.evaluation_due = True
         self._has_failed = True

@@ -186,6 +186,7 @@ def test_an_evaluation_that_fails_costs_no_trained_weights(tmp_path, make, only_
         trainer.train()
     (checkpoint,) = checkpoints_by_age(tmp_path)
     assert checkpoint.name == "checkpoint-4"
+    assert (tmp_path / "model.safetensors").is_file()
     trained = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
     again = make(tmp_path, **options)
