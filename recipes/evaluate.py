@@ -23,6 +23,7 @@ from rlhf_recipes.evaluation.policies import best_of_n, compare_policies, eos_to
 from rlhf_recipes.evaluation.vocabulary import check_baseline
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.models.quantization import saved_quantization
+from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.judges import load_judges
@@ -45,6 +46,7 @@ def main(
 
         init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
         policy = load_policy(path, **init_kwargs)
+        tokenizer = with_end_token(tokenizer, policy)
         # A policy on a 4-bit base started from rounded weights, so its baseline needs the same rounding.
         baseline_path = require_model("baseline_path", script_args.baseline_path, model_args.model_revision)
         baseline = load_policy(baseline_path, base_quantization=saved_quantization(path), **init_kwargs)

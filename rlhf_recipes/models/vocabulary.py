@@ -67,25 +67,29 @@ def _inner(tokenizer: Any) -> PreTrainedTokenizerBase:
     return getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
 
 
-def check_special_tokens(tokenizer: Any, args: Any, *, is_plain: bool) -> None:
-    """Check that a text can end and be padded.
+def with_special_tokens(tokenizer: Any, model: Any, args: Any, *, is_plain: bool) -> Any:
+    """Return a tokenizer by which a text can end and be padded, see `with_end_token`.
 
     Args:
         tokenizer: Tokenizer, or processor that holds one.
+        model: Model, or its directory or name.
         args: Options of a trainer, which may name the tokens (`eos_token`, `pad_token`).
-        is_plain: Whether the rows are plain text, to which the trainer adds the EOS token.
+        is_plain: Whether the rows are plain text, to which the trainer adds the EOS token. A chat template needs none.
 
     Raises:
         ValueError: If a token is missing.
     """
-    inner = _inner(tokenizer)
-    has_end = inner.eos_token is not None or args.eos_token is not None
-    if is_plain and not has_end:
+    needs_padding = _inner(tokenizer).pad_token is None and args.pad_token is None
+    if args.eos_token is not None or not (is_plain or needs_padding):
+        return tokenizer
+    tokenizer = with_end_token(tokenizer, model)
+    if _inner(tokenizer).eos_token is None:
+        name, what = ("EOS", "end") if is_plain else ("padding", "be padded")
         raise ValueError(
-            "The tokenizer has no EOS token, so no text can end. Set `eos_token` to a token of its vocabulary."
+            f"The tokenizer has no {name} token, so no text can {what}. Set `{'eos' if is_plain else 'pad'}_token` to "
+            "a token of its vocabulary."
         )
-    if not has_end and inner.pad_token is None and args.pad_token is None:
-        raise ValueError("The tokenizer has no padding token. Set `pad_token` to a token of its vocabulary.")
+    return tokenizer
 
 
 def check_padding(tokenizer: Any, config: Any) -> None:

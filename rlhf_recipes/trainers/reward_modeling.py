@@ -17,7 +17,7 @@ from rlhf_recipes.evaluation.statistics import preference_metrics
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, save_quantization
 from rlhf_recipes.models.reward_model import ScoreHead, load_reward_model_base, store_in_float32
-from rlhf_recipes.models.vocabulary import check_special_tokens, with_end_token
+from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
@@ -75,17 +75,17 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
             args = with_changes(args, model_init_kwargs=None)  # TRL warns about them beside a loaded model
         if processing_class is None:
             processing_class = load_tokenizer(base_model)
-        processing_class = with_end_token(processing_class, model)
         example = next(iter(train_dataset))
-        check_special_tokens(processing_class, args, is_plain=not is_conversational(example))
+        is_plain = not is_conversational(example)
+        processing_class = with_special_tokens(processing_class, model, args, is_plain=is_plain)
         tokens = len(processing_class)
         if peft_config is not None:
             # For this task PEFT trains and saves the whole `score` head. With TRL's default it stays frozen.
             peft_config = with_changes(peft_config, task_type=TaskType.SEQ_CLS)
-        self._card = {
+        self._card: dict[str, Any] = {
             "base_model": base_model,
-            "conversational": is_conversational(example),
-            "response_separator": None if is_conversational(example) else args.response_separator,
+            "conversational": not is_plain,
+            "response_separator": args.response_separator if is_plain else None,
         }
         self._eval_batches: list[torch.Tensor] = []
         super().__init__(

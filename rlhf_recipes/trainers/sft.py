@@ -7,7 +7,7 @@ from trl import SFTTrainer as TRLSFTTrainer
 
 from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.models.quantization import keep_unpacked, save_quantization
-from rlhf_recipes.models.vocabulary import check_special_tokens, with_end_token
+from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
 
@@ -21,9 +21,9 @@ class SFTTrainer(DurableTrainer, TRLSFTTrainer):
         given = dict(zip(("data_collator", "train_dataset", "eval_dataset"), more, strict=False)) | kwargs
         tokenizer, tokens = given.get("processing_class"), None
         if tokenizer is not None:
-            kwargs["processing_class"] = tokenizer = with_end_token(tokenizer, model)
             first: dict[str, Any] = next(iter(given.get("train_dataset") or []), {})
-            check_special_tokens(tokenizer, args, is_plain=any(isinstance(first.get(x), str) for x in TEXT_COLUMNS))
+            is_plain = any(isinstance(first.get(column), str) for column in TEXT_COLUMNS)
+            kwargs["processing_class"] = with_special_tokens(tokenizer, model, args, is_plain=is_plain)
             tokens = len(getattr(tokenizer, "tokenizer", tokenizer))
         super().__init__(model, with_changes(args), *more, **kwargs)  # a copy: TRL writes into options
         if tokens is not None:
