@@ -17,6 +17,7 @@ from rlhf_recipes.models.adapter_base import find_base
 from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
+from rlhf_recipes.models.vocabulary import fit_to_adapter
 
 # Tables of positions in transformers' decoders. They are layers, or buffers in GPT-J's attention.
 POSITION_TABLE = re.compile(r"(wpe|embed_positions|positions_embed)$")
@@ -45,7 +46,7 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
         base_path = find_base(path, base, kwargs.get("revision"))
         with suppress_seqcls_warning(), safe_loading(path, base_path):
             model = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1, **kwargs)
-        with_score_head(keep_unpacked(model))
+        with_score_head(fit_to_adapter(keep_unpacked(model), path))
         if kwargs["quantization_config"] is not None:
             return load_adapter(model, path)  # a merge would round it
         model = PeftModel.from_pretrained(model, path)

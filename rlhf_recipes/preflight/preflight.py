@@ -172,18 +172,30 @@ def _check_supervised(report: Report, trainer: Any, train: Dataset, evaluation: 
     report.lines["data"] = f"{rows:,} rows, {schedule.passes:.2f} passes"
     _add_events(report, schedule, args, evaluation)
     report.findings += schedule_findings(args, schedule, None)
-    if "chosen" not in train.column_names:
-        return schedule
-    share = longer_chosen(texts(train, ["chosen", "rejected"]))
-    report.lines["data"] += "" if share is None else f"; the longer answer is chosen in {share:.0%}"
-    report.findings += check_preferences(train, evaluation)
-    if (dropped := len(train) - rows) > NEGLIGIBLE * len(train):
-        message = (
-            f"{dropped:,} of {len(train):,} pairs are longer than `max_length` ({args.max_length}) tokens and left "
-            "out. Raise `max_length`, or shorten them."
-        )
-        report.findings.append(Finding("warning" if rows else "error", message))
+    if "chosen" in train.column_names:
+        share = longer_chosen(texts(train, ["chosen", "rejected"]))
+        report.lines["data"] += "" if share is None else f"; the longer answer is chosen in {share:.0%}"
+        report.findings += check_preferences(train, evaluation)
+    report.findings += _left_out(train, trainer.train_dataset, args, "")
+    if evaluation is not None:
+        report.findings += _left_out(evaluation, trainer.eval_dataset, args, " for evaluation")
     return schedule
+
+
+def _left_out(given: Dataset, prepared: Dataset, args: Any, purpose: str) -> list[Finding]:
+    """Return a warning if TRL has left out rows that do not fit `max_length`."""
+    left_out = 0 if getattr(args, "packing", False) else len(given) - len(prepared)  # packed rows are fewer
+    if left_out <= NEGLIGIBLE * len(given):
+        return []
+    if "chosen_ids" in prepared.column_names and "prompt_ids" not in prepared.column_names:
+        what = "pairs"
+    else:  # the others are cut, unless nothing of the answer would be left
+        what = "prompts"
+    message = (
+        f"{left_out:,} of {len(given):,} {what}{purpose} are longer than `max_length` ({args.max_length}) tokens and "
+        "left out. Raise `max_length`, or shorten them."
+    )
+    return [Finding("warning", message)]
 
 
 def _add_events(report: Report, schedule: Schedule, args: Any, evaluation: Dataset | None) -> None:

@@ -32,6 +32,7 @@ from rlhf_recipes.options.baselines import DPOConfig
 from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.functions import weighted_scores
 from rlhf_recipes.trainers.compared import RolloutTrainer
+from rlhf_recipes.trainers.prepared import check_prepared
 from rlhf_recipes.trainers.rollout import own_part
 from rlhf_recipes.trainers.saving import revision_of
 from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, check_rollout_fits
@@ -211,6 +212,7 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         self._held_out_prompts = first_of_each_prompt(parts["eval_dataset"]) if evaluates else None
         self._revision = revision_of(model, args)
         super().__init__(callbacks=callbacks, **parts)
+        check_prepared(self, train_dataset=parts["train_dataset"], eval_dataset=parts["eval_dataset"])
         self._end_ids = eos_token_ids(parts["model"], processing_class)
         judges = (scoring.judges, scoring.pairwise_judges)
         functions = self.prepare_rewards(rewards, scoring.limits, self._end_ids, *judges)

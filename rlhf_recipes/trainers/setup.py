@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_fit, first_prompts
 from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
+from rlhf_recipes.evaluation.policies import eos_token_ids
 from rlhf_recipes.models.adapter_base import find_base
 from rlhf_recipes.models.critic import attach_value_head, causal_lm
 from rlhf_recipes.models.dropout import disable_dropout
@@ -30,8 +32,10 @@ from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, saved_quantization
 from rlhf_recipes.models.rope import short_limit, use_long_factors
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
+from rlhf_recipes.models.vocabulary import check_padding, fit_to_adapter, with_end_token
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.preflight.policy import end_findings
 from rlhf_recipes.rewards.adapter import RewardAdapterScorer
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.rewards.protocol import scorer_of
@@ -108,11 +112,13 @@ def prepare_parts(
     uses_peft = peft_config is not None or isinstance(policy, PeftModel)
     check_output_dir(args.output_dir, adapter=uses_peft)
     tokenizer = load_tokenizer(directory, padding_side="left") if tokenizer is None else tokenizer
+    tokenizer = with_end_token(tokenizer, policy)
+    check_ends(policy, tokenizer, args)
     train_dataset, eval_dataset = (add_separator(x, args.response_separator) for x in (train_dataset, eval_dataset))
-    if not sees_images:
-        check_rendering(train_dataset, ("prompt",), "train_dataset", tokenizer)
-        check_rendering(eval_dataset, ("prompt",), "eval_dataset", tokenizer)
-    check_prompts_fit(train_dataset, tokenizer, policy.config, args.max_completion_length)
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        if not sees_images:
+            check_rendering(dataset, ("prompt",), name, tokenizer)
+        check_prompts_fit(dataset, tokenizer, policy.config, args.max_completion_length, name)
 
     loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("dtype", "attn_implementation")}
     scorers = as_reward_functions(reward_funcs, reward_tokenizers, **loading)
@@ -183,9 +189,12 @@ def check_rollout_fits(dataset: AnyDataset | None, args: Any) -> None:
         ValueError: If it does not.
     """
     prompts = args.generation_batch_size // args.num_generations
-    if isinstance(dataset, Dataset) and len(dataset) < prompts:
+    if dataset is None:
+        return
+    count = len(dataset) if isinstance(dataset, Dataset) else sum(1 for _ in islice(dataset, prompts))
+    if count < prompts:
         raise ValueError(
-            f"`train_dataset` has {len(dataset)} prompts, fewer than one rollout's {prompts} "
+            f"`train_dataset` has {count} prompts, fewer than one rollout's {prompts} "
             "(`per_device_train_batch_size` x processes x `steps_per_generation` / `num_generations`). Add prompts "
             "or lower one of these."
         )
@@ -218,6 +227,19 @@ def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | N
         )
 
 
+def check_ends(policy: PreTrainedModel | PeftModel, tokenizer: Any, args: Any) -> None:
+    """Check that an answer can end, and that the policy knows the padding token.
+
+    Raises:
+        ValueError: If not.
+    """
+    inner, vocab_size = getattr(tokenizer, "tokenizer", tokenizer), policy.config.get_text_config().vocab_size
+    findings = end_findings([*eos_token_ids(policy, inner)], vocab_size, {}, args.max_completion_length)
+    if errors := [finding.message for finding in findings if finding.level == "error"]:
+        raise ValueError(errors[0])
+    check_padding(tokenizer, policy.config)
+
+
 def policy_loader(model: Any, args: Any, quantization_config: Any) -> Callable[..., Any]:
     """Return a function that gives the policy, or with `frozen=True` an independent copy of it as the reference.
 
@@ -236,7 +258,7 @@ def policy_loader(model: Any, args: Any, quantization_config: Any) -> Callable[.
         with safe_loading(model, base):
             policy = keep_unpacked(create_model_from_path(base, **safe_kwargs(kwargs)))
         if is_adapter(model):
-            policy = PeftModel.from_pretrained(policy, model, is_trainable=True)
+            policy = PeftModel.from_pretrained(fit_to_adapter(policy, model), model, is_trainable=True)
         return policy.requires_grad_(False) if frozen else policy
 
     return load

@@ -63,10 +63,9 @@ class ValueHeadTrainer(RolloutTrainer, GRPOTrainer):
         self._step += 1
         return torch.zeros((), device=self.args.device)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+    def finish_step(self, model: nn.Module, grad_norm: Any) -> None:
+        """Let the guard decide on an optimiser step. It leaves out more steps, and can go back."""
         self.guard.finish_step(model, grad_norm, self.state.global_step)
-        return grad_norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Give the value head its own learning rate, unless the user has passed an optimiser."""
