@@ -157,8 +157,9 @@ def check_score_layer(model: PreTrainedModel | PeftModel) -> None:
     Raises:
         ValueError: If it is an encoder, for example of the BERT family, or a decoder with another head.
     """
-    if not isinstance(getattr(model, "score", None), nn.Module) or model.config.is_encoder_decoder:
-        name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    of_each_token = name.endswith("ForTokenClassification")
+    if not isinstance(getattr(model, "score", None), nn.Module) or of_each_token or model.config.is_encoder_decoder:
         raise ValueError(
             f"{name} has no `score` layer that reads the last token; use a decoder architecture for reward models. "
             "For another model, write a reward function that calls it."
