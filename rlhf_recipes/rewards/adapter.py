@@ -16,8 +16,9 @@ from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.models.adapter_base import base_of_adapter, initialisation, saved_base
 from rlhf_recipes.models.fingerprint import is_adapter
+from rlhf_recipes.models.loading import position_limit
 from rlhf_recipes.models.quantization import quantization_of, restore_precision, saved_quantization
-from rlhf_recipes.models.reward_model import ScoreHead, load_adapter_weights, position_limit
+from rlhf_recipes.models.reward_model import ScoreHead, load_adapter_weights
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.protocol import ScoringRun

@@ -17,7 +17,8 @@ from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.rendering import answered_ids, prompt_ids
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.fingerprint import fingerprint, is_adapter
-from rlhf_recipes.models.reward_model import check_score_layer, load_reward_model, position_limit
+from rlhf_recipes.models.loading import position_limit
+from rlhf_recipes.models.reward_model import check_score_layer, load_reward_model
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.rewards.alone import row_scores, scores_alone
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard

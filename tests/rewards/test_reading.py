@@ -14,7 +14,8 @@ from tokenizers import processors
 from tolerances import FP32, MERGED, SCORES, assert_close
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rlhf_recipes.models.reward_model import load_reward_model, position_limit
+from rlhf_recipes.models.loading import position_limit
+from rlhf_recipes.models.reward_model import load_reward_model
 from rlhf_recipes.rewards.adapter import RewardAdapterScorer
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard, tokenizer_fingerprint
 from rlhf_recipes.rewards.functions import as_scorer
