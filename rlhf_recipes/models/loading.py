@@ -7,13 +7,13 @@ import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,7 +30,8 @@ from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.models.vocabulary import fit_to_adapter
 
-POSITION_TABLES = re.compile(r"\b(wpe|embed_positions|position_embeddings?)\b")  # GPT-2, OPT and GPT-J, BERT
+# Tables of positions in transformers' models. They are layers, or buffers in GPT-J's attention.
+POSITION_TABLES = re.compile(r"\b(wpe|embed_positions|positions_embed|position_embeddings?)$")
 
 
 def load_tokenizer(path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -133,11 +134,21 @@ def check_output_dir(directory: str, *, adapter: bool) -> None:
         )
 
 
-def learned_positions(model: PreTrainedModel | PeftModel) -> int | None:
-    """Return how many positions a model has in a table, which no row may exceed; `None` without such a table."""
-    weights = chain(model.named_parameters(), model.named_buffers())
-    has_table = any(POSITION_TABLES.search(name) for name, _ in weights)
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) if has_table else None
+def position_limit(model: PreTrainedModel | PeftModel) -> int | None:
+    """Return the number of tokens that a model can read at most; `None` if its architecture sets no limit.
+
+    Learned positions (GPT-2, OPT) and tables of a fixed size (GPT-J, MPT) set one. With rotary positions,
+    `max_position_embeddings` sets none.
+    """
+    sizes = [
+        module.num_embeddings - getattr(module, "offset", 0)  # OPT and BioGPT leave the first rows unused
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and POSITION_TABLES.search(name)
+    ]
+    sizes += [len(table) for name, table in model.named_buffers() if POSITION_TABLES.search(name)]
+    if model.config.model_type == "mpt":
+        sizes.append(model.config.max_seq_len)
+    return min(sizes, default=None)
 
 
 def prepare_frozen(model: PreTrainedModel, accelerator: Accelerator) -> Any:

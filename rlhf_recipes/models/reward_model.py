@@ -1,7 +1,6 @@
 """Loading of reward models: a causal LM's backbone with a scalar head. Nothing is trained or scored here."""
 
 import math
-import re
 from typing import Any
 
 from peft import PeftModel
@@ -18,9 +17,6 @@ from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.models.vocabulary import fit_to_adapter
-
-# Tables of positions in transformers' decoders. They are layers, or buffers in GPT-J's attention.
-POSITION_TABLE = re.compile(r"(wpe|embed_positions|positions_embed)$")
 
 
 class ScoreHead(Float32Linear):
@@ -157,29 +153,13 @@ def check_score_layer(model: PreTrainedModel | PeftModel) -> None:
     Raises:
         ValueError: If it is an encoder, for example of the BERT family, or a decoder with another head.
     """
-    if not isinstance(getattr(model, "score", None), nn.Module) or model.config.is_encoder_decoder:
-        name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    of_each_token = name.endswith("ForTokenClassification")
+    if not isinstance(getattr(model, "score", None), nn.Module) or of_each_token or model.config.is_encoder_decoder:
         raise ValueError(
             f"{name} has no `score` layer that reads the last token; use a decoder architecture for reward models. "
             "For another model, write a reward function that calls it."
         )
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """Return the number of tokens that a model can read at most; `None` if its architecture sets no limit.
-
-    Learned positions (GPT-2, OPT) and tables of a fixed size (GPT-J, MPT) set one. With rotary positions,
-    `max_position_embeddings` sets none.
-    """
-    sizes = [
-        module.num_embeddings - getattr(module, "offset", 0)  # OPT and BioGPT leave the first rows unused
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and POSITION_TABLE.search(name)
-    ]
-    sizes += [len(table) for name, table in model.named_buffers() if POSITION_TABLE.search(name)]
-    if model.config.model_type == "mpt":
-        sizes.append(model.config.max_seq_len)
-    return min(sizes, default=None)
 
 
 def store_in_float32(head: nn.Linear) -> None:

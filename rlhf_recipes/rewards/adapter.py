@@ -16,12 +16,13 @@ from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.models.adapter_base import base_of_adapter, initialisation, saved_base
 from rlhf_recipes.models.fingerprint import is_adapter
+from rlhf_recipes.models.loading import position_limit
 from rlhf_recipes.models.quantization import quantization_of, restore_precision, saved_quantization
-from rlhf_recipes.models.reward_model import ScoreHead, load_adapter_weights, position_limit
+from rlhf_recipes.models.reward_model import ScoreHead, load_adapter_weights
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.protocol import ScoringRun
-from rlhf_recipes.rewards.reading import adapter_pad_id, check_vocabulary, read_position, vocabulary_size
+from rlhf_recipes.rewards.reading import adapter_pad_id, read_position, unknown_tokens, vocabulary_size
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
 
 REWARD_ADAPTER = "reward"
@@ -59,8 +60,8 @@ class RewardAdapterScorer(RewardModelScorer):
         The policy has its own adapter, and its causal LM takes `backbone_only` (`add_completion_forward`).
 
         Raises:
-            ValueError: If the reward model was trained on another base, or if its tokenizer has tokens that the base
-                does not know, or if nothing says at which token its score is read.
+            ValueError: If the reward model was trained on another base, if the base has no embedding for EOS, or if
+                nothing says at which token the score is read.
         """
         policy, adapter_config = run.policy, copy.deepcopy(PeftConfig.from_pretrained(self.source))
         self._check_base(policy, adapter_config.base_model_name_or_path)
@@ -71,7 +72,7 @@ class RewardAdapterScorer(RewardModelScorer):
             )
         adapter_config.modules_to_save, adapter_config.task_type, adapter_config.inference_mode = None, None, True
         base = policy.get_base_model()
-        check_vocabulary(self.tokenizer, vocabulary_size(base), self.__name__)
+        self.unknown_tokens = unknown_tokens(self.tokenizer, vocabulary_size(base), self.__name__)
         with safe_loading(self.source):  # TRL has written the policy's padding token into the configuration in memory
             config = AutoConfig.from_pretrained(base.config._name_or_path, trust_remote_code=False)
         self.pad_token_id = adapter_pad_id(config, self.tokenizer, self.card, self.source)
@@ -88,7 +89,7 @@ class RewardAdapterScorer(RewardModelScorer):
 
     @property
     def _filler(self) -> int:
-        return super()._filler or 0  # the score is not read by the model, so every token will do
+        return super()._filler or 0  # the score is not read by the model, so any token may fill
 
     def _check_base(self, policy: PeftModel, trained_on: str) -> None:
         base = policy.get_base_model().config._name_or_path

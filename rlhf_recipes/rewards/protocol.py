@@ -3,8 +3,9 @@
 The trainer, the preflight and the identity of a run use this contract alone. They know no class of reward models.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import nn
@@ -42,8 +43,9 @@ class Scorer(Protocol):
         card: Card of the reward model, if it has one.
         gives_states: Whether a critic can read the hidden states of its model: it then has `take_states`,
             `hidden_size` and `score_with_states` of `RewardModelScorer`.
-        position_limit: Number of tokens that the model can read at most, if its architecture sets a limit: it then has
-            `prompt_lengths` of `RewardModelScorer`.
+        position_limit: Number of tokens that the model can read at most, if its architecture sets a limit.
+        unknown_tokens: Tokens of its tokenizer, by id, for which it has no embedding. With one of them or with a
+            `position_limit`, it has `prompt_lengths` of `RewardModelScorer`.
     """
 
     __name__: str
@@ -52,6 +54,7 @@ class Scorer(Protocol):
     card: RewardModelCard | None = None
     gives_states: bool = False
     position_limit: int | None = None
+    unknown_tokens: Mapping[int, str] = MappingProxyType({})
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any

@@ -1,10 +1,11 @@
 """The rule for the token at which a reward model's score is read: the last one that is not its padding token.
 
 transformers' classifiers and TRL's training follow this rule with the `pad_token_id` of the model's configuration. A
-model without one reads the last token of each row. The reward model's tokenizer has no say, because it can pad with
-another token.
+model without one reads the last token of each row. The padding token of the tokenizer does not count, because it can
+be another one.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from rlhf_recipes.rewards.card import RewardModelCard
 
 
 def trained_pad_id(model: Any, tokenizer: PreTrainedTokenizerBase, card: RewardModelCard | None) -> int | None:
-    """Return the padding token that the score head of a classifier passes over; `None` if it reads the last token.
+    """Return the padding token that the score head of a classifier skips; `None` if it reads the last token.
 
     Args:
         model: Classifier.
@@ -29,8 +30,9 @@ def trained_pad_id(model: Any, tokenizer: PreTrainedTokenizerBase, card: RewardM
     name = model.config._name_or_path or type(model).__name__
     if card is not None and card.pad_token_id not in (None, said):
         raise ValueError(
-            f"The score head of {name} was trained with `pad_token_id` {card.pad_token_id}, says its card, but its "
-            f"configuration says {said}, so another token would be read. Write the card's number into `config.json`."
+            f"The card of {name} says that its score head was trained with `pad_token_id` {card.pad_token_id}, but "
+            f"its configuration says {said}, so another token would be read. Write the card's number into "
+            "`config.json`."
         )
     if said is None and tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError(
@@ -89,8 +91,10 @@ def vocabulary_size(model: Any) -> int:
     return int(embeddings or model.config.get_text_config().vocab_size)
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, name: str) -> None:
-    """Check that a reward model has an embedding for every token of its tokenizer, except the padding token.
+def unknown_tokens(tokenizer: PreTrainedTokenizerBase, size: int, name: str) -> dict[int, str]:
+    """Return the tokens of a tokenizer for which a reward model has no embedding, by id.
+
+    The padding token is none of them, because it is never read.
 
     Args:
         tokenizer: Tokenizer of the reward model.
@@ -98,15 +102,38 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, name: str) -
         name: Name of the reward model.
 
     Raises:
+        ValueError: If one of them is EOS, which ends every finished text.
+    """
+    unread = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+    unknown = {i: token for token, i in tokenizer.get_vocab().items() if i >= size and i != unread}
+    if tokenizer.eos_token_id in unknown:
+        raise ValueError(_unknown(f"The EOS token {tokenizer.eos_token!r}", tokenizer.eos_token_id, size, name))
+    return unknown
+
+
+def check_tokens(rows: list[list[int]], unknown: Mapping[int, str], size: int, name: str) -> None:
+    """Check that a reward model has an embedding for every token of some rows.
+
+    Args:
+        rows: Token ids.
+        unknown: Result of `unknown_tokens`.
+        size: Number of the model's embeddings.
+        name: Name of the reward model.
+
+    Raises:
         ValueError: If it has not.
     """
-    vocabulary = tokenizer.get_vocab().items()
-    unknown = sorted(token for token, i in vocabulary if i >= size and i != tokenizer.pad_token_id)
-    if unknown:
-        raise ValueError(
-            f"The tokenizer of the reward model {name} has {len(unknown)} tokens for which the model's {size} "
-            f"embeddings have none, for example {unknown[0]!r}. Use the tokenizer saved beside the reward model."
-        )
+    for number, row in enumerate(rows):
+        if found := unknown.keys() & set(row):
+            token = min(found)
+            raise ValueError(_unknown(f"Row {number} has the token {unknown[token]!r}, which", token, size, name))
+
+
+def _unknown(what: str, token: int, size: int, name: str) -> str:
+    return (
+        f"{what} has no embedding in the reward model {name}: its id is {token}, and the model has {size} embeddings. "
+        "Use the tokenizer that the reward model was trained with."
+    )
 
 
 def cut_front(row: list[int], limit: int | None, bos_id: int | None) -> list[int]:

@@ -17,7 +17,8 @@ from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.rendering import answered_ids, prompt_ids
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.fingerprint import fingerprint, is_adapter
-from rlhf_recipes.models.reward_model import check_score_layer, load_reward_model, position_limit
+from rlhf_recipes.models.loading import position_limit
+from rlhf_recipes.models.reward_model import check_score_layer, load_reward_model
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.rewards.alone import row_scores, scores_alone
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
@@ -25,10 +26,11 @@ from rlhf_recipes.rewards.client import finished_completions
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
 from rlhf_recipes.rewards.reading import (
     adapter_pad_id,
-    check_vocabulary,
+    check_tokens,
     cut_front,
     padded,
     trained_pad_id,
+    unknown_tokens,
     vocabulary_size,
 )
 
@@ -50,8 +52,8 @@ class RewardModelScorer(Scorer):
         card: Card of the reward model, if it has one.
 
     Raises:
-        ValueError: If the model has no `score` layer, if its tokenizer has tokens that it does not know, or if nothing
-            says at which token its score is read.
+        ValueError: If the model has no `score` layer or no embedding for EOS, or if nothing says at which token its
+            score is read.
     """
 
     model: Any
@@ -68,7 +70,7 @@ class RewardModelScorer(Scorer):
         if model is not None:
             check_score_layer(model)
             self.__name__ = Path(model.config._name_or_path or "reward_model").name
-            check_vocabulary(tokenizer, vocabulary_size(model), self.__name__)
+            self.unknown_tokens = unknown_tokens(tokenizer, vocabulary_size(model), self.__name__)
             self.pad_token_id, self.position_limit = trained_pad_id(model, tokenizer, card), position_limit(model)
             model.eval().requires_grad_(False)
 
@@ -125,8 +127,15 @@ class RewardModelScorer(Scorer):
         return self._score_rows(token_ids, kept)
 
     def token_ids(self, prompts: list[Prompt], completions: list[Prompt], finished: list[bool]) -> list[list[int]]:
-        """Return the token ids that the model reads, one list per completion."""
-        return [self._token_ids(*row) for row in zip(prompts, completions, finished, strict=True)]
+        """Return the token ids that the model reads, one list per completion.
+
+        Raises:
+            ValueError: If the model has no embedding for one of them.
+        """
+        rows = [self._token_ids(*row) for row in zip(prompts, completions, finished, strict=True)]
+        if self.unknown_tokens:
+            check_tokens(rows, self.unknown_tokens, vocabulary_size(self._classifier()), self.__name__)
+        return rows
 
     def scores_alone(self, prompts: list[Prompt], completions: list[Prompt]) -> tuple[list[float], list[float]] | None:
         """Return the scores of finished completions, and those of plain transformers, row by row.
@@ -189,7 +198,7 @@ class RewardModelScorer(Scorer):
 
     @property
     def _filler(self) -> int | None:
-        """Return the token that fills a batch: the one that the head passes over. Without one, rows go alone."""
+        """Return the token that fills a batch: the one that the head skips. Without one, a batch has one row."""
         known = self.pad_token_id is not None and 0 <= self.pad_token_id < vocabulary_size(self._classifier())
         return self.pad_token_id if known else None
 
@@ -217,7 +226,13 @@ class RewardModelScorer(Scorer):
         return self._score({name: x.to(self.model.device) for name, x in batch.items()}, token_ids).float().cpu()
 
     def _score(self, batch: dict[str, Tensor], token_ids: list[list[int]]) -> Tensor:
-        return self.model(**batch).logits[:, 0]
+        logits = self.model(**batch).logits
+        if logits.shape != (len(token_ids), 1):
+            raise ValueError(
+                f"The reward model {self.__name__} gives numbers of shape {tuple(logits.shape)} for {len(token_ids)} "
+                "completions, not one score each. Write a reward function that calls it."
+            )
+        return logits[:, 0]
 
 
 def state_positions(read: list[int], sampled: list[int], prompt: list[int]) -> list[int]:

@@ -7,7 +7,7 @@ from peft import PeftModel
 
 from rlhf_recipes.data.prompts import column_names
 from rlhf_recipes.data.tokens import check_rows
-from rlhf_recipes.models.loading import learned_positions
+from rlhf_recipes.models.loading import position_limit
 from rlhf_recipes.models.vocabulary import check_padding
 
 
@@ -62,7 +62,7 @@ def _check_split(trainer: Any, given: Any, prepared: Any, name: str) -> None:
         )
     if not isinstance(prepared, Dataset):
         return
-    positions = None if "seq_lengths" in prepared.column_names else learned_positions(trainer.model)  # packed rows
+    positions = None if "seq_lengths" in prepared.column_names else position_limit(trainer.model)  # packed rows
     if positions is not None and limit is not None and limit <= positions:
         positions = None
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)

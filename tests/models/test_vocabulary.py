@@ -9,7 +9,7 @@ from tolerances import FP32, assert_close
 from transformers import LlamaForCausalLM
 from trl import SFTConfig
 
-from rlhf_recipes.models.loading import learned_positions, load_policy, load_tokenizer
+from rlhf_recipes.models.loading import load_policy, load_tokenizer, position_limit
 from rlhf_recipes.models.reward_model import load_reward_model
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.trainers.sft import SFTTrainer
@@ -195,4 +195,4 @@ def test_a_reward_model_of_text_needs_an_end(tmp_path):
 
 
 def test_tables_of_positions():
-    assert learned_positions(tiny.policy(tiny.tokenizer())) is None
+    assert position_limit(tiny.policy(tiny.tokenizer())) is None

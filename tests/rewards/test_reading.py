@@ -7,16 +7,19 @@ import pytest
 import tiny
 import torch
 import transformers as hf
+from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from tolerances import FP32, MERGED, SCORES, assert_close
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rlhf_recipes.models.reward_model import load_reward_model, position_limit
+from rlhf_recipes.models.loading import position_limit
+from rlhf_recipes.models.reward_model import load_reward_model
 from rlhf_recipes.rewards.adapter import RewardAdapterScorer
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard, tokenizer_fingerprint
 from rlhf_recipes.rewards.functions import as_scorer
-from rlhf_recipes.rewards.reading import check_vocabulary, cut_front, read_position
+from rlhf_recipes.rewards.reading import cut_front, read_position, unknown_tokens
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 from rlhf_recipes.rewards.server import reward_app
 
@@ -259,9 +262,7 @@ def test_a_card_that_contradicts_the_configuration_is_refused(tmp_path):
     trainer.save_model()
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": EOS}))
-    with pytest.raises(
-        ValueError, match="was trained with `pad_token_id` 0, says its card, but its configuration says 1"
-    ):
+    with pytest.raises(ValueError, match="was trained with `pad_token_id` 0, but its configuration says 1"):
         RewardModelScorer.from_pretrained(str(tmp_path))
 
 
@@ -308,6 +309,23 @@ def test_models_with_another_head_are_refused_by_name():
     language_model.config.num_labels = 1
     with pytest.raises(ValueError, match="LlamaForCausalLM has no `score` layer"):
         as_scorer(language_model, tok)
+    of_each_token = hf.LlamaForTokenClassification(_model("Llama", tok).config)
+    with pytest.raises(ValueError, match="LlamaForTokenClassification has no `score` layer that reads the last token"):
+        as_scorer(of_each_token, tok)
+
+
+class OneScorePerToken(hf.LlamaForSequenceClassification):
+    """Return a score for each token, which nobody can see before the first call."""
+
+    def forward(self, **inputs):
+        return SequenceClassifierOutput(logits=self.score(self.model(**inputs).last_hidden_state))
+
+
+def test_a_model_with_one_score_per_token_is_refused_at_its_first_call():
+    tok = tiny.tokenizer()
+    scorer = as_scorer(OneScorePerToken(_model("Llama", tok).config), tok)
+    with pytest.raises(ValueError, match=r"reward_model gives numbers of shape \(3, \d+, 1\) for 3 completions"):
+        scorer(PROMPTS, ANSWERS)
 
 
 def test_a_head_with_a_bias_is_taken_from_an_instance():
@@ -369,19 +387,53 @@ def test_one_output_is_taken_whatever_it_is_called(tmp_path):
     assert_close(RewardModelScorer.from_pretrained(path)(PROMPTS, ANSWERS), expected, FP32)
 
 
-def test_a_token_outside_the_vocabulary_is_refused_when_the_trainer_is_built(tmp_path):
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_a_token_outside_the_vocabulary_is_refused_when_the_trainer_is_built(tmp_path, chat):
     tok = tiny.tokenizer()
     model = _model("Llama", tok)
     tok.add_tokens(["<tool>"])
-    refusal = r"has 1 tokens for which the model's 3\d\d embeddings have none, for example '<tool>'"
     path = _save(model, tok, tmp_path / "rm")
+    texts = ["the fox"] * 7 + ["<tool> is red"]
+    prompts = [[{"role": "user", "content": text}] for text in texts] if chat else texts
+    refusal = (
+        r"`train_dataset` does not suit .* Row 7 has the token '<tool>', which has no embedding .* its id is 30\d"
+    )
+    data = {"data": Dataset.from_dict({"prompt": prompts}), "reward_tok": tok}
     for given in (model, path):
         with pytest.raises(ValueError, match=refusal):
-            tiny.ppo_trainer(tmp_path / "ppo", rewards=given, reward_tok=tok)
+            tiny.ppo_trainer(tmp_path / "ppo", rewards=given, **data)
+    tiny.ppo_trainer(tmp_path / "ppo", rewards=model, reward_tok=tok, chat=chat).train()
+    with pytest.raises(
+        ValueError, match="Row 1 has the token '<tool>', which has no embedding in the reward model rm"
+    ):
+        RewardModelScorer.from_pretrained(path)(["a", "b"], ["the fox", "a <tool>"])
     model.resize_token_embeddings(len(tok))
     scores = as_scorer(model, tok)(["<tool> "] * 2, ["a", "<tool>"])
     rows = [tok(f"<tool> {answer}<eos>")["input_ids"] for answer in ("a", "<tool>")]
     assert_close(scores, _by_transformers(model, rows), FP32)
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_an_eos_outside_the_vocabulary_is_refused_when_the_model_is_loaded(tmp_path, pads):
+    tok = tiny.tokenizer()
+    model = _model("Llama", tok)
+    tok.add_special_tokens({"eos_token": "<end>"} | ({"pad_token": "<end>"} if pads else {}))
+    for given in (model, _save(model, tok, tmp_path)):
+        with pytest.raises(ValueError, match="The EOS token '<end>' has no embedding in the reward model"):
+            as_scorer(given, tok)
+
+
+def test_a_token_that_transformers_adds_by_itself_is_no_fault(tmp_path):
+    """Qwen's class of tokenizers has a token that this tokenizer never had."""
+    tok = tiny.tokenizer()
+    path = _save(_model("Qwen2", tok), tok, tmp_path)
+    scorer = RewardModelScorer.from_pretrained(path)
+    assert set(scorer.unknown_tokens.values()) == {"<|endoftext|>"}
+    rows = [
+        scorer.tokenizer(prompt + answer + "<eos>")["input_ids"]
+        for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
+    ]
+    assert_close(scorer(PROMPTS, ANSWERS), _by_transformers(scorer.model, rows), FP32)
 
 
 def test_a_padding_token_outside_the_vocabulary_is_never_read():
@@ -389,7 +441,7 @@ def test_a_padding_token_outside_the_vocabulary_is_never_read():
     model = _model("Llama", tok)
     tok.add_special_tokens({"pad_token": "[PAD]"})
     model.config.pad_token_id = tok.pad_token_id
-    check_vocabulary(tok, model.config.vocab_size, "rm")
+    assert unknown_tokens(tok, model.config.vocab_size, "rm") == {}
     rows = [tok(prompt + answer + "<eos>")["input_ids"] for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     assert_close(RewardModelScorer(model, tok)(PROMPTS, ANSWERS), _by_transformers(model, rows), FP32)
 
