@@ -29,7 +29,7 @@ def terminate(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[list[int]]:
-    """Let signals and Ctrl-C wait inside, in the list that is yielded. The caller answers them, or lets them go."""
+    """Collect signals and Ctrl-C inside in the list that is yielded. The caller answers or ignores them."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield received

@@ -13,8 +13,8 @@ _HASH = 8  # characters that tell two names apart that would be one
 def clean_name(name: str) -> str:
     """Return a name that MLflow takes as the key of a metric, parameter or tag.
 
-    Like transformers, replace by `_` what is not an ASCII letter or digit, `_`, `-`, `.`, `:`, `/` or a space. Replace
-    also the parts of a path that would lead to another name (`..`, `/abc`, `a//b`), and shorten a long name.
+    As transformers does, replace every character by `_` except ASCII letters, digits, `_`, `-`, `.`, `:`, `/` and the
+    space. Replace also the parts of a path that lead to another name (`..`, `/abc`, `a//b`), and shorten a long name.
     """
     name = re.sub(r"[^0-9A-Za-z_\-. :/]", "_", name)
     parts = [part if part.strip(".") else "_" for part in name.split("/")]
@@ -23,7 +23,7 @@ def clean_name(name: str) -> str:
 
 
 def model_name(directory: str) -> str:
-    """Return the name of a directory as the name of a model in MLflow, which refuses dots and much else."""
+    """Return the name of a directory as a name of a model, in which MLflow refuses dots and other characters."""
     return re.sub(r"[^\w-]", "_", directory)
 
 
@@ -38,7 +38,7 @@ class Names:
         self._taken: dict[str, str] = {}  # the name that has a clean name, by this
 
     def __call__(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the clean name of each name. Of two that would be one, the later gets a hash at its end."""
+        """Return the clean name of each name. If two names have the same one, the later gets a hash at its end."""
         clean = {name: clean_name(name) for name in names}
         for name in sorted(clean, key=lambda name: clean[name] != name):  # a name that MLflow takes keeps its own
             if self._taken.setdefault(clean[name], name) != name:

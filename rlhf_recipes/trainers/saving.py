@@ -1,7 +1,4 @@
-"""What every trainer of this library writes beside its weights, so that they can be loaded again.
-
-A mixin for TRL's trainers.
-"""
+"""Save weights with all that is needed to load them again: a mixin for TRL's trainers."""
 
 from typing import Any
 
