@@ -36,6 +36,13 @@ def test_a_token_without_a_row_in_the_embedding_is_named(monkeypatch, chat, batc
         _check(["a", "b", "c <y>", "<x>"], chat=chat, tok=tok)
 
 
+def test_the_first_id_outside_is_outside():
+    tok = tiny.tokenizer()
+    tok.add_tokens(["<x>"])
+    with pytest.raises(ValueError, match=r"the token '<x>' \(id 307\) in row 0, but the model's vocabulary has 307"):
+        _check(["<x>"], tok=tok)
+
+
 def test_a_padded_vocabulary_has_room():
     tok = tiny.tokenizer(vocab_size=280)
     tok.add_tokens(["<x>"])
