@@ -9,7 +9,8 @@ from trl import ScriptArguments
 
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.data.files import find_defect, is_beside_data
-from rlhf_recipes.data.prompts import add_separator, check_columns
+from rlhf_recipes.data.prompts import add_separator
+from rlhf_recipes.data.rows import mend_transcripts, readable_rows
 from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.recipes import PPOArguments
 
@@ -92,7 +93,7 @@ def load_prompts(script_args: ScriptArguments, split: str) -> Dataset:
     """Load the prompts of a split and the columns that a reward function may read, without the answers.
 
     Raises:
-        ValueError: See `load_split` and `check_columns`.
+        ValueError: See `load_split` and `readable_rows`.
     """
     return without_answers(load_split(script_args, split))
 
@@ -101,9 +102,9 @@ def without_answers(dataset: Dataset) -> Dataset:
     """Return the prompts and the columns that a reward function may read, without the answers.
 
     Raises:
-        ValueError: See `check_columns`.
+        ValueError: See `readable_rows`.
     """
-    check_columns(dataset, ("prompt",), "dataset_name")
+    dataset = readable_rows(dataset, ("prompt",), "dataset_name")
     answers = [column for column in ("completion", "chosen", "rejected") if column in dataset.column_names]
     return dataset.remove_columns(answers)
 
@@ -112,13 +113,13 @@ def load_demonstrations(script_args: ScriptArguments, split: str, separator: str
     """Load a split for SFT: `prompt` and `completion`, or TRL's `messages` or `text`. `separator` ends plain prompts.
 
     Raises:
-        ValueError: See `load_split` and `check_columns`.
+        ValueError: See `load_split` and `readable_rows`.
     """
     dataset = load_split(script_args, split)
     if "prompt" not in dataset.column_names:
         return dataset
-    check_columns(dataset, ("prompt", "completion"), "dataset_name")
-    return add_separator(dataset, separator)
+    dataset = readable_rows(dataset, ("prompt", "completion"), "dataset_name")
+    return add_separator(mend_transcripts(dataset), separator)
 
 
 def load_critic_pairs(script_args: PPOArguments) -> Dataset | None:

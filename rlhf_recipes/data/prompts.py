@@ -3,6 +3,8 @@
 The formats are TRL's: `prompt`; `prompt`, `chosen`, `rejected`; `prompt`, `completion`. Each is text or messages.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from datasets import Dataset, IterableDataset
@@ -10,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
 from rlhf_recipes.data.forms import check_forms, form_of
-from rlhf_recipes.data.tokens import check_ids, prompt_ids
+from rlhf_recipes.data.rendering import prompt_ids
+from rlhf_recipes.data.tokens import batches_of_prompt_ids, check_ids
+from rlhf_recipes.data.transcripts import begun_answer
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 MaybeDataset = TypeVar("MaybeDataset", Dataset, IterableDataset, None)
@@ -19,6 +23,16 @@ MaybeDataset = TypeVar("MaybeDataset", Dataset, IterableDataset, None)
 def column_names(dataset: AnyDataset) -> list[str]:
     """Return the names of the columns. A stream may not declare them, so its first row is read."""
     return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def rows_of(dataset: AnyDataset, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Return the values of columns row by row, read in batches. Of a stream, return the first row only."""
+    if not isinstance(dataset, Dataset):
+        first = next(iter(dataset))
+        yield tuple(first[column] for column in columns)
+        return
+    for batch in dataset.select_columns(list(columns)).iter(batch_size=1_000):
+        yield from zip(*(batch[column] for column in columns), strict=True)
 
 
 def check_columns(dataset: AnyDataset | None, columns: tuple[str, ...], name: str) -> None:
@@ -53,19 +67,31 @@ def check_columns(dataset: AnyDataset | None, columns: tuple[str, ...], name: st
             "the prompt too, drop the column `prompt`."
         )
     for column in columns:
-        check_forms(dataset[column] if isinstance(dataset, Dataset) else [first[column]], column, name)
+        check_forms((value for (value,) in rows_of(dataset, (column,))), column, name)
 
 
 def add_separator(dataset: MaybeDataset, separator: str) -> MaybeDataset:
-    """End every plain-text prompt with `separator`. Chat prompts have a template and do not change."""
-    if dataset is None or separator == "" or is_conversational(next(iter(dataset))):
+    """End every plain-text prompt with `separator`. Chat prompts have a template and do not change.
+
+    Raises:
+        ValueError: If the prompt of a transcript ends inside the answer, which the separator would cut.
+    """
+    if dataset is None or separator == "" or is_conversational({"prompt": next(iter(dataset))["prompt"]}):
         return dataset
 
-    def end_prompt(example: dict[str, Any]) -> dict[str, Any]:
+    def end_prompt(example: dict[str, Any], row: int) -> dict[str, Any]:
         prompt = example["prompt"]
-        return {"prompt": prompt if prompt.endswith(separator) else prompt + separator}
+        if prompt.endswith(separator):
+            return {"prompt": prompt}
+        if begun := begun_answer(prompt):
+            raise ValueError(
+                f"The prompt in row {row} ends inside the assistant's answer ({begun[-40:]!r}), where "
+                "`response_separator` would cut it. Split whole dialogues by `dataset.map(split_transcript)` "
+                "(`rlhf_recipes.data.transcripts`), or set `response_separator: ''`."
+            )
+        return {"prompt": prompt + separator}
 
-    return dataset.map(end_prompt)
+    return dataset.map(end_prompt, with_indices=True)
 
 
 def check_prompts_fit(
@@ -88,7 +114,7 @@ def check_prompts_fit(
     own = config.get_text_config()
     limit, vocab_size = getattr(own, "max_position_embeddings", None), getattr(own, "vocab_size", None)
     lengths: list[int] = []
-    for ids in prompt_ids(dataset["prompt"], tokenizer):
+    for ids in batches_of_prompt_ids(dataset["prompt"], tokenizer):
         check_ids(ids, len(lengths), vocab_size, tokenizer, name)
         lengths += ids.value_lengths().to_pylist()
     too_long = [row for row, length in enumerate(lengths) if limit is not None and length + max_new_tokens > limit]
@@ -100,3 +126,8 @@ def check_prompts_fit(
             f"({max_new_tokens}) it exceeds the model's {limit} positions.{others} Shorten or drop long prompts, or "
             "lower `max_completion_length`."
         )
+
+
+def first_prompts(dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, count: int = 3) -> list[list[int]]:
+    """Return the token ids of the first prompts of a dataset, as the policy reads them."""
+    return prompt_ids(tokenizer, [row["prompt"] for row in itertools.islice(dataset, count)])

@@ -8,6 +8,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_recipes.data.rendering import prompt_ids
+
 BATCH = 1_000  # prompts per call of the tokenizer
 
 
@@ -38,15 +40,10 @@ def check_ids(lists: pa.ListArray, first_row: int, vocab_size: int | None, token
     )
 
 
-def prompt_ids(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[pa.ListArray]:
+def batches_of_prompt_ids(prompts: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[pa.ListArray]:
     """Yield the token ids that the policy reads for prompts, in batches."""
     for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
-        if isinstance(batch[0], str):
-            ids = tokenizer(batch)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(batch, add_generation_prompt=True, return_dict=True)["input_ids"]
-        yield pa.array(ids, type=pa.list_(pa.int64()))
+        yield pa.array(prompt_ids(tokenizer, list(prompts[start : start + BATCH])), type=pa.list_(pa.int64()))
 
 
 def check_rows(prepared: Dataset, tokenizer: Any, vocab_size: int | None, positions: int | None, name: str) -> None:

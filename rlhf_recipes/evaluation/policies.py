@@ -14,7 +14,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf_recipes.algorithm.best_of_n import best_of_n_kl_bound, best_of_n_weights
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.data.messages import answer_to
+from rlhf_recipes.data.rendering import prompt_ids
+from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
+from rlhf_recipes.models.critic import causal_lm
+from rlhf_recipes.models.forward import sampling_inputs
 
 MAX_LOGITS = 2**27  # per forward that only measures: half a gigabyte in float32
 
@@ -51,15 +55,16 @@ def generate_completions(
         bos_token_id=tokenizer.bos_token_id,
         **sampling,
     )
-    original, model.generation_config = model.generation_config, config
+    owner = causal_lm(model)  # PEFT reads the config of its model, and would overwrite it by one of its own
+    original, owner.generation_config = owner.generation_config, config
     completions: list[list[int]] = []
     try:
         for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):
             batch = _tokenize_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
-            output = model.generate(**batch)[:, batch["input_ids"].size(1) :]
+            output = model.generate(**batch, **sampling_inputs(model))[:, batch["input_ids"].size(1) :]
             completions += [_cut_after_eos(row, end_ids) for row in output.tolist()]
     finally:
-        model.generation_config = original
+        owner.generation_config = original
     return completions
 
 
@@ -101,6 +106,7 @@ def compare_policies(
         seed: Seed of sampling, the same for both policies, and of the bootstrap.
         generation: Options of `generate_completions`.
     """
+    check_reward_columns(dataset, "dataset", pairs=bool(pairwise_judges))
     end_ids = eos_token_ids(baseline, tokenizer)
     known = _repeated(dataset, num_samples)
     prompts = known["prompts"]
@@ -186,11 +192,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> Any:
-    if isinstance(prompts[0], str):
-        token_ids = tokenizer(prompts)["input_ids"]
-    else:
-        token_ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return tokenizer.pad({"input_ids": token_ids}, padding_side="left", return_tensors="pt")
+    return tokenizer.pad({"input_ids": prompt_ids(tokenizer, prompts)}, padding_side="left", return_tensors="pt")
 
 
 def _cut_after_eos(token_ids: list[int], end_ids: list[int]) -> list[int]:

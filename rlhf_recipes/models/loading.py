@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,8 +24,9 @@ from transformers import (
 from trl import ModelConfig, get_quantization_config
 from trl.models import prepare_deepspeed, prepare_fsdp
 
+from rlhf_recipes.models.adapter_base import find_base
+from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
-from rlhf_recipes.models.reward_model import is_adapter
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.models.vocabulary import fit_to_adapter
 
@@ -88,7 +89,7 @@ def load_policy(
     stays_quantized = "quantization_config" in kwargs
     rounding = (saved_quantization(path) if is_adapter(path) else None) or base_quantization
     kwargs.setdefault("quantization_config", rounding)
-    base_path = base or PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter(path) else path
+    base_path = find_base(path, base, kwargs.get("revision")) if is_adapter(path) else path
     with safe_loading(path, base_path):
         model = keep_unpacked(AutoModelForCausalLM.from_pretrained(base_path, **safe_kwargs(kwargs)))
     if is_adapter(path):

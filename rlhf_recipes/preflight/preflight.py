@@ -16,17 +16,18 @@ from peft import PeftModel
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.durability.ending import wait_to_end
 from rlhf_recipes.options.baselines import samples_rollouts
-from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, tracking_uri
+from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, is_recorded, tracking_uri
 from rlhf_recipes.preflight.dataset import NEGLIGIBLE, check_preferences, check_prompts, longer_chosen, texts
+from rlhf_recipes.preflight.examples import example_lines
 from rlhf_recipes.preflight.finding import Finding
 from rlhf_recipes.preflight.policy import (
     PROBES,
     answers_of,
     card_findings,
     end_findings,
+    options_of_sampler,
     probe,
     sampling_findings,
-    sampling_options,
     score_findings,
 )
 from rlhf_recipes.preflight.resources import (
@@ -109,12 +110,16 @@ def preflight(
         schedule = (_check_rollouts if samples else _check_supervised)(report, trainer, train, evaluation)
         _check_disk(report, trainer, schedule, tracking)
         _check_memory(report, trainer, train)
+        report.lines |= example_lines(trainer)
         processes = _counted(state.num_processes, "process", "processes")
         report.write(f"Preflight: {processes} on {state.device.type}, {schedule.steps:,} optimiser steps")
     errors = [report.errors]
     if state.num_processes > 1:
         broadcast_object_list(errors)
     if preflight_args.preflight_only:
+        numbers = getattr(trainer, "numbers", None)
+        if not errors[0] and numbers is not None and trainer.accelerator.distributed_type not in SHARDED:
+            numbers.check(from_start=True)  # otherwise training begins with it
         wait_to_end()
         trainer.accelerator.end_training()
         raise SystemExit(1 if errors[0] else 0)
@@ -150,11 +155,7 @@ def _check_rollouts(report: Report, trainer: Any, train: Dataset, evaluation: Da
     report.findings += schedule_findings(args, schedule, None if evaluation is None else len(evaluation))
     report.findings += check_prompts(train, evaluation)
     report.findings += kl_findings(args, schedule) if hasattr(args, "kl_coef") else []
-    options = sampling_options(
-        args,
-        getattr(trainer, "generation_kwargs", {}),
-        None if args.use_vllm else trainer.model.generation_config,
-    )
+    options = options_of_sampler(trainer)
     vocab_size = trainer.model.config.get_text_config().vocab_size
     report.findings += end_findings(trainer.eos_token_ids, vocab_size, options, args.max_completion_length)
     report.findings += sampling_findings(options)
@@ -241,7 +242,7 @@ def _check_disk(report: Report, trainer: Any, schedule: Schedule, tracking: Trac
     sizes = training_sizes(trainer.model, args, adapter=isinstance(trainer.model, PeftModel))
     one = checkpoint_bytes(sizes, only_model=args.save_only_model)
     final = checkpoint_bytes(sizes, only_model=True)
-    keeps_copy = tracking.tracking and tracking.log_model and not tracking_uri(tracking).startswith("http")
+    keeps_copy = is_recorded(tracking) and tracking.log_model and not tracking_uri(tracking).startswith("http")
     planned = planned_bytes(one, final, schedule.checkpoints, args.save_total_limit, 1 + keeps_copy)
     free = free_disk(args.output_dir)
     report.lines["disk"] = f"up to {gigabytes(planned)} to be written, {gigabytes(free)} free"

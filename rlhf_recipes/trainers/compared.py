@@ -4,7 +4,7 @@ Mixins for TRL's trainers, of overrides. A subclass calls `prepare_rewards` befo
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,24 @@ from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
+from rlhf_recipes.data.messages import ends_in_prefill
+from rlhf_recipes.data.rendering import prompt_ids
+from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, load_ppo_state, save_ppo_state
-from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
 from rlhf_recipes.evaluation.samples import write_table
+from rlhf_recipes.models.generation import plain_output
 from rlhf_recipes.models.loading import prepare_frozen
 from rlhf_recipes.options.reward_calls import RewardCallConfig
+from rlhf_recipes.preflight.policy import warn_of_sampling
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
-from rlhf_recipes.trainers.update import episodes
+from rlhf_recipes.trainers.saving import SavingTrainer
+from rlhf_recipes.trainers.update import COUNT_OF, episodes, weigh_means
 
 
-class ComparedTrainer(DurableTrainer):
+class ComparedTrainer(SavingTrainer):
     """Compare the policy with the one that training started from, after every evaluation of TRL.
 
     A subclass sets the attributes declared here before it trains.
@@ -53,7 +59,13 @@ class ComparedTrainer(DurableTrainer):
             eos_token_ids: Ids that end a completion.
             judges: Functions that score the answers of an evaluation, by name.
             pairwise_judges: Functions that compare two answers, by name.
+
+        Raises:
+            ValueError: If a column has the name of an argument of theirs.
         """
+        sees_images = hasattr(self.processing_class, "tokenizer")  # a processor holds a tokenizer
+        check_reward_columns(self.train_dataset, "train_dataset", sees_images=sees_images)
+        check_reward_columns(self.eval_dataset, "eval_dataset", pairs=bool(pairwise_judges), sees_images=sees_images)
         own = (limits.reward_timeout, limits.reward_retries, limits.failed_rewards)
         self.reward_calls = RewardCalls(*own)
         self.held_out = HeldOutComparison(judges, pairwise_judges, seed=self.args.seed, calls=RewardCalls(*own))
@@ -67,7 +79,13 @@ class ComparedTrainer(DurableTrainer):
         )
         for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
             scorer.prepare(run)
+        self._check_context(limits.reward_overflow)
         return [self.reward_calls.guard(function) for function in functions]
+
+    def _check_context(self, reward_overflow: str) -> None:
+        held_out, length = {"eval_dataset": self.eval_dataset}, self.args.max_completion_length
+        check_context(self.scorers, {"train_dataset": self.train_dataset} | held_out, length, reward_overflow)
+        check_context(self.held_out.judges.values(), held_out, length, reward_overflow)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL does, and compare with the policy that training started from."""
@@ -87,6 +105,13 @@ class ComparedTrainer(DurableTrainer):
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _log_counts(self, count: float, names: Iterable[str]) -> None:
+        """Log how many tokens or completions of all ranks are behind the means that were just logged.
+
+        The log weighs the means by these numbers. Without them, each has the same weight.
+        """
+        self._log_metrics({f"{COUNT_OF}{name}": count for name in names})
 
     def _save_progress(self, folder: Path) -> None:
         super()._save_progress(folder)
@@ -117,6 +142,7 @@ class RolloutTrainer(ComparedTrainer):
     """Resume inside a rollout, and in later epochs with the same order of the data, which TRL loses."""
 
     num_iterations: int
+    chat_template_kwargs: dict[str, Any]  # TRL's
     _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout
     _samples: list[dict[str, Any]]  # rows of the latest rollout
     _step: int
@@ -126,6 +152,12 @@ class RolloutTrainer(ComparedTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(ProgressCallback(self.restore_progress))
+        if self.accelerator.is_main_process:
+            warn_of_sampling(self)
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        with plain_output(self.accelerator.unwrap_model(self.model)):
+            return super()._generate(prompts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's figures. With those of training, log the number of completions so far, and write some of them."""
@@ -133,7 +165,28 @@ class RolloutTrainer(ComparedTrainer):
             self._log_metrics({"episode": episodes(self.state.global_step, self.args)})
             if self.args.should_save and self._samples:
                 write_table(self._samples, self.args.output_dir, "training", self.state.global_step)
+        weigh_means(self._metrics["train" if self.model.training else "eval"])
         super().log(logs, start_time)
+
+    def rendered(self, prompts: list[Any], tokenize: Callable[[list[Any]], Any]) -> Any:
+        """Tokenise as TRL does, but continue a message of the assistant, and leave off an EOS that ends a prompt.
+
+        Args:
+            prompts: Text or messages.
+            tokenize: TRL's method, which returns token ids, images and fields of a processor.
+        """
+        # A strict template refuses to begin an answer after the assistant's message.
+        asked = [prompt[:-1] if ends_in_prefill(prompt) and len(prompt) > 1 else prompt for prompt in prompts]
+        ids, images, fields = tokenize(asked)
+        if hasattr(self.processing_class, "tokenizer") or vars(self).get("environment_factories") is not None:
+            return ids, images, fields  # a processor of images; or tools that differ between rows
+        return prompt_ids(self.processing_class, prompts, **self.template_options), images, fields
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Return the options with which TRL renders prompts. Its RLOO has no tools."""
+        own = {"tools": vars(self).get("tools") or None, "chat_template": vars(self).get("chat_template")}
+        return own | self.chat_template_kwargs
 
     def _save_progress(self, folder: Path) -> None:
         torch.save(self._progress(), folder / self._progress_file.format(self.accelerator.process_index))

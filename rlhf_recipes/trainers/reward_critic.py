@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_recipes.algorithm.distributed import global_sum
 from rlhf_recipes.algorithm.value_head import ValueHead
-from rlhf_recipes.data.prompts import check_columns
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.protocol import Scorer
 
@@ -157,7 +156,6 @@ def check_critic(critic: str, dataset: Any, scorers: Sequence[Scorer], tokenizer
         if dataset is not None:
             raise ValueError("A `critic_dataset` (`critic_dataset_name`) needs `critic: reward`: no other is fitted.")
         return
-    check_columns(dataset, ("prompt", "chosen", "rejected"), "critic_dataset")
     if dataset is not None and len(scorers) > 1:
         logger.warning(
             "The critic is not fitted to `critic_dataset` (`critic_dataset_name`): the reward model's scores of its "

@@ -11,20 +11,23 @@ from trl import RewardTrainer, is_conversational
 
 from rlhf_recipes.algorithm.losses import l2_penalty
 from rlhf_recipes.data.numbers import check_numbers
-from rlhf_recipes.data.prompts import add_separator, check_columns, column_names
-from rlhf_recipes.durability.trainer import DurableTrainer
+from rlhf_recipes.data.prompts import add_separator, column_names
+from rlhf_recipes.data.rendering import for_training
+from rlhf_recipes.data.rows import check_rendering, join_prefill, mend_transcripts, readable_rows
 from rlhf_recipes.evaluation.statistics import preference_metrics
+from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
-from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, save_quantization
-from rlhf_recipes.models.reward_model import ScoreHead, load_reward_model_base, store_in_float32
+from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked
+from rlhf_recipes.models.reward_model import ScoreHead, check_score_layer, load_reward_model_base, store_in_float32
 from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
+from rlhf_recipes.trainers.saving import SavingTrainer, revision_of
 
 
-class RewardModelTrainer(DurableTrainer, RewardTrainer):
+class RewardModelTrainer(SavingTrainer, RewardTrainer):
     """Train a reward model on preferences and write its card.
 
     Adds to `trl.RewardTrainer`: an explicit separator for plain text, the usual initialisation of the head, a float32
@@ -61,18 +64,17 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
     ) -> None:
         if train_dataset is None:
             raise ValueError("`train_dataset` is not set.")
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is not None:
-                self._check_preferences(dataset, name)
-        train_dataset = check_numbers(train_dataset, "train_dataset")
-        eval_dataset = check_numbers(eval_dataset, "eval_dataset")
+        train_dataset = check_numbers(readable_preferences(train_dataset, "train_dataset"), "train_dataset")
+        eval_dataset = check_numbers(readable_preferences(eval_dataset, "eval_dataset"), "eval_dataset")
         check_output_dir(args.output_dir, adapter=peft_config is not None)
         base_model = model if isinstance(model, str) else model.config._name_or_path
+        self._revision = revision_of(model, args)
         args = with_changes(args)  # a copy: TRL writes into options
         if isinstance(model, str):
             torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
             model = load_reward_model_base(model, **from_pretrained_kwargs(args, quantization_config))
             args = with_changes(args, model_init_kwargs=None)  # TRL warns about them beside a loaded model
+        check_score_layer(model)
         if processing_class is None:
             processing_class = load_tokenizer(base_model)
         example = next(iter(train_dataset))
@@ -98,6 +100,8 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
             **kwargs,
         )
 
+        if args.disable_dropout:
+            disable_dropout(self.model)
         check_adapter_vocabulary(self, tokens)
         check_prepared(self, train_dataset=train_dataset, eval_dataset=eval_dataset)
         keep_unpacked(self.model)
@@ -106,19 +110,15 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
             if isinstance(module, ScoreHead):
                 store_in_float32(module)  # TRL casts the trained weights of a quantised model to bfloat16
 
-    @staticmethod
-    def _check_preferences(dataset: Any, name: str) -> None:
-        has_prompt = not isinstance(dataset, dict) and "prompt" in column_names(dataset)
-        check_columns(dataset, ("prompt", "chosen", "rejected") if has_prompt else ("chosen", "rejected"), name)
-        if not has_prompt and not is_conversational(next(iter(dataset))):
-            raise ValueError(
-                f"`{name}` is plain text without a column 'prompt', so nothing tells where the response begins. "
-                "Split it, for example by `dataset.map(trl.extract_prompt)`."
-            )
-
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        if {"prompt", "chosen"} <= set(column_names(dataset)):
-            dataset = add_separator(dataset, args.response_separator)
+        names = set(column_names(dataset))
+        if "chosen_ids" not in names:  # tokens need none of this
+            columns = ("prompt", "chosen", "rejected") if "prompt" in names else ("chosen",)
+            check_rendering(dataset, columns, f"{dataset_name}_dataset", processing_class)
+            if "prompt" in names:
+                dataset = join_prefill(add_separator(dataset, args.response_separator))
+            if not is_conversational(next(iter(dataset))):
+                processing_class = for_training(processing_class)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def compute_loss(
@@ -139,6 +139,8 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; the card keeps the result of the trainer's own evaluation set."""
         self._eval_batches.clear()
+        if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
+            eval_dataset = readable_preferences(eval_dataset, "eval_dataset")
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         if eval_dataset is None:
             self._card |= {
@@ -162,7 +164,6 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             self.card.save(Path(output_dir or self.args.output_dir))
-            save_quantization(self.model, output_dir or self.args.output_dir)
 
     def save_card(self) -> None:
         """Write the card again, beside the saved model, with the result of the latest evaluation."""
@@ -176,8 +177,29 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         """Return the facts of the training and the latest evaluation, for users of the reward model."""
         return RewardModelCard(
             **self._card,
+            pad_token_id=self.model.config.get_text_config().pad_token_id,
             tokenizer_fingerprint=tokenizer_fingerprint(self.processing_class),
             chat_template_fingerprint=chat_template_fingerprint(self.processing_class)
             if self._card["conversational"]
             else None,
         )
+
+
+def readable_preferences(dataset: Any, name: str) -> Any:
+    """Return preferences as text or plain messages, with the boundary of a transcript where the answer begins.
+
+    Raises:
+        ValueError: If a row cannot be read (`readable_rows`), or if plain text has no column `prompt`.
+    """
+    if dataset is None or (not isinstance(dataset, dict) and "chosen_ids" in column_names(dataset)):
+        return dataset
+    has_prompt = not isinstance(dataset, dict) and "prompt" in column_names(dataset)
+    columns = ("prompt", "chosen", "rejected") if has_prompt else ("chosen", "rejected")
+    dataset = readable_rows(dataset, columns, name)
+    if not has_prompt and not is_conversational(next(iter(dataset))):
+        raise ValueError(
+            f"`{name}` is plain text without a column 'prompt', so nothing tells where the response begins. Split "
+            "dialogues of the form 'Human: .. Assistant: ..' by `dataset.map(split_transcript)` "
+            "(`rlhf_recipes.data.transcripts`), and write other prompts into a column 'prompt'."
+        )
+    return mend_transcripts(dataset)

@@ -2,22 +2,27 @@
 
 from typing import Any
 
-from trl import SFTConfig
+from trl import SFTConfig, is_conversational
 from trl import SFTTrainer as TRLSFTTrainer
 
-from rlhf_recipes.durability.trainer import DurableTrainer
-from rlhf_recipes.models.quantization import keep_unpacked, save_quantization
+from rlhf_recipes.data.messages import ends_in_prefill
+from rlhf_recipes.data.prompts import column_names, rows_of
+from rlhf_recipes.data.rendering import for_training
+from rlhf_recipes.data.rows import check_rendering, readable_rows
+from rlhf_recipes.models.quantization import keep_unpacked
 from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
+from rlhf_recipes.trainers.saving import SavingTrainer, revision_of
 
 TEXT_COLUMNS = ("completion", "text")  # plain text, to which TRL adds the EOS token
 
 
-class SFTTrainer(DurableTrainer, TRLSFTTrainer):
+class SFTTrainer(SavingTrainer, TRLSFTTrainer):
     """Train as TRL does, but write a checkpoint whole or not at all, also on a quantised base."""
 
     def __init__(self, model: Any, args: SFTConfig, *more: Any, **kwargs: Any) -> None:
+        self._revision = revision_of(model, args)
         given = dict(zip(("data_collator", "train_dataset", "eval_dataset"), more, strict=False)) | kwargs
         tokenizer, tokens = given.get("processing_class"), None
         if tokenizer is not None:
@@ -31,7 +36,34 @@ class SFTTrainer(DurableTrainer, TRLSFTTrainer):
         check_prepared(self, **{name: given.get(name) for name in ("train_dataset", "eval_dataset")})
         keep_unpacked(self.model)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save:
-            save_quantization(self.model, output_dir or self.args.output_dir)
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        if formatting_func is None and "input_ids" not in column_names(dataset):
+            dataset = _readable_demonstrations(dataset, processing_class, f"{dataset_name}_dataset")
+            if not is_conversational(next(iter(dataset))):
+                processing_class = for_training(processing_class)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+
+def _readable_demonstrations(dataset: Any, tokenizer: Any, name: str) -> Any:
+    """Return demonstrations as text or plain messages, and check that the tokenizer renders them whole."""
+    names = column_names(dataset)
+    if "conversations" in names and "messages" not in names:
+        dataset = dataset.rename_column("conversations", "messages")  # TRL does the same
+    known = (("prompt", "completion"), ("messages",))
+    columns = next((c for c in known if set(c) <= set(column_names(dataset))), ())
+    if not columns:
+        return dataset
+    sees_images = hasattr(tokenizer, "tokenizer")  # a processor holds a tokenizer
+    dataset = readable_rows(dataset, columns, name, keep_parts=sees_images)
+    if not sees_images:
+        check_rendering(dataset, columns, name, tokenizer)
+    prompts = rows_of(dataset, ("prompt",)) if "prompt" in columns else ()
+    row = next((row for row, (prompt,) in enumerate(prompts) if ends_in_prefill(prompt)), None)
+    if row is not None:
+        raise ValueError(
+            f"`{name}` has a 'prompt' in row {row} that ends with a message of the assistant, and TRL would begin "
+            "another one. Move the message to the beginning of `completion`."
+        )
+    return dataset

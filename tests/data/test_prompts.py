@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from rlhf_recipes.console import completions_table, print_table
 from rlhf_recipes.data.loading import load_demonstrations, load_prompts, load_split
+from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.recipes import EvaluationArguments, PPOArguments
 from rlhf_recipes.rewards.functions import import_function
@@ -118,6 +119,11 @@ def test_bad_demonstrations(tmp_path, row, message):
 def test_text_without_a_prompt_is_taken_as_it_is(tmp_path):
     Dataset.from_list([{"text": "a"}]).to_json(str(tmp_path / "train.jsonl"))
     assert load_demonstrations(_arguments(tmp_path), "train", "\n")[0] == {"text": "a"}
+
+
+def test_a_column_of_messages_beside_text_prompts_changes_nothing():
+    data = Dataset.from_dict({"prompt": ["a"], "messages": [[{"role": "user", "content": "b"}]]})
+    assert add_separator(data, " -> ")[0]["prompt"] == "a -> "
 
 
 def test_functions_of_the_working_directory(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from packaging.version import Version
 from transformers import PretrainedConfig, Trainer
 from transformers.integrations import MLflowCallback
 from transformers.trainer_callback import ExportableState
-from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer
+from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 from trl.models import utils as models_utils
 from trl.trainer import reward_trainer, utils
 
@@ -60,9 +60,15 @@ SIGNATURES = {
     (GRPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
     (GRPOTrainer, "_get_train_sampler"): ["self", "dataset"],
+    (GRPOTrainer, "_tokenize_prompts"): ["self", "prompts"],
     (RLOOTrainer, "_calculate_rewards"): ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     (RLOOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
     (RLOOTrainer, "_get_train_sampler"): ["self", "dataset"],
+    (RLOOTrainer, "_tokenize_prompts"): ["self", "prompts"],
+    (DPOTrainer, "_prepare_dataset"): ["self", "dataset", "processing_class", "args", "dataset_name"],
+    (SFTTrainer, "_prepare_dataset"): [
+        "self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name",
+    ],
     (RewardTrainer, "compute_loss"): ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     (RewardTrainer, "evaluate"): ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     (RewardTrainer, "log"): ["self", "logs", "start_time"],
@@ -119,6 +125,7 @@ ATTRIBUTES = [
     (GRPOTrainer, "_logs"),
     (GRPOTrainer, "_metrics"),
     (GRPOTrainer, "_step"),
+    (GRPOTrainer, "_tokenizer"),
     (DPOTrainer, "_metrics"),
     (RLOOTrainer, "_buffered_inputs"),
     (RLOOTrainer, "_metrics"),
@@ -127,6 +134,7 @@ ATTRIBUTES = [
     (Trainer, "_globalstep_last_logged"),
     (Trainer, "_internal_call"),  # a parameter
     (Trainer, "_tr_loss"),
+    (PretrainedConfig, "_attn_implementation"),
     (PretrainedConfig, "_name_or_path"),
     (MLflowCallback, "_async_log"),
     (MLflowCallback, "_initialized"),
