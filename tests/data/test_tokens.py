@@ -19,7 +19,7 @@ def _check(texts, *, chat=False, tok=None, config=CONFIG):
 @pytest.mark.parametrize("batch", [1, 2, 1_000])
 def test_the_longest_prompt_is_named_by_its_row(monkeypatch, chat, batch):
     monkeypatch.setattr(tokens, "BATCH", batch)
-    message = r"prompt in row 3 of `eval_dataset` has \d+ tokens; .* exceeds the model's 128 positions. So do 1 others"
+    message = r"prompt in row 3 of `eval_dataset` has \d+ tokens; .* exceeds the model's 128 positions. 2 of 4 "
     with pytest.raises(ValueError, match=message):
         _check(["a", "word " * 150, "b", "word " * 200], chat=chat)
     _check(["a", "b"], chat=chat)
