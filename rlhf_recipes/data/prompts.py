@@ -120,10 +120,10 @@ def check_prompts_fit(
     too_long = [row for row, length in enumerate(lengths) if limit is not None and length + max_new_tokens > limit]
     if too_long:
         row = max(too_long, key=lengths.__getitem__)
-        others = f" So do {len(too_long) - 1:,} others." if len(too_long) > 1 else ""
+        count = f" {len(too_long):,} of {len(lengths):,} prompts do." if len(too_long) > 1 else ""
         raise ValueError(
             f"The prompt in row {row} of `{name}` has {lengths[row]} tokens; with `max_completion_length` "
-            f"({max_new_tokens}) it exceeds the model's {limit} positions.{others} Shorten or drop long prompts, or "
+            f"({max_new_tokens}) it exceeds the model's {limit} positions.{count} Shorten or drop long prompts, or "
             "lower `max_completion_length`."
         )
 

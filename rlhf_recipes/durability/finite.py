@@ -13,7 +13,7 @@ from transformers import Trainer
 from rlhf_recipes.algorithm.distributed import global_max
 
 MAX_OVERFLOWS = 20  # under fp16: the loss scale starts at 2**16, and each overflow halves it
-ADVICE = "Lower `learning_rate`, and train in `bf16` or float32 rather than `fp16` or float16."
+ADVICE = "and train in `bf16` or float32 rather than `fp16` or float16."
 
 
 class DivergedError(ValueError):
@@ -46,6 +46,7 @@ class FiniteTrainer(Trainer):
     _last_checkpoint: str | None = None  # written by this run, or the one that it resumes
     _overflows = 0  # steps in a row
     _finite_steps = 0
+    _too_large = "`learning_rate`"  # options that may be
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._losses: list[Tensor] = []  # of this optimiser step
@@ -74,8 +75,11 @@ class FiniteTrainer(Trainer):
         if not all_finite(weight for weight in self.model.parameters() if weight.requires_grad):
             raise DivergedError(
                 f"The weights are not finite after step {self.state.global_step}, so they are not saved. "
-                f"{self._way_back()} {ADVICE}"
+                f"{self._way_back()} {self._advice()}"
             )
+
+    def _advice(self) -> str:
+        return f"Lower {self._too_large}, {ADVICE}"
 
     def _way_back(self) -> str:
         if self._last_checkpoint is None:
@@ -89,7 +93,7 @@ class FiniteTrainer(Trainer):
             DivergedError: If fp16 has left out every step.
         """
         if self._overflows and not self._finite_steps:
-            raise DivergedError(f"All {self._overflows} steps overflowed, so nothing was trained. {ADVICE}")
+            raise DivergedError(f"All {self._overflows} steps overflowed, so nothing was trained. {self._advice()}")
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on a micro-batch, and keep its loss."""
@@ -126,5 +130,5 @@ class FiniteTrainer(Trainer):
             in_a_row = f", {self._overflows} steps in a row" if self._overflows > 1 else ""
             raise DivergedError(
                 f"Step {self.state.global_step + 1}: the loss or its gradient is not finite{in_a_row}. "
-                f"{self._way_back()} {ADVICE}"
+                f"{self._way_back()} {self._advice()}"
             )

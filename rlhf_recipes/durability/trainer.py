@@ -76,6 +76,7 @@ class DurableTrainer(FiniteTrainer):
         is_last = self.state.global_step >= self.state.max_steps and not self.args.push_to_hub
         if is_last and not is_alone:  # after an error of one process, the others would not take part in saving
             self.save_model(self.args.output_dir)
+            self.accelerator.wait_for_everyone()
         try:
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
         except Exception:

@@ -41,7 +41,7 @@ def differing_token(policy: PreTrainedTokenizerBase, baseline: PreTrainedTokeniz
     """Return a token that the baseline does not have, or has by another id, as a clause. It has `rows` tokens."""
     ours, theirs = policy.get_vocab(), baseline.get_vocab()
     names = {token_id: token for token, token_id in theirs.items()}
-    for token, token_id in ours.items():
+    for token, token_id in sorted(ours.items(), key=lambda entry: entry[1]):  # their order changes
         other = names.get(token_id, token)
         if other != token:
             return f"token {token_id} is {token!r} for the policy and {other!r} for the baseline"

@@ -50,6 +50,7 @@ class RewardModelTrainer(SavingTrainer, RewardTrainer):
     """
 
     _name = "RewardModel"
+    _too_large = "`learning_rate` or `l2_coefficient`"
 
     def __init__(
         self,

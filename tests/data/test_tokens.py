@@ -19,7 +19,7 @@ def _check(texts, *, chat=False, tok=None, config=CONFIG):
 @pytest.mark.parametrize("batch", [1, 2, 1_000])
 def test_the_longest_prompt_is_named_by_its_row(monkeypatch, chat, batch):
     monkeypatch.setattr(tokens, "BATCH", batch)
-    message = r"prompt in row 3 of `eval_dataset` has \d+ tokens; .* exceeds the model's 128 positions. So do 1 others"
+    message = r"prompt in row 3 of `eval_dataset` has \d+ tokens; .* exceeds the model's 128 positions. 2 of 4 "
     with pytest.raises(ValueError, match=message):
         _check(["a", "word " * 150, "b", "word " * 200], chat=chat)
     _check(["a", "b"], chat=chat)
@@ -34,6 +34,13 @@ def test_a_token_without_a_row_in_the_embedding_is_named(monkeypatch, chat, batc
     _check(["a", "b"], chat=chat, tok=tok)
     with pytest.raises(ValueError, match=r"`eval_dataset` has the token '<y>' \(id 308\) in row 2, but the model's"):
         _check(["a", "b", "c <y>", "<x>"], chat=chat, tok=tok)
+
+
+def test_the_first_id_outside_is_outside():
+    tok = tiny.tokenizer()
+    tok.add_tokens(["<x>"])
+    with pytest.raises(ValueError, match=r"the token '<x>' \(id 307\) in row 0, but the model's vocabulary has 307"):
+        _check(["<x>"], tok=tok)
 
 
 def test_a_padded_vocabulary_has_room():

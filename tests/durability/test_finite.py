@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_step(tmp_path, make):
 )
 def test_options_that_cannot_end_well(tmp_path, make, options):
     trainer = make(tmp_path, **options)
-    with pytest.raises(DivergedError, match="There is no checkpoint from before"):
+    with pytest.raises(DivergedError, match=f"There is no checkpoint from before. Lower .*`{next(iter(options))}`"):
         trainer.train()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
