@@ -53,15 +53,13 @@ def _changes(dataset: AnyDataset, first: dict[str, Any], options: dict[str, Any]
         return any(isinstance(value, list) for value in _readable_row(first, 0, **options).values())
     columns, name = options["columns"], options["name"]
     changes = False
-    is_text: dict[str, bool] = {}
+    kinds: dict[str, type] = {}
     for index, values in enumerate(rows_of(dataset, columns)):
         row = dict(zip(columns, values, strict=True))
         read = _readable_row(row, index, **options)
         changes = changes or read != row
         for column, value in read.items():
-            if isinstance(value, str | list) and is_text.setdefault(column, isinstance(value, str)) is isinstance(
-                value, list
-            ):
+            if isinstance(value, str | list) and kinds.setdefault(column, type(value)) is not type(value):
                 raise ValueError(
                     f"`{name}` mixes text and messages in {column!r}: row {index} differs from the rows before it. "
                     "Write all rows in one form."
