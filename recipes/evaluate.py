@@ -21,10 +21,13 @@ from rlhf_recipes.data.loading import load_prompts
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering
 from rlhf_recipes.evaluation.policies import best_of_n, compare_policies, eos_token_ids
+from rlhf_recipes.evaluation.vocabulary import check_baseline
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.models.quantization import saved_quantization
+from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.judges import load_judges
 from rlhf_recipes.tracking.registry import require_model
 from rlhf_recipes.tracking.session import log_datasets, log_results, track_run
@@ -45,11 +48,13 @@ def main(
 
         init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
         policy = load_policy(path, **init_kwargs)
+        tokenizer = with_end_token(tokenizer, policy)
         # A policy on a 4-bit base started from rounded weights, so its baseline needs the same rounding.
         baseline_path = require_model("baseline_path", script_args.baseline_path, model_args.model_revision)
         baseline = load_policy(baseline_path, base_quantization=saved_quantization(path), **init_kwargs)
         check_rendering(dataset, ("prompt",), "dataset_name", tokenizer)
-        check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length)
+        check_baseline(tokenizer, baseline_path, baseline.config, dataset)
+        check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length, "dataset_name")
         reward_model_path = script_args.reward_model_path
         if reward_model_path is not None:
             reward_model_path = require_model("reward_model_path", reward_model_path)
@@ -62,6 +67,9 @@ def main(
             dtype=init_kwargs["dtype"],
             device_map=PartialState().device,
         )
+
+        length, overflow = script_args.max_completion_length, script_args.reward_overflow
+        check_context(judges.values(), {"dataset_name": dataset}, length, overflow)
 
         calls = RewardCalls(script_args.reward_timeout, script_args.reward_retries, script_args.failed_rewards)
         guarded = calls.guard_judges(judges)

@@ -10,6 +10,7 @@ from trl import ModelConfig, TrlParser
 
 from rlhf_recipes.console import print_lines, quiet_start
 from rlhf_recipes.evaluation.policies import eos_token_ids
+from rlhf_recipes.models.generation import mend_generation_config
 from rlhf_recipes.models.loading import check_output_dir, load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.recipes import ExportArguments
 from rlhf_recipes.tracking.registry import require_model
@@ -24,6 +25,7 @@ def main(script_args: ExportArguments, model_args: ModelConfig) -> None:
 
     policy.generation_config.eos_token_id = eos_token_ids(policy, tokenizer)
     policy.generation_config.pad_token_id = tokenizer.pad_token_id
+    mend_generation_config(policy)
 
     policy.save_pretrained(script_args.output_dir)
     tokenizer.save_pretrained(script_args.output_dir)

@@ -30,7 +30,7 @@ def main(
     tracking_args: TrackingArguments,
     preflight_args: PreflightArguments,
 ) -> dict[str, float]:
-    """Train, evaluate and save; return the final metrics."""
+    """Train, save and evaluate; return the final metrics."""
     set_seed(training_args.seed)
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
@@ -56,9 +56,10 @@ def main(
         preflight(trainer, train, evaluation, preflight_args, tracking_args)
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
 
-        # The card holds the mean and deviation of the scores on the evaluation set: evaluate first, then save.
-        metrics |= trainer.evaluate()
+        # An evaluation that fails must not cost the model. The card of the saved model gets its result afterwards.
         trainer.save_model(training_args.output_dir)
+        metrics |= trainer.evaluate()
+        trainer.save_card()
         if trainer.is_world_process_zero():
             log_results(metrics, Path(training_args.output_dir, CARD_FILE))
             log_model(tracking_args, training_args.output_dir, "reward_model", model_args.model_revision)

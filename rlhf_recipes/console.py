@@ -32,6 +32,7 @@ def quiet_start() -> None:
     for category, message in _UPSTREAM_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    logging.getLogger("rlhf_recipes.preflight.policy").setLevel(logging.ERROR)  # the recipes print its findings
     # Where DeepSpeed is installed, accelerate imports it on every machine.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 

@@ -143,6 +143,7 @@ def ppo_config(output_dir, **kwargs):
         "max_completion_length": 10,
         "max_steps": 4,
         "learning_rate": 1e-3,
+        "check_numerics": False,  # it costs as much as two steps; `test_numbers.py` is about it
     }
     return PPOConfig(str(output_dir), **{**defaults, **kwargs})
 

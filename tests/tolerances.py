@@ -15,6 +15,8 @@ FIRST_UPDATE = {"rtol": 0.0, "atol": 4e-6}
 """Log-probabilities of one float32 model, computed in batches of different size: 8 units in the last place of -5."""
 NO_KL = {"rtol": 0.0, "atol": 1e-6}
 """Policy and reference in the same batches, and averages over many tokens."""
+SCORES = {"rtol": 0.0, "atol": 1e-5}
+"""Scores of order 1 of one float32 model, computed in batches of different width."""
 SPLIT = {"rtol": 1e-4, "atol": 1e-6}
 """One float32 loss or gradient, summed over micro-batches in another order."""
 MERGED = {"rtol": 1e-4, "atol": 1e-5}

@@ -1,10 +1,14 @@
 """Load the splits that a recipe names."""
 
+from itertools import chain
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from accelerate import PartialState
+from datasets import Dataset, DatasetBuilder, DatasetDict, load_dataset, load_dataset_builder
 from trl import ScriptArguments
 
+from rlhf_recipes.console import print_lines
+from rlhf_recipes.data.files import find_defect, is_beside_data
 from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.data.rows import mend_transcripts, readable_rows
 from rlhf_recipes.options.paths import require_path
@@ -13,6 +17,8 @@ from rlhf_recipes.options.recipes import PPOArguments
 
 def load_split(script_args: ScriptArguments, split: str, *, option: str = "dataset_name") -> Dataset:
     """Load one split of a dataset: a Hub name, or a directory with JSON lines, CSV or Parquet.
+
+    Say which files of a directory are read.
 
     Args:
         script_args: Options of the recipe.
@@ -28,12 +34,11 @@ def load_split(script_args: ScriptArguments, split: str, *, option: str = "datas
         raise ValueError(f"`{option}` is the file {name}: name the directory that holds it.")
     if script_args.dataset_streaming:
         raise ValueError("`dataset_streaming` is not available in the recipes: leave it out.")
-    try:
-        dataset = load_dataset(name, script_args.dataset_config if option == "dataset_name" else None)
-    except (OSError, ValueError) as error:
-        where = "" if Path(name).exists() else " (not a directory here, so it was looked for on the Hub)"
-        raise ValueError(f"`{option}` {name!r} cannot be loaded{where}: {error}") from error
-    assert isinstance(dataset, DatasetDict)
+    config = script_args.dataset_config if option == "dataset_name" else None
+    if Path(name).is_dir():
+        dataset, files = _load_directory(name, config, option)
+    else:
+        dataset, files = _load_from_hub(name, config, option), None
     if split not in dataset:
         splits = ", ".join(map(repr, dataset))
         raise ValueError(
@@ -41,7 +46,47 @@ def load_split(script_args: ScriptArguments, split: str, *, option: str = "datas
         )
     if len(dataset[split]) == 0:
         raise ValueError(f"The split {split!r} of {name} is empty.")
+    if files is not None and PartialState().is_main_process:
+        print_lines(f"{name}: {len(dataset[split]):,} rows of the split {split!r} from {', '.join(files[split])}")
     return dataset[split]
+
+
+def _load_from_hub(name: str, config: str | None, option: str) -> DatasetDict:
+    try:
+        dataset = load_dataset(name, config)
+    except (OSError, ValueError) as error:
+        where = " (not a directory here, so it was looked for on the Hub)"
+        raise ValueError(f"`{option}` {name!r} cannot be loaded{where}: {error}") from error
+    assert isinstance(dataset, DatasetDict)
+    return dataset
+
+
+def _load_directory(name: str, config: str | None, option: str) -> tuple[DatasetDict, dict[str, list[str]]]:
+    """Return the splits of a directory, and the files of each split by their names in the directory."""
+    files: dict[str, list[str]] = {}
+    try:
+        builder = load_dataset_builder(name, config)
+        files = _files_of(builder)
+        if any(map(is_beside_data, chain(*files.values()))):
+            kept = ((split, [file for file in found if not is_beside_data(file)]) for split, found in files.items())
+            files = {split: found for split, found in kept if found}
+            if not files:
+                raise ValueError("It holds no file with JSON lines, CSV or Parquet.")
+            builder = load_dataset_builder(name, config, data_files=files)
+        builder.download_and_prepare()
+        dataset = builder.as_dataset()
+        for rows in dataset.values():
+            rows.data.table.validate(full=True)  # `datasets` reads lines that are not in UTF-8, but not their rows
+    except Exception as error:  # pyarrow, pandas and `datasets` have errors of their own
+        reason = find_defect(chain(*files.values())) or " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"`{option}` {name!r} cannot be loaded: {reason}") from error
+    assert isinstance(dataset, DatasetDict)
+    folder = Path(name).resolve()
+    return dataset, {split: [str(Path(file).relative_to(folder)) for file in found] for split, found in files.items()}
+
+
+def _files_of(builder: DatasetBuilder) -> dict[str, list[str]]:
+    return {str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
 
 
 def load_prompts(script_args: ScriptArguments, split: str) -> Dataset:

@@ -3,6 +3,7 @@
 The formats are TRL's: `prompt`; `prompt`, `chosen`, `rejected`; `prompt`, `completion`. Each is text or messages.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -10,8 +11,9 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
-from rlhf_recipes.data.messages import Text
+from rlhf_recipes.data.forms import check_forms, form_of
 from rlhf_recipes.data.rendering import prompt_ids
+from rlhf_recipes.data.tokens import batches_of_prompt_ids, check_ids
 from rlhf_recipes.data.transcripts import begun_answer
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
@@ -57,24 +59,15 @@ def check_columns(dataset: AnyDataset | None, columns: tuple[str, ...], name: st
             f"`{name}` has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, first))}. Rename "
             "or convert the columns (`dataset.rename_column`)."
         )
-    kinds = {column: "text" if isinstance(first[column], str) else "messages" for column in columns}
-    if len(set(kinds.values())) > 1:
+    kinds = {column: form_of(first[column]) for column in columns}
+    if set(kinds.values()) == {"text", "messages"}:
         listed = ", ".join(f"{column!r} is {kind}" for column, kind in kinds.items())
         raise ValueError(
             f"`{name}` mixes formats: {listed}. Convert all to one; if the messages of `chosen` and `rejected` hold "
             "the prompt too, drop the column `prompt`."
         )
-    if isinstance(dataset, Dataset):
-        for row, values in enumerate(rows_of(dataset, columns)):
-            for column, text in zip(columns, values, strict=True):
-                if _is_empty(text):
-                    raise ValueError(f"`{name}` has an empty {column!r} in row {row}. Remove that row.")
-
-
-def _is_empty(text: Any) -> bool:
-    if isinstance(text, list):
-        return not text or not (text[-1].get("content") or text[-1].get("tool_calls"))
-    return not isinstance(text, str) or not text.strip()
+    for column in columns:
+        check_forms((value for (value,) in rows_of(dataset, (column,))), column, name)
 
 
 def add_separator(dataset: MaybeDataset, separator: str) -> MaybeDataset:
@@ -102,30 +95,39 @@ def add_separator(dataset: MaybeDataset, separator: str) -> MaybeDataset:
 
 
 def check_prompts_fit(
-    dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, config: Any, max_new_tokens: int
+    dataset: AnyDataset | None, tokenizer: PreTrainedTokenizerBase, config: Any, max_new_tokens: int, name: str
 ) -> None:
-    """Check that every prompt leaves room for a completion in the model's context.
+    """Check that the model knows every token of the prompts, and that each prompt leaves room for a completion.
 
     Args:
-        dataset: Plain or chat prompts. A stream is not checked.
+        dataset: Plain or chat prompts. `None` and a stream are not checked.
         tokenizer: Tokenizer of the policy.
         config: Configuration of the model. Without a limit on positions, every prompt fits.
         max_new_tokens: Tokens per completion.
+        name: Name of the argument, for the message.
 
     Raises:
-        ValueError: If the longest prompt and a completion do not fit.
+        ValueError: If a prompt and a completion do not fit, or a token is not in the vocabulary.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or not isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset):
         return
-    longest, row = max((prompt_length(prompt, tokenizer), row) for row, prompt in enumerate(dataset["prompt"]))
-    if longest + max_new_tokens > limit:
+    own = config.get_text_config()
+    limit, vocab_size = getattr(own, "max_position_embeddings", None), getattr(own, "vocab_size", None)
+    lengths: list[int] = []
+    for ids in batches_of_prompt_ids(dataset["prompt"], tokenizer):
+        check_ids(ids, len(lengths), vocab_size, tokenizer, name)
+        lengths += ids.value_lengths().to_pylist()
+    too_long = [row for row, length in enumerate(lengths) if limit is not None and length + max_new_tokens > limit]
+    if too_long:
+        row = max(too_long, key=lengths.__getitem__)
+        others = f" So do {len(too_long) - 1:,} others." if len(too_long) > 1 else ""
         raise ValueError(
-            f"The prompt in row {row} has {longest} tokens; with `max_completion_length` ({max_new_tokens}) it "
-            f"exceeds the model's {limit} positions. Shorten or drop long prompts, or lower `max_completion_length`."
+            f"The prompt in row {row} of `{name}` has {lengths[row]} tokens; with `max_completion_length` "
+            f"({max_new_tokens}) it exceeds the model's {limit} positions.{others} Shorten or drop long prompts, or "
+            "lower `max_completion_length`."
         )
 
 
-def prompt_length(prompt: Text, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens that the policy reads for a prompt."""
-    return len(prompt_ids(tokenizer, [prompt])[0])
+def first_prompts(dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, count: int = 3) -> list[list[int]]:
+    """Return the token ids of the first prompts of a dataset, as the policy reads them."""
+    return prompt_ids(tokenizer, [row["prompt"] for row in itertools.islice(dataset, count)])

@@ -72,8 +72,6 @@ def _readable_row(row: dict[str, Any], index: int, columns: list[str], name: str
     for column in columns:
         try:
             value = parsed_messages(row[column], must_parse=index == 0)
-            if isinstance(value, dict):
-                raise ValueError("it is a dictionary; write text, or a list of messages")
             read[column] = plain_messages(value, keep_parts=keep_parts) if isinstance(value, list) else value
         except ValueError as error:
             raise ValueError(f"`{name}` has a {column!r} that cannot be read in row {index}: {error}.") from None

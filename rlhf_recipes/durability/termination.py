@@ -4,7 +4,11 @@ Imports only the standard library: a launcher must start at once.
 """
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -21,3 +25,19 @@ def terminate(number: int, frame: FrameType | None) -> None:
         TerminatedError: Always.
     """
     raise TerminatedError(128 + number)
+
+
+@contextmanager
+def signals_held() -> Iterator[list[int]]:
+    """Let signals and Ctrl-C wait inside, in the list that is yielded. The caller answers them, or lets them go."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
+        yield received
+        return
+    numbers = (*SIGNALS, signal.SIGINT)
+    before: dict[int, Any] = {n: signal.signal(n, lambda number, frame: received.append(number)) for n in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

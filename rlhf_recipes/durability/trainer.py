@@ -3,6 +3,7 @@
 A mixin for TRL's trainers, of overrides of `transformers.Trainer`.
 """
 
+import logging
 import shutil
 import signal
 from collections.abc import Iterator
@@ -12,55 +13,96 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rlhf_recipes.durability.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
+from rlhf_recipes.durability.finite import FiniteTrainer
 from rlhf_recipes.durability.preemption import PreemptionCallback, evaluation_is_due
 from rlhf_recipes.durability.termination import SIGNALS
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.secrets import without_secrets
 
+logger = logging.getLogger(__name__)
 
-class DurableTrainer(Trainer):
+
+class DurableTrainer(FiniteTrainer):
     """Write a checkpoint in a folder of its own and rename it when it is whole; resume only from a whole one.
 
     Never change the options of the user. Some decisions transformers takes by its options alone: for these it gets
     other options during one call.
     """
 
-    args: Any
     _staging: str | None = None  # folder of a checkpoint that is not whole yet
     _resumed_from: str | None = None
+    _has_failed = False  # an evaluation, which the next checkpoint still owes
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does, from the checkpoint that `checkpoints.checkpoint_to_resume` finds.
 
         Raises:
-            ValueError: If the checkpoint is not whole, or holds only the model.
+            ValueError: If the checkpoint is not whole, or holds only the model; or if the numbers of the training are
+                not finite, see `FiniteTrainer`.
         """
         self._resumed_from = checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._last_checkpoint = checkpoint
         changes = {"restore_callback_states_from_checkpoint": True}  # early stopping goes on counting
         if checkpoint is not None:
             _refuse_weights_alone(checkpoint)
             # The run was evaluated at its start. Only an evaluation that a signal left out is still due.
             changes["eval_on_start"] = evaluation_is_due(checkpoint)
+        else:
+            self.check_start()
         with self._options(with_changes(self.args, **changes)):
-            return super().train(checkpoint, *args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
+        self.check_any_step()
+        return output
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # transformers compares them only after a step
             self.control.should_training_stop = True
             return
+        before, is_stopped = self.state.global_step, self.control.should_training_stop
         super()._run_epoch(**kwargs)
+        if self.state.global_step == before and not is_stopped:  # transformers ends as if all was well, or never
+            raise ValueError(
+                f"A pass over `train_dataset` made no optimiser step after step {before}: it has fewer rows than one "
+                "step needs (`per_device_train_batch_size` x processes x `gradient_accumulation_steps`). Add rows, or "
+                "lower one of these."
+            )
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+        is_alone = self.accelerator.num_processes == 1
+        is_last = self.state.global_step >= self.state.max_steps and not self.args.push_to_hub
+        if is_last and not is_alone:  # after an error of one process, the others would not take part in saving
+            self.save_model(self.args.output_dir)
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+        except Exception:
+            if is_alone and self.state.global_step > 0:
+                self._keep_trained(trial)
+            if is_alone and is_last:
+                self.save_model(self.args.output_dir)
+            raise
         is_late = skip_scheduler and self.state.global_step > 0  # a signal left it out before
         if is_late and self._determine_best_metric(metrics, trial):
             self.state.best_model_checkpoint = self._resumed_from  # written before anything showed that it is the best
         return metrics
+
+    def _keep_trained(self, trial: Any) -> None:
+        """Write a checkpoint after a failed evaluation. A resume from it begins with that evaluation."""
+        for callback in self._preemption_callbacks():
+            callback.evaluation_due = True
+        self._has_failed = True
+        try:
+            self._save_checkpoint(self.model, trial)
+        except OSError as error:
+            logger.warning(f"The evaluation failed, and so did this: {error}")
+            return
+        logger.warning(
+            f"The evaluation failed. {self._last_checkpoint} holds what was trained: correct the cause, and resume "
+            "with `resume_from_checkpoint: true`."
+        )
 
     def _get_dataloader(self, *args: Any, **options: Any) -> Any:
         """Return TRL's, with worker processes that ignore the signal of a scheduler to every process of a job."""
@@ -73,6 +115,7 @@ class DurableTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_trained()
         run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = run_dir / STAGING / name, run_dir / name
         if self.args.should_save:
@@ -80,7 +123,8 @@ class DurableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._staging = str(staged.parent)
         # Weights alone cannot be resumed.
-        only_model = self.args.save_only_model and not self._is_preempted()
+        is_left = self._has_failed or any(callback.preempted for callback in self._preemption_callbacks())
+        only_model = self.args.save_only_model and not is_left
         try:
             with self._options(with_changes(self.args, save_only_model=only_model)):
                 super()._save_checkpoint(model, trial)
@@ -101,13 +145,24 @@ class DurableTrainer(Trainer):
             ) from error
         finally:
             self._staging = None
+        self._last_checkpoint = str(final)
         if self.args.should_save:
             remove_old(run_dir, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
         self.accelerator.wait_for_everyone()
 
-    def _is_preempted(self) -> bool:
+    def _preemption_callbacks(self) -> list[PreemptionCallback]:
         # A restored checkpoint replaces the callback by another instance: look it up each time.
-        return any(isinstance(c, PreemptionCallback) and c.preempted for c in self.callback_handler.callbacks)
+        return [c for c in self.callback_handler.callbacks if isinstance(c, PreemptionCallback)]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, if its weights are finite.
+
+        Raises:
+            DivergedError: If they are not.
+        """
+        if not _internal_call:  # else `_save_checkpoint` has looked at them
+            self.check_trained()
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self._options(without_secrets(self.args)):  # transformers pickles them beside the weights

@@ -17,6 +17,8 @@ from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
+from rlhf_recipes.models.critic import causal_lm
+from rlhf_recipes.models.forward import sampling_inputs
 
 MAX_LOGITS = 2**27  # per forward that only measures: half a gigabyte in float32
 
@@ -53,15 +55,16 @@ def generate_completions(
         bos_token_id=tokenizer.bos_token_id,
         **sampling,
     )
-    original, model.generation_config = model.generation_config, config
+    owner = causal_lm(model)  # PEFT reads the config of its model, and would overwrite it by one of its own
+    original, owner.generation_config = owner.generation_config, config
     completions: list[list[int]] = []
     try:
         for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):
             batch = _tokenize_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
-            output = model.generate(**batch)[:, batch["input_ids"].size(1) :]
+            output = model.generate(**batch, **sampling_inputs(model))[:, batch["input_ids"].size(1) :]
             completions += [_cut_after_eos(row, end_ids) for row in output.tolist()]
     finally:
-        model.generation_config = original
+        owner.generation_config = original
     return completions
 
 
@@ -185,7 +188,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Return every token id that ends a completion, of the model and of the tokenizer."""
     ids = model.generation_config.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return ids if tokenizer.eos_token_id in ids else [tokenizer.eos_token_id, *ids]
+    return ids if tokenizer.eos_token_id in (None, *ids) else [tokenizer.eos_token_id, *ids]
 
 
 def _tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> Any:

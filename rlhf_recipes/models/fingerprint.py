@@ -10,13 +10,17 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from torch import nn
 
-from rlhf_recipes.models.reward_model import is_adapter
-
+ADAPTER_CONFIG = "adapter_config.json"
 PIECES, PIECE_BYTES = 4, 4_096  # read from every tensor of a file
 SAMPLED_VALUES = 256  # read from every tensor of a model in memory
 BASE_FILES = "model*.safetensors"
 # Entries of a configuration that describe its file, and not the function that the weights compute.
 INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+
+
+def is_adapter(path: str) -> bool:
+    """Return whether a local directory holds a PEFT adapter."""
+    return Path(path, ADAPTER_CONFIG).is_file()
 
 
 def fingerprint(model: Any) -> str:

@@ -17,6 +17,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf_recipes.models.critic import VALUE_HEAD_NAME
 
+ROUTER_LOGITS = "output_router_logits"
+
 
 @dataclass
 class ActorCriticOutput(FusedCausalLMOutput):
@@ -54,7 +56,7 @@ def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone
         if backbone_only:
             return self.base_model(*args, **kwargs)
         if completion_length is None:
-            return fused_forward(*args, **kwargs)
+            return fused_forward(*args, **{**sampling_inputs(self), **kwargs})
         states: list[Tensor] = []
 
         def keep_completion(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -147,6 +149,15 @@ class CompletionForward:
 
     def _rounded(self, columns: int) -> int:
         return -(-columns // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+
+def sampling_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the inputs that let a model sample although its configuration asks for router logits.
+
+    A mixture of experts compares them with the whole attention mask, and in `generate` they are those of one token.
+    """
+    asks = getattr(model.config.get_text_config(), ROUTER_LOGITS, False)
+    return {ROUTER_LOGITS: False} if asks else {}
 
 
 def rows_by_length(attention_mask: Tensor | None) -> tuple[Any, Any]:

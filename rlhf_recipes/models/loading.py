@@ -4,14 +4,16 @@ TRL's `ModelConfig` decides on classes, precision, quantisation and LoRA. Nothin
 """
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,9 +24,13 @@ from transformers import (
 from trl import ModelConfig, get_quantization_config
 from trl.models import prepare_deepspeed, prepare_fsdp
 
+from rlhf_recipes.models.adapter_base import find_base
+from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
-from rlhf_recipes.models.reward_model import is_adapter
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
+from rlhf_recipes.models.vocabulary import fit_to_adapter
+
+POSITION_TABLES = re.compile(r"\b(wpe|embed_positions|position_embeddings?)\b")  # GPT-2, OPT and GPT-J, BERT
 
 
 def load_tokenizer(path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -83,9 +89,11 @@ def load_policy(
     stays_quantized = "quantization_config" in kwargs
     rounding = (saved_quantization(path) if is_adapter(path) else None) or base_quantization
     kwargs.setdefault("quantization_config", rounding)
-    base_path = base or PeftConfig.from_pretrained(path).base_model_name_or_path if is_adapter(path) else path
+    base_path = find_base(path, base, kwargs.get("revision")) if is_adapter(path) else path
     with safe_loading(path, base_path):
         model = keep_unpacked(AutoModelForCausalLM.from_pretrained(base_path, **safe_kwargs(kwargs)))
+    if is_adapter(path):
+        fit_to_adapter(model, path)
     if stays_quantized:
         return load_adapter(model, path) if is_adapter(path) else model
     if rounding is not None:
@@ -123,6 +131,13 @@ def check_output_dir(directory: str, *, adapter: bool) -> None:
             f"`output_dir` {directory} holds {kinds[not adapter]}, and this run would save {kinds[adapter]} beside "
             "it. Choose another `output_dir`, or move the files."
         )
+
+
+def learned_positions(model: PreTrainedModel | PeftModel) -> int | None:
+    """Return how many positions a model has in a table, which no row may exceed; `None` without such a table."""
+    weights = chain(model.named_parameters(), model.named_buffers())
+    has_table = any(POSITION_TABLES.search(name) for name, _ in weights)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) if has_table else None
 
 
 def prepare_frozen(model: PreTrainedModel, accelerator: Accelerator) -> Any:

@@ -1,21 +1,26 @@
 """Loading of reward models: a causal LM's backbone with a scalar head. Nothing is trained or scored here."""
 
 import math
-from pathlib import Path
+import re
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
+from peft.utils import load_peft_weights
 from peft.utils.integrations import gather_params_ctx
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf_recipes.algorithm.float32_linear import Float32Linear
+from rlhf_recipes.models.adapter_base import find_base
+from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
+from rlhf_recipes.models.vocabulary import fit_to_adapter
 
-ADAPTER_CONFIG = "adapter_config.json"
+# Tables of positions in transformers' decoders. They are layers, or buffers in GPT-J's attention.
+POSITION_TABLE = re.compile(r"(wpe|embed_positions|positions_embed)$")
 
 
 class ScoreHead(Float32Linear):
@@ -32,15 +37,16 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
             base in training.
 
     Raises:
-        ValueError: If the model is not a sequence classifier with one output.
+        ValueError: If the model is not a sequence classifier with one output, or if its score head was not saved.
     """
     kwargs = {"dtype": "float32", **safe_kwargs(kwargs)}
     if is_adapter(path):
+        load_adapter_weights(path)  # refuses an adapter without a score head
         kwargs.setdefault("quantization_config", saved_quantization(path))
-        base_path = base or PeftConfig.from_pretrained(path).base_model_name_or_path
+        base_path = find_base(path, base, kwargs.get("revision"))
         with suppress_seqcls_warning(), safe_loading(path, base_path):
             model = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1, **kwargs)
-        with_score_head(keep_unpacked(model))
+        with_score_head(fit_to_adapter(keep_unpacked(model), path))
         if kwargs["quantization_config"] is not None:
             return load_adapter(model, path)  # a merge would round it
         model = PeftModel.from_pretrained(model, path)
@@ -48,7 +54,36 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
     with safe_loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs["trust_remote_code"])
         check_reward_config(config, path, trained=True)
-        return with_score_head(AutoModelForSequenceClassification.from_pretrained(path, **kwargs))
+        model, report = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **kwargs)
+    with_score_head(model)
+    unused = [name for name in report["unexpected_keys"] if name.startswith("score.")]
+    if report["missing_keys"] or unused:
+        raise ValueError(
+            f"{path} does not hold the weights of a {type(model).__name__}: "
+            f"{', '.join(sorted(report['missing_keys'])) or 'nothing'} is missing, and "
+            f"{', '.join(sorted(unused)) or 'nothing'} of its head would not be used, so its scores would be wrong. "
+            "Save the model with its score head, or wrap it in a reward function."
+        )
+    return model
+
+
+def load_adapter_weights(path: str) -> dict[str, Tensor]:
+    """Load the weights of a reward model's adapter, with its score head under the name `score`.
+
+    Raises:
+        ValueError: If there is no score head, or if it has several outputs or a bias.
+    """
+    with safe_loading(path):
+        weights = load_peft_weights(path, device="cpu")
+    heads = [name for name in weights if name.endswith("score.weight")]
+    if len(heads) != 1:
+        raise ValueError(f"The adapter {path} has no score head, so it is not a reward model.")
+    weights["score"] = weights.pop(heads[0])
+    if len(weights["score"]) > 1:
+        raise ValueError(f"The score head of the adapter {path} has {len(weights['score'])} outputs, not one.")
+    if any(name.endswith("score.bias") for name in weights):
+        raise ValueError(f"The score head of the adapter {path} has a bias, which would not be used.")
+    return weights
 
 
 def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
@@ -106,21 +141,48 @@ def with_score_head(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a classifier's `score` layer into a `ScoreHead`, in place.
 
     Raises:
-        ValueError: If there is no `score` layer without bias. Every decoder of transformers has one.
+        ValueError: If there is no linear `score` layer. Nearly every decoder of transformers has one.
     """
-    if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.bias is not None:
-        raise ValueError(f"{type(model).__name__} has no `score` layer; use a decoder architecture for reward models.")
+    check_score_layer(model)
+    if not isinstance(model.score, nn.Linear):
+        raise ValueError(f"The `score` layer of {type(model).__name__} is a {type(model.score).__name__}, not linear.")
     model.score.__class__ = ScoreHead  # the weight stays in place: under ZeRO-3 it is on all ranks
     store_in_float32(model.score)
     return model
 
 
-def store_in_float32(head: ScoreHead) -> None:
+def check_score_layer(model: PreTrainedModel | PeftModel) -> None:
+    """Check that a classifier reads its score at a token of its text, by a layer named `score`, as decoders do.
+
+    Raises:
+        ValueError: If it is an encoder, for example of the BERT family, or a decoder with another head.
+    """
+    if not isinstance(getattr(model, "score", None), nn.Module) or model.config.is_encoder_decoder:
+        name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        raise ValueError(
+            f"{name} has no `score` layer that reads the last token; use a decoder architecture for reward models. "
+            "For another model, write a reward function that calls it."
+        )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Return the number of tokens that a model can read at most; `None` if its architecture sets no limit.
+
+    Learned positions (GPT-2, OPT) and tables of a fixed size (GPT-J, MPT) set one. With rotary positions,
+    `max_position_embeddings` sets none.
+    """
+    sizes = [
+        module.num_embeddings - getattr(module, "offset", 0)  # OPT and BioGPT leave the first rows unused
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and POSITION_TABLE.search(name)
+    ]
+    sizes += [len(table) for name, table in model.named_buffers() if POSITION_TABLE.search(name)]
+    if model.config.model_type == "mpt":
+        sizes.append(model.config.max_seq_len)
+    return min(sizes, default=None)
+
+
+def store_in_float32(head: nn.Linear) -> None:
     """Store a head in float32, in place, except under ZeRO-3, which stores all weights in one precision."""
     if not is_deepspeed_zero3_enabled():
         head.float()
-
-
-def is_adapter(path: str) -> bool:
-    """Return whether a local directory holds a PEFT adapter."""
-    return Path(path, ADAPTER_CONFIG).is_file()

@@ -149,6 +149,13 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
             "help": "Resume although models, data or options differ from the checkpoint's. A warning names them."
         },
     )
+    check_numerics: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first step, compare log-probabilities of a few short rows between training and "
+            "evaluation, plain transformers, the reference and other batches. A difference is an error."
+        },
+    )
     logged_samples: int = field(
         default=16, metadata={"help": "Completions of the latest rollout in the table of each log. 0: no table."}
     )

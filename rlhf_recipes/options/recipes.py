@@ -195,7 +195,10 @@ class TrackingArguments:
         metadata={"help": "MLflow store. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` here."},
     )
     experiment_name: str | None = field(
-        default=None, metadata={"help": "MLflow experiment. Default: $MLFLOW_EXPERIMENT_NAME, else `rlhf_recipes`."}
+        default=None,
+        metadata={
+            "help": "MLflow experiment. Default: $MLFLOW_EXPERIMENT_NAME, $MLFLOW_EXPERIMENT_ID, else `rlhf_recipes`."
+        },
     )
     parent_run_id: str | None = field(
         default=None, metadata={"help": "MLflow run that lists this one under it, for example that of a pipeline."}
@@ -239,6 +242,11 @@ class PreflightArguments:
     def recorded(self, tracking: TrackingArguments) -> TrackingArguments:
         """Return the record of the run: none if it ends before training."""
         return replace(tracking, tracking=tracking.tracking and not self.preflight_only)
+
+
+def is_recorded(tracking: TrackingArguments) -> bool:
+    """Return whether MLflow records a run: by the option, and by the switch of transformers in the environment."""
+    return tracking.tracking and os.environ.get("DISABLE_MLFLOW_INTEGRATION", "").upper() not in ("TRUE", "1", "YES")
 
 
 def tracking_uri(tracking: TrackingArguments) -> str:

@@ -1,4 +1,4 @@
-"""Limits of calls of reward functions, served reward models and judges."""
+"""Limits of calls of reward functions, reward models and judges."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ LONGEST_PAUSE_SECONDS = 60.0  # between two attempts of a call
 
 @dataclass
 class RewardCallConfig:
-    """Limits of the calls of reward functions, served reward models and judges."""
+    """Limits of the calls of reward functions, reward models and judges."""
 
     reward_timeout: float | None = field(
         default=300.0,
@@ -31,9 +31,19 @@ class RewardCallConfig:
         },
     )
 
+    reward_overflow: Literal["raise", "cut"] = field(
+        default="raise",
+        metadata={
+            "help": "If a prompt and `max_completion_length` have more tokens than a reward model with learned "
+            "positions (GPT-2, OPT, ..) can read: `raise` refuses the run before it starts. `cut` lets the reward "
+            "model read only the last tokens of prompt and completion."
+        },
+    )
+
     def check_reward_calls(self) -> None:
         """Refuse values that cannot be limits."""
         check_choice(self, "failed_rewards", ("raise", "mask"))
+        check_choice(self, "reward_overflow", ("raise", "cut"))
         check_range(self, "reward_timeout", lambda x: x > 0, "be positive (`null` for no limit)")
         check_range(self, "reward_retries", lambda x: x >= 0, "not be negative")
 

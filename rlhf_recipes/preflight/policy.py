@@ -4,27 +4,22 @@ The checks score at most `2 * PROBES` answers. They draw no random numbers and c
 checks of the trainer's constructor.
 """
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 
+from rlhf_recipes.models.generation import SETTINGS
 from rlhf_recipes.preflight.finding import Finding
 from rlhf_recipes.rewards.protocol import Scorer
 
 PROBES = 8
-# Generation options that change the distribution of the samples, and the values with which they have no effect.
-DISTORTIONS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "top_p", "typical_p"), (None, 1.0)),
-    **dict.fromkeys(("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), (None, 0)),
-    **dict.fromkeys(("min_length", "min_new_tokens"), (None, 0)),
-    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), (None, [], {})),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), (None,)),
-}
 # One deviation of a normalised score is 5 default clips. Four times more or fewer is far off.
 SPREAD_PER_CLIP = (1.25, 20.0)
+logger = logging.getLogger(__name__)
 
 
 def sampling_options(args: Any, given: Iterable[str], model_config: Any) -> dict[str, tuple[Any, str]]:
@@ -35,19 +30,31 @@ def sampling_options(args: Any, given: Iterable[str], model_config: Any) -> dict
 
     Args:
         args: Options of the run.
-        given: Names of the generation options that the trainer sets itself.
+        given: Names of the generation options that the trainer sets itself, or their values by name.
         model_config: `GenerationConfig` of the policy; `None` if the sampler does not read it (vLLM).
     """
-    asked = {name: getattr(args, name, None) for name in DISTORTIONS} | dict(args.generation_kwargs or {})
+    effects = {name: setting for name, setting in SETTINGS.items() if setting.effect == "distribution"}
+    asked = {name: getattr(args, name, None) for name in effects} | dict(args.generation_kwargs or {})
     found = {name: (value, "the options of this run") for name, value in asked.items()}
     if model_config is not None:
-        for name in DISTORTIONS.keys() - set(given):
+        # Where the trainer sets nothing, the model's value stays.
+        unset = {name for name in given if isinstance(given, Mapping) and given[name] is None}
+        for name in effects.keys() - (set(given) - unset):
             found[name] = (getattr(model_config, name, None), "the policy's `generation_config.json`")
-    return {
-        name: value
-        for name, value in sorted(found.items())
-        if name in DISTORTIONS and value[0] not in DISTORTIONS[name]
-    }
+    neutral = {name: setting.neutral for name, setting in effects.items()} | {"temperature": (None, args.temperature)}
+    return {name: value for name, value in sorted(found.items()) if name in effects and value[0] not in neutral[name]}
+
+
+def options_of_sampler(trainer: Any) -> dict[str, tuple[Any, str]]:
+    """Return `sampling_options` of a trainer that samples rollouts."""
+    model_config = None if trainer.args.use_vllm else trainer.model.generation_config
+    return sampling_options(trainer.args, getattr(trainer, "generation_kwargs", {}), model_config)
+
+
+def warn_of_sampling(trainer: Any) -> None:
+    """Log the findings about the sampler of a trainer. The recipes print them in their preflight instead."""
+    for finding in sampling_findings(options_of_sampler(trainer)):
+        logger.warning(finding.message)
 
 
 def sampling_findings(options: dict[str, tuple[Any, str]]) -> list[Finding]:

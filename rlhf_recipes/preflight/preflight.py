@@ -16,7 +16,7 @@ from peft import PeftModel
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.durability.ending import wait_to_end
 from rlhf_recipes.options.baselines import samples_rollouts
-from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, tracking_uri
+from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, is_recorded, tracking_uri
 from rlhf_recipes.preflight.dataset import NEGLIGIBLE, check_preferences, check_prompts, longer_chosen, texts
 from rlhf_recipes.preflight.examples import example_lines
 from rlhf_recipes.preflight.finding import Finding
@@ -25,9 +25,9 @@ from rlhf_recipes.preflight.policy import (
     answers_of,
     card_findings,
     end_findings,
+    options_of_sampler,
     probe,
     sampling_findings,
-    sampling_options,
     score_findings,
 )
 from rlhf_recipes.preflight.resources import (
@@ -117,6 +117,9 @@ def preflight(
     if state.num_processes > 1:
         broadcast_object_list(errors)
     if preflight_args.preflight_only:
+        numbers = getattr(trainer, "numbers", None)
+        if not errors[0] and numbers is not None and trainer.accelerator.distributed_type not in SHARDED:
+            numbers.check(from_start=True)  # otherwise training begins with it
         wait_to_end()
         trainer.accelerator.end_training()
         raise SystemExit(1 if errors[0] else 0)
@@ -152,11 +155,7 @@ def _check_rollouts(report: Report, trainer: Any, train: Dataset, evaluation: Da
     report.findings += schedule_findings(args, schedule, None if evaluation is None else len(evaluation))
     report.findings += check_prompts(train, evaluation)
     report.findings += kl_findings(args, schedule) if hasattr(args, "kl_coef") else []
-    options = sampling_options(
-        args,
-        getattr(trainer, "generation_kwargs", {}),
-        None if args.use_vllm else trainer.model.generation_config,
-    )
+    options = options_of_sampler(trainer)
     vocab_size = trainer.model.config.get_text_config().vocab_size
     report.findings += end_findings(trainer.eos_token_ids, vocab_size, options, args.max_completion_length)
     report.findings += sampling_findings(options)
@@ -173,18 +172,30 @@ def _check_supervised(report: Report, trainer: Any, train: Dataset, evaluation: 
     report.lines["data"] = f"{rows:,} rows, {schedule.passes:.2f} passes"
     _add_events(report, schedule, args, evaluation)
     report.findings += schedule_findings(args, schedule, None)
-    if "chosen" not in train.column_names:
-        return schedule
-    share = longer_chosen(texts(train, ["chosen", "rejected"]))
-    report.lines["data"] += "" if share is None else f"; the longer answer is chosen in {share:.0%}"
-    report.findings += check_preferences(train, evaluation)
-    if (dropped := len(train) - rows) > NEGLIGIBLE * len(train):
-        message = (
-            f"{dropped:,} of {len(train):,} pairs are longer than `max_length` ({args.max_length}) tokens and left "
-            "out. Raise `max_length`, or shorten them."
-        )
-        report.findings.append(Finding("warning" if rows else "error", message))
+    if "chosen" in train.column_names:
+        share = longer_chosen(texts(train, ["chosen", "rejected"]))
+        report.lines["data"] += "" if share is None else f"; the longer answer is chosen in {share:.0%}"
+        report.findings += check_preferences(train, evaluation)
+    report.findings += _left_out(train, trainer.train_dataset, args, "")
+    if evaluation is not None:
+        report.findings += _left_out(evaluation, trainer.eval_dataset, args, " for evaluation")
     return schedule
+
+
+def _left_out(given: Dataset, prepared: Dataset, args: Any, purpose: str) -> list[Finding]:
+    """Return a warning if TRL has left out rows that do not fit `max_length`."""
+    left_out = 0 if getattr(args, "packing", False) else len(given) - len(prepared)  # packed rows are fewer
+    if left_out <= NEGLIGIBLE * len(given):
+        return []
+    if "chosen_ids" in prepared.column_names and "prompt_ids" not in prepared.column_names:
+        what = "pairs"
+    else:  # the others are cut, unless nothing of the answer would be left
+        what = "prompts"
+    message = (
+        f"{left_out:,} of {len(given):,} {what}{purpose} are longer than `max_length` ({args.max_length}) tokens and "
+        "left out. Raise `max_length`, or shorten them."
+    )
+    return [Finding("warning", message)]
 
 
 def _add_events(report: Report, schedule: Schedule, args: Any, evaluation: Dataset | None) -> None:
@@ -231,7 +242,7 @@ def _check_disk(report: Report, trainer: Any, schedule: Schedule, tracking: Trac
     sizes = training_sizes(trainer.model, args, adapter=isinstance(trainer.model, PeftModel))
     one = checkpoint_bytes(sizes, only_model=args.save_only_model)
     final = checkpoint_bytes(sizes, only_model=True)
-    keeps_copy = tracking.tracking and tracking.log_model and not tracking_uri(tracking).startswith("http")
+    keeps_copy = is_recorded(tracking) and tracking.log_model and not tracking_uri(tracking).startswith("http")
     planned = planned_bytes(one, final, schedule.checkpoints, args.save_total_limit, 1 + keeps_copy)
     free = free_disk(args.output_dir)
     report.lines["disk"] = f"up to {gigabytes(planned)} to be written, {gigabytes(free)} free"

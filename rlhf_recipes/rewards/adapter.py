@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from torch import Tensor
+from transformers import AutoConfig
 from trl.trainer.utils import use_adapter
 
+from rlhf_recipes.models.adapter_base import base_of_adapter, initialisation, saved_base
+from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import quantization_of, restore_precision, saved_quantization
-from rlhf_recipes.models.reward_model import ScoreHead, is_adapter
+from rlhf_recipes.models.reward_model import ScoreHead, load_adapter_weights, position_limit
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.protocol import ScoringRun
+from rlhf_recipes.rewards.reading import adapter_pad_id, check_vocabulary, read_position, vocabulary_size
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
 
 REWARD_ADAPTER = "reward"
@@ -42,12 +45,8 @@ class RewardAdapterScorer(RewardModelScorer):
                 f"`reward_adapter` is {path}, which is no adapter. Train the reward model with `use_peft: true`, or "
                 "name a whole model as `reward_model_path`."
             )
-        with safe_loading(path):
-            weights = load_peft_weights(path, device="cpu")
-        heads = [name for name in weights if name.endswith("score.weight")]
-        if len(heads) != 1:
-            raise ValueError(f"`reward_adapter` {path} has no score head, so it is not a reward model.")
-        score = weights.pop(heads[0])
+        weights = load_adapter_weights(path)
+        score = weights.pop("score")
         self.head = ScoreHead(score.size(1), 1, bias=False).requires_grad_(False)
         self.head.weight.data.copy_(score)
         self.source, self._weights = path, weights
@@ -60,11 +59,23 @@ class RewardAdapterScorer(RewardModelScorer):
         The policy has its own adapter, and its causal LM takes `backbone_only` (`add_completion_forward`).
 
         Raises:
-            ValueError: If the reward model was trained on another base.
+            ValueError: If the reward model was trained on another base, or if its tokenizer has tokens that the base
+                does not know, or if nothing says at which token its score is read.
         """
         policy, adapter_config = run.policy, copy.deepcopy(PeftConfig.from_pretrained(self.source))
         self._check_base(policy, adapter_config.base_model_name_or_path)
+        if (chosen := initialisation(adapter_config)) not in (None, False, "orthogonal"):  # these leave the base alone
+            raise ValueError(
+                f"`reward_adapter` {self.source} was trained with `init_lora_weights: {chosen}`, which can "
+                "change the weights of the base, so it cannot share the policy's. Load it by `reward_model_path`."
+            )
         adapter_config.modules_to_save, adapter_config.task_type, adapter_config.inference_mode = None, None, True
+        base = policy.get_base_model()
+        check_vocabulary(self.tokenizer, vocabulary_size(base), self.__name__)
+        with safe_loading(self.source):  # TRL has written the policy's padding token into the configuration in memory
+            config = AutoConfig.from_pretrained(base.config._name_or_path, trust_remote_code=False)
+        self.pad_token_id = adapter_pad_id(config, self.tokenizer, self.card, self.source)
+        self.position_limit = position_limit(base)
         policy.add_adapter(REWARD_ADAPTER, adapter_config)
         set_peft_model_state_dict(policy, self._weights, adapter_name=REWARD_ADAPTER)
         if getattr(policy, "is_quantized", False):
@@ -75,12 +86,21 @@ class RewardAdapterScorer(RewardModelScorer):
         self._weights = {}
         return policy
 
+    @property
+    def _filler(self) -> int:
+        return super()._filler or 0  # the score is not read by the model, so every token will do
+
     def _check_base(self, policy: PeftModel, trained_on: str) -> None:
         base = policy.get_base_model().config._name_or_path
-        if Path(base).resolve() != Path(trained_on).resolve():
+        is_same, fingerprints = Path(base).resolve() == Path(trained_on).resolve(), ""
+        if (noted := saved_base(self.source)) and (own := base_of_adapter(policy)):
+            is_same = noted["fingerprint"] == own["fingerprint"]
+            fingerprints = f" (fingerprints {noted['fingerprint']} and {own['fingerprint']})"
+        if not is_same:
             raise ValueError(
-                f"`reward_adapter` {self.source} was trained on {trained_on}, but the policy's base is {base}. Train "
-                "a reward model on that base, or load this one beside the policy by `reward_model_path`."
+                f"`reward_adapter` {self.source} was trained on {trained_on}, but the policy's base is {base}"
+                f"{fingerprints}. Train a reward model on that base, or load this one beside the policy by "
+                "`reward_model_path`."
             )
         ours, theirs = quantization_of(policy), saved_quantization(self.source)
         if (ours and ours.to_dict()) != (theirs and theirs.to_dict()):
@@ -89,14 +109,14 @@ class RewardAdapterScorer(RewardModelScorer):
                 f"is {_describe(ours)}, so its scores would differ. Load the policy's base in the same way."
             )
 
-    def _score(self, batch: Any) -> Tensor:
+    def _score(self, batch: dict[str, Tensor], token_ids: list[list[int]]) -> Tensor:
         was_training = self.model.training
         self.model.eval()
         with use_adapter(self.model, REWARD_ADAPTER):
             states = self.model(**batch, backbone_only=True).last_hidden_state
         self.model.train(was_training)
-        last = states[torch.arange(len(states)), batch["attention_mask"].sum(dim=1) - 1]
-        return self.head.to(last.device)(last)[:, 0]
+        read = states[torch.arange(len(states)), [read_position(row, self.pad_token_id) for row in token_ids]]
+        return self.head.to(read.device)(read)[:, 0]
 
 
 def _describe(quantization: Any) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,16 @@ def checked_rewards(rewards: Any, count: int) -> list[float]:
     """Return rewards as floats, with NaN for `None`.
 
     Args:
-        rewards: Answer of a function: an iterable of numbers, a tensor or an array, `(B,)`.
+        rewards: Answer of a function: numbers in the order of the completions, a tensor or an array, `(B,)`.
         count: Number of completions, B.
 
     Raises:
-        TypeError: If the answer is no list, or holds something else than numbers and `None`.
+        TypeError: If the answer has no order or has keys, or holds something else than numbers and `None`.
         ValueError: If there are more or fewer rewards than completions, or if one is infinite in float32.
     """
     if hasattr(rewards, "tolist"):
         rewards = rewards.tolist()
-    if not hasattr(rewards, "__iter__"):
+    if not hasattr(rewards, "__iter__") or hasattr(rewards, "keys") or isinstance(rewards, Set | bytes):
         raise TypeError(f"it returned {_short(rewards)} instead of a list of {count} rewards")
     rewards = list(rewards)
     if len(rewards) != count:

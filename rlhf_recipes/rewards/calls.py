@@ -145,9 +145,11 @@ class RewardCalls:
             RewardCallError: If no score is finite.
         """
         if not scores.isfinite().any():
+            names = ", ".join(f"`{call.__name__}`" for call in self._guarded.values())
             raise RewardCallError(
                 f"None of the {scores.numel()} completions of this rollout has a score: every reward function "
-                "returned `None` or NaN for it, or failed (see the warnings above, `failed_rewards: mask`)."
+                f"{f'({names}) ' if names else ''}returned `None` or NaN for it, or failed (see the warnings above, "
+                "`failed_rewards: mask`)."
             )
 
 

@@ -18,11 +18,13 @@ _PROBE = "The quick brown Fox\n\n jumps 1234 times — déjà vu, 日本語! {co
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest of a tokenizer's vocabulary, its special tokens and the tokens of a probe text.
 
-    The files do not count, because saving a tokenizer rewrites them.
+    The files do not count, because saving a tokenizer rewrites them. A tokenizer without a padding token is the same
+    as one that pads with EOS, which training makes of it.
     """
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     content = [
         sorted(tokenizer.get_vocab().items()),
-        [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+        [tokenizer.bos_token_id, tokenizer.eos_token_id, pad_token_id],
         tokenizer(_PROBE)["input_ids"],
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -47,6 +49,8 @@ class RewardModelCard:
         score_mean: Mean score of the responses in the evaluation pairs; `None` without an evaluation.
         score_std: Standard deviation of the same scores.
         eval_accuracy: Share of the evaluation pairs that the model ranks like the annotators.
+        pad_token_id: Padding token in training: the score is read at the last token that is another one. `None` in a
+            card that an older version has written.
     """
 
     base_model: str
@@ -57,6 +61,7 @@ class RewardModelCard:
     score_mean: float | None = None
     score_std: float | None = None
     eval_accuracy: float | None = None
+    pad_token_id: int | None = None
 
     def save(self, directory: str | Path) -> None:
         """Write the card into a directory."""

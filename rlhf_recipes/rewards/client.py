@@ -7,6 +7,7 @@ The client sends a failed request only once. `rlhf_recipes.rewards.calls.RewardC
 import json
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
@@ -81,6 +82,7 @@ class RemoteRewardModel(Scorer):
             self.__name__ = str(info["name"])
             self.card = None if info["card"] is None else RewardModelCard(**info["card"])
             self.weights: str | None = info.get("weights")  # a fingerprint
+            self.position_limit: int | None = info.get("position_limit")
         except (KeyError, TypeError, RewardCallError, PermanentRewardError) as error:
             raise ValueError(
                 f"No reward model is served at {self.url} ({error}). Start it there: "
@@ -110,29 +112,42 @@ class RemoteRewardModel(Scorer):
             PermanentRewardError: If the server refuses a request for good.
         """
         finished = finished_completions(len(prompts), completion_ids, self.policy_eos_token_ids)
-        starts = range(0, len(prompts), self.batch_size)
+        return self._sent(self._score, prompts=prompts, completions=completions, finished=finished)
+
+    def prompt_lengths(self, prompts: list[Any]) -> list[int]:
+        """Return the number of tokens that the model reads beside those of an answer, one per prompt."""
+        return self._sent(self._lengths, prompts=prompts)
+
+    def _sent(self, send: Callable[[dict[str, list[Any]]], list[Any]], **columns: list[Any]) -> list[Any]:
+        """Send the rows in batches, several at the same time, and return the answers in their order."""
+        starts = range(0, len(columns["prompts"]), self.batch_size)
         batches = [
-            {"prompts": prompts[rows], "completions": completions[rows], "finished": finished[rows]}
-            for rows in (slice(start, start + self.batch_size) for start in starts)
+            {name: column[start : start + self.batch_size] for name, column in columns.items()} for start in starts
         ]
         pool = DaemonPool(min(self.concurrency, len(batches)))
-        answers = [pool.submit(self._score, batch) for batch in batches]
+        answers = [pool.submit(send, batch) for batch in batches]
         pool.close()
         try:
-            return [score for answer in answers for score in answer.result()]
+            return [number for answer in answers for number in answer.result()]
         finally:
             _cancel(answers)
 
     def _score(self, batch: dict[str, list[Any]]) -> list[float | None]:
+        return self._answer("scores", "/score", batch)
+
+    def _lengths(self, batch: dict[str, list[Any]]) -> list[int]:
+        return self._answer("lengths", "/lengths", batch)
+
+    def _answer(self, kind: str, path: str, batch: dict[str, list[Any]]) -> list[Any]:
         try:
             body = json.dumps(batch, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise PermanentRewardError(f"prompts for a served reward model must be text: {error}") from error
-        scores = self._request("POST", "/score", timeout=self.timeout, body=body).get("scores")
-        if not isinstance(scores, list) or len(scores) != len(batch["prompts"]):
-            count = len(scores) if isinstance(scores, list) else "no"
-            raise RewardCallError(f"{self.url} answered with {count} scores for {len(batch['prompts'])} completions")
-        return scores
+        numbers = self._request("POST", path, timeout=self.timeout, body=body).get(kind)
+        if not isinstance(numbers, list) or len(numbers) != len(batch["prompts"]):
+            count = len(numbers) if isinstance(numbers, list) else "no"
+            raise RewardCallError(f"{self.url} answered with {count} {kind} for {len(batch['prompts'])} completions")
+        return numbers
 
     def _request(self, method: str, path: str, *, timeout: float | None, body: str | None = None) -> dict[str, Any]:
         try:

@@ -54,7 +54,7 @@ def as_scorer(
     if is_address(model):
         return RemoteRewardModel(model)
     if isinstance(model, str):
-        scorer = RewardModelScorer.from_pretrained(model, **kwargs)
+        scorer = RewardModelScorer.from_pretrained(model, tokenizer=tokenizer, **kwargs)
     else:
         path = model.config._name_or_path
         if model.config.num_labels != 1:
@@ -67,8 +67,6 @@ def as_scorer(
             with_score_head(model)  # gives scores in float32 under autocast, like a model that was loaded here
         card = RewardModelCard.load(path) if path else None
         scorer = RewardModelScorer(model, tokenizer or load_scorer_tokenizer(path), card)
-    if tokenizer is not None:
-        scorer.tokenizer = tokenizer
     scorer.source = model
     return scorer
 

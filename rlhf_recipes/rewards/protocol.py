@@ -42,6 +42,8 @@ class Scorer(Protocol):
         card: Card of the reward model, if it has one.
         gives_states: Whether a critic can read the hidden states of its model: it then has `take_states`,
             `hidden_size` and `score_with_states` of `RewardModelScorer`.
+        position_limit: Number of tokens that the model can read at most, if its architecture sets a limit: it then has
+            `prompt_lengths` of `RewardModelScorer`.
     """
 
     __name__: str
@@ -49,6 +51,7 @@ class Scorer(Protocol):
     tokenizer: PreTrainedTokenizerBase | None = None
     card: RewardModelCard | None = None
     gives_states: bool = False
+    position_limit: int | None = None
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any
@@ -63,6 +66,10 @@ class Scorer(Protocol):
     def prepare(self, run: ScoringRun) -> None:
         """Get ready for the calls of a run."""
         return
+
+    def scores_alone(self, prompts: list[Any], completions: list[Any]) -> tuple[list[float], list[float]] | None:
+        """Return scores in the run, and by plain transformers without the run; `None` if they cannot be compared."""
+        return None
 
 
 class FunctionScorer(Scorer):

@@ -3,6 +3,7 @@
 The reward model reads text and never the policy's token ids, so it may have another tokenizer.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,24 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.rendering import answered_ids, prompt_ids
 from rlhf_recipes.models.critic import causal_lm
-from rlhf_recipes.models.fingerprint import fingerprint
-from rlhf_recipes.models.reward_model import load_reward_model
+from rlhf_recipes.models.fingerprint import fingerprint, is_adapter
+from rlhf_recipes.models.reward_model import check_score_layer, load_reward_model, position_limit
 from rlhf_recipes.models.safe_loading import safe_loading
+from rlhf_recipes.rewards.alone import row_scores, scores_alone
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
 from rlhf_recipes.rewards.client import finished_completions
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
+from rlhf_recipes.rewards.reading import (
+    adapter_pad_id,
+    check_vocabulary,
+    cut_front,
+    padded,
+    trained_pad_id,
+    vocabulary_size,
+)
 
 logger = logging.getLogger(__name__)
 Prompt = str | list[dict[str, Any]]
@@ -30,12 +41,17 @@ class RewardModelScorer(Scorer):
     """Score completions with a reward model, on text in the form that the model was trained on.
 
     The model reads plain text as `prompt + completion + EOS`, where the prompt ends with the separator. A completion
-    that was cut off has no EOS. The model reads chats through its own chat template.
+    that was cut off has no EOS. The model reads chats through its own chat template. Its score is read at the last
+    token that is not its padding token (`rewards/reading.py`).
 
     Args:
         model: Sequence classifier with one output; `None` if a subclass attaches it later.
         tokenizer: Tokenizer of the reward model.
         card: Card of the reward model, if it has one.
+
+    Raises:
+        ValueError: If the model has no `score` layer, if its tokenizer has tokens that it does not know, or if nothing
+            says at which token its score is read.
     """
 
     model: Any
@@ -43,23 +59,29 @@ class RewardModelScorer(Scorer):
     gives_states = True
     source: Any = None  # the path or the model that became this scorer
     batch_size: int = 8  # completions per forward pass
+    pad_token_id: int | None = None  # the score is read at the last token that is not this
     policy_eos_token_ids: list[int] | None = None  # end a completion; without them, every completion has ended
     take_states: Callable[[list[Tensor]], None] | None = None  # gets the hidden states of every call, if there is one
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, card: RewardModelCard | None = None) -> None:
         self.model, self.tokenizer, self.card = model, tokenizer, card
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         if model is not None:
-            model.eval().requires_grad_(False)
-            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+            check_score_layer(model)
             self.__name__ = Path(model.config._name_or_path or "reward_model").name
+            check_vocabulary(tokenizer, vocabulary_size(model), self.__name__)
+            self.pad_token_id, self.position_limit = trained_pad_id(model, tokenizer, card), position_limit(model)
+            model.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, path: str, **kwargs: Any) -> "RewardModelScorer":
+    def from_pretrained(
+        cls, path: str, *, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
+    ) -> "RewardModelScorer":
         """Load a reward model and its tokenizer from a directory or the Hub, and its card from a directory."""
-        tokenizer, card = load_scorer_tokenizer(path), RewardModelCard.load(path)
-        scorer = cls(load_reward_model(path, **kwargs), tokenizer, card)
+        model, card = load_reward_model(path, **kwargs), RewardModelCard.load(path)
+        tokenizer = load_scorer_tokenizer(path) if tokenizer is None else tokenizer
+        if is_adapter(path):  # the configuration is its base's, which no score head was trained with
+            model.config.get_text_config().pad_token_id = adapter_pad_id(model.config, tokenizer, card, path)
+        scorer = cls(model, tokenizer, card)
         scorer.__name__ = Path(path).name  # the configuration of an adapter's model names its base
         if card is None:
             logger.warning(f"{path} has no {CARD_FILE}, so its separator and its chat template cannot be checked.")
@@ -106,20 +128,43 @@ class RewardModelScorer(Scorer):
         """Return the token ids that the model reads, one list per completion."""
         return [self._token_ids(*row) for row in zip(prompts, completions, finished, strict=True)]
 
+    def scores_alone(self, prompts: list[Prompt], completions: list[Prompt]) -> tuple[list[float], list[float]] | None:
+        """Return the scores of finished completions, and those of plain transformers, row by row.
+
+        A reward model that was given by its path is loaded a second time, if it is small.
+        """
+        token_ids = self.token_ids(prompts, completions, [True] * len(prompts))
+        if self.position_limit is not None:
+            token_ids = [row for row in token_ids if len(row) <= self.position_limit]
+        if not token_ids:
+            return None
+        if isinstance(self.source, str):
+            alone = scores_alone(self.source, token_ids, pad_token_id=self.pad_token_id, like=self.model)
+        else:
+            alone = row_scores(self.model, token_ids)
+        return None if alone is None else (self.score_token_ids(token_ids), alone)
+
+    def prompt_lengths(self, prompts: list[Prompt]) -> list[int]:
+        """Return the number of tokens that the model reads beside those of an answer, one per prompt."""
+        answers = [answer_to(prompt, "a") for prompt in prompts]
+        return [len(row) - 1 for row in self.token_ids(prompts, answers, [False] * len(prompts))]
+
     def score_token_ids(self, token_ids: list[list[int]]) -> list[float]:
         """Return the scores of the rows that `token_ids` returned."""
         return self._score_rows(token_ids, [])[0]
 
     def _score_rows(self, token_ids: list[list[int]], kept: list[list[int]]) -> tuple[list[float], list[Tensor]]:
         """Return the scores of rows, and of each row the last hidden states at the positions `kept`, `(.., H)`."""
+        token_ids, kept = self._within_limit(token_ids, kept)
         # Rows of similar length share a batch, so it has little padding.
         order = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
+        batch_size = 1 if self._filler is None else self.batch_size
         scores, states = torch.empty(len(token_ids)), [torch.empty(0)] * len(kept)
         outputs: list[Any] = []
         hook = self._backbone().register_forward_hook(lambda *call: outputs.append(call[2])) if kept else None
         try:
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
                 scores[rows] = self._forward([token_ids[row] for row in rows])
                 for output in outputs:
                     for row, of_row in zip(rows, output.last_hidden_state, strict=True):
@@ -129,6 +174,24 @@ class RewardModelScorer(Scorer):
             if hook is not None:
                 hook.remove()
         return scores.tolist(), states
+
+    def _within_limit(
+        self, token_ids: list[list[int]], kept: list[list[int]]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Return rows without the beginning that the model has no positions for, and the positions in them."""
+        limit = self.position_limit
+        if limit is None or max(map(len, token_ids), default=0) <= limit:
+            return token_ids, kept
+        _say_cut(self.__name__, limit)
+        cuts = [max(len(row) - limit, 0) for row in token_ids]
+        shifted = [[max(place - cut, 0) for place in row] for row, cut in zip(kept, cuts, strict=bool(kept))]
+        return [cut_front(row, limit, self.tokenizer.bos_token_id) for row in token_ids], shifted
+
+    @property
+    def _filler(self) -> int | None:
+        """Return the token that fills a batch: the one that the head passes over. Without one, rows go alone."""
+        known = self.pad_token_id is not None and 0 <= self.pad_token_id < vocabulary_size(self._classifier())
+        return self.pad_token_id if known else None
 
     @property
     def hidden_size(self) -> int:
@@ -150,10 +213,10 @@ class RewardModelScorer(Scorer):
 
     @torch.no_grad()
     def _forward(self, token_ids: list[list[int]]) -> Tensor:
-        batch = self.tokenizer.pad({"input_ids": token_ids}, padding_side="right", return_tensors="pt")
-        return self._score(batch.to(self.model.device)).float().cpu()
+        batch = padded(token_ids, self._filler or 0)
+        return self._score({name: x.to(self.model.device) for name, x in batch.items()}, token_ids).float().cpu()
 
-    def _score(self, batch: Any) -> Tensor:
+    def _score(self, batch: dict[str, Tensor], token_ids: list[list[int]]) -> Tensor:
         return self.model(**batch).logits[:, 0]
 
 
@@ -183,6 +246,14 @@ def shared_length(first: list[int], second: list[int]) -> int:
     """Return the number of equal elements at the start of two lists."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(first), len(second)))
+
+
+@functools.cache
+def _say_cut(name: str, limit: int) -> None:
+    logger.warning(
+        f"A prompt and its completion have more tokens than the {limit} that the reward model {name} can read. It "
+        "reads the last ones, so the beginning of the prompt is left out. This is said once."
+    )
 
 
 def load_scorer_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -1,9 +1,10 @@
 """Serve a reward model over HTTP. The client is `rlhf_recipes.rewards.client.RemoteRewardModel`.
 
-    GET /        {"name": .., "card": .., "weights": ..}: the reward model card and a fingerprint of the weights;
-                 `null` where there is none
+    GET /        {"name": .., "card": .., "weights": .., "position_limit": ..}: the reward model card, a fingerprint of
+                 the weights, and the number of tokens that the model can read; `null` where there is none
     GET /health  {"status": "ok"}; needs no token
     POST /score  {"prompts": [..], "completions": [..], "finished": [..]} -> {"scores": [..]}, with `null` for NaN
+    POST /lengths  {"prompts": [..]} -> {"lengths": [..]}: the tokens that the model reads beside those of an answer
 
 Prompts and completions are texts or lists of messages. Errors: 401 without the token; 413 for a request that is too
 large; 422 for a request that cannot be scored, with the reason; 503 while too many requests wait.
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from queue import Empty, Full, Queue
 from threading import Thread
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
@@ -40,6 +41,7 @@ class Message(BaseModel):
     content: str
 
 
+Parsed = TypeVar("Parsed", bound=BaseModel)
 Text = str | Annotated[list[Message], Field(min_length=1)]
 
 
@@ -58,6 +60,13 @@ class ScoreRequest(BaseModel):
         if any(type(p) is not type(c) for p, c in zip(self.prompts, self.completions, strict=True)):
             raise ValueError("a prompt and its completion must both be text, or both messages")
         return self
+
+
+class LengthRequest(BaseModel):
+    """Describe the prompts to count."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompts: list[Text]
 
 
 class UnscorableError(ValueError):
@@ -145,7 +154,7 @@ def reward_app(
     if card is not None:
         separator = card.response_separator
         card.check(scorer.tokenizer, conversational=card.conversational, response_separator=separator)
-    queue = ScoringQueue(scorer, max_waiting)
+    queue, limit = ScoringQueue(scorer, max_waiting), getattr(scorer, "position_limit", None)
     authorized = [Depends(_require(token))]
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -155,11 +164,20 @@ def reward_app(
 
     @app.get("/", dependencies=authorized)
     async def info() -> dict[str, Any]:
-        return {"name": scorer.__name__, "card": None if card is None else asdict(card), "weights": weights}
+        about = {"name": scorer.__name__, "weights": weights, "position_limit": limit}
+        return about | {"card": None if card is None else asdict(card)}
+
+    @app.post("/lengths", dependencies=authorized)
+    async def lengths(request: Request) -> dict[str, list[int]]:
+        prompts = _parsed(LengthRequest, await _body(request, max_request_bytes)).model_dump(exclude_unset=True)
+        try:
+            return {"lengths": scorer.prompt_lengths(prompts["prompts"])}
+        except Exception as error:  # a chat template may raise anything
+            raise HTTPException(422, f"{type(error).__name__}: {error}") from error
 
     @app.post("/score", dependencies=authorized)
     async def score(request: Request) -> dict[str, list[float | None]]:
-        batch = _parsed(await _body(request, max_request_bytes))
+        batch = _parsed(ScoreRequest, await _body(request, max_request_bytes))
         try:
             scores = await asyncio.wrap_future(queue.submit(batch))
         except UnscorableError as error:
@@ -182,9 +200,9 @@ def _require(token: str | None) -> Callable[[Request], None]:
     return check
 
 
-def _parsed(body: bytes) -> ScoreRequest:
+def _parsed(kind: type[Parsed], body: bytes) -> Parsed:
     try:
-        return ScoreRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         reasons = error.errors(include_url=False, include_input=False, include_context=False)
         raise HTTPException(422, reasons[:10]) from error

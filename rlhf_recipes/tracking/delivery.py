@@ -7,21 +7,25 @@ One thread sends in order. Records that cannot be sent are kept in a file of JSO
 
 import json
 import logging
+import math
 import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-from mlflow.utils.validation import MAX_METRICS_PER_BATCH
+from mlflow.utils.validation import MAX_DATASET_NAME_SIZE, MAX_METRICS_PER_BATCH
 
+from rlhf_recipes.durability.termination import signals_held
 from rlhf_recipes.tracking.lineage import note_model
 from rlhf_recipes.tracking.logged_model import send_model
+from rlhf_recipes.tracking.names import Names, clean_name
 
 UNSENT_FILE = "mlflow_unsent.jsonl"
 PAUSE_SECONDS = 60.0  # between two attempts at a store that does not answer
@@ -44,6 +48,7 @@ class Delivery:
         self.unsent = Path(output_dir, UNSENT_FILE)
         self._origin = {"run_id": run_id, "tracking_uri": tracking_uri}
         self._last_steps = dict(last_steps)
+        self._names = Names()
         self._step = 0
         self._paused_until = 0.0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow-delivery")
@@ -52,11 +57,13 @@ class Delivery:
         """Send metrics, without waiting.
 
         Args:
-            metrics: Values by name.
+            metrics: Values by name. Names that MLflow refuses are made fit, and values that are no numbers left out.
             step: Optimiser step. Default: the latest one. A metric that is recorded there is not sent again.
         """
         self._step = self._step if step is None else step
-        fresh = {name: value for name, value in metrics.items() if self._step > self._last_steps.get(name, -1)}
+        names = self._names(name for name, value in metrics.items() if isinstance(value, Real))
+        values = {clean: float(metrics[name]) for name, clean in names.items()}
+        fresh = {name: value for name, value in values.items() if self._step > self._last_steps.get(name, -1)}
         self._last_steps |= dict.fromkeys(fresh, self._step)
         if fresh:
             self._submit({"metrics": fresh, "step": self._step})
@@ -68,6 +75,7 @@ class Delivery:
     def log_dataset(self, name: str, digest: str, context: str) -> None:
         """Send the identity of a dataset and its purpose."""
         source = {"source_type": "hf", "source": json.dumps({"path": name})}
+        name = name[-MAX_DATASET_NAME_SIZE:]
         self._submit({"dataset": {"name": name, "digest": digest, **source}, "context": context})
 
     def log_model(self, model: dict[str, Any]) -> None:
@@ -76,7 +84,7 @@ class Delivery:
 
     def set_tags(self, tags: dict[str, str]) -> None:
         """Send tags."""
-        self._submit({"tags": tags})
+        self._submit({"tags": {clean_name(name): value for name, value in tags.items()}})
 
     def _submit(self, record: dict[str, Any]) -> None:
         self._worker.submit(self._send, self._origin | {"timestamp": int(time.time() * 1000)} | record)
@@ -98,13 +106,18 @@ class Delivery:
             file.write(json.dumps(record) + "\n")
 
     def close(self, status: str) -> None:
-        """Wait until every record is sent or kept, end the active run, and warn of kept records."""
-        self._worker.shutdown(wait=True)
+        """Wait until every record is sent or kept, end the active run, and warn of kept records.
+
+        A signal ends the wait: the remaining records are kept, and the run is KILLED.
+        """
         try:
-            mlflow.end_run(status)
-        except Exception:  # the model matters more than its record
-            self._keep(self._origin | {"timestamp": int(time.time() * 1000), "status": status})
-        else:
+            self._worker.submit(bool).result()  # a signal in `shutdown` would make Python forget the thread
+        except BaseException:
+            self._paused_until = math.inf  # from now on, the worker only keeps
+            self._end("KILLED")
+            raise
+        self._worker.shutdown(wait=True)
+        if self._end(status):
             with suppress(Exception):  # the store may answer again
                 send_unsent(self.unsent, mlflow.get_tracking_uri())
         if self.unsent.exists():
@@ -113,6 +126,16 @@ class Delivery:
                 f"MLflow at {self._origin['tracking_uri']} did not take {count} records of this run. They are kept; "
                 f"send them with: {sys.executable} -m rlhf_recipes.tracking.delivery {self.unsent}"
             )
+
+    def _end(self, status: str) -> bool:
+        """End the active run. Return whether the store took it."""
+        with signals_held():  # they come too late
+            try:
+                mlflow.end_run(status)
+            except Exception:  # the model matters more than its record
+                self._keep(self._origin | {"timestamp": int(time.time() * 1000), "status": status})
+                return False
+        return True
 
 
 def send_unsent(path: str | Path, tracking_uri: str | None = None) -> int:
@@ -137,7 +160,8 @@ def send_unsent(path: str | Path, tracking_uri: str | None = None) -> int:
         runs[tracking_uri or record["tracking_uri"], record["run_id"]].append(record)
     for (uri, run_id), of_run in runs.items():
         client = mlflow.MlflowClient(tracking_uri=uri)
-        metrics = [metric for record in of_run for metric in _metrics(record)]
+        names = Names()  # an earlier version kept names as they were
+        metrics = [metric for record in of_run for metric in _metrics(record, names)]
         missing = _missing(client, run_id, metrics)
         for start in range(0, len(missing), MAX_METRICS_PER_BATCH):
             client.log_batch(run_id, metrics=missing[start : start + MAX_METRICS_PER_BATCH])
@@ -161,16 +185,16 @@ def _missing(client: mlflow.MlflowClient, run_id: str, metrics: list[Metric]) ->
     return list(wanted.values())
 
 
-def _metrics(record: dict[str, Any]) -> list[Metric]:
-    return [
-        Metric(name, value, record["timestamp"], record["step"]) for name, value in record.get("metrics", {}).items()
-    ]
+def _metrics(record: dict[str, Any], names: Names) -> list[Metric]:
+    values = record.get("metrics", {})
+    clean = names(values)
+    return [Metric(clean[name], value, record["timestamp"], record["step"]) for name, value in values.items()]
 
 
 def _apply(client: mlflow.MlflowClient, record: dict[str, Any]) -> None:
     run_id = record["run_id"]
     if "metrics" in record:
-        client.log_batch(run_id, metrics=_metrics(record))
+        client.log_batch(run_id, metrics=_metrics(record, Names()))
     if "dataset" in record:
         context = InputTag(MLFLOW_DATASET_CONTEXT, record["context"])
         client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**record["dataset"]), tags=[context])])
@@ -180,7 +204,7 @@ def _apply(client: mlflow.MlflowClient, record: dict[str, Any]) -> None:
         model_id = send_model(client, run_id, record["model"], step=record["step"], timestamp=record["timestamp"])
         note_model(record["model"]["directory"], run_id, model_id)
     for name, value in record.get("tags", {}).items():
-        client.set_tag(run_id, name, value)
+        client.set_tag(run_id, clean_name(name), value)
     if "status" in record:
         client.set_terminated(run_id, record["status"], record["timestamp"])
 

@@ -6,7 +6,6 @@ MLflow's `transformers` flavor is not used, because it loads an adapter on a loc
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +17,16 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
-from rlhf_recipes.models.fingerprint import base_fingerprint, weights_fingerprint
-from rlhf_recipes.models.reward_model import ADAPTER_CONFIG, is_adapter
+from rlhf_recipes.models.adapter_base import BASE_FILE, saved_base
+from rlhf_recipes.models.fingerprint import ADAPTER_CONFIG, base_fingerprint, is_adapter, weights_fingerprint
 from rlhf_recipes.options.secrets import redact
 from rlhf_recipes.rewards.card import CARD_FILE
+from rlhf_recipes.tracking.names import model_name
 
 SCHEME = "models:/"
 # Weights, heads, configurations, the tokenizer and the card. Files that only a training needs are left out.
 MODEL_FILES = (
-    *("*.safetensors", "*.safetensors.index.json", "*config.json", CARD_FILE),
+    *("*.safetensors", "*.safetensors.index.json", "*config.json", BASE_FILE, CARD_FILE),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("chat_template*", "additional_chat_templates/*"),
 )
@@ -82,13 +82,14 @@ def describe_model(directory: str | Path, model_type: str, revision: str | None 
         base = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
         params |= {"base_model": redact(str(base)), "base_revision": revision or "main"}
         try:
-            of_base = base_fingerprint(str(base), revision, local_files_only=True)
+            noted = saved_base(directory)
+            of_base = noted["fingerprint"] if noted else base_fingerprint(str(base), revision, local_files_only=True)
         except (OSError, ValueError):  # the base was built in memory and has no path or name
             of_base = None
         params |= {"base_fingerprint": of_base} if of_base else {}
     return {
         "directory": str(directory),
-        "name": re.sub(r"[^\w-]", "_", directory.name),  # MLflow refuses dots
+        "name": model_name(directory.name),
         "model_type": model_type,
         "params": params,
         "tags": {"weights": fingerprint},

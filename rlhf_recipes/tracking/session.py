@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,16 @@ from transformers.integrations import MLflowCallback
 from rlhf_recipes.data.digest import dataset_digest
 from rlhf_recipes.durability.ending import leave_together
 from rlhf_recipes.durability.stages import start_method
-from rlhf_recipes.durability.termination import SIGNALS, TerminatedError, terminate
+from rlhf_recipes.durability.termination import SIGNALS, TerminatedError, signals_held, terminate
 from rlhf_recipes.evaluation.alarms import current_alarms
 from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY, tables_of_step, tables_until
 from rlhf_recipes.options.ppo import PPOConfig
-from rlhf_recipes.options.recipes import TrackingArguments, tracking_uri
+from rlhf_recipes.options.recipes import TrackingArguments, is_recorded, tracking_uri
 from rlhf_recipes.options.secrets import redact
 from rlhf_recipes.tracking.delivery import Delivery
 from rlhf_recipes.tracking.lineage import write_run_file
 from rlhf_recipes.tracking.logged_model import describe_model
+from rlhf_recipes.tracking.starting import kept_environment
 from rlhf_recipes.tracking.store import end_run, open_run, system_metrics
 
 SHOWN_TABLES = 60  # the latest ones, which the page of MLflow shows: a tag holds at most 8,000 characters
@@ -66,7 +67,9 @@ class RunCallback(MLflowCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any = None, **kwargs: Any) -> None:
         """Send the metrics, and the tables of completions that the trainer wrote at this step."""
-        super().on_log(args, state, control, logs, model, **kwargs)
+        if not state.is_world_process_zero:
+            return
+        self._ml_flow.log_metrics(logs, step=state.global_step)  # transformers would make two names one
         tables = [table for table in tables_of_step(self._output_dir, state.global_step) if table not in self._tables]
         for table in tables:
             self._ml_flow.log_artifact(table, SAMPLES_DIRECTORY)
@@ -127,27 +130,42 @@ def track_run(
     """
     mlflow.set_tracking_uri(tracking_uri(tracking))  # every process looks for `models:/..`
     with leave_together():
-        if not tracking.tracking or not PartialState().is_main_process:
+        if not is_recorded(tracking) or not PartialState().is_main_process:
             yield []
             return
-        output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
+        with signals_as_exceptions(), kept_environment(), _recorded(tracking, run_name, stage, configs) as callback:
+            yield [callback]
+
+
+@contextmanager
+def _recorded(
+    tracking: TrackingArguments, run_name: str, stage: str, configs: tuple[Any, ...]
+) -> Iterator[RunCallback]:
+    """Open a run, and end it after everything that can be raised."""
+    output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
+    before, status, delivery, outer = mlflow.active_run(), "FAILED", None, _open.set(None)
+    try:
         note, last_steps = open_run(tracking, run_name, stage, configs)
         delivery = Delivery(note["run_id"], note["tracking_uri"], output_dir, last_steps)
         callback = RunCallback(delivery, output_dir, note)
-        outer = _open.set(callback)
-        status = "FAILED"
-        try:
-            with system_metrics(note["run_id"], resumed=bool(last_steps)), signals_as_exceptions():
-                yield [callback]
-            if not callback.has_noted:  # else the note may already hold the id of the model
-                callback.note()
-            status = "FINISHED"
-        except BaseException as error:
-            status = outcome(error)
-            raise
-        finally:
-            _open.reset(outer)
+        _open.set(callback)
+        with system_metrics(note["run_id"], resumed=bool(last_steps)):
+            yield callback
+        if not callback.has_noted:  # else the note may already hold the id of the model
+            callback.note()
+        status = "FINISHED"
+    except BaseException as error:
+        status = outcome(error)
+        if isinstance(error, TerminatedError):
+            ignore_signals()  # a second one must not interrupt the record of the end
+        raise
+    finally:
+        _open.reset(outer)
+        if delivery is not None:
             delivery.close(status)
+        elif mlflow.active_run() is not before:
+            with suppress(Exception):
+                mlflow.end_run(status)
 
 
 def outcome(error: BaseException) -> str:
@@ -170,11 +188,18 @@ def signals_as_exceptions() -> Iterator[None]:
     try:
         yield
     except TerminatedError:
-        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)  # a second signal must not interrupt the record of the end
+        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
         raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ignore_signals() -> None:
+    """Ignore further signals: the process is ending."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def log_results(metrics: dict[str, float], *files: Path) -> None:
@@ -238,20 +263,25 @@ def track_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> Ite
     Yields:
         Command-line options that put the run of a stage under the parent. Empty without tracking.
     """
-    if not tracking.tracking:
+    if not is_recorded(tracking):
         yield []
         return
-    note = _in_own_process(_open_pipeline, tracking, run_name, seed)
-    status = "FAILED"
-    try:
-        with signals_as_exceptions():
+    status, note = "FAILED", None
+    with signals_as_exceptions():
+        try:
+            with signals_held() as received:  # else a run could be open whose id is not known here
+                note = _in_own_process(_open_pipeline, tracking, run_name, seed)
+            if received:
+                terminate(received[0], None)
             yield ["--parent_run_id", note["run_id"]]
-        status = "FINISHED"
-    except BaseException as error:
-        status = outcome(error)
-        raise
-    finally:
-        _in_own_process(end_run, tracking, note["run_id"], status)
+            status = "FINISHED"
+        except BaseException as error:
+            status = outcome(error)
+            raise
+        finally:
+            if note is not None:
+                with signals_held():
+                    _in_own_process(end_run, tracking, note["run_id"], status)
 
 
 def _open_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> dict[str, str]:

@@ -27,13 +27,13 @@ from mlflow.utils.validation import (
     _validate_model_name,
 )
 
-from rlhf_recipes.durability.checkpoints import wished_checkpoint
 from rlhf_recipes.options.recipes import TrackingArguments, _sqlite_file, tracking_uri
 from rlhf_recipes.options.relevance import config_group, flat
 from rlhf_recipes.options.secrets import public_options, redact, without_credentials
-from rlhf_recipes.tracking.delivery import UNSENT_FILE, send_unsent
-from rlhf_recipes.tracking.lineage import environment_tags, read_run_file, upstream_runs
+from rlhf_recipes.tracking.lineage import environment_tags, upstream_runs
 from rlhf_recipes.tracking.logged_model import UnknownModelError
+from rlhf_recipes.tracking.names import by_clean_name
+from rlhf_recipes.tracking.starting import start_run, tags_of_environment
 
 
 def flat_options(options: dict[str, dict[str, Any]], limit: int) -> dict[str, str]:
@@ -103,10 +103,12 @@ def open_run(
         The note for `write_run_file`, and the last recorded step of each metric.
 
     Raises:
-        ValueError: If the store cannot be reached or written, or has no model that an option names.
+        ValueError: If the store cannot be reached or written, or has no model that an option names; or if
+            `MLFLOW_TAGS` cannot be read.
     """
     configure_mlflow()
     check_registered_names(tracking)
+    tags = tags_of_environment() | tags
     uri, run = tracking_uri(tracking), None
     if redact(uri) != uri:  # at the end of a run, MLflow prints its address with the password
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -114,7 +116,7 @@ def open_run(
         mlflow.set_tracking_uri(uri)
         with _migration_lock(uri):
             upstream = upstream_runs(*configs)
-            run, is_new = _start_run(tracking, run_name, configs)
+            run, is_new = start_run(tracking, run_name, stage, configs)
         last_steps = {} if is_new else _last_steps(run)
         tags |= {"stage": stage} | environment_tags(*configs)
         tags |= {f"lineage.{role}": note["run_id"] for role, note in upstream.items()}
@@ -148,42 +150,6 @@ def _migration_lock(uri: str) -> AbstractContextManager[Any]:
     return FileLock(f"{file}.lock", timeout=MIGRATION_SECONDS)
 
 
-def _start_run(tracking: TrackingArguments, run_name: str, configs: tuple[Any, ...]) -> tuple[Run, bool]:
-    interrupted = _interrupted_run(configs)
-    if interrupted is not None:
-        mlflow.set_experiment(experiment_id=interrupted.info.experiment_id)
-        return mlflow.start_run(run_id=interrupted.info.run_id, log_system_metrics=False), False
-    mlflow.set_experiment(tracking.experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "rlhf_recipes")
-    parent = {"parent_run_id": tracking.parent_run_id}
-    return mlflow.start_run(run_name=run_name, log_system_metrics=False, **parent), True
-
-
-def _interrupted_run(configs: tuple[Any, ...]) -> Run | None:
-    """Return the run to continue: the run of the checkpoint to resume from, or `MLFLOW_RUN_ID`."""
-    if run_id := os.environ.get("MLFLOW_RUN_ID"):
-        return mlflow.MlflowClient().get_run(run_id)
-    for config in configs:
-        if not hasattr(config, "resume_from_checkpoint"):
-            continue
-        checkpoint = wished_checkpoint(config.resume_from_checkpoint, config.output_dir)
-        note = checkpoint and (read_run_file(checkpoint) or read_run_file(config.output_dir))
-        if not note:
-            continue
-        try:
-            run = mlflow.MlflowClient().get_run(note["run_id"])
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            logger.warning(f"The run {note['run_id']} of {checkpoint} is not in this store: a new run begins.")
-            return None
-        unsent = Path(config.output_dir, UNSENT_FILE)
-        if unsent.exists():
-            send_unsent(unsent, mlflow.get_tracking_uri())
-            run = mlflow.MlflowClient().get_run(note["run_id"])
-        return run
-    return None
-
-
 def _last_steps(run: Run) -> dict[str, int]:
     # The public `metrics` has no steps, and the public histories hold every value of the run.
     metrics = mlflow.get_run(run.info.run_id).data._metric_objs
@@ -203,8 +169,8 @@ def _record_options(run: Run, configs: tuple[Any, ...], tags: dict[str, Any], *,
         tags = {name: value for name, value in tags.items() if name not in changed}
         tags |= {f"resume.{name.removeprefix('resume.')}": value for name, value in changed.items()}
     tags |= {"group": config_group(options)}  # `config.yaml` is replaced too
-    mlflow.set_tags(tags)
-    items = list(params.items())
+    mlflow.set_tags(by_clean_name(tags))
+    items = list(by_clean_name(params).items())
     for start in range(0, len(items), MAX_PARAMS_TAGS_PER_BATCH):
         batch = [Param(name, value) for name, value in items[start : start + MAX_PARAMS_TAGS_PER_BATCH]]
         mlflow.MlflowClient().log_batch(run.info.run_id, params=batch)

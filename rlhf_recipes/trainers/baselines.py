@@ -27,10 +27,14 @@ from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import join_prefill
 from rlhf_recipes.evaluation.policies import completion_logps, eos_token_ids, sample_answers
 from rlhf_recipes.evaluation.samples import sample_rows
+from rlhf_recipes.models.generation import check_generation_kwargs
 from rlhf_recipes.options.baselines import DPOConfig
+from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.functions import weighted_scores
 from rlhf_recipes.trainers.compared import RolloutTrainer
+from rlhf_recipes.trainers.prepared import check_prepared
 from rlhf_recipes.trainers.rollout import own_part
+from rlhf_recipes.trainers.saving import revision_of
 from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, check_rollout_fits
 from rlhf_recipes.trainers.stock import Baseline, Scoring, checked_rewards, prepared
 
@@ -72,9 +76,11 @@ class SamplingBaseline(Baseline, RolloutTrainer):
         callbacks: Any = None,
     ) -> None:
         check_rollout_fits(train_dataset, args)
+        check_generation_kwargs(args)
         options: dict[str, Any] = {"tokenizer": processing_class, "peft_config": peft_config}
         parts = prepared(model, args, scoring, train_dataset, eval_dataset, columns=("prompt",), **options)
         rewards = checked_rewards(scoring, args, parts["train_dataset"])
+        self._revision = revision_of(model, args)
         super().__init__(reward_funcs=list(rewards), callbacks=callbacks, **parts)
         # TRL calls these: the reward functions, with time limits and retries.
         self.reward_funcs = self.prepare_rewards(
@@ -90,6 +96,7 @@ class SamplingBaseline(Baseline, RolloutTrainer):
         self._log_metrics({f"rewards/{name}": value for name, value in self.reward_calls.settle().items()})
         scores = weighted_scores(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
         self._log_metrics({"objective/scores": scores.nanmean().item()})
+        self._log_counts(int((~scores.isnan()).sum()), ["objective/scores"])
         if self.model.training:
             self.reward_calls.check_any_scored(scores)
         answers = (prompts, completions, completion_ids_list)
@@ -117,6 +124,7 @@ class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
             # TRL has logged the mean of k1 over tokens. Ours is the mean over completions of its sum.
             per_token = self._metrics["train" if self.model.training else "eval"]["kl"][-1]
             self._log_metrics({"objective/kl": per_token * total / (count or 1)})
+            self._log_counts(count, ["objective/kl"])
         return batch
 
 
@@ -131,8 +139,9 @@ class GRPOTrainer(SamplingBaseline, trl.GRPOTrainer):
         mask = batch["completion_mask"]
         if "ref_per_token_logps" in batch and (logps := self._sampled_logps(batch)) is not None:
             k1 = estimate_kl(logps, batch["ref_per_token_logps"], "k1")
-            _, (kl,) = global_means(mask.any(dim=1), (k1 * mask).sum(dim=1))
+            count, (kl,) = global_means(mask.any(dim=1), (k1 * mask).sum(dim=1))
             self._log_metrics({"objective/kl": kl})
+            self._log_counts(count, ["objective/kl"])
         return batch
 
     def _sampled_logps(self, batch: dict[str, Any]) -> Tensor | None:
@@ -201,12 +210,18 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
             )
         rewards = checked_rewards(scoring, args, parts["train_dataset"]) if evaluates or scoring.rewards else []
         self._held_out_prompts = first_of_each_prompt(parts["eval_dataset"]) if evaluates else None
+        self._revision = revision_of(model, args)
         super().__init__(callbacks=callbacks, **parts)
+        check_prepared(self, train_dataset=parts["train_dataset"], eval_dataset=parts["eval_dataset"])
         self._end_ids = eos_token_ids(parts["model"], processing_class)
         judges = (scoring.judges, scoring.pairwise_judges)
         functions = self.prepare_rewards(rewards, scoring.limits, self._end_ids, *judges)
         self._functions = [getattr(function, "now", function) for function in functions]
         self._stateful = {"held_out": self.held_out}
+
+    def _check_context(self, reward_overflow: str) -> None:
+        functions, answered = [*self.scorers, *self.held_out.judges.values()], {"eval_dataset": self._held_out_prompts}
+        check_context(functions, answered, self.args.max_completion_length, reward_overflow)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         dataset = join_prefill(dataset)

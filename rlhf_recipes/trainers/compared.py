@@ -4,7 +4,7 @@ Mixins for TRL's trainers, of overrides. A subclass calls `prepare_rewards` befo
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,20 @@ from rlhf_recipes.data.messages import ends_in_prefill
 from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, load_ppo_state, save_ppo_state
-from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
 from rlhf_recipes.evaluation.samples import write_table
+from rlhf_recipes.models.generation import plain_output
 from rlhf_recipes.models.loading import prepare_frozen
 from rlhf_recipes.options.reward_calls import RewardCallConfig
+from rlhf_recipes.preflight.policy import warn_of_sampling
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
-from rlhf_recipes.trainers.update import episodes
+from rlhf_recipes.trainers.saving import SavingTrainer
+from rlhf_recipes.trainers.update import COUNT_OF, episodes, weigh_means
 
 
-class ComparedTrainer(DurableTrainer):
+class ComparedTrainer(SavingTrainer):
     """Compare the policy with the one that training started from, after every evaluation of TRL.
 
     A subclass sets the attributes declared here before it trains.
@@ -76,7 +79,13 @@ class ComparedTrainer(DurableTrainer):
         )
         for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
             scorer.prepare(run)
+        self._check_context(limits.reward_overflow)
         return [self.reward_calls.guard(function) for function in functions]
+
+    def _check_context(self, reward_overflow: str) -> None:
+        held_out, length = {"eval_dataset": self.eval_dataset}, self.args.max_completion_length
+        check_context(self.scorers, {"train_dataset": self.train_dataset} | held_out, length, reward_overflow)
+        check_context(self.held_out.judges.values(), held_out, length, reward_overflow)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL does, and compare with the policy that training started from."""
@@ -96,6 +105,13 @@ class ComparedTrainer(DurableTrainer):
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _log_counts(self, count: float, names: Iterable[str]) -> None:
+        """Log how many tokens or completions of all ranks are behind the means that were just logged.
+
+        The log weighs the means by these numbers. Without them, each has the same weight.
+        """
+        self._log_metrics({f"{COUNT_OF}{name}": count for name in names})
 
     def _save_progress(self, folder: Path) -> None:
         super()._save_progress(folder)
@@ -136,6 +152,12 @@ class RolloutTrainer(ComparedTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(ProgressCallback(self.restore_progress))
+        if self.accelerator.is_main_process:
+            warn_of_sampling(self)
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        with plain_output(self.accelerator.unwrap_model(self.model)):
+            return super()._generate(prompts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's figures. With those of training, log the number of completions so far, and write some of them."""
@@ -143,6 +165,7 @@ class RolloutTrainer(ComparedTrainer):
             self._log_metrics({"episode": episodes(self.state.global_step, self.args)})
             if self.args.should_save and self._samples:
                 write_table(self._samples, self.args.output_dir, "training", self.state.global_step)
+        weigh_means(self._metrics["train" if self.model.training else "eval"])
         super().log(logs, start_time)
 
     def rendered(self, prompts: list[Any], tokenize: Callable[[list[Any]], Any]) -> Any:

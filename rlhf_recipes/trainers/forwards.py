@@ -14,6 +14,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.models.forward import CompletionForward, rows_by_length
+from rlhf_recipes.trainers.numbers import NumbersCallback
 from rlhf_recipes.trainers.rollout import Rollout
 from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, takes_positions
 from rlhf_recipes.trainers.value_head import ValueHeadTrainer
@@ -26,6 +27,16 @@ class ForwardTrainer(ValueHeadTrainer):
     """Run policy and reference through `CompletionForward`, once per rollout and micro-batch."""
 
     rollout: Rollout | None = None  # the latest
+    numbers: NumbersCallback | None = None  # compares the forwards with plain transformers
+
+    def watch_numbers(self, start: Any) -> None:
+        """Compare the forwards before the first step, and the reference after it.
+
+        Args:
+            start: What `given_model` returned.
+        """
+        self.numbers = NumbersCallback(self, start)
+        self.add_callback(self.numbers)
 
     @cached_property
     def _takes_positions(self) -> bool:

@@ -65,8 +65,8 @@ class TrainingGuard:
         """Add one micro-batch to the sums of the step.
 
         Args:
-            weight: Tokens of the micro-batch over those of an average one.
-            metrics: Metrics of `critic_loss`, which are multiplied by the weight.
+            weight: Number of its tokens, on all ranks.
+            metrics: Sums over these tokens.
         """
         self._tokens += weight
         self._kl += metrics["policy/approx_kl"]

@@ -25,14 +25,10 @@ from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
 from rlhf_recipes.trainers.forwards import ForwardTrainer
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
 from rlhf_recipes.trainers.reward_critic import RewardCritic, scorer_with_states, share_of_own_states
-from rlhf_recipes.trainers.rollout import Rollout, rollout_metrics
+from rlhf_recipes.trainers.rollout import MEANS_OVER_COMPLETIONS, Rollout, rollout_metrics
 from rlhf_recipes.trainers.run_identity import RunIdentity
-from rlhf_recipes.trainers.setup import (
-    add_networks,
-    options_for_trl,
-    prepare_parts,
-    prepare_reference,
-)
+from rlhf_recipes.trainers.saving import revision_of
+from rlhf_recipes.trainers.setup import add_networks, options_for_trl, prepare_parts, prepare_reference
 from rlhf_recipes.trainers.update import MicroBatch, critic_loss, group_by_length
 
 
@@ -94,6 +90,7 @@ class PPOTrainer(ForwardTrainer):
             peft_config=peft_config,
             quantization_config=quantization_config,
         )
+        self._revision = revision_of(model, args)
         # A copy, because the value head is added to the configuration of the adapter.
         kwargs |= {"peft_config": copy.deepcopy(peft_config), **parts.data}
         super().__init__(parts.model, parts.reward_funcs, options_for_trl(args), **kwargs)
@@ -108,6 +105,8 @@ class PPOTrainer(ForwardTrainer):
         self.critic_dataset = parts.critic_dataset
         self._build_rewards(judges, pairwise_judges)
         self._build_control(parts.facts)
+        if args.check_numerics and not self._is_vlm:
+            self.watch_numbers(parts.start)
 
     def _build_rewards(self, judges: Any, pairwise_judges: Any) -> None:
         """Prepare scorers and judges, the limits of their calls, and the normaliser of the scores."""
@@ -248,6 +247,8 @@ class PPOTrainer(ForwardTrainer):
         if self.args.reward_norm:
             metrics |= {"reward_norm/mean": self.reward_normalizer.mean, "reward_norm/std": self.reward_normalizer.std}
         self._log_metrics(metrics)
+        self._log_counts(count, MEANS_OVER_COMPLETIONS)
+        self._log_counts(int(rollout.scores.isfinite().sum()), ["objective/scores"])
         self._log_advantages(masked_mean(rollout.advantages, rollout.mask, dim=1))
         if not self.model.training:
             answers = (rollout.prompts, rollout.completions, rollout.completion_id_lists)
@@ -260,24 +261,23 @@ class PPOTrainer(ForwardTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Return TRL's policy loss plus the weighted value loss, from one forward."""
         forward = self._completion_forward(model, inputs["completion_ids"].size(1))
-        if (
-            self.args.importance_sampling_level != "token"
-        ):  # then `get_off_policy_mask` compares with the rollout's policy
+        if self.args.importance_sampling_level != "token":
+            # `get_off_policy_mask` compares with the policy of the rollout.
             inputs = {name: x for name, x in inputs.items() if name != "sampling_per_token_logps"}
         policy_loss = super()._compute_loss(forward, inputs)
         batch = MicroBatch.of(forward, inputs, has_value_head=self.reward_critic is None)
-        value_loss, weight, metrics = critic_loss(
+        value_loss, count, metrics = critic_loss(
             batch,
             self._average_like_policy_loss,
             cliprange=self.args.cliprange_value,
-            micro_batches=self._micro_batches_per_rollout(),
             inside=self._inside_trust_region(
                 batch.per_token_logps - batch.old_per_token_logps, batch.advantages, batch.mask
             ),
         )
         self._log_metrics(metrics)
+        self._log_counts(count, metrics)
         if self.model.training:
-            self.guard.observe_update(weight, metrics)
+            self.guard.observe_update(count, {name: count * mean for name, mean in metrics.items()})
         if self.model.training and self.state.global_step < self.args.critic_warmup_steps:
             policy_loss = 0 * policy_loss
         return policy_loss + self.args.vf_coef * value_loss

@@ -10,20 +10,24 @@ from transformers import PreTrainedModel
 from trl import RewardTrainer, is_conversational
 
 from rlhf_recipes.algorithm.losses import l2_penalty
+from rlhf_recipes.data.numbers import check_numbers
 from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, join_prefill, mend_transcripts, readable_rows
-from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.evaluation.statistics import preference_metrics
+from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
-from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, save_quantization
-from rlhf_recipes.models.reward_model import ScoreHead, load_reward_model_base, store_in_float32
+from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked
+from rlhf_recipes.models.reward_model import ScoreHead, check_score_layer, load_reward_model_base, store_in_float32
+from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
+from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
+from rlhf_recipes.trainers.saving import SavingTrainer, revision_of
 
 
-class RewardModelTrainer(DurableTrainer, RewardTrainer):
+class RewardModelTrainer(SavingTrainer, RewardTrainer):
     """Train a reward model on preferences and write its card.
 
     Adds to `trl.RewardTrainer`: an explicit separator for plain text, the usual initialisation of the head, a float32
@@ -60,25 +64,30 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
     ) -> None:
         if train_dataset is None:
             raise ValueError("`train_dataset` is not set.")
-        train_dataset = readable_preferences(train_dataset, "train_dataset")
-        eval_dataset = readable_preferences(eval_dataset, "eval_dataset")
+        train_dataset = check_numbers(readable_preferences(train_dataset, "train_dataset"), "train_dataset")
+        eval_dataset = check_numbers(readable_preferences(eval_dataset, "eval_dataset"), "eval_dataset")
         check_output_dir(args.output_dir, adapter=peft_config is not None)
         base_model = model if isinstance(model, str) else model.config._name_or_path
+        self._revision = revision_of(model, args)
         args = with_changes(args)  # a copy: TRL writes into options
         if isinstance(model, str):
             torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
             model = load_reward_model_base(model, **from_pretrained_kwargs(args, quantization_config))
             args = with_changes(args, model_init_kwargs=None)  # TRL warns about them beside a loaded model
+        check_score_layer(model)
         if processing_class is None:
             processing_class = load_tokenizer(base_model)
+        example = next(iter(train_dataset))
+        is_plain = not is_conversational(example)
+        processing_class = with_special_tokens(processing_class, model, args, is_plain=is_plain)
+        tokens = len(processing_class)
         if peft_config is not None:
             # For this task PEFT trains and saves the whole `score` head. With TRL's default it stays frozen.
             peft_config = with_changes(peft_config, task_type=TaskType.SEQ_CLS)
-        example = next(iter(train_dataset))
-        self._card = {
+        self._card: dict[str, Any] = {
             "base_model": base_model,
-            "conversational": is_conversational(example),
-            "response_separator": None if is_conversational(example) else args.response_separator,
+            "conversational": not is_plain,
+            "response_separator": args.response_separator if is_plain else None,
         }
         self._eval_batches: list[torch.Tensor] = []
         super().__init__(
@@ -91,6 +100,10 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
             **kwargs,
         )
 
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        check_adapter_vocabulary(self, tokens)
+        check_prepared(self, train_dataset=train_dataset, eval_dataset=eval_dataset)
         keep_unpacked(self.model)
         keep_adapter_precision(self.model)
         for module in self.model.modules():
@@ -151,13 +164,20 @@ class RewardModelTrainer(DurableTrainer, RewardTrainer):
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             self.card.save(Path(output_dir or self.args.output_dir))
-            save_quantization(self.model, output_dir or self.args.output_dir)
+
+    def save_card(self) -> None:
+        """Write the card again, beside the saved model, with the result of the latest evaluation."""
+        if self.args.should_save:
+            self.card.save(self.args.output_dir)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model card", revision=self.args.hub_revision)
 
     @property
     def card(self) -> RewardModelCard:
         """Return the facts of the training and the latest evaluation, for users of the reward model."""
         return RewardModelCard(
             **self._card,
+            pad_token_id=self.model.config.get_text_config().pad_token_id,
             tokenizer_fingerprint=tokenizer_fingerprint(self.processing_class),
             chat_template_fingerprint=chat_template_fingerprint(self.processing_class)
             if self._card["conversational"]

@@ -8,15 +8,12 @@ from accelerate.utils import broadcast_object_list, set_seed
 from transformers import TrainerCallback
 
 from rlhf_recipes.durability.checkpoints import abandon, checkpoints_by_age, find_defect, is_abandoned
+from rlhf_recipes.durability.finite import DivergedError
 from rlhf_recipes.options.baselines import rollout_steps
 from rlhf_recipes.options.ppo import PPOConfig
 
 SEED_STRIDE = 10_007  # between the random numbers of two attempts; more than there are ranks
 logger = logging.getLogger(__name__)
-
-
-class DivergedError(ValueError):
-    """A run that cannot continue by itself. The message says what to change."""
 
 
 class RollbackError(Exception):

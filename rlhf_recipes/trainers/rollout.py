@@ -238,6 +238,10 @@ def own_part(values: Tensor) -> Tensor:
     return values.view(state.num_processes, -1, *values.shape[1:])[state.process_index]
 
 
+MEANS_OVER_COMPLETIONS = ["objective/kl", "objective/rlhf_reward", "objective/non_score_reward"]
+MEANS_OVER_COMPLETIONS += ["completions/repeated_ngrams"]
+
+
 def rollout_metrics(rollout: Rollout) -> tuple[int, dict[str, float]]:
     """Return how many completions of all ranks train, and the figures of the rollout. Glossary: `docs/metrics.md`."""
     mask, scores = rollout.mask, rollout.scores

@@ -1,35 +1,49 @@
 """Check the arguments of a PPO run, and load the models, before TRL sees any of them."""
 
 import copy
+import functools
 import inspect
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
-from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_fit
+from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_fit, first_prompts
+from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
+from rlhf_recipes.evaluation.policies import eos_token_ids
+from rlhf_recipes.models.adapter_base import find_base
 from rlhf_recipes.models.critic import attach_value_head, causal_lm
+from rlhf_recipes.models.dropout import disable_dropout
+from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.forward import add_completion_forward
+from rlhf_recipes.models.generation import check_generation_kwargs
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer, prepare_frozen
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, saved_quantization
-from rlhf_recipes.models.reward_model import is_adapter
+from rlhf_recipes.models.rope import short_limit, use_long_factors
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
+from rlhf_recipes.models.vocabulary import check_padding, fit_to_adapter, with_end_token
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.preflight.policy import end_findings
 from rlhf_recipes.rewards.adapter import RewardAdapterScorer
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.rewards.protocol import scorer_of
+from rlhf_recipes.trainers.numbers import given_model
 from rlhf_recipes.trainers.reward_critic import check_critic
 from rlhf_recipes.trainers.run_identity import facts_of_run
 
+logger = logging.getLogger(__name__)
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of the adapter that training starts from
 
 
@@ -46,6 +60,7 @@ class Parts:
         critic_dataset: Preferences for the critic, whose prompts end with the separator.
         data: Arguments of TRL's trainer: datasets of prompts that end with the separator, and the policy's tokenizer.
         facts: Facts that must be the same when the run is resumed.
+        start: A short row and its log-probabilities by the policy as it was given; see `given_model`.
     """
 
     model: Any
@@ -56,6 +71,7 @@ class Parts:
     critic_dataset: Any
     data: dict[str, Any]
     facts: dict[str, Any]
+    start: Any
 
 
 def prepare_parts(
@@ -88,6 +104,7 @@ def prepare_parts(
     eval_dataset = readable_rows(eval_dataset, ("prompt",), "eval_dataset", keep_parts=sees_images)
     critic_dataset = readable_rows(critic_dataset, ("prompt", "chosen", "rejected"), "critic_dataset")
     check_rollout_fits(train_dataset, args)
+    check_generation_kwargs(args)
     load = policy_loader(model, args, quantization_config)
     policy = load()
     directory = model if isinstance(model, str) else policy.config._name_or_path
@@ -95,11 +112,13 @@ def prepare_parts(
     uses_peft = peft_config is not None or isinstance(policy, PeftModel)
     check_output_dir(args.output_dir, adapter=uses_peft)
     tokenizer = load_tokenizer(directory, padding_side="left") if tokenizer is None else tokenizer
+    tokenizer = with_end_token(tokenizer, policy)
+    check_ends(policy, tokenizer, args)
     train_dataset, eval_dataset = (add_separator(x, args.response_separator) for x in (train_dataset, eval_dataset))
-    if not sees_images:
-        check_rendering(train_dataset, ("prompt",), "train_dataset", tokenizer)
-        check_rendering(eval_dataset, ("prompt",), "eval_dataset", tokenizer)
-    check_prompts_fit(train_dataset, tokenizer, policy.config, args.max_completion_length)
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        if not sees_images:
+            check_rendering(dataset, ("prompt",), name, tokenizer)
+        check_prompts_fit(dataset, tokenizer, policy.config, args.max_completion_length, name)
 
     loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("dtype", "attn_implementation")}
     scorers = as_reward_functions(reward_funcs, reward_tokenizers, **loading)
@@ -108,15 +127,45 @@ def prepare_parts(
         scorers.append(RewardAdapterScorer(args.reward_adapter))
     check_critic(args.critic, critic_dataset, [scorer_of(function) for function in scorers], tokenizer)
     check_reward_functions(scorers, dataset=train_dataset, response_separator=args.response_separator)
+    reference = None if uses_peft else load(frozen=True)
+    longest = functools.partial(longest_row, train_dataset, tokenizer, args.max_completion_length)
+    use_one_rope([network for network in (policy, reference) if network is not None], longest)
+    prompts = first_prompts(train_dataset, tokenizer) if args.check_numerics and not sees_images else None
     return Parts(
         model=policy,
         directory=directory,
-        reference=None if uses_peft else load(frozen=True),
+        reference=reference,
+        start=None if prompts is None else given_model(policy, prompts, args.temperature),
         keeps_start_adapter=isinstance(policy, PeftModel),
         reward_funcs=scorers,
         critic_dataset=add_separator(mend_transcripts(critic_dataset), args.response_separator),
         data={"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer},
         facts=facts,
+    )
+
+
+def longest_row(dataset: AnyDataset, tokenizer: Any, max_new_tokens: int) -> float:
+    """Return the number of tokens that a prompt and its completion can have; infinite for a stream."""
+    if not isinstance(dataset, Dataset):
+        return math.inf
+    return max(map(len, prompt_ids(tokenizer, list(dataset["prompt"])))) + max_new_tokens
+
+
+def use_one_rope(networks: list[Any], longest: Callable[[], float]) -> None:
+    """Let all rows of a run have the long factors of a rope with two sets, if one of them can need these.
+
+    Args:
+        networks: Policy and reference.
+        longest: Returns the length of the longest possible row; reads the whole dataset.
+    """
+    limit = short_limit(networks[0])
+    if limit is None or longest() <= limit:
+        return
+    for network in networks:
+        use_long_factors(network)
+    logger.warning(
+        f"Prompt and completion can exceed {limit} tokens, where the model's rope changes. All rows use its factors "
+        "for long texts, as in vLLM. With shorter prompts or a smaller `max_completion_length`, all use the others."
     )
 
 
@@ -140,9 +189,12 @@ def check_rollout_fits(dataset: AnyDataset | None, args: Any) -> None:
         ValueError: If it does not.
     """
     prompts = args.generation_batch_size // args.num_generations
-    if isinstance(dataset, Dataset) and len(dataset) < prompts:
+    if dataset is None:
+        return
+    count = len(dataset) if isinstance(dataset, Dataset) else sum(1 for _ in islice(dataset, prompts))
+    if count < prompts:
         raise ValueError(
-            f"`train_dataset` has {len(dataset)} prompts, fewer than one rollout's {prompts} "
+            f"`train_dataset` has {count} prompts, fewer than one rollout's {prompts} "
             "(`per_device_train_batch_size` x processes x `steps_per_generation` / `num_generations`). Add prompts "
             "or lower one of these."
         )
@@ -175,6 +227,19 @@ def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | N
         )
 
 
+def check_ends(policy: PreTrainedModel | PeftModel, tokenizer: Any, args: Any) -> None:
+    """Check that an answer can end, and that the policy knows the padding token.
+
+    Raises:
+        ValueError: If not.
+    """
+    inner, vocab_size = getattr(tokenizer, "tokenizer", tokenizer), policy.config.get_text_config().vocab_size
+    findings = end_findings([*eos_token_ids(policy, inner)], vocab_size, {}, args.max_completion_length)
+    if errors := [finding.message for finding in findings if finding.level == "error"]:
+        raise ValueError(errors[0])
+    check_padding(tokenizer, policy.config)
+
+
 def policy_loader(model: Any, args: Any, quantization_config: Any) -> Callable[..., Any]:
     """Return a function that gives the policy, or with `frozen=True` an independent copy of it as the reference.
 
@@ -186,14 +251,14 @@ def policy_loader(model: Any, args: Any, quantization_config: Any) -> Callable[.
     kwargs = from_pretrained_kwargs(args, quantization_config)
     base = model
     if is_adapter(model):
-        base = PeftConfig.from_pretrained(model).base_model_name_or_path
+        base = find_base(model, revision=kwargs.get("revision"))
         kwargs.setdefault("quantization_config", saved_quantization(model))
 
     def load(frozen: bool = False) -> PreTrainedModel | PeftModel:
         with safe_loading(model, base):
             policy = keep_unpacked(create_model_from_path(base, **safe_kwargs(kwargs)))
         if is_adapter(model):
-            policy = PeftModel.from_pretrained(policy, model, is_trainable=True)
+            policy = PeftModel.from_pretrained(fit_to_adapter(policy, model), model, is_trainable=True)
         return policy.requires_grad_(False) if frozen else policy
 
     return load
@@ -203,10 +268,13 @@ def keep_start_adapter(policy: PeftModel) -> None:
     """Keep a frozen copy of the policy's adapter as the reference.
 
     Call this after TRL has rounded the weights that it trains on a quantised base: the reference starts where the
-    policy does.
+    policy does. The copy is not initialised like the original, because some initialisations (PiSSA, OLoRA) change the
+    weights of the base.
     """
     if REFERENCE_ADAPTER not in policy.peft_config:  # a model that was trained before has it already
-        policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[policy.active_adapter])
+        config = policy.peft_config[policy.active_adapter]
+        initialisation = {"init_lora_weights": True} if hasattr(config, "init_lora_weights") else {}
+        policy.add_adapter(REFERENCE_ADAPTER, with_changes(config, **initialisation))
     for name, module in policy.named_modules():
         if isinstance(module, nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):
             module.p = 0.0  # while the policy trains, its network is in training mode
@@ -220,13 +288,23 @@ def keep_start_adapter(policy: PeftModel) -> None:
 
 def add_networks(policy: PreTrainedModel | PeftModel, parts: Parts, args: PPOConfig) -> None:
     """Add the adapter of the reference, the value head and the forward that serves both to a policy."""
+    if args.disable_dropout:
+        disable_dropout(policy)
     if parts.keeps_start_adapter:
         keep_start_adapter(policy)
+    give_bias_to_wrapped_head(policy)
     keep_adapter_precision(policy)
     if args.critic == "policy":
         size, activation = args.value_head_size, args.value_head_activation
         attach_value_head(policy, parts.directory, head_size=size, activation=activation, seed=args.seed)
     add_completion_forward(causal_lm(policy), value_gradient_to_backbone=args.value_gradient_to_backbone)
+
+
+def give_bias_to_wrapped_head(policy: PreTrainedModel | PeftModel) -> None:
+    """Let TRL's fused LM head find the bias of a head whose embeddings PEFT trains (`trainable_token_indices`)."""
+    head = causal_lm(policy).get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.bias = head.original_module.bias
 
 
 def prepare_reference(reference: PreTrainedModel, args: PPOConfig, accelerator: Accelerator) -> Any:

@@ -9,16 +9,31 @@ from rlhf_recipes.data.messages import ends_in_prefill
 from rlhf_recipes.data.prompts import column_names, rows_of
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, readable_rows
-from rlhf_recipes.durability.trainer import DurableTrainer
-from rlhf_recipes.models.quantization import keep_unpacked, save_quantization
+from rlhf_recipes.models.quantization import keep_unpacked
+from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
+from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
+from rlhf_recipes.trainers.saving import SavingTrainer, revision_of
+
+TEXT_COLUMNS = ("completion", "text")  # plain text, to which TRL adds the EOS token
 
 
-class SFTTrainer(DurableTrainer, TRLSFTTrainer):
+class SFTTrainer(SavingTrainer, TRLSFTTrainer):
     """Train as TRL does, but write a checkpoint whole or not at all, also on a quantised base."""
 
     def __init__(self, model: Any, args: SFTConfig, *more: Any, **kwargs: Any) -> None:
+        self._revision = revision_of(model, args)
+        given = dict(zip(("data_collator", "train_dataset", "eval_dataset"), more, strict=False)) | kwargs
+        tokenizer, tokens = given.get("processing_class"), None
+        if tokenizer is not None:
+            first: dict[str, Any] = next(iter(given.get("train_dataset") or []), {})
+            is_plain = any(isinstance(first.get(column), str) for column in TEXT_COLUMNS)
+            kwargs["processing_class"] = with_special_tokens(tokenizer, model, args, is_plain=is_plain)
+            tokens = len(getattr(tokenizer, "tokenizer", tokenizer))
         super().__init__(model, with_changes(args), *more, **kwargs)  # a copy: TRL writes into options
+        if tokens is not None:
+            check_adapter_vocabulary(self, tokens)
+        check_prepared(self, **{name: given.get(name) for name in ("train_dataset", "eval_dataset")})
         keep_unpacked(self.model)
 
     def _prepare_dataset(
@@ -29,11 +44,6 @@ class SFTTrainer(DurableTrainer, TRLSFTTrainer):
             if not is_conversational(next(iter(dataset))):
                 processing_class = for_training(processing_class)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save:
-            save_quantization(self.model, output_dir or self.args.output_dir)
 
 
 def _readable_demonstrations(dataset: Any, tokenizer: Any, name: str) -> Any:

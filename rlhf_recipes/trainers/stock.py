@@ -8,15 +8,16 @@ from datasets import Dataset
 from peft import PeftModel
 
 from rlhf_recipes.data.loading import without_answers
+from rlhf_recipes.data.numbers import check_numbers
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
 from rlhf_recipes.models.loading import check_output_dir, only_active_adapter
-from rlhf_recipes.models.quantization import save_quantization
+from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.trainers.compared import ComparedTrainer
-from rlhf_recipes.trainers.setup import check_policy, policy_loader
+from rlhf_recipes.trainers.setup import check_ends, check_policy, policy_loader
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,17 @@ def prepared(
     """
     train_dataset = mend_transcripts(readable_rows(train_dataset, columns, "train_dataset"))
     eval_dataset = mend_transcripts(readable_rows(eval_dataset, columns, "eval_dataset"))
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        check_numbers(dataset, name)
     policy = policy_loader(model, args, None)()
     check_policy(policy, peft_config, args)
     check_output_dir(args.output_dir, adapter=peft_config is not None or isinstance(policy, PeftModel))
+    tokenizer = with_end_token(tokenizer, policy)
+    check_ends(policy, tokenizer, args)
     train, evaluation = (add_separator(x, scoring.response_separator) for x in (train_dataset, eval_dataset))
     for name, dataset in (("train_dataset", train), ("eval_dataset", evaluation)):
         check_rendering(dataset, columns, name, tokenizer)
-    check_prompts_fit(train, tokenizer, policy.config, args.max_completion_length)
+        check_prompts_fit(dataset, tokenizer, policy.config, args.max_completion_length, name)
     # The policy is loaded. TRL loads the reference by the same name, in the precision of the policy.
     revision = (args.model_init_kwargs or {}).get("revision", "main")
     loading = None if revision == "main" else {"revision": revision}
@@ -95,7 +100,7 @@ def checked_rewards(scoring: Scoring, args: Any, dataset: Dataset) -> list[Any]:
 
 
 class Baseline(ComparedTrainer):
-    """Save a policy as PPO's trainer saves it: one adapter, and the quantisation of its base beside it."""
+    """Save a policy as PPO's trainer saves it: one adapter."""
 
     _state_file = "baseline_state.json"
 
@@ -108,8 +113,3 @@ class Baseline(ComparedTrainer):
         """Save the policy."""
         with only_active_adapter(self.model):
             super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save and isinstance(self.model, PeftModel):
-            save_quantization(self.model, output_dir or self.args.output_dir)

@@ -18,6 +18,8 @@ from rlhf_recipes.models.forward import CompletionForward
 from rlhf_recipes.options.baselines import rollout_steps
 from rlhf_recipes.trainers.rollout import loss_mask
 
+COUNT_OF = "count of "  # marks the number of tokens or completions behind a mean that waits for the next log
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -67,19 +69,14 @@ def critic_loss(
     *,
     inside: Tensor,
     cliprange: float,
-    micro_batches: int,
 ) -> tuple[Tensor, float, dict[str, float]]:
-    """Return the value loss, the weight of the micro-batch, and the metrics of the update times that weight.
-
-    Each figure is weighed by the micro-batch's tokens over those of an average one. The mean over the micro-batches of
-    a rollout is then the mean over its tokens, although short completions share a micro-batch.
+    """Return the value loss, and the metrics of the update: means over the tokens of all ranks, after their number.
 
     Args:
         batch: Rows of one process.
         average: Averages a token loss `(B, T)` like TRL's policy loss, given the mask and `rollout_tokens`.
         inside: 1 for a token that the trust region lets train, `(B, T)`.
         cliprange: Largest change of a value without a clip.
-        micro_batches: Number of micro-batches per rollout.
     """
     loss = torch.zeros((), device=batch.mask.device)
     measured = {
@@ -92,8 +89,23 @@ def critic_loss(
         clipped = is_value_clipped(batch.values.detach(), batch.old_values, cliprange=cliprange)
         measured |= {"loss/value": token_loss.detach(), "val/clip_fraction": clipped}
     count, means = global_means(batch.mask, *measured.values())
-    weight = count * micro_batches / max(batch.rollout_tokens.item(), 1.0)
-    return loss, weight, {name: weight * mean for name, mean in zip(measured, means, strict=True)}
+    return loss, count, dict(zip(measured, means, strict=True))
+
+
+def weigh_means(metrics: dict[str, list[float]]) -> None:
+    """Replace the means that have counts beside them by their mean over all that was counted, in place.
+
+    A mean that is not a number does not count. Without any other, the result is not a number; over nothing, it is 0.
+
+    Args:
+        metrics: Figures since the latest log by name, and the counts of a figure by `COUNT_OF` and its name.
+    """
+    for key in [name for name in metrics if name.startswith(COUNT_OF)]:
+        name, counts = key.removeprefix(COUNT_OF), metrics.pop(key)
+        # A checkpoint of an earlier version has means without their counts in front.
+        known = [pair for pair in zip(metrics[name][-len(counts) :], counts, strict=True) if not math.isnan(pair[0])]
+        total = sum(mean * count for mean, count in known)
+        metrics[name] = [total / max(sum(count for _, count in known), 1.0) if known else math.nan]
 
 
 def group_by_length(micro_batches: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 from trl import GRPOTrainer
@@ -16,7 +15,6 @@ from trl import GRPOTrainer
 from rlhf_recipes.algorithm.value_head import ValueHead
 from rlhf_recipes.models.critic import save_value_head, trained_value_head, without_value_head
 from rlhf_recipes.models.loading import only_active_adapter
-from rlhf_recipes.models.quantization import save_quantization
 from rlhf_recipes.trainers.compared import RolloutTrainer
 from rlhf_recipes.trainers.guard import TrainingGuard
 from rlhf_recipes.trainers.rollback import RollbackError
@@ -65,10 +63,9 @@ class ValueHeadTrainer(RolloutTrainer, GRPOTrainer):
         self._step += 1
         return torch.zeros((), device=self.args.device)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+    def finish_step(self, model: nn.Module, grad_norm: Any) -> None:
+        """Let the guard decide on an optimiser step. It leaves out more steps, and can go back."""
         self.guard.finish_step(model, grad_norm, self.state.global_step)
-        return grad_norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Give the value head its own learning rate, unless the user has passed an optimiser."""
@@ -109,11 +106,6 @@ class ValueHeadTrainer(RolloutTrainer, GRPOTrainer):
         if self.args.critic != "policy":
             return
         save_value_head(self.model, output_dir or self.args.output_dir, should_save=self.args.should_save)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save and isinstance(self.model, PeftModel):
-            save_quantization(self.model, output_dir or self.args.output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

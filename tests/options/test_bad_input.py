@@ -5,7 +5,7 @@ import re
 import pytest
 import tiny
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from rlhf_recipes.algorithm.value_head import ValueHead
 from rlhf_recipes.options.ppo import PPOConfig
@@ -23,11 +23,41 @@ pytestmark = pytest.mark.tiny
         (Dataset.from_dict({"prompt": ["a"] * 7}), "has 7 prompts, fewer than one rollout's 8"),
         (Dataset.from_dict({"prompt": ["a"] * 7 + [" "]}), "empty 'prompt' in row 7"),
         (Dataset.from_dict({"prompt": ["a"] * 7 + ["word " * 200]}), "exceeds the model's 128 positions"),
+        (Dataset.from_dict({"prompt": [*range(8)]}), r"a number \(int\) as 'prompt' in row 0"),
+        (IterableDataset.from_generator(lambda: iter([])), "`train_dataset` is empty"),
+        (Dataset.from_dict({"prompt": ["a"] * 7}).to_iterable_dataset(), "has 7 prompts, fewer than one rollout's 8"),
+        (IterableDataset.from_generator(lambda: iter([{"prompt": "a"}] * 7)), "has 7 prompts, fewer than one"),
     ],
 )
 def test_prompts(tmp_path, data, message):
     with pytest.raises(ValueError, match=message):
         tiny.ppo_trainer(tmp_path, data=data)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_evaluation_prompts_must_fit_like_those_of_training(tmp_path, chat):
+    texts = ["a", "b", "word " * 200]
+    rows = [[{"role": "user", "content": text}] for text in texts] if chat else texts
+    with pytest.raises(ValueError, match="prompt in row 2 of `eval_dataset` has .* exceeds the model's 128 positions"):
+        tiny.ppo_trainer(tmp_path, chat=chat, eval_data=Dataset.from_dict({"prompt": rows}), eval_strategy="epoch")
+
+
+def test_a_token_outside_the_vocabulary_is_named_with_its_prompt(tmp_path):
+    tok = tiny.tokenizer()
+    model = tiny.policy(tok)
+    tok.add_tokens(["<x>"])
+    data = Dataset.from_dict({"prompt": ["a"] * 7 + ["b <x>"]})
+    with pytest.raises(ValueError, match=r"`train_dataset` has the token '<x>' \(id 307\) in row 7"):
+        tiny.ppo_trainer(tmp_path, model=model, tok=tok, data=data)
+
+
+def test_a_stream_of_one_rollout_trains_and_needs_the_number_of_steps(tmp_path):
+    stream = Dataset.from_dict({"prompt": ["a"] * 8}).to_iterable_dataset()
+    trainer = tiny.ppo_trainer(tmp_path, data=stream, max_steps=6)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    with pytest.raises(ValueError, match="max_steps"):
+        tiny.ppo_trainer(tmp_path, data=stream, max_steps=-1)
 
 
 @pytest.mark.parametrize("column", ["chosen", "rejected"])

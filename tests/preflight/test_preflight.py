@@ -260,9 +260,8 @@ def test_preferences(tmp_path, capsys):
 
 
 def test_pairs_that_are_all_too_long(tmp_path, capsys):
-    trainer = tiny.reward_trainer(tmp_path, max_length=2)
     with pytest.raises(ValueError, match="8 of 8 pairs are longer than `max_length`"):
-        _say(trainer, capsys, tiny.preferences())
+        _say(tiny.reward_trainer(tmp_path, max_length=2), capsys, tiny.preferences())
 
 
 def test_answers_are_kept_from_what_trains_and_found_by_the_preflight(tmp_path):

@@ -43,6 +43,13 @@ def test_its_scores_are_those_of_the_reward_model_by_itself(tmp_path, directory)
     assert trainer.model.active_adapter == "default"
 
 
+def test_an_adapter_that_changed_its_base_is_refused(tmp_path, directory):
+    peft = tiny.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="pissa")
+    tiny.reward_trainer(tmp_path / "rm", str(directory / "base"), peft=peft).save_model()
+    with pytest.raises(ValueError, match=r"`reward_adapter` .* with `init_lora_weights: pissa`, which can"):
+        _trainer(directory, tmp_path, adapter=tmp_path / "rm")
+
+
 def test_it_warms_up_the_normaliser(tmp_path, directory):
     trainer = _trainer(directory, tmp_path)
     assert trainer.reward_normalizer.mean == trainer.reward_funcs[0].card.score_mean

@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import tenacity
 import tiny
@@ -86,7 +87,17 @@ def _fails(times, error=GONE, then=(1.0, 2.0, 3.0)):
         (torch.zeros(3, 2), "it returned [0.0, 0.0] for completion 0"),
         (torch.tensor(1.0), "instead of a list of 3 rewards"),
         ([[1.0], 2.0, 3.0], "it returned [1.0] for completion 0"),
-        ({"scores": [1.0] * 3}, "it returned 1 rewards for 3 completions"),
+        ({"scores": [1.0] * 3}, "it returned {'scores': [1.0, 1.0, 1.0]} instead of a list of 3 rewards"),
+        ({0: 0.5, 1: 0.5, 2: 0.5}, "it returned {0: 0.5, 1: 0.5, 2: 0.5} instead of a list of 3 rewards"),
+        (pd.DataFrame([[1.0, 2.0, 3.0]]), "instead of a list of 3 rewards"),  # its iterator gives the columns
+        ({1.0, 2.0, 3.0}, "it returned {1.0, 2.0, 3.0} instead of a list of 3 rewards"),  # a set has no order
+        ({1.0: "a", 2.0: "b", 3.0: "c"}.keys(), "instead of a list of 3 rewards"),
+        (b"abc", "instead of a list of 3 rewards"),
+        ("123", "it returned '1' for completion 0"),
+        (True, "it returned True instead of a list"),
+        (np.zeros((3, 1)), "it returned [0.0] for completion 0"),
+        (np.zeros((1, 3)), "it returned 1 rewards for 3 completions"),
+        (torch.zeros(3, 1, requires_grad=True), "it returned [0.0] for completion 0"),
         ([1.0, 2.0, 3j], "it returned 3j for completion 2"),
     ],
 )
@@ -108,6 +119,10 @@ def test_an_odd_answer_is_an_error_that_names_function_reason_and_option(answer,
         [torch.tensor(1.0), torch.tensor([2.0]), np.float32(1.0)],
         np.array([1.0, 2.0, 1.0]),
         (float(x) for x in (1, 2, 1)),
+        map(float, (1, 2, 1)),
+        {"a": 1.0, "b": 2.0, "c": 1.0}.values(),
+        pd.Series([1.0, 2.0, 1.0], index=["a", "b", "c"]),
+        np.array([True, 2.0, True]),
     ],
     ids=lambda answer: type(answer).__name__,
 )
@@ -288,7 +303,8 @@ def test_unscorable_completions_are_counted(tmp_path):
 @pytest.mark.parametrize("rewards", [_fails(9), _returns([None] * 8)])
 def test_a_rollout_without_any_score_ends_the_run(tmp_path, rewards):
     trainer = tiny.ppo_trainer(tmp_path, rewards=rewards, failed_rewards="mask", reward_retries=0)
-    with pytest.raises(RewardCallError, match="None of the 8 completions of this rollout has a score"):
+    named = rf"None of the 8 completions of this rollout has a score: every reward function \(`{rewards.__name__}`\)"
+    with pytest.raises(RewardCallError, match=named):
         trainer.train()
 
 

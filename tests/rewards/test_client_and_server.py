@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import socket
 import threading
@@ -16,8 +17,10 @@ import requests
 import tenacity
 import tiny
 import yaml
+from datasets import Dataset
 from processes import free_port, run_script, start_script, wait_for_server
 from tolerances import FP32, assert_close
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from rlhf_recipes.options.recipes import JudgeArguments, ServeArguments
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
@@ -455,12 +458,12 @@ def test_a_server_that_stays_dead(directory, tmp_path, failed, no_pauses):
     assert_close(trainer.rollout.scores, trainer.rollout.own_scores["meddle"], FP32)
 
 
-def _run(directory, stage, name, options):
+def _run(directory, stage, name, options, code=0):
     (directory / f"{name}.yaml").write_text(yaml.safe_dump(options))
-    code, output = run_script(
+    ended, output = run_script(
         RECIPES / f"{stage}.py", "--config", f"{name}.yaml", directory=directory, **{TOKEN_VARIABLE: TOKEN}
     )
-    assert code == 0, output[-3000:]
+    assert ended == code, output[-3000:]
     return output
 
 
@@ -487,6 +490,36 @@ def test_the_recipes_take_an_address(directory, server):
     assert results["reward_model/failed_calls"] == 0.0
     assert results["broken/failed_calls"] == 2.0
     assert TOKEN not in output
+
+
+def test_prompts_beyond_the_positions_of_a_served_model_are_refused_before_the_run(directory, tmp_path, caplog):
+    tok = tiny.tokenizer()
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 24}
+    config = GPT2Config(vocab_size=len(tok), num_labels=1, pad_token_id=tok.pad_token_id, **sizes)
+    tiny.save(GPT2ForSequenceClassification(config), directory / "small")
+    texts = ["the fox", "is the hare in the cave? " * 3] * 4
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    tiny.write_splits(Dataset.from_dict({"prompt": texts}), directory / "long")
+    port = free_port()
+    with _served(directory, port, "--model_name_or_path", "small"):
+        address, refusal = (
+            f"http://127.0.0.1:{port}",
+            r"4 of 8 prompts of `{}` .* 24 positions of the reward model small",
+        )
+        for prompts in (texts, chats):
+            data = Dataset.from_dict({"prompt": prompts})
+            with pytest.raises(ValueError, match=refusal.format("train_dataset")):
+                _trainer(tmp_path, address, data=data)
+            trainer = _trainer(tmp_path, address, data=data, reward_overflow="cut")
+            assert "so it reads only the last tokens" in caplog.text
+            trainer.train()
+            assert trainer.rollout.scores.isfinite().all()
+        for path in ("small", address):
+            evaluation = {"judge_models": [path], "tracking": False, "baseline_path": "policy", "dataset_name": "long"}
+            options = {"model_name_or_path": "policy", "max_completion_length": 6, "output_dir": "too_long"}
+            output = _run(directory, "evaluate", "too_long", evaluation | options, code=1)
+            assert re.search(refusal.format("dataset_name"), output)
+            assert not (directory / "too_long").exists()
 
 
 @pytest.mark.parametrize(

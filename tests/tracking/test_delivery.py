@@ -1,11 +1,15 @@
 """Records reach the store once and in order. A record that the store refuses is kept."""
 
 import json
+import os
+import signal
+import threading
 
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 
+from rlhf_recipes.durability.termination import TerminatedError, terminate
 from rlhf_recipes.tracking import delivery
 from rlhf_recipes.tracking.delivery import Delivery, send_unsent
 
@@ -122,3 +126,47 @@ def test_what_cannot_be_sent_later_stays(tmp_path, store):
     with pytest.raises(MlflowException):
         send_unsent(path)
     assert path.exists()
+
+
+def test_two_judges_with_names_that_mlflow_refuses(tmp_path, store):
+    sender = _open(tmp_path)
+    for step in (1, 2):
+        sender.log_metrics(
+            {"rm (1)/gain": 1.0 * step, "rm [1]/gain": -1.0 * step, "loss": 5.0, "none": None}, step=step
+        )
+    sender.close("FINISHED")
+    names = sorted({name for name, *_ in store.metrics})
+    assert names[:2] == ["loss", "rm _1_/gain"]
+    assert len(names) == 3
+    assert sorted(value for name, _, value in store.metrics if name != "loss") == [-2.0, -1.0, 1.0, 2.0]
+
+
+def test_records_of_an_earlier_version_with_such_names_are_sent(tmp_path, store):
+    record = {"run_id": "run", "tracking_uri": "http://store", "timestamp": 5, "step": 1}
+    path = tmp_path / "mlflow_unsent.jsonl"
+    lines = [record | {"metrics": {"a(b": 1.0}}, record | {"metrics": {"a)b": 2.0}}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert send_unsent(path) == 2
+    assert sorted(value for *_, value in store.metrics) == [1.0, 2.0]
+    assert len({name for name, *_ in store.metrics}) == 2
+
+
+def test_a_signal_while_the_run_ends(tmp_path, store, monkeypatch):
+    """The run does not wait for a slow store. It is KILLED, and what is not sent yet is kept."""
+    ended, slow = [], threading.Event()
+    monkeypatch.setattr(mlflow, "end_run", ended.append)
+    monkeypatch.setattr(store, "log_batch", lambda run_id, metrics: slow.wait(30))
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        sender = _open(tmp_path)
+        for step in (1, 2, 3):
+            sender.log_metrics({"loss": 1.0}, step=step)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(TerminatedError):
+            sender.close("FINISHED")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        slow.set()
+    sender._worker.shutdown(wait=True)
+    assert ended == ["KILLED"]
+    assert [record["step"] for record in _kept(tmp_path)] == [2, 3]

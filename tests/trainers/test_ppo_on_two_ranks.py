@@ -10,6 +10,7 @@ from tolerances import FP32, SPLIT, assert_close
 
 pytestmark = pytest.mark.distributed
 METRICS = ("objective/kl", "objective/scores", "objective/rlhf_reward", "objective/excluded", "kl_coef", "loss/value")
+METRICS += ("policy/approx_kl", "policy/clip_fraction", "val/clip_fraction")
 
 
 VARIANTS = {
@@ -86,6 +87,7 @@ def _train(rank, world_size, directory):
             kl_horizon=16,
             missing_eos_penalty=0.5,
             vf_coef=0.5,
+            check_numerics=True,
             **options,
         )
         trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: (

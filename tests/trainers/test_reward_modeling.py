@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_recipes import RewardModelTrainer
+from rlhf_recipes.models.dropout import dropouts
 from rlhf_recipes.models.reward_model import load_reward_model, load_reward_model_base
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.scorer import RewardModelScorer
@@ -263,3 +264,13 @@ def test_the_training_log_after_an_evaluation_is_of_training_alone(tmp_path, bas
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 3
     assert not [name for entry in entries for name in entry if name.startswith("eval_")]
+
+
+def test_reward_models_train_without_any_dropout(tmp_path):
+    model = tiny.reward_model(tiny.tokenizer())
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    assert not dropouts(tiny.reward_trainer(tmp_path, model).model)
+    kept = tiny.reward_model(tiny.tokenizer())
+    kept.model.layers[0].self_attn.attention_dropout = 0.3
+    assert dropouts(tiny.reward_trainer(tmp_path, kept, disable_dropout=False).model)

@@ -125,6 +125,7 @@ ATTRIBUTES = [
     (GRPOTrainer, "_logs"),
     (GRPOTrainer, "_metrics"),
     (GRPOTrainer, "_step"),
+    (GRPOTrainer, "_tokenizer"),
     (DPOTrainer, "_metrics"),
     (RLOOTrainer, "_buffered_inputs"),
     (RLOOTrainer, "_metrics"),
@@ -133,6 +134,7 @@ ATTRIBUTES = [
     (Trainer, "_globalstep_last_logged"),
     (Trainer, "_internal_call"),  # a parameter
     (Trainer, "_tr_loss"),
+    (PretrainedConfig, "_attn_implementation"),
     (PretrainedConfig, "_name_or_path"),
     (MLflowCallback, "_async_log"),
     (MLflowCallback, "_initialized"),

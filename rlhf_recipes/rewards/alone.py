@@ -1,0 +1,51 @@
+"""Score with a reward model as plain transformers does: loaded from its files alone, one row at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from rlhf_recipes.models.adapter_base import find_base
+from rlhf_recipes.models.fingerprint import is_adapter
+from rlhf_recipes.models.quantization import saved_quantization
+from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
+
+LARGEST = 2 * 2**30  # bytes of weights; a larger reward model is not loaded a second time
+
+
+@torch.no_grad()
+def scores_alone(path: str, token_ids: list[list[int]], *, pad_token_id: int | None, like: Any) -> list[float] | None:
+    """Return the scores of rows by a reward model that is loaded for them.
+
+    The result is `None` if the model is large, or in no directory here.
+
+    Args:
+        path: Directory of a classifier, or of an adapter with its score head.
+        token_ids: Rows of tokens.
+        pad_token_id: Token that an adapter's score head passes over: the configuration of its base does not say it.
+        like: Model that gives precision and device.
+    """
+    adapter = is_adapter(path)
+    base = find_base(path) if adapter else path
+    files = [file for directory in {path, base} for file in Path(directory).glob("*.safetensors")]
+    if not files or sum(file.stat().st_size for file in files) > LARGEST:
+        return None
+    kwargs = {"dtype": like.dtype, "quantization_config": saved_quantization(path) if adapter else None}
+    with suppress_seqcls_warning(), safe_loading(path, base):
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, **safe_kwargs(kwargs))
+    if adapter:
+        model.config.get_text_config().pad_token_id = pad_token_id
+        model = PeftModel.from_pretrained(model, path)
+    if kwargs["quantization_config"] is None:  # bitsandbytes has placed the others
+        model.to(like.device)
+    return row_scores(model.eval(), token_ids)
+
+
+@torch.no_grad()
+def row_scores(model: Any, token_ids: list[list[int]]) -> list[float]:
+    """Return the scores that a classifier gives to rows, one row at a time and without padding."""
+    rows = [torch.tensor([row], device=model.device) for row in token_ids]
+    return [model(input_ids=row).logits[0, 0].item() for row in rows]

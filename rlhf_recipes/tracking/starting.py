@@ -1,0 +1,131 @@
+"""Start a run in MLflow, or choose the run to continue: by a checkpoint, or by the environment variables of MLflow."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH
+
+from rlhf_recipes.durability.checkpoints import wished_checkpoint
+from rlhf_recipes.options.recipes import TrackingArguments
+from rlhf_recipes.options.secrets import redact
+from rlhf_recipes.tracking.delivery import UNSENT_FILE, send_unsent
+from rlhf_recipes.tracking.lineage import read_run_file
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def kept_environment() -> Iterator[None]:
+    """Restore the variables that MLflow itself sets and deletes while it records."""
+    before = {name: os.environ.get(name) for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
+
+
+def tags_of_environment() -> dict[str, Any]:
+    """Return the tags that `MLFLOW_TAGS` names.
+
+    Raises:
+        ValueError: If it is not a JSON object.
+    """
+    text = os.environ.get("MLFLOW_TAGS") or "{}"
+    try:
+        return dict(json.loads(text).items())
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"`MLFLOW_TAGS` is {redact(text)[:100]}, which is no JSON object. Write it as "
+            '`{"team": "red"}`, or unset it.'
+        ) from error
+
+
+def start_run(tracking: TrackingArguments, run_name: str, stage: str, configs: tuple[Any, ...]) -> tuple[Run, bool]:
+    """Start a new run, or choose the one to continue. Return it, and whether it is new."""
+    given, noted = _given_run(), _interrupted_run(configs)
+    continued = noted if given is None else _part_of(given, noted, stage, configs)
+    if continued is not None:
+        mlflow.set_experiment(experiment_id=continued.info.experiment_id)
+        return mlflow.start_run(run_id=continued.info.run_id, log_system_metrics=False), False
+    mlflow.set_experiment(**_experiment(tracking, given))
+    parent_run_id = tracking.parent_run_id
+    if given is not None and parent_run_id is None:
+        parent_run_id = given.info.run_id
+        logger.warning(
+            f"`MLFLOW_RUN_ID` {parent_run_id} has the records of another stage or run: stage {stage} is recorded as a "
+            "new run under it."
+        )
+    os.environ.pop("MLFLOW_RUN_ID", None)  # MLflow would continue that run
+    options: dict[str, Any] = {"log_system_metrics": False, "parent_run_id": parent_run_id}
+    return mlflow.start_run(run_name=run_name[:MAX_ENTITY_KEY_LENGTH], **options), True
+
+
+def _experiment(tracking: TrackingArguments, given: Run | None) -> dict[str, str]:
+    """Return the experiment of a new run as an argument of `set_experiment`."""
+    if given is not None:
+        return {"experiment_id": given.info.experiment_id}
+    name, experiment_id = (os.environ.get(f"MLFLOW_EXPERIMENT_{kind}") for kind in ("NAME", "ID"))
+    if experiment_id and not (tracking.experiment_name or name):
+        return {"experiment_id": experiment_id}
+    return {"experiment_name": tracking.experiment_name or name or "rlhf_recipes"}
+
+
+def _given_run() -> Run | None:
+    """Return the run of `MLFLOW_RUN_ID`."""
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    return mlflow.MlflowClient().get_run(run_id) if run_id else None
+
+
+def _part_of(given: Run, noted: Run | None, stage: str, configs: tuple[Any, ...]) -> Run | None:
+    """Return the run to continue under `MLFLOW_RUN_ID`, or `None` for a new one.
+
+    Args:
+        given: Run of `MLFLOW_RUN_ID`.
+        noted: Run of the checkpoint to resume from.
+        stage: Stage of this run.
+        configs: Dataclasses with the options of the run.
+    """
+    if noted is not None and given.info.run_id in (noted.info.run_id, noted.data.tags.get("mlflow.parentRunId")):
+        return noted
+    if not given.data.metrics and "stage" not in given.data.tags:
+        return given
+    resumes = any(
+        wished_checkpoint(config.resume_from_checkpoint, config.output_dir)
+        for config in configs
+        if hasattr(config, "resume_from_checkpoint")
+    )
+    return given if resumes and given.data.tags.get("stage") == stage else None
+
+
+def _interrupted_run(configs: tuple[Any, ...]) -> Run | None:
+    """Return the run of the checkpoint to resume from."""
+    for config in configs:
+        if not hasattr(config, "resume_from_checkpoint"):
+            continue
+        checkpoint = wished_checkpoint(config.resume_from_checkpoint, config.output_dir)
+        note = checkpoint and (read_run_file(checkpoint) or read_run_file(config.output_dir))
+        if not note:
+            continue
+        try:
+            run = mlflow.MlflowClient().get_run(note["run_id"])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            logger.warning(f"The run {note['run_id']} of {checkpoint} is not in this store: a new run begins.")
+            return None
+        unsent = Path(config.output_dir, UNSENT_FILE)
+        if unsent.exists():
+            send_unsent(unsent, mlflow.get_tracking_uri())
+            run = mlflow.MlflowClient().get_run(note["run_id"])
+        return run
+    return None

@@ -1,0 +1,33 @@
+"""What every trainer of this library writes beside its weights, so that they can be loaded again.
+
+A mixin for TRL's trainers.
+"""
+
+from typing import Any
+
+from rlhf_recipes.durability.trainer import DurableTrainer
+from rlhf_recipes.models.adapter_base import base_of_adapter, save_base
+from rlhf_recipes.models.generation import mend_generation_config
+from rlhf_recipes.models.quantization import save_quantization
+
+
+class SavingTrainer(DurableTrainer):
+    """Save a valid generation config, and beside an adapter the quantisation and the fingerprint of its base."""
+
+    _revision: str | None = None  # on the Hub, of the model that training starts from; set before `__init__`
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._base = base_of_adapter(self.model, self._revision)  # before another run can replace it
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        mend_generation_config(self.accelerator.unwrap_model(self.model))
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            save_quantization(self.model, output_dir or self.args.output_dir)
+            save_base(self._base, output_dir or self.args.output_dir)
+
+
+def revision_of(model: Any, args: Any) -> str | None:
+    """Return the revision from which a trainer loads its model; `None` if it gets a model in memory."""
+    return (args.model_init_kwargs or {}).get("revision", "main") if isinstance(model, str) else None

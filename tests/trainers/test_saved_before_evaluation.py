@@ -1,0 +1,52 @@
+"""Each recipe saves its model before the final evaluation, which may fail."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import tiny
+from datasets import Dataset
+from transformers import Trainer
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from rlhf_recipes.options.recipes import BoundaryArguments, PreflightArguments, TrackingArguments
+from rlhf_recipes.rewards.card import RewardModelCard
+
+pytestmark = pytest.mark.tiny
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def _run(recipe, tmp_path):
+    data = tiny.preferences() if recipe == "reward_modeling" else Dataset.from_dict({"text": tiny.TEXTS})
+    tiny.write_splits(data, tmp_path / "data")
+    base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    if recipe == "reward_modeling":
+        options = [tiny.reward_config(tmp_path / "out"), ModelConfig(model_name_or_path=base)]
+    else:
+        evaluated = {"eval_strategy": "steps", "eval_steps": 9}
+        training = SFTConfig(str(tmp_path / "out"), **{**tiny.QUIET, "max_steps": 2, **evaluated})
+        options = [training, ModelConfig(model_name_or_path=base), BoundaryArguments()]
+    script = ScriptArguments(dataset_name=str(tmp_path / "data"))
+    main = runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"]
+    return main(script, *options, TrackingArguments(tracking=False), PreflightArguments())
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward_modeling"])
+def test_a_final_evaluation_that_fails_costs_no_model(tmp_path, monkeypatch, recipe):
+    def evaluation_loop(*args, **kwargs):
+        raise KeyError("eval_score_mean")
+
+    monkeypatch.setattr(Trainer, "evaluation_loop", evaluation_loop)
+    with pytest.raises(KeyError, match="eval_score_mean"):
+        _run(recipe, tmp_path)
+    assert (tmp_path / "out/model.safetensors").is_file()
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    if recipe == "reward_modeling":
+        assert RewardModelCard.load(tmp_path / "out").score_mean is None
+
+
+def test_the_card_gets_the_result_of_the_evaluation_that_follows(tmp_path):
+    metrics = _run("reward_modeling", tmp_path)
+    card = RewardModelCard.load(tmp_path / "out")
+    assert (card.score_mean, card.score_std) == (metrics["eval_score_mean"], metrics["eval_score_std"])
+    assert card.eval_accuracy == metrics["eval_accuracy"]
