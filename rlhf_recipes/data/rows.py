@@ -53,15 +53,13 @@ def _changes(dataset: AnyDataset, first: dict[str, Any], options: dict[str, Any]
         return any(isinstance(value, list) for value in _readable_row(first, 0, **options).values())
     columns, name = options["columns"], options["name"]
     changes = False
-    is_text: dict[str, bool] = {}
+    kinds: dict[str, type] = {}
     for index, values in enumerate(rows_of(dataset, columns)):
         row = dict(zip(columns, values, strict=True))
         read = _readable_row(row, index, **options)
         changes = changes or read != row
         for column, value in read.items():
-            if isinstance(value, str | list) and is_text.setdefault(column, isinstance(value, str)) is isinstance(
-                value, list
-            ):
+            if isinstance(value, str | list) and kinds.setdefault(column, type(value)) is not type(value):
                 raise ValueError(
                     f"`{name}` mixes text and messages in {column!r}: row {index} differs from the rows before it. "
                     "Write all rows in one form."
@@ -215,13 +213,19 @@ def _check_chat(values: tuple[Any, ...], where: str, tokenizer: PreTrainedTokeni
     except Exception as error:  # a template may raise anything
         raise ValueError(f"{where} is refused by the chat template ({error}). Its roles are {roles}.") from error
     for number, message in enumerate(chats[0]):
-        # Templates may rewrite the assistant's thoughts and the results of tools.
-        read = message["role"] in ("assistant", "tool", "function") or not isinstance(message.get("content"), str)
-        if not read and message["content"].strip() not in texts[0]:
+        if isinstance(message.get("content"), str) and _is_left_out(tokenizer, chats[0], number, texts[0]):
             raise ValueError(
                 f"{where} has a message {number} ({message['role']}) that the chat template leaves out. Its roles are "
                 f"{roles}. Use another template, or write the message as one of the user."
             )
+
+
+def _is_left_out(tokenizer: PreTrainedTokenizerBase, chat: list[Any], number: int, text: str) -> bool:
+    """Return whether a rendered chat would be the same with another message in this place."""
+    if chat[number]["content"].strip() in text:
+        return False
+    other = [*chat[:number], {**chat[number], "content": "x"}, *chat[number + 1 :]]
+    return tokenizer.apply_chat_template(other, tokenize=False) == text
 
 
 def check_reward_columns(

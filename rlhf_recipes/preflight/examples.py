@@ -24,8 +24,9 @@ def example_lines(trainer: Any) -> dict[str, str]:
     lines = {}
     for number, row in enumerate(dataset.select(range(min(COUNT, len(dataset))))):
         parts = [_shown(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in _parts(trainer, row)]
-        width = WIDTH // max(len(parts), 1)
-        lines[f"example {number}"] = BOUNDARY.join(_shortened(part, width) for part in parts)
+        room = WIDTH - sum(map(len, parts))  # a short part leaves its room to a long one
+        widths = [max(WIDTH // len(parts), room + len(part)) for part in parts]
+        lines[f"example {number}"] = BOUNDARY.join(map(_shortened, parts, widths))
     return lines
 
 

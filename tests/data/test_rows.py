@@ -190,6 +190,18 @@ def test_a_role_of_the_template_is_known():
     check_rendering(data, ("prompt",), "train_dataset", tok)
 
 
+def test_a_message_that_the_template_rewrites_is_read():
+    """Some templates take a switch such as `/no_think` from the message of the system."""
+    tok = tiny.tokenizer()
+    switch = "{% if '/no_think' in messages[0]['content'] %}<eos>{% endif %}"
+    tok.chat_template = switch + tok.chat_template.replace(
+        "m['content'] }}", "m['content'].replace('/no_think', '') }}"
+    )
+    rows = [{"prompt": [{**SYSTEM, "content": text}, _user("a")]} for text in ("/no_think", "be short. /no_think")]
+    for row in rows:
+        check_rendering(Dataset.from_list([row]), ("prompt",), "train_dataset", tok)
+
+
 def test_the_template_renders_one_row_of_a_kind(monkeypatch):
     tok = tiny.tokenizer()
     asked = []

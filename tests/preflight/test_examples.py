@@ -60,6 +60,12 @@ def test_a_long_row_is_shortened_in_the_middle_of_both_parts(tmp_path):
     assert lines["example 0"].count(" … ") == 2
 
 
+def test_a_short_answer_leaves_its_room_to_the_prompt(tmp_path):
+    row = {"prompt": "where? " * 20, "chosen": "there", "rejected": "no"}
+    lines = example_lines(tiny.reward_trainer(tmp_path, data=Dataset.from_list([row] * 4)))
+    assert lines["example 0"] == "where? " * 20 + "\\n\\n‖there<eos>"
+
+
 def test_a_stream_has_no_examples(tmp_path):
     data = tiny.preferences().to_iterable_dataset()
     assert example_lines(tiny.reward_trainer(tmp_path, data=data)) == {}
