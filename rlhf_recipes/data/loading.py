@@ -14,6 +14,8 @@ from rlhf_recipes.data.rows import mend_transcripts, readable_rows
 from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.recipes import PPOArguments
 
+BESIDE = ""  # key of the files that are left out
+
 
 def load_split(script_args: ScriptArguments, split: str, *, option: str = "dataset_name") -> Dataset:
     """Load one split of a dataset: a Hub name, or a directory with JSON lines, CSV or Parquet.
@@ -47,8 +49,16 @@ def load_split(script_args: ScriptArguments, split: str, *, option: str = "datas
     if len(dataset[split]) == 0:
         raise ValueError(f"The split {split!r} of {name} is empty.")
     if files is not None and PartialState().is_main_process:
-        print_lines(f"{name}: {len(dataset[split]):,} rows of the split {split!r} from {', '.join(files[split])}")
+        _say_files(f"{name}: {len(dataset[split]):,} rows of the split {split!r}", files, split)
     return dataset[split]
+
+
+def _say_files(what: str, files: dict[str, list[str]], split: str) -> None:
+    """Say which files a split is read from, unless it is the one file of its name and nothing is left out."""
+    is_plain = len(files[split]) == 1 and files[split][0].split(".")[0] == split
+    left_out = f"; not from {', '.join(files[BESIDE])}" if files[BESIDE] else ""
+    if left_out or not is_plain:
+        print_lines(f"{what} from {', '.join(files[split])}{left_out}")
 
 
 def _load_from_hub(name: str, config: str | None, option: str) -> DatasetDict:
@@ -62,12 +72,13 @@ def _load_from_hub(name: str, config: str | None, option: str) -> DatasetDict:
 
 
 def _load_directory(name: str, config: str | None, option: str) -> tuple[DatasetDict, dict[str, list[str]]]:
-    """Return the splits of a directory, and the files of each split by their names in the directory."""
+    """Return the splits of a directory, and the files of each split and those beside them, in the directory."""
     files: dict[str, list[str]] = {}
+    beside: list[str] = []
     try:
         builder = load_dataset_builder(name, config)
         files = _files_of(builder)
-        if any(map(is_beside_data, chain(*files.values()))):
+        if beside := [*filter(is_beside_data, chain(*files.values()))]:
             kept = ((split, [file for file in found if not is_beside_data(file)]) for split, found in files.items())
             files = {split: found for split, found in kept if found}
             if not files:
@@ -82,7 +93,8 @@ def _load_directory(name: str, config: str | None, option: str) -> tuple[Dataset
         raise ValueError(f"`{option}` {name!r} cannot be loaded: {reason}") from error
     assert isinstance(dataset, DatasetDict)
     folder = Path(name).resolve()
-    return dataset, {split: [str(Path(file).relative_to(folder)) for file in found] for split, found in files.items()}
+    named = files | {BESIDE: beside}
+    return dataset, {split: [str(Path(file).relative_to(folder)) for file in found] for split, found in named.items()}
 
 
 def _files_of(builder: DatasetBuilder) -> dict[str, list[str]]:

@@ -103,6 +103,18 @@ def end_findings(
     return []
 
 
+def check_ends(ids: list[int], config: Any, args: Any) -> None:
+    """Raise the error that `end_findings` finds in the tokens themselves, for a user of the library.
+
+    Raises:
+        ValueError: If no token can end an answer.
+    """
+    findings = end_findings([*ids], config.get_text_config().vocab_size, {}, args.max_completion_length)
+    for finding in findings:
+        if finding.level == "error":
+            raise ValueError(finding.message)
+
+
 def _listed(ids: set[int]) -> str:
     return ", ".join(map(str, sorted(ids)))
 

@@ -22,7 +22,7 @@ from rlhf_recipes.evaluation.samples import write_table
 from rlhf_recipes.models.generation import plain_output
 from rlhf_recipes.models.loading import prepare_frozen
 from rlhf_recipes.options.reward_calls import RewardCallConfig
-from rlhf_recipes.preflight.policy import warn_of_sampling
+from rlhf_recipes.preflight.policy import check_ends, warn_of_sampling
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
@@ -141,6 +141,7 @@ class ProgressCallback(TrainerCallback):
 class RolloutTrainer(ComparedTrainer):
     """Resume inside a rollout, and in later epochs with the same order of the data, which TRL loses."""
 
+    eos_token_ids: list[int]
     num_iterations: int
     chat_template_kwargs: dict[str, Any]  # TRL's
     _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout
@@ -223,6 +224,11 @@ class RolloutTrainer(ComparedTrainer):
         path = Path(checkpoint, self._progress_file.format(rank))
         progress = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
         return dict(send_to_device(progress, self.accelerator.device))
+
+    def check_start(self) -> None:
+        """Check that an answer can end, too. A recipe has said it in its preflight."""
+        super().check_start()
+        check_ends(self.eos_token_ids, self.model.config, self.args)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs_trained, steps_trained = super()._init_training_state(*args, **kwargs)

@@ -35,7 +35,7 @@ from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.models.vocabulary import check_padding, fit_to_adapter, with_end_token
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
-from rlhf_recipes.preflight.policy import end_findings
+from rlhf_recipes.preflight.policy import check_ends
 from rlhf_recipes.rewards.adapter import RewardAdapterScorer
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.rewards.protocol import scorer_of
@@ -113,7 +113,7 @@ def prepare_parts(
     check_output_dir(args.output_dir, adapter=uses_peft)
     tokenizer = load_tokenizer(directory, padding_side="left") if tokenizer is None else tokenizer
     tokenizer = with_end_token(tokenizer, policy)
-    check_ends(policy, tokenizer, args)
+    check_special_ids(policy, tokenizer, args)
     train_dataset, eval_dataset = (add_separator(x, args.response_separator) for x in (train_dataset, eval_dataset))
     for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         if not sees_images:
@@ -227,16 +227,14 @@ def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | N
         )
 
 
-def check_ends(policy: PreTrainedModel | PeftModel, tokenizer: Any, args: Any) -> None:
-    """Check that an answer can end, and that the policy knows the padding token.
+def check_special_ids(policy: PreTrainedModel | PeftModel, tokenizer: Any, args: Any) -> None:
+    """Check that some token ends an answer, and that the policy knows the padding token.
 
     Raises:
         ValueError: If not.
     """
-    inner, vocab_size = getattr(tokenizer, "tokenizer", tokenizer), policy.config.get_text_config().vocab_size
-    findings = end_findings([*eos_token_ids(policy, inner)], vocab_size, {}, args.max_completion_length)
-    if errors := [finding.message for finding in findings if finding.level == "error"]:
-        raise ValueError(errors[0])
+    if not eos_token_ids(policy, getattr(tokenizer, "tokenizer", tokenizer)):
+        check_ends([], policy.config, args)
     check_padding(tokenizer, policy.config)
 
 

@@ -17,7 +17,7 @@ from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.trainers.compared import ComparedTrainer
-from rlhf_recipes.trainers.setup import check_ends, check_policy, policy_loader
+from rlhf_recipes.trainers.setup import check_policy, check_special_ids, policy_loader
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def prepared(
     check_policy(policy, peft_config, args)
     check_output_dir(args.output_dir, adapter=peft_config is not None or isinstance(policy, PeftModel))
     tokenizer = with_end_token(tokenizer, policy)
-    check_ends(policy, tokenizer, args)
+    check_special_ids(policy, tokenizer, args)
     train, evaluation = (add_separator(x, scoring.response_separator) for x in (train_dataset, eval_dataset))
     for name, dataset in (("train_dataset", train), ("eval_dataset", evaluation)):
         check_rendering(dataset, columns, name, tokenizer)
