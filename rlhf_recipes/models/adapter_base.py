@@ -67,8 +67,12 @@ def find_base(adapter: str, base: str | None = None, revision: str | None = None
     Raises:
         ValueError: If the base is not found, or has other weights.
     """
-    named = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
-    noted = saved_base(adapter)
+    named, noted = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path or ""), saved_base(adapter)
+    if not (named or base):
+        raise ValueError(
+            f"{adapter} does not name its base: write it as `base_model_name_or_path` into {adapter}/{ADAPTER_CONFIG} "
+            "(in Python: `base=`)."
+        )
     places = list(dict.fromkeys([base] if base else [named, *([noted["base"]] if noted else [])]))
     here = [place for place in places if Path(place).is_dir()]
     if not (here or base) and noted is not None and Path(noted["base"]).is_absolute():

@@ -22,12 +22,20 @@ def safe_loading(*paths: str) -> Iterator[None]:
     """Refuse pickled weights in these directories, and report refused code in one line.
 
     Raises:
-        ValueError: If a directory holds weights as pickles only, or needs code of its own that is not allowed.
+        ValueError: If a directory holds weights as pickles only, needs code of its own that is not allowed, or has a
+            padding token outside its vocabulary.
     """
     for path in paths:
         _refuse_pickles(path)
     try:
         yield
+    except AssertionError as error:
+        if "adding_idx" not in str(error):
+            raise
+        raise ValueError(
+            f"{' or '.join(dict.fromkeys(paths))} has a `pad_token_id` in `config.json` that is outside its "
+            "vocabulary. Write the id of one of its tokens."
+        ) from None
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

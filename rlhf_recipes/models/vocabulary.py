@@ -19,11 +19,17 @@ def fit_to_adapter(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
     Args:
         base: Model that was loaded from the base of the adapter.
         adapter: Directory of the adapter.
+
+    Raises:
+        ValueError: If the directory does not hold the weights of the adapter.
     """
+    weights = Path(adapter, SAFETENSORS_WEIGHTS_NAME)
+    if not weights.is_file():
+        raise ValueError(f"{adapter} is an adapter without its weights ({weights.name}): copy the whole directory.")
     tables = [table for table in (base.get_input_embeddings(), base.get_output_embeddings()) if table is not None]
     owners = [f"base_model.model.{name}" for name, module in base.named_modules() if module in tables]
     names = {f"{owner}{inside}.weight" for owner in owners for inside in ("", ".token_adapter.base_layer")}
-    with safe_open(Path(adapter, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+    with safe_open(weights, framework="pt") as file:
         rows = max((file.get_slice(name).get_shape()[0] for name in names & set(file.keys())), default=0)
     if rows > base.config.get_text_config().vocab_size:
         base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter brings the values

@@ -22,7 +22,8 @@ LOGIT_WORDS = ("logit", "lm_head_", "output_multiplier")
 
 def causes_of_noise(model: nn.Module, args: Any) -> list[str]:
     """Return why two forwards in training mode may differ, or training and evaluation mode."""
-    found = [f"`{name}` is {p:g}; set `disable_dropout: true`" for name, p in dropouts(model).items()]
+    found = _rounding(model)
+    found += [f"`{name}` is {p:g}; set `disable_dropout: true`" for name, p in dropouts(model).items()]
     if getattr(args, "neftune_noise_alpha", None):
         found.append("`neftune_noise_alpha` adds noise to the embeddings; remove it")
     config = causal_lm(model).config.get_text_config().to_dict()
@@ -32,7 +33,7 @@ def causes_of_noise(model: nn.Module, args: Any) -> list[str]:
 
 def causes_of_other_logits(model: Any) -> list[str]:
     """Return why TRL's fused LM head may give other logits than the model itself."""
-    found = _prompt_learning(model)
+    found = [*_rounding(model), *_prompt_learning(model)]
     config = causal_lm(model).config.get_text_config().to_dict()
     changes = {
         name: value
@@ -56,7 +57,7 @@ def _adapts_lm_head(model: Any) -> bool:
 
 def causes_of_dependence(model: Any) -> list[str]:
     """Return why the numbers of a row may depend on the padding or the other rows of its batch."""
-    found = _prompt_learning(model)
+    found = [*_rounding(model), *_prompt_learning(model)]
     if (limit := short_limit(model)) is not None:
         found.append(f"the model's rope changes at {limit} tokens; keep all rows on one side of it")
     if any(getattr(module, "rope_type", None) == "dynamic" for module in model.modules()):
@@ -77,6 +78,12 @@ def causes_of_another_start(model: Any) -> list[str]:
                 "train an adapter with it by SFT and start from that"
             )
     return found
+
+
+def _rounding(model: Any) -> list[str]:
+    if not getattr(causal_lm(model), "is_loaded_in_8bit", False):
+        return []
+    return ["`load_in_8bit` rounds activations by the rows of a batch; use `load_in_4bit`"]
 
 
 def _prompt_learning(model: Any) -> list[str]:

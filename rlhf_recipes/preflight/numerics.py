@@ -9,7 +9,7 @@ same rows in one batch differ only where a kernel adds in a random order: they a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -214,17 +214,17 @@ def _finding(message: str, distance: float, limit: float, causes: list[str]) -> 
     return Finding("error", f"{message}: {distance:.2g} nats per token apart, {limit:.1g} allowed. {why}")
 
 
-def reward_findings(name: str, ours: list[float], alone: list[float], precision: torch.dtype) -> list[Finding]:
+def reward_findings(name: str, ours: list[float], alone: list[float], precisions: set[torch.dtype]) -> list[Finding]:
     """Return an error if a reward model gives other scores in the run than alone.
 
     Args:
         name: Name of the reward model.
         ours: Scores in the run.
         alone: Scores by plain transformers.
-        precision: Precision of the reward model.
+        precisions: Those in which the scores may have been computed; the lowest one counts.
     """
     scores, plain = [torch.tensor(ours)], [torch.tensor(alone)]
-    distance, limit = difference(scores, plain), tolerance(plain, precision)
+    distance, limit = difference(scores, plain), max(tolerance(plain, precision) for precision in precisions)
     if distance <= limit:
         return []
     message = (
@@ -241,7 +241,25 @@ def reference_findings(before: list[Tensor], after: list[Tensor], precision: tor
     if distance <= limit:
         return []
     message = "The reference has moved in the first optimiser step: it shares weights that learn"
-    return [_finding(message, distance, limit, ["weights of the base that are not frozen beside an adapter"])]
+    return [_finding(message, distance, limit, [])]
+
+
+def shared_findings(trained: Iterable[str], model: Any) -> list[Finding]:
+    """Return an error if weights of the base would learn beside an adapter: the reference has them too.
+
+    Args:
+        trained: Names of the weights that may learn.
+        model: Policy.
+    """
+    adapter = getattr(model, "active_adapter", None) if hasattr(model, "peft_config") else None
+    shared = [] if adapter is None else [name for name in trained if f".{adapter}" not in name]
+    if not shared:
+        return []
+    message = (
+        f"{len(shared)} weights of the base would learn beside the adapter, for example `{shared[0]}`, and the "
+        "reference would move with them. Freeze them: in a `LoraConfig`, set `bias: none`."
+    )
+    return [Finding("error", message)]
 
 
 def gradient_findings(gradients: Gradients, *, reaches_backbone: bool) -> list[Finding]:

@@ -26,6 +26,7 @@ from rlhf_recipes.preflight.numerics import (
     reference_findings,
     reward_findings,
     sampled_rows,
+    shared_findings,
     short_rows,
 )
 
@@ -77,13 +78,17 @@ class RunNumbers:
     def gradients(self, rows: Rows) -> Gradients:
         """Return the weights that the gradients of the log-probabilities and of the values reach."""
         self.model.train()
-        trained = {name: x for name, x in self.model.named_parameters() if x.requires_grad}
+        trained = self.trained()
         # A checkpointed forward cannot give the gradients of chosen weights.
         with torch.enable_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             forward = self._forward(rows)
             outputs = (forward.per_token_logps, getattr(forward, "state_values", None))
             reached = [frozenset() if x is None else _reached(x, trained) for x in outputs]
         return Gradients(frozenset(trained), *reached)
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return the weights of the policy that may learn, by name."""
+        return {name: x for name, x in self.model.named_parameters() if x.requires_grad}
 
     def _batch(self, rows: Rows) -> dict[str, Tensor]:
         return rows.batch(self._trainer._tokenizer.pad_token_id, self._trainer.accelerator.device)
@@ -140,11 +145,11 @@ class NumbersCallback(TrainerCallback):
         with own_randomness(args.seed, trainer.accelerator.device):
             numbers, rows = RunNumbers(trainer), self._rows()
             report = check_numbers(numbers, rows, self._start, from_start=from_start)
-            findings = report.findings
+            findings = [*report.findings, *shared_findings(numbers.trained(), trainer.model)]
             if trainer.accelerator.distributed_type not in SHARDED:
                 reaches_backbone = args.value_gradient_to_backbone
                 found = gradient_findings(numbers.gradients(rows), reaches_backbone=reaches_backbone)
-                findings = [*findings, *found, *self._reward_findings(rows)]
+                findings += [*found, *self._reward_findings(rows, numbers.precision)]
             self._reference = rows, report.reference
         trainer.model.train(was_training)
         self._end_together(findings)
@@ -168,8 +173,13 @@ class NumbersCallback(TrainerCallback):
             numbers = RunNumbers(self._trainer)
             self._end_together(reference_findings(before, numbers.reference(rows), numbers.precision))
 
-    def _reward_findings(self, rows: Rows) -> list[Finding]:
-        """Compare the scores of short answers to the shortest of the first prompts."""
+    def _reward_findings(self, rows: Rows, precision: torch.dtype) -> list[Finding]:
+        """Compare the scores of short answers to the shortest of the first prompts.
+
+        Args:
+            rows: Short rows.
+            precision: Precision of the policy: in a run of mixed precision, reward models run in it too.
+        """
         prompts = sorted(
             itertools.islice(self._trainer.train_dataset, EXAMPLES), key=lambda row: len(str(row["prompt"]))
         )
@@ -180,7 +190,7 @@ class NumbersCallback(TrainerCallback):
         for scorer in self._trainer.scorers:
             if (compared := scorer.scores_alone(prompts, answers)) is not None:
                 ours, alone = compared
-                findings += reward_findings(scorer.__name__, ours, alone, scorer.model.dtype)
+                findings += reward_findings(scorer.__name__, ours, alone, {precision, scorer.model.dtype})
         return findings
 
     def _rows(self) -> Rows:

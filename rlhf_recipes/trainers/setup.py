@@ -130,7 +130,9 @@ def prepare_parts(
     reference = None if uses_peft else load(frozen=True)
     longest = functools.partial(longest_row, train_dataset, tokenizer, args.max_completion_length)
     use_one_rope([network for network in (policy, reference) if network is not None], longest)
-    prompts = first_prompts(train_dataset, tokenizer) if args.check_numerics and not sees_images else None
+    is_larger = getattr(peft_config, "layer_replication", None) is not None  # than the model that was given
+    compares_start = args.check_numerics and not (sees_images or is_larger)
+    prompts = first_prompts(train_dataset, tokenizer) if compares_start else None
     return Parts(
         model=policy,
         directory=directory,

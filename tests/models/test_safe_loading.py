@@ -259,3 +259,11 @@ def test_a_password_in_the_address_of_a_vllm_server_is_refused(tmp_path):
         tiny.ppo_config(tmp_path, vllm_server_base_url=f"http://me:{PASSWORD}@host:8000")
     assert PASSWORD not in str(error.value)
     tiny.ppo_config(tmp_path, vllm_server_base_url="http://host:8000/@me")
+
+
+def test_a_padding_token_outside_the_vocabulary_is_named(tmp_path):
+    directory = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "policy")
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(config | {"pad_token_id": 99_999}))
+    with pytest.raises(ValueError, match=r"policy has a `pad_token_id` in `config.json` that is outside"):
+        load_policy(directory)
