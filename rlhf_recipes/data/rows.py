@@ -162,7 +162,12 @@ def _joined(row: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def check_rendering(
-    dataset: AnyDataset | None, columns: tuple[str, ...], name: str, tokenizer: PreTrainedTokenizerBase
+    dataset: AnyDataset | None,
+    columns: tuple[str, ...],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reads_options: bool = False,
 ) -> None:
     """Check that the tokenizer renders every kind of row whole, and with one BOS.
 
@@ -171,10 +176,12 @@ def check_rendering(
         columns: Columns to render: the prompt, and its answers if they are trained.
         name: Name of the argument, for the message.
         tokenizer: Tokenizer of the model that reads.
+        reads_options: Whether the trainer gives the columns `tools` and `chat_template_kwargs` to the template.
 
     Raises:
         ValueError: If messages have no chat template or an unknown role, if the template refuses a row or leaves out a
-            message, or if a text begins with the BOS that the tokenizer writes too.
+            message, if a text begins with the BOS that the tokenizer writes too, or if the template would read a column
+            that the trainer does not give to it.
     """
     if dataset is None:
         return
@@ -188,10 +195,23 @@ def check_rendering(
                     "too: the model would read it twice. Leave it out of the text, or give messages instead of text."
                 )
             continue
+        if not (seen or reads_options):
+            _check_template_columns(dataset, name, str(tokenizer.chat_template))
         shape = tuple(tuple((m["role"], bool(m.get("tool_calls"))) for m in messages) for messages in values)
         if shape not in seen:
             seen.add(shape)
             _check_chat(values, f"Row {row} of `{name}`", tokenizer, columns[0] == "prompt")
+
+
+def _check_template_columns(dataset: AnyDataset, name: str, template: str) -> None:
+    """Refuse columns that SFT renders: a reward model or a policy that does not see them would read another text."""
+    for column in ("tools", "chat_template_kwargs"):
+        given = column in column_names(dataset) and any(value for (value,) in rows_of(dataset, (column,)))
+        if given and (column in template or column != "tools"):
+            raise ValueError(
+                f"`{name}` has a column {column!r} for the chat template, which reward models and sampling do not "
+                "give to it. Write its content into the messages, or rename or drop the column."
+            )
 
 
 def _check_chat(values: tuple[Any, ...], where: str, tokenizer: PreTrainedTokenizerBase, has_prompt: bool) -> None:

@@ -21,6 +21,23 @@ def initialisation(config: PeftConfig) -> Any:
     return None if chosen in NEUTRAL_INITIALISATIONS else chosen
 
 
+def check_is_merged(config: PeftConfig | None, name: str) -> None:
+    """Refuse an adapter that cannot be merged into its base: evaluation, export and reward models merge it.
+
+    Args:
+        config: Its configuration. `None` is accepted.
+        name: Its directory or the argument that holds it, for the message.
+
+    Raises:
+        ValueError: If it puts tokens of its own before each text.
+    """
+    if config is not None and config.is_prompt_learning:
+        raise ValueError(
+            f"{name} is an adapter of the type {config.peft_type.value}, which cannot be merged into a model and "
+            "ignores the padding of a row. Use LoRA."
+        )
+
+
 def base_of_adapter(model: Any, revision: str | None = None) -> dict[str, str] | None:
     """Return place and fingerprint of the base of a `PeftModel`; `None` without PEFT, or without files of the base.
 
@@ -67,7 +84,9 @@ def find_base(adapter: str, base: str | None = None, revision: str | None = None
     Raises:
         ValueError: If the base is not found, or has other weights.
     """
-    named, noted = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path or ""), saved_base(adapter)
+    config = PeftConfig.from_pretrained(adapter)
+    check_is_merged(config, adapter)
+    named, noted = str(config.base_model_name_or_path or ""), saved_base(adapter)
     if not (named or base):
         raise ValueError(
             f"{adapter} does not name its base: write it as `base_model_name_or_path` into {adapter}/{ADAPTER_CONFIG} "

@@ -48,6 +48,12 @@ class RewardAdapterScorer(RewardModelScorer):
             )
         weights = load_adapter_weights(path)
         score = weights.pop("score")
+        if others := [name for name in weights if "lora_" not in name]:
+            raise ValueError(
+                f"`reward_adapter` {path} also holds {len(others)} weights that are not LoRA's, for example "
+                f"`{others[0]}`: they would replace the policy's. Load it by `reward_model_path`, or train it with "
+                "LoRA alone (`modules_to_save` empty, `bias: none`)."
+            )
         self.head = ScoreHead(score.size(1), 1, bias=False).requires_grad_(False)
         self.head.weight.data.copy_(score)
         self.source, self._weights = path, weights

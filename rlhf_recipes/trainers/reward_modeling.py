@@ -15,6 +15,7 @@ from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, join_prefill, mend_transcripts, readable_rows
 from rlhf_recipes.evaluation.statistics import preference_metrics
+from rlhf_recipes.models.adapter_base import check_is_merged
 from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked
@@ -68,6 +69,7 @@ class RewardModelTrainer(SavingTrainer, RewardTrainer):
         train_dataset = check_numbers(readable_preferences(train_dataset, "train_dataset"), "train_dataset")
         eval_dataset = check_numbers(readable_preferences(eval_dataset, "eval_dataset"), "eval_dataset")
         check_output_dir(args.output_dir, adapter=peft_config is not None)
+        check_is_merged(peft_config, "`peft_config`")
         base_model = model if isinstance(model, str) else model.config._name_or_path
         self._revision = revision_of(model, args)
         args = with_changes(args)  # a copy: TRL writes into options

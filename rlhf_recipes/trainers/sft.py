@@ -58,7 +58,7 @@ def _readable_demonstrations(dataset: Any, tokenizer: Any, name: str) -> Any:
     sees_images = hasattr(tokenizer, "tokenizer")  # a processor holds a tokenizer
     dataset = readable_rows(dataset, columns, name, keep_parts=sees_images)
     if not sees_images:
-        check_rendering(dataset, columns, name, tokenizer)
+        check_rendering(dataset, columns, name, tokenizer, reads_options=True)
     prompts = rows_of(dataset, ("prompt",)) if "prompt" in columns else ()
     row = next((row for row, (prompt,) in enumerate(prompts) if ends_in_prefill(prompt)), None)
     if row is not None:

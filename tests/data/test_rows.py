@@ -244,3 +244,16 @@ def test_arguments_of_a_judge_of_pairs():
     check_reward_columns(None, "eval_dataset")
     with pytest.raises(ValueError, match="a column 'completions_a'"):
         check_reward_columns(data, "eval_dataset", pairs=True)
+
+
+@pytest.mark.parametrize(("column", "value"), [("tools", [{"name": "add"}]), ("chat_template_kwargs", {"style": "x"})])
+def test_a_column_that_only_sft_gives_to_the_template(column, value):
+    tok = tiny.tokenizer()
+    data = Dataset.from_list([{"prompt": [_user("a")], column: value}])
+    if column == "tools":
+        check_rendering(data, ("prompt",), "train_dataset", tok)  # its template reads no tools
+        tok.chat_template = "{% if tools %}{{ tools }}{% endif %}" + tok.chat_template
+    with pytest.raises(ValueError, match=f"`train_dataset` has a column '{column}' for the chat template"):
+        check_rendering(data, ("prompt",), "train_dataset", tok)
+    check_rendering(data, ("prompt",), "train_dataset", tok, reads_options=True)
+    check_rendering(data.map(lambda row: {column: None}), ("prompt",), "train_dataset", tok)

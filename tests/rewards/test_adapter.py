@@ -50,6 +50,15 @@ def test_an_adapter_that_changed_its_base_is_refused(tmp_path, directory):
         _trainer(directory, tmp_path, adapter=tmp_path / "rm")
 
 
+@pytest.mark.parametrize("more", [{"modules_to_save": ["embed_tokens"]}, {"bias": "lora_only"}])
+def test_an_adapter_that_would_replace_weights_of_the_policy_is_refused(tmp_path, directory, more):
+    base = tiny.LlamaForCausalLM(tiny._config(tiny.tokenizer(), attention_bias=True))
+    tiny.save(base, tmp_path / "base")
+    tiny.reward_trainer(tmp_path / "rm", str(tmp_path / "base"), peft=tiny.lora(**more)).save_model()
+    with pytest.raises(ValueError, match=r"also holds \d+ weights that are not LoRA's"):
+        _trainer(tmp_path, tmp_path / "out", adapter="rm")
+
+
 def test_it_warms_up_the_normaliser(tmp_path, directory):
     trainer = _trainer(directory, tmp_path)
     assert trainer.reward_normalizer.mean == trainer.reward_funcs[0].card.score_mean

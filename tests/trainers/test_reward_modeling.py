@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from datasets import IterableDataset
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tolerances import FP32, SAMPLED_STD, assert_close
 from transformers import AutoModelForCausalLM
@@ -19,7 +19,9 @@ from trl import RewardConfig, RewardTrainer
 
 from rlhf_recipes import RewardModelTrainer
 from rlhf_recipes.models.dropout import dropouts
+from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.reward_model import load_reward_model, load_reward_model_base
+from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 
@@ -274,3 +276,12 @@ def test_reward_models_train_without_any_dropout(tmp_path):
     kept = tiny.reward_model(tiny.tokenizer())
     kept.model.layers[0].self_attn.attention_dropout = 0.3
     assert dropouts(tiny.reward_trainer(tmp_path, kept, disable_dropout=False).model)
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path):
+    peft = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="`peft_config` is an adapter of the type PROMPT_TUNING"):
+        tiny.reward_trainer(tmp_path / "rm", peft=peft)
+    get_peft_model(tiny.policy(tiny.tokenizer()), with_changes(peft, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of the type PROMPT_TUNING, which cannot be merged"):
+        load_policy(str(tmp_path))
