@@ -21,7 +21,7 @@ from rlhf_recipes.data.loading import load_prompts
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering
 from rlhf_recipes.evaluation.policies import best_of_n, compare_policies, eos_token_ids
-from rlhf_recipes.evaluation.vocabulary import check_baseline
+from rlhf_recipes.evaluation.tokenizers import check_baseline
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.models.quantization import saved_quantization
 from rlhf_recipes.models.vocabulary import with_end_token

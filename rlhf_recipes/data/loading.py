@@ -38,7 +38,7 @@ def load_split(script_args: ScriptArguments, split: str, *, option: str = "datas
         raise ValueError("`dataset_streaming` is not available in the recipes: leave it out.")
     config = script_args.dataset_config if option == "dataset_name" else None
     if Path(name).is_dir():
-        dataset, files = _load_directory(name, config, option)
+        dataset, files = _load_directory(name, config, option, split)
     else:
         dataset, files = _load_from_hub(name, config, option), None
     if split not in dataset:
@@ -71,7 +71,9 @@ def _load_from_hub(name: str, config: str | None, option: str) -> DatasetDict:
     return dataset
 
 
-def _load_directory(name: str, config: str | None, option: str) -> tuple[DatasetDict, dict[str, list[str]]]:
+def _load_directory(
+    name: str, config: str | None, option: str, split: str
+) -> tuple[DatasetDict, dict[str, list[str]]]:
     """Return the splits of a directory, and the files of each split and those beside them, in the directory."""
     files: dict[str, list[str]] = {}
     beside: list[str] = []
@@ -83,11 +85,14 @@ def _load_directory(name: str, config: str | None, option: str) -> tuple[Dataset
             files = {split: found for split, found in kept if found}
             if not files:
                 raise ValueError("It holds no file with JSON lines, CSV or Parquet.")
-            builder = load_dataset_builder(name, config, data_files=files)
+        # pandas takes the answers "None", "NA" and "null" of a CSV file for missing ones.
+        words = {"keep_default_na": False, "na_values": [""]} if hasattr(builder.config, "keep_default_na") else {}
+        if beside or words:
+            builder = load_dataset_builder(name, config, data_files=files, **words)
         builder.download_and_prepare()
         dataset = builder.as_dataset()
-        for rows in dataset.values():
-            rows.data.table.validate(full=True)  # `datasets` reads lines that are not in UTF-8, but not their rows
+        if split in dataset:  # `datasets` reads lines that are not in UTF-8, but not their rows
+            dataset[split].data.table.validate(full=True)
     except Exception as error:  # pyarrow, pandas and `datasets` have errors of their own
         reason = find_defect(chain(*files.values())) or " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"`{option}` {name!r} cannot be loaded: {reason}") from error

@@ -41,7 +41,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Text], **templa
     return result
 
 
-def answered_ids(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: Text, finished: bool) -> list[int]:
+def answered_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: Text, finished: bool, *, appended: int | None = None
+) -> list[int]:
     """Return the tokens that a reward model reads for a prompt and its answer.
 
     Plain text is `prompt + answer + EOS`, with one EOS. An answer that was cut off has none, also if the tokenizer
@@ -52,10 +54,11 @@ def answered_ids(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: Text,
         prompt: Text that ends with the separator, or messages.
         answer: Answer in the same form.
         finished: Whether the answer has ended and was not cut off.
+        appended: Number of tokens of `appended_end`, if it is known.
     """
     if isinstance(prompt, str) and isinstance(answer, str):
         ids = tokenizer(prompt + answer + (tokenizer.eos_token if finished else ""))["input_ids"]
-        return list(ids[: len(ids) - len(appended_end(tokenizer))])
+        return list(ids[: len(ids) - (len(appended_end(tokenizer)) if appended is None else appended)])
     chat = conversation(plain_messages(prompt), plain_messages(answer))  # type: ignore[arg-type]
     return list(tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"])
 

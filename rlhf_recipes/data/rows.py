@@ -3,6 +3,7 @@
 The checks are linear in the rows. The chat template renders one row of each sequence of roles, not every row.
 """
 
+import logging
 from typing import Any
 
 from datasets import Dataset
@@ -13,6 +14,7 @@ from rlhf_recipes.data.prompts import AnyDataset, MaybeDataset, check_columns, c
 from rlhf_recipes.data.rendering import prepended_ids, prompt_ids
 from rlhf_recipes.data.transcripts import ANSWERS, is_cut_inside, split_transcript
 
+logger = logging.getLogger(__name__)
 # TRL passes these to a reward function by name, so a column of the dataset cannot have the name too.
 REWARD_ARGUMENTS = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments",
@@ -86,10 +88,11 @@ def _without_prompt(prompt: list[Any], answer: list[Any], where: str) -> list[An
     asked, said = ([(m["role"], m.get("content")) for m in messages] for messages in (prompt, answer))
     if len(said) > len(asked) and said[: len(asked)] == asked:
         return answer[len(asked) :]
-    if said and said[0][0] in ("system", "developer", "user"):
+    opens = all(role in ("system", "developer") for role, _ in asked)  # then the question may follow in the answer
+    if said and said[0][0] in ("system", "developer", "user") and not (opens and said[0][0] == "user"):
         raise ValueError(
             f"{where} that begins with a message of the {said[0][0]}. Leave in it only the messages that answer "
-            "`prompt`; or drop the column `prompt`, if `chosen` and `rejected` hold whole chats."
+            "`prompt`; or drop the column `prompt`, if the others hold whole chats."
         )
     return answer
 
@@ -103,14 +106,18 @@ def _check_repeated_prompts(dataset: Dataset, columns: list[str], name: str) -> 
         for row, (prompt, *said) in enumerate(rows_of(dataset, ("prompt", *answers)))
         if all(_repeats(prompt, text) for text in said)
     ]
-    by_chance = len(repeated) * 2 <= len(dataset) and all(length < REPEATED for _, length in repeated)
-    if repeated and not by_chance:
-        row = next((row for row, length in repeated if length >= REPEATED), repeated[0][0])
-        raise ValueError(
-            f"`{name}` holds the prompt again at the beginning of {' and '.join(map(repr, answers))} in row {row}"
-            f"{f' and {len(repeated) - 1} others' if len(repeated) > 1 else ''}. Take it out of the answers "
-            "(`text.removeprefix(prompt)`)."
-        )
+    long = next((row for row, length in repeated if length >= REPEATED), None)
+    is_rule = len(repeated) * 2 > len(dataset)
+    if not (is_rule or long is not None):  # by chance
+        return
+    row = repeated[0][0] if long is None else long
+    message = (
+        f"`{name}` holds the prompt again at the beginning of {' and '.join(map(repr, answers))} in row {row}"
+        f"{f' and {len(repeated) - 1} others' if len(repeated) > 1 else ''}."
+    )
+    if is_rule:
+        raise ValueError(f"{message} Take it out of the answers (`text.removeprefix(prompt)`).")
+    logger.warning(f"{message} If they are not meant so, take it out (`text.removeprefix(prompt)`).")
 
 
 def _repeats(prompt: Any, answer: Any) -> bool:
@@ -119,19 +126,25 @@ def _repeats(prompt: Any, answer: Any) -> bool:
 
 
 def mend_transcripts(dataset: MaybeDataset) -> Any:
-    """Move the boundary of transcripts that were cut inside a sentence back to the last "Assistant:".
+    """Move the boundary of pairs of transcripts that were cut inside a sentence back to the last "Assistant:".
+
+    `trl.extract_prompt` cuts them where their answers differ first.
 
     Args:
-        dataset: Prompts and answers as text; other rows stay unchanged. Call it before the separator is added.
+        dataset: Pairs with a prompt, as text; other datasets and rows stay unchanged. Call it before the separator is
+            added.
     """
-    if dataset is None:
-        return None
-    columns = [column for column in ("prompt", *ANSWERS) if column in column_names(dataset)]
-    if "prompt" not in columns or len(columns) == 1:
+    columns = ("prompt", "chosen", "rejected")
+    if dataset is None or not set(columns) <= set(column_names(dataset)):
         return dataset
-    is_stream = not isinstance(dataset, Dataset)
-    if not is_stream and not any(is_cut_inside(prompt, answers) for prompt, *answers in rows_of(dataset, columns)):
-        return dataset
+    if isinstance(dataset, Dataset):
+        cut = [row for row, (prompt, *said) in enumerate(rows_of(dataset, columns)) if is_cut_inside(prompt, said)]
+        if not cut:
+            return dataset
+        logger.warning(
+            f"The prompts of {len(cut):,} pairs, for example in row {cut[0]}, end inside the answer. Prompt and "
+            "answers are divided after the last 'Assistant:'."
+        )
     return dataset.map(_mended)
 
 
@@ -180,8 +193,8 @@ def check_rendering(
 
     Raises:
         ValueError: If messages have no chat template or an unknown role, if the template refuses a row or leaves out a
-            message, if a text begins with the BOS that the tokenizer writes too, or if the template would read a column
-            that the trainer does not give to it.
+            message, if a text begins with the BOS that the tokenizer writes too, or if the template would read a
+            column that the trainer does not give to it.
     """
     if dataset is None:
         return

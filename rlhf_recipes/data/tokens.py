@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes.data.rendering import prompt_ids
 
+TOKENS = ("input_ids", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")  # TRL's columns
 BATCH = 1_000  # prompts per call of the tokenizer
 
 
@@ -60,8 +61,9 @@ def check_rows(prepared: Dataset, tokenizer: Any, vocab_size: int | None, positi
         ValueError: If a row has a token or a position that the model does not have.
     """
     first_row = 0
-    for batch in prepared.with_format("arrow").iter(batch_size=BATCH):
-        lists = {column: batch[column].combine_chunks() for column in batch.column_names if column.endswith("_ids")}
+    columns = [column for column in TOKENS if column in prepared.column_names]
+    for batch in prepared.select_columns(columns).with_format("arrow").iter(batch_size=BATCH):
+        lists = {column: batch[column].combine_chunks() for column in batch.column_names}
         for ids in lists.values():
             check_ids(ids, first_row, vocab_size, tokenizer, name)
         if positions is not None:

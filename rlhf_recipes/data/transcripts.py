@@ -40,11 +40,12 @@ def _end(text: str) -> int:
 def begun_answer(prompt: str) -> str:
     """Return the part of the answer that the prompt of a transcript holds; "" if it ends where it should.
 
-    Text in further lines is taken for no answer: it can be a question about the dialogue.
+    A transcript begins with a turn of the user. Text before it, or in further lines after the last turn, can be a
+    question about the dialogue.
     """
     end = _end(prompt)
     rest = prompt[end:]
-    is_begun = end and USER.search(prompt) and not USER.search(rest) and "\n" not in rest.strip()
+    is_begun = end and USER.match(prompt.lstrip()) and not USER.search(rest) and "\n" not in rest.strip()
     return rest if is_begun and rest.strip() else ""
 
 
@@ -55,4 +56,5 @@ def is_cut_inside(prompt: Any, answers: list[Any]) -> bool:
     if begun_answer(prompt):
         return True
     end = _end(prompt)
-    return end > 0 and USER.search(prompt[end:]) is not None and all(map(ASSISTANT.search, answers))
+    begins = USER.match(prompt.lstrip()) is not None
+    return begins and end > 0 and USER.search(prompt[end:]) is not None and all(map(ASSISTANT.search, answers))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -26,11 +27,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     Of a weight in shards, each rank looks at its own shard. This costs one reduction and one wait for the device.
     """
     flags = [own_part(tensor).isfinite().all() for tensor in tensors if tensor.is_floating_point()]
-    flags = [flag for flag in flags if not flag.is_meta]
-    if not flags:
-        return True
-    is_finite = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
-    return not global_max(is_finite.logical_not().int()).item()
+    device = PartialState().device  # DeepSpeed's processes reduce nothing on a CPU beside GPUs
+    flags = [torch.ones((), dtype=torch.bool, device=device), *(flag.to(device) for flag in flags if not flag.is_meta)]
+    return not global_max(torch.stack(flags).all().logical_not().int()).item()
 
 
 def own_part(tensor: Any) -> Tensor:

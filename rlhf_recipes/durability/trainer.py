@@ -55,16 +55,18 @@ class DurableTrainer(FiniteTrainer):
             self.check_start()
         with self._options(with_changes(self.args, **changes)):
             output = super().train(checkpoint, *args, **kwargs)
-        self.check_any_step()
+        if checkpoint is None:
+            self.check_any_step()
         return output
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # transformers compares them only after a step
             self.control.should_training_stop = True
             return
-        before, is_stopped = self.state.global_step, self.control.should_training_stop
+        before, is_resumed = self.state.global_step, bool(kwargs.get("steps_trained_in_current_epoch"))
         super()._run_epoch(**kwargs)
-        if self.state.global_step == before and not is_stopped:  # transformers ends as if all was well, or never
+        is_stopped = self.control.should_training_stop or self.control.should_epoch_stop
+        if self.state.global_step == before and not (is_stopped or is_resumed):  # transformers ends as usual, or never
             raise ValueError(
                 f"A pass over `train_dataset` made no optimiser step after step {before}: it has fewer rows than one "
                 "step needs (`per_device_train_batch_size` x processes x `gradient_accumulation_steps`). Add rows, or "

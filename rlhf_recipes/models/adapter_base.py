@@ -54,8 +54,11 @@ def base_of_adapter(model: Any, revision: str | None = None) -> dict[str, str] |
         found = base_fingerprint(name, revision, local_files_only=True)
     except (OSError, ValueError):  # it was built in memory
         return None
-    place = str(Path(name).resolve()) if Path(name).is_dir() else name
-    return {"base": place, "fingerprint": found} if found else None
+    if found is None:
+        return None
+    if Path(name).is_dir():
+        return {"base": str(Path(name).resolve()), "fingerprint": found}
+    return {"base": name, "fingerprint": found, "revision": str(revision)}
 
 
 def save_base(base: dict[str, str] | None, directory: str | Path) -> None:
@@ -71,6 +74,12 @@ def saved_base(directory: str | Path) -> dict[str, str] | None:
     """Return the base of the adapter in a directory as its trainer noted it; `None` without a note."""
     path = Path(directory, BASE_FILE)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def at_saved_revision(adapter: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return `from_pretrained` options with the revision of an adapter's base in training, if they name none."""
+    noted = (saved_base(adapter) or {}).get("revision")
+    return {**kwargs, "revision": noted} if noted is not None and kwargs.get("revision") is None else kwargs
 
 
 def find_base(adapter: str, base: str | None = None, revision: str | None = None) -> str:

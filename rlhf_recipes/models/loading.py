@@ -24,7 +24,7 @@ from transformers import (
 from trl import ModelConfig, get_quantization_config
 from trl.models import prepare_deepspeed, prepare_fsdp
 
-from rlhf_recipes.models.adapter_base import find_base
+from rlhf_recipes.models.adapter_base import at_saved_revision, find_base
 from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
@@ -90,6 +90,8 @@ def load_policy(
     stays_quantized = "quantization_config" in kwargs
     rounding = (saved_quantization(path) if is_adapter(path) else None) or base_quantization
     kwargs.setdefault("quantization_config", rounding)
+    if is_adapter(path) and base is None:
+        kwargs = at_saved_revision(path, kwargs)
     base_path = find_base(path, base, kwargs.get("revision")) if is_adapter(path) else path
     with safe_loading(path, base_path):
         model = keep_unpacked(AutoModelForCausalLM.from_pretrained(base_path, **safe_kwargs(kwargs)))

@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf_recipes.algorithm.float32_linear import Float32Linear
-from rlhf_recipes.models.adapter_base import find_base
+from rlhf_recipes.models.adapter_base import at_saved_revision, find_base
 from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
@@ -39,6 +39,7 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
     if is_adapter(path):
         load_adapter_weights(path)  # refuses an adapter without a score head
         kwargs.setdefault("quantization_config", saved_quantization(path))
+        kwargs = kwargs if base else at_saved_revision(path, kwargs)
         base_path = find_base(path, base, kwargs.get("revision"))
         with suppress_seqcls_warning(), safe_loading(path, base_path):
             model = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1, **kwargs)

@@ -210,6 +210,7 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
             check_range(self, name, lambda x: x > 0, "be positive")
         for name in ("learning_rate", "adam_epsilon", "weight_decay"):
             check_range(self, name, lambda x: x >= 0, "not be negative")
+        check_range(self, "seed", lambda x: 0 <= x < 2**32, "lie in [0, 2**32)")
         check_range(self, "top_p", lambda x: 0 < x <= 1, "lie in (0, 1]")
         check_range(self, "top_entropy_quantile", lambda x: 0 <= x <= 1, "lie in [0, 1]")
         check_range(self, "reward_weights", lambda x: isinstance(x, list), "be a list, one number per reward")

@@ -114,7 +114,7 @@ def sampled_rows(prompts: list[list[int]], next_token_logits: Sequence[Tensor]) 
 
 def tolerance(logps: list[Tensor], precision: torch.dtype) -> float:
     """Return the largest difference that rounding explains, nats; see the module's docstring."""
-    if precision == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if precision == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         precision = torch.float16  # TF32 has as many bits
     size = 1 + max(float(row.abs().max()) for row in logps)
     return max(SMALLEST_TOLERANCE, ROUNDING_ERRORS * ROUNDOFF.get(precision, 2.0**-24) * size)

@@ -12,6 +12,7 @@ from rlhf_recipes.models.adapter_base import find_base
 from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
+from rlhf_recipes.models.vocabulary import fit_to_adapter
 
 LARGEST = 2 * 2**30  # bytes of weights; a larger reward model is not loaded a second time
 
@@ -20,7 +21,7 @@ LARGEST = 2 * 2**30  # bytes of weights; a larger reward model is not loaded a s
 def scores_alone(path: str, token_ids: list[list[int]], *, pad_token_id: int | None, like: Any) -> list[float] | None:
     """Return the scores of rows by a reward model that is loaded for them.
 
-    The result is `None` if the model is large, or in no directory here.
+    The result is `None` if the model is large, or its base is in no directory here.
 
     Args:
         path: Directory of a classifier, or of an adapter with its score head.
@@ -31,14 +32,14 @@ def scores_alone(path: str, token_ids: list[list[int]], *, pad_token_id: int | N
     adapter = is_adapter(path)
     base = find_base(path) if adapter else path
     files = [file for directory in {path, base} for file in Path(directory).glob("*.safetensors")]
-    if not files or sum(file.stat().st_size for file in files) > LARGEST:
+    if not Path(base).is_dir() or sum(file.stat().st_size for file in files) > LARGEST:
         return None
     kwargs = {"dtype": like.dtype, "quantization_config": saved_quantization(path) if adapter else None}
     with suppress_seqcls_warning(), safe_loading(path, base):
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, **safe_kwargs(kwargs))
     if adapter:
         model.config.get_text_config().pad_token_id = pad_token_id
-        model = PeftModel.from_pretrained(model, path)
+        model = PeftModel.from_pretrained(fit_to_adapter(model, path), path)
     if kwargs["quantization_config"] is None:  # bitsandbytes has placed the others
         model.to(like.device)
     return row_scores(model.eval(), token_ids)

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_recipes.data.messages import answer_to
-from rlhf_recipes.data.rendering import answered_ids, prompt_ids
+from rlhf_recipes.data.rendering import answered_ids, appended_end, prompt_ids
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.fingerprint import fingerprint, is_adapter
 from rlhf_recipes.models.loading import position_limit
 from rlhf_recipes.models.reward_model import check_score_layer, load_reward_model
+from rlhf_recipes.models.rope import short_limit
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.rewards.alone import row_scores, scores_alone
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
@@ -132,7 +133,9 @@ class RewardModelScorer(Scorer):
         Raises:
             ValueError: If the model has no embedding for one of them.
         """
-        rows = [self._token_ids(*row) for row in zip(prompts, completions, finished, strict=True)]
+        end = len(appended_end(self.tokenizer))
+        given = zip(prompts, completions, finished, strict=True)
+        rows = [answered_ids(self.tokenizer, *row, appended=end) for row in given]
         if self.unknown_tokens:
             check_tokens(rows, self.unknown_tokens, vocabulary_size(self._classifier()), self.__name__)
         return rows
@@ -167,13 +170,13 @@ class RewardModelScorer(Scorer):
         token_ids, kept = self._within_limit(token_ids, kept)
         # Rows of similar length share a batch, so it has little padding.
         order = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
-        batch_size = 1 if self._filler is None else self.batch_size
+        batches = self._batches([len(token_ids[row]) for row in order])
         scores, states = torch.empty(len(token_ids)), [torch.empty(0)] * len(kept)
         outputs: list[Any] = []
         hook = self._backbone().register_forward_hook(lambda *call: outputs.append(call[2])) if kept else None
         try:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
+            for batch in batches:
+                rows = order[batch]
                 scores[rows] = self._forward([token_ids[row] for row in rows])
                 for output in outputs:
                     for row, of_row in zip(rows, output.last_hidden_state, strict=True):
@@ -183,6 +186,13 @@ class RewardModelScorer(Scorer):
             if hook is not None:
                 hook.remove()
         return scores.tolist(), states
+
+    def _batches(self, lengths: list[int]) -> list[slice]:
+        """Return batches of rows that are sorted by length. No rope changes inside a batch, see `short_limit`."""
+        size, limit = 1 if self._filler is None else self.batch_size, short_limit(self._classifier())
+        short = 0 if limit is None else sum(length <= limit for length in lengths)
+        parts = (range(0, short, size), range(short, len(lengths), size))
+        return [slice(start, min(start + size, part.stop)) for part in parts for start in part]
 
     def _within_limit(
         self, token_ids: list[list[int]], kept: list[list[int]]
@@ -216,9 +226,6 @@ class RewardModelScorer(Scorer):
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         return prompt_ids(self.tokenizer, [prompt])[0]
-
-    def _token_ids(self, prompt: Prompt, completion: Prompt, finished: bool) -> list[int]:
-        return answered_ids(self.tokenizer, prompt, completion, finished)
 
     @torch.no_grad()
     def _forward(self, token_ids: list[list[int]]) -> Tensor:

@@ -49,9 +49,7 @@ class RunNumbers:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self.model, self.args = trainer.model, trainer.args
-        lower = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        mixed = next((dtype for name, dtype in lower.items() if getattr(self.args, name)), None)
-        self.precision = mixed or causal_lm(self.model).dtype
+        self.precision = mixed_precision(self.args) or causal_lm(self.model).dtype
 
     def policy(self, rows: Rows, *, training: bool) -> list[Tensor]:
         """Run the policy as an update does, without gradient."""
@@ -68,7 +66,8 @@ class RunNumbers:
         """Run both as a rollout does."""
         self.model.train()
         batch = self._batch(rows)
-        return rows.of(self._trainer._forward(self.model, batch).per_token_logps), self.reference(rows)
+        with self._trainer.accelerator.autocast():  # a preflight comes before training has prepared the policy
+            return rows.of(self._trainer._forward(self.model, batch).per_token_logps), self.reference(rows)
 
     def reference(self, rows: Rows) -> list[Tensor]:
         """Run the reference as a rollout does."""
@@ -98,7 +97,8 @@ class RunNumbers:
         length = batch["completion_ids"].size(1)
         ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
         forward = self._trainer._completion_forward(self.model, length)
-        self._trainer._get_per_token_logps_and_entropies(forward, ids, mask, length)
+        with self._trainer.accelerator.autocast():
+            self._trainer._get_per_token_logps_and_entropies(forward, ids, mask, length)
         return forward
 
 
@@ -145,8 +145,9 @@ class NumbersCallback(TrainerCallback):
         with own_randomness(args.seed, trainer.accelerator.device):
             numbers, rows = RunNumbers(trainer), self._rows()
             report = check_numbers(numbers, rows, self._start, from_start=from_start)
-            findings = [*report.findings, *shared_findings(numbers.trained(), trainer.model)]
+            findings = report.findings
             if trainer.accelerator.distributed_type not in SHARDED:
+                findings = [*findings, *shared_findings(numbers.trained(), trainer.model)]
                 reaches_backbone = args.value_gradient_to_backbone
                 found = gradient_findings(numbers.gradients(rows), reaches_backbone=reaches_backbone)
                 findings += [*found, *self._reward_findings(rows, numbers.precision)]
@@ -188,7 +189,9 @@ class NumbersCallback(TrainerCallback):
         answers = [answer_to(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         findings = []
         for scorer in self._trainer.scorers:
-            if (compared := scorer.scores_alone(prompts, answers)) is not None:
+            with self._trainer.accelerator.autocast():
+                compared = scorer.scores_alone(prompts, answers)
+            if compared is not None:
                 ours, alone = compared
                 findings += reward_findings(scorer.__name__, ours, alone, {precision, scorer.model.dtype})
         return findings
@@ -196,7 +199,8 @@ class NumbersCallback(TrainerCallback):
     def _rows(self) -> Rows:
         trainer = self._trainer
         prompts = short_rows(first_prompts(trainer.train_dataset, trainer.processing_class))
-        return sampled_rows(prompts, [plain_logits(trainer.model, prompt)[-1] for prompt in prompts])
+        with trainer.accelerator.autocast():
+            return sampled_rows(prompts, [plain_logits(trainer.model, prompt)[-1] for prompt in prompts])
 
     def _end_together(self, findings: list[Finding]) -> None:
         """Raise the messages of all processes on each of them, so that none waits for another."""
@@ -207,15 +211,23 @@ class NumbersCallback(TrainerCallback):
             raise ValueError(" ".join([*dict.fromkeys(messages), "`check_numerics: false` switches this check off."]))
 
 
-def given_model(model: Any, prompts: list[list[int]], temperature: float) -> tuple[Rows, list[Tensor]] | None:
+def given_model(model: Any, prompts: list[list[int]], args: Any) -> tuple[Rows, list[Tensor]] | None:
     """Return a short row, and its log-probabilities by a model to which nothing has been added yet.
 
-    A model whose weights are in shards cannot be run before training: the result is then `None`.
+    A model whose weights are in shards, or not on the run's device yet, cannot be run before training: the result is
+    then `None`.
     """
-    if is_deepspeed_zero3_enabled() or next(model.parameters()).device.type == "meta":
+    if is_deepspeed_zero3_enabled() or next(model.parameters()).device.type != args.device.type:
         return None
     row = next((row for row in short_rows(prompts) if len(row) > 1), None)
     if row is None:
         return None
     rows = Rows([row[:1]], [row[1:]])
-    return rows, plain_rows(model, rows, temperature)
+    mixed = mixed_precision(args)
+    with torch.autocast(args.device.type, dtype=mixed, enabled=mixed is not None):
+        return rows, plain_rows(model, rows, args.temperature)
+
+
+def mixed_precision(args: Any) -> torch.dtype | None:
+    """Return the precision of autocast in a run; `None` without it."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -43,7 +43,8 @@ def check_adapter_vocabulary(trainer: Any, tokens_before: int) -> None:
     Raises:
         ValueError: If the template brought tokens.
     """
-    added, config = len(trainer.processing_class) - tokens_before, trainer.model.config.get_text_config()
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor holds one
+    added, config = len(tokenizer) - tokens_before, trainer.model.config.get_text_config()
     if added > 0 and config.tie_word_embeddings and isinstance(trainer.model, PeftModel):
         raise ValueError(
             f"`chat_template_path` {trainer.args.chat_template_path} adds {added} tokens, which an adapter cannot "

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from trl import RewardTrainer, is_conversational
 
 from rlhf_recipes.algorithm.losses import l2_penalty
-from rlhf_recipes.data.numbers import check_numbers
+from rlhf_recipes.data.margins import check_margins
 from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, join_prefill, mend_transcripts, readable_rows
@@ -66,8 +66,8 @@ class RewardModelTrainer(SavingTrainer, RewardTrainer):
     ) -> None:
         if train_dataset is None:
             raise ValueError("`train_dataset` is not set.")
-        train_dataset = check_numbers(readable_preferences(train_dataset, "train_dataset"), "train_dataset")
-        eval_dataset = check_numbers(readable_preferences(eval_dataset, "eval_dataset"), "eval_dataset")
+        train_dataset = check_margins(readable_preferences(train_dataset, "train_dataset"), "train_dataset")
+        eval_dataset = check_margins(readable_preferences(eval_dataset, "eval_dataset"), "eval_dataset")
         check_output_dir(args.output_dir, adapter=peft_config is not None)
         check_is_merged(peft_config, "`peft_config`")
         base_model = model if isinstance(model, str) else model.config._name_or_path

@@ -22,7 +22,7 @@ from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_f
 from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
 from rlhf_recipes.evaluation.policies import eos_token_ids
-from rlhf_recipes.models.adapter_base import find_base
+from rlhf_recipes.models.adapter_base import at_saved_revision, find_base
 from rlhf_recipes.models.critic import attach_value_head, causal_lm
 from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.fingerprint import is_adapter
@@ -131,13 +131,13 @@ def prepare_parts(
     longest = functools.partial(longest_row, train_dataset, tokenizer, args.max_completion_length)
     use_one_rope([network for network in (policy, reference) if network is not None], longest)
     is_larger = getattr(peft_config, "layer_replication", None) is not None  # than the model that was given
-    compares_start = args.check_numerics and not (sees_images or is_larger)
-    prompts = first_prompts(train_dataset, tokenizer) if compares_start else None
+    compares = args.check_numerics and not (sees_images or is_larger)
+    prompts = first_prompts(train_dataset, tokenizer) if compares else None
     return Parts(
         model=policy,
         directory=directory,
         reference=reference,
-        start=None if prompts is None else given_model(policy, prompts, args.temperature),
+        start=None if prompts is None else given_model(policy, prompts, args),
         keeps_start_adapter=isinstance(policy, PeftModel),
         reward_funcs=scorers,
         critic_dataset=add_separator(mend_transcripts(critic_dataset), args.response_separator),
@@ -251,6 +251,7 @@ def policy_loader(model: Any, args: Any, quantization_config: Any) -> Callable[.
     kwargs = from_pretrained_kwargs(args, quantization_config)
     base = model
     if is_adapter(model):
+        kwargs = at_saved_revision(model, kwargs)
         base = find_base(model, revision=kwargs.get("revision"))
         kwargs.setdefault("quantization_config", saved_quantization(model))
 

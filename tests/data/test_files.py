@@ -37,6 +37,14 @@ def _parquet(rows):
     return sink.getvalue().to_pybytes()
 
 
+def test_words_of_a_csv_file_are_no_missing_values(tmp_path):
+    _write(tmp_path, {"train.csv": "prompt,chosen,margin\nq,None,1.5\nNA,null,\nN/A,n,2\n"})
+    rows = _load(tmp_path)
+    assert rows["prompt"][:] == ["q", "NA", "N/A"]
+    assert rows["chosen"][:] == ["None", "null", "n"]
+    assert rows["margin"][:] == [1.5, None, 2.0]
+
+
 @pytest.mark.parametrize(
     "files",
     [

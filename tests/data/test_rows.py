@@ -102,7 +102,7 @@ def test_an_answer_that_begins_with_the_user():
     ("rows", "message"),
     [
         ([("q?", "q? yes", "q? no")] * 3, "'chosen' and 'rejected' in row 0 and 2 others"),
-        ([("a", "b", "c")] * 9 + [(LONG, f"{LONG} An hour.", f"{LONG} A day.")], "in row 9. Take it out"),
+        ([("a", "b", "c")] * 9 + [(LONG, f"{LONG} An hour.", f"{LONG} A day.")], None),  # a warning
         ([("a", "b", "c")] * 9 + [(LONG, f"{LONG} An hour.", "A day.")], None),
         ([("I", "I see", "Is it"), *[("a", "b", "c")] * 9], None),  # by chance
         ([("echo", "echo", "echo")] * 3, None),  # the answer is the prompt and nothing more
@@ -257,3 +257,16 @@ def test_a_column_that_only_sft_gives_to_the_template(column, value):
         check_rendering(data, ("prompt",), "train_dataset", tok)
     check_rendering(data, ("prompt",), "train_dataset", tok, reads_options=True)
     check_rendering(data.map(lambda row: {column: None}), ("prompt",), "train_dataset", tok)
+
+
+def test_a_prompt_of_the_system_alone_may_be_answered_by_the_user():
+    system = [{"role": "system", "content": "s"}]
+    row = {"prompt": system, "completion": [_user("q"), _assistant("a")]}
+    assert list(_read([row], ("prompt", "completion"))) == [row]
+
+
+def test_a_few_answers_may_repeat_their_prompt(caplog):
+    rows = [{"prompt": f"def add_numbers(first, second, {i}):", "completion": " pass"} for i in range(10)]
+    rows[4]["completion"] = rows[4]["prompt"] + " pass"
+    assert list(_read(rows, ("prompt", "completion"))) == rows
+    assert "in row 4. If they are not meant so" in caplog.text

@@ -56,6 +56,7 @@ def test_text_without_a_shared_assistant():
         ("User: hi\nAI:", ""),
         ("User: hi\nAI: Hel", " Hel"),
         ("### Human: hi### Assistant: Hel", " Hel"),
+        ("Summarise this chat.\nUser: hi\nAssistant: hello", ""),
         ("What does an assistant: do", ""),
         ("", ""),
     ],
@@ -78,6 +79,8 @@ def test_pairs_that_are_right_stay_the_same_dataset():
     data = Dataset.from_list([{"prompt": HEAD, **PAIR}, {"prompt": "Is it I", "chosen": " am", "rejected": "?"}])
     assert mend_transcripts(data) is data
     assert mend_transcripts(Dataset.from_dict({"prompt": [HEAD + " I"]})).column_names == ["prompt"]
+    summaries = Dataset.from_dict({"prompt": [HEAD + " Yes."], "completion": ["A greeting."]})
+    assert mend_transcripts(summaries) is summaries
     assert mend_transcripts(None) is None
 
 

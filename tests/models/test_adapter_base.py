@@ -210,8 +210,10 @@ def test_the_note_of_a_base_on_the_hub_is_of_its_revision(tmp_path, monkeypatch)
     options = {"model": "organisation/model", "peft": tiny.lora(), "model_init_kwargs": {"revision": "v2"}}
     trainer = tiny.ppo_trainer(tmp_path / "out", **options, trust_remote_code=False)
     trainer.save_model()
-    note = saved_base(tmp_path / "out")
-    assert note == {"base": "organisation/model", "fingerprint": base_fingerprint("organisation/model", "v2")}
+    note, expected = saved_base(tmp_path / "out"), base_fingerprint("organisation/model", "v2")
+    assert note == {"base": "organisation/model", "fingerprint": expected, "revision": "v2"}
+    at_v2 = load_policy(str(tmp_path / "out")).model.embed_tokens.weight
+    assert torch.equal(at_v2, trainer.model.get_base_model().model.embed_tokens.weight)
     assert find_base(str(tmp_path / "out"), revision="v2") == "organisation/model"
     with pytest.raises(
         ValueError, match=r"was trained on organisation/model .* give its revision \(`model_revision`\)"

@@ -4,13 +4,26 @@ import pytest
 import tiny
 import torch
 from tolerances import FIRST_UPDATE, assert_close
-from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Phi3Config, Phi3ForCausalLM
 
 from rlhf_recipes.models.rope import short_limit, use_long_factors
+from rlhf_recipes.rewards.scorer import RewardModelScorer
 
 pytestmark = pytest.mark.tiny
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+
+
+def test_a_reward_model_reads_no_batch_on_both_sides_of_the_limit():
+    tok = tiny.tokenizer()
+    torch.manual_seed(1)
+    config = tiny._config(tok, num_labels=1, rope_parameters=ROPE | {"original_max_position_embeddings": 16})
+    scorer = RewardModelScorer(LlamaForSequenceClassification(config), tok)
+    rows = [list(range(60, 60 + length)) for length in (5, 12, 16, 17, 30)]
+    alone = [scorer.score_token_ids([row])[0] for row in rows]
+    assert_close(scorer.score_token_ids(rows), alone, FIRST_UPDATE)
+    scorer.batch_size = 2
+    assert_close(scorer.score_token_ids(rows[::-1]), alone[::-1], FIRST_UPDATE)
 
 
 def phi3(limit=16):

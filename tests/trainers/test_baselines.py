@@ -9,6 +9,7 @@ import torch
 import trl
 from tolerances import FP32, assert_close
 
+from rlhf_recipes.models.dropout import dropouts
 from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments, DPOConfig, rollout_steps
 from rlhf_recipes.options.recipes import EvaluationArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.preflight.preflight import preflight
@@ -258,3 +259,12 @@ def test_a_rollout_has_at_least_one_step(tmp_path):
     assert rollout_steps(trl.RLOOConfig(str(tmp_path), **quiet, steps_per_generation=2, num_iterations=3)) == 6
     one = {"gradient_accumulation_steps": 4, "steps_per_generation": 2}
     assert rollout_steps(trl.RLOOConfig(str(tmp_path), **quiet, **one)) == 1
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo", "dpo"])
+def test_a_baseline_trains_without_any_dropout(tmp_path, method):
+    model = tiny.policy(tiny.tokenizer())
+    model.config.attention_dropout = 0.3
+    directory = tiny.save(model, tmp_path / "base")
+    assert not dropouts(_trainer(method, directory, tmp_path / "a", disable_dropout=True).model)
+    assert dropouts(_trainer(method, directory, tmp_path / "b", disable_dropout=False).model)

@@ -133,3 +133,8 @@ def test_a_token_outside_the_vocabulary_is_refused_by_name(tmp_path, build, rows
     data = rows().map(lambda row, i: {"prompt": row["prompt"] + "<x19>" * (i == 3)}, with_indices=True)
     with pytest.raises(ValueError, match=r"the token '<x19>' \(id 326\) in row 3, but .* vocabulary has 307 tokens"):
         build(tmp_path, data, model=model, tok=tok)
+
+
+def test_columns_of_the_user_are_no_tokens(tmp_path):
+    data = tiny.preferences().add_column("doc_ids", [[10_000, 2]] * 8).add_column("other_ids", ["a"] * 8)
+    tiny.reward_trainer(tmp_path, data=data)

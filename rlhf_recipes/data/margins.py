@@ -11,7 +11,7 @@ NUMBERS = ("margin", "ref_chosen_logps", "ref_rejected_logps")
 LARGEST = float(np.finfo(np.float32).max)  # a loss converts them to float32
 
 
-def check_numbers(dataset: MaybeDataset, name: str) -> MaybeDataset:
+def check_margins(dataset: MaybeDataset, name: str) -> MaybeDataset:
     """Check that the columns which a loss reads as numbers hold a finite number in every row.
 
     Args:

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from datasets import Dataset
 
-from rlhf_recipes.data.numbers import NUMBERS, check_numbers
+from rlhf_recipes.data.margins import NUMBERS, check_margins
 
 BAD = [
     (math.nan, "nan"),
@@ -31,21 +31,21 @@ def _data(value, column="margin"):
 def test_what_is_no_number_is_refused_by_column_and_row(value, said, column):
     row = 2 if isinstance(value, float | None) else 0
     with pytest.raises(ValueError, match=f"`data` has {said} as '{column}' in row {row}"):
-        check_numbers(_data(value, column), "data")
+        check_margins(_data(value, column), "data")
 
 
 def test_numbers_pass():
     data = Dataset.from_dict({"margin": [0.5, -1.0, 0.0, 3e38], "other": ["a", None, "", "b"]})
-    assert check_numbers(data, "data") is data
-    assert check_numbers(None, "data") is None
+    assert check_margins(data, "data") is data
+    assert check_margins(None, "data") is None
 
 
 def test_a_stream_is_checked_when_it_is_read():
-    stream = check_numbers(_data(math.nan).to_iterable_dataset(), "data")
+    stream = check_margins(_data(math.nan).to_iterable_dataset(), "data")
     with pytest.raises(ValueError, match="has nan as 'margin' in row 2"):
         list(stream)
     with pytest.raises(ValueError, match="has True as 'margin' in row 0"):
-        check_numbers(_data(True).to_iterable_dataset(), "data")
+        check_margins(_data(True).to_iterable_dataset(), "data")
 
 
 @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])

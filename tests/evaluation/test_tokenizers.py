@@ -4,7 +4,7 @@ import pytest
 import tiny
 from tokenizers.normalizers import Lowercase
 
-from rlhf_recipes.evaluation.vocabulary import check_baseline
+from rlhf_recipes.evaluation.tokenizers import check_baseline
 
 CONFIG = tiny.policy(tiny.tokenizer()).config
 
