@@ -1,6 +1,7 @@
 """Give every row of a run the same rotary embedding, in whatever batch it is."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,24 @@ def short_limit(model: Any) -> int | None:
     """
     limits = [entry["original_max_position_embeddings"] for entry in _long_ropes(model).values()]
     return min(limits, default=None)
+
+
+def use_one_rope(networks: list[Any], longest: Callable[[], float]) -> None:
+    """Let all rows of a run have the long factors of a rope with two sets, if one of them can need these.
+
+    Args:
+        networks: Policy and reference.
+        longest: Returns the length of the longest possible row; reads the whole dataset.
+    """
+    limit = short_limit(networks[0])
+    if limit is None or longest() <= limit:
+        return
+    for network in networks:
+        use_long_factors(network)
+    logger.warning(
+        f"Prompt and completion can exceed {limit} tokens, where the model's rope changes. All rows use its factors "
+        "for long texts, as in vLLM. With shorter prompts or a smaller `max_completion_length`, all use the others."
+    )
 
 
 def use_long_factors(model: Any) -> None:

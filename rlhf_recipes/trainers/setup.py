@@ -30,7 +30,7 @@ from rlhf_recipes.models.forward import add_completion_forward
 from rlhf_recipes.models.generation import check_generation_kwargs
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer, prepare_frozen
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, saved_quantization
-from rlhf_recipes.models.rope import short_limit, use_long_factors
+from rlhf_recipes.models.rope import use_one_rope
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.models.vocabulary import check_padding, fit_to_adapter, with_end_token
 from rlhf_recipes.options.changes import with_changes
@@ -151,24 +151,6 @@ def longest_row(dataset: AnyDataset, tokenizer: Any, max_new_tokens: int) -> flo
     if not isinstance(dataset, Dataset):
         return math.inf
     return max(map(len, prompt_ids(tokenizer, list(dataset["prompt"])))) + max_new_tokens
-
-
-def use_one_rope(networks: list[Any], longest: Callable[[], float]) -> None:
-    """Let all rows of a run have the long factors of a rope with two sets, if one of them can need these.
-
-    Args:
-        networks: Policy and reference.
-        longest: Returns the length of the longest possible row; reads the whole dataset.
-    """
-    limit = short_limit(networks[0])
-    if limit is None or longest() <= limit:
-        return
-    for network in networks:
-        use_long_factors(network)
-    logger.warning(
-        f"Prompt and completion can exceed {limit} tokens, where the model's rope changes. All rows use its factors "
-        "for long texts, as in vLLM. With shorter prompts or a smaller `max_completion_length`, all use the others."
-    )
 
 
 def options_for_trl(args: PPOConfig) -> PPOConfig:

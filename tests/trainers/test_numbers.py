@@ -180,7 +180,7 @@ def test_a_policy_that_is_not_the_given_model_is_named(tmp_path, monkeypatch):
 
 
 def test_a_rope_that_changes_inside_a_batch_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf_recipes.trainers.setup.use_long_factors", lambda model: None)
+    monkeypatch.setattr("rlhf_recipes.models.rope.use_long_factors", lambda model: None)
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     rope["original_max_position_embeddings"] = 12
     data = tiny.Dataset.from_dict({"prompt": [f"{'the fox is red ' * i}{i}" for i in range(8)]})
