@@ -84,23 +84,26 @@ def _text_of(number: int, part: Any) -> str:
     raise ValueError(f"message {number} holds a part {named}, but the model reads text only")
 
 
-def parsed_messages(text: Any, *, must_parse: bool = False) -> Any:
+def looks_like_messages(text: Any) -> bool:
+    """Return whether a text may be a list of messages, written as JSON or by Python."""
+    return isinstance(text, str) and JSON_MESSAGES.match(text) is not None and text.rstrip().endswith("]")
+
+
+def parsed_messages(text: Any) -> Any:
     """Return the messages that a text holds as JSON, and anything else unchanged.
 
     Args:
-        text: Text, messages or anything else.
-        must_parse: Whether a text that begins like a list of messages must be one.
+        text: Text that looks like messages, or anything else.
 
     Raises:
-        ValueError: If it must be one, and is not.
+        ValueError: If it looks like messages, and is no JSON.
     """
-    if not isinstance(text, str) or not JSON_MESSAGES.match(text):
+    if not looks_like_messages(text):
         return text
     try:
         messages = json.loads(text)
     except ValueError as error:
-        if must_parse:
-            raise ValueError(f"it looks like a list of messages as text, but it is no JSON ({error})") from None
-        return text
-    is_chat = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in messages)
+        raise ValueError(f"it looks like a list of messages as text, but it is no JSON ({error})") from None
+    keys = ({"role", "content"}, {"from", "value"})
+    is_chat = all(isinstance(m, dict) and any(pair <= m.keys() for pair in keys) for m in messages)
     return messages if is_chat else text

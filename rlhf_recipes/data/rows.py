@@ -3,13 +3,21 @@
 The checks are linear in the rows. The chat template renders one row of each sequence of roles, not every row.
 """
 
+import itertools
 import logging
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_recipes.data.messages import ROLES, conversation, ends_in_prefill, parsed_messages, plain_messages
+from rlhf_recipes.data.messages import (
+    ROLES,
+    conversation,
+    ends_in_prefill,
+    looks_like_messages,
+    parsed_messages,
+    plain_messages,
+)
 from rlhf_recipes.data.prompts import AnyDataset, MaybeDataset, check_columns, column_names, rows_of
 from rlhf_recipes.data.rendering import prepended_ids, prompt_ids
 from rlhf_recipes.data.transcripts import ANSWERS, is_cut_inside, split_transcript
@@ -21,6 +29,7 @@ REWARD_ARGUMENTS = (
 )  # fmt: skip
 # An answer that begins with this many characters of its prompt does not do so by chance.
 REPEATED = 32
+EXAMPLES = 100  # rows that decide about a column
 
 
 def readable_rows(dataset: MaybeDataset, columns: tuple[str, ...], name: str, *, keep_parts: bool = False) -> Any:
@@ -41,13 +50,19 @@ def readable_rows(dataset: MaybeDataset, columns: tuple[str, ...], name: str, *,
     """
     if dataset is not None and not isinstance(dataset, dict) and (first := next(iter(dataset), None)) is not None:
         present = [column for column in columns if column in first]
-        options = {"columns": present, "name": name, "keep_parts": keep_parts}
+        as_json = [column for column in present if _is_json(dataset, column)]
+        options = {"columns": present, "as_json": as_json, "name": name, "keep_parts": keep_parts}
         if _changes(dataset, first, options):
             dataset = dataset.map(_readable_row, with_indices=True, fn_kwargs=options)
         if isinstance(dataset, Dataset):
             _check_repeated_prompts(dataset, present, name)
     check_columns(dataset, columns, name)
     return dataset
+
+
+def _is_json(dataset: AnyDataset, column: str) -> bool:
+    """Return whether the first texts of a column all look like messages. One alone may be a task about JSON."""
+    return all(looks_like_messages(value) for (value,) in itertools.islice(rows_of(dataset, (column,)), EXAMPLES))
 
 
 def _changes(dataset: AnyDataset, first: dict[str, Any], options: dict[str, Any]) -> bool:
@@ -69,11 +84,13 @@ def _changes(dataset: AnyDataset, first: dict[str, Any], options: dict[str, Any]
     return changes
 
 
-def _readable_row(row: dict[str, Any], index: int, columns: list[str], name: str, keep_parts: bool) -> dict[str, Any]:
+def _readable_row(
+    row: dict[str, Any], index: int, columns: list[str], as_json: list[str], name: str, keep_parts: bool
+) -> dict[str, Any]:
     read = {}
     for column in columns:
         try:
-            value = parsed_messages(row[column], must_parse=index == 0)
+            value = parsed_messages(row[column]) if column in as_json else row[column]
             read[column] = plain_messages(value, keep_parts=keep_parts) if isinstance(value, list) else value
         except ValueError as error:
             raise ValueError(f"`{name}` has a {column!r} that cannot be read in row {index}: {error}.") from None

@@ -103,7 +103,7 @@ def weights_fingerprint(directory: str | Path, pattern: str = "*.safetensors") -
 def _config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     options = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {name: value for name, value in options.items() if name not in INCIDENTAL}
+    return {name: x for name, x in options.items() if name not in INCIDENTAL and not name.startswith("_")}
 
 
 def _tensors(path: Path) -> list[tuple[str, tuple[list[Any], bytes]]]:

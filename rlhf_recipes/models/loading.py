@@ -5,7 +5,7 @@ TRL's `ModelConfig` decides on classes, precision, quantisation and LoRA. Nothin
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_quantization_config
 from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import create_model_from_path
 
 from rlhf_recipes.models.adapter_base import at_saved_revision, find_base
 from rlhf_recipes.models.fingerprint import is_adapter
@@ -70,6 +71,48 @@ def from_pretrained_kwargs(args: Any, quantization_config: Any) -> dict[str, Any
     return kwargs
 
 
+def load_causal_lm(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load a whole causal LM for training, by the class that its configuration names, as TRL does.
+
+    Args:
+        path: Directory or Hub name.
+        kwargs: Options of `from_pretrained`.
+
+    Raises:
+        ValueError: See `check_causal_lm`.
+    """
+    model, report = create_model_from_path(path, output_loading_info=True, **safe_kwargs(kwargs))
+    check_causal_lm(model, report["missing_keys"], path)
+    return keep_unpacked(model)
+
+
+def check_causal_lm(model: PreTrainedModel, missing: Iterable[str], path: str) -> None:
+    """Check that a model that was just loaded is a causal LM, and that none of its weights was drawn at random.
+
+    Raises:
+        ValueError: If it is of another kind, or lacks weights.
+    """
+    kinds = model.config.architectures or []
+    other = next((name for name in kinds if name.endswith(("Classification", "MaskedLM"))), None)
+    if other or not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(f"{path} is a {other or type(model).__name__}, and no causal LM that could be a policy.")
+    check_no_weights_missing(model, missing, path)
+
+
+def check_no_weights_missing(model: PreTrainedModel, missing: Iterable[str], path: str) -> None:
+    """Check that no weight was drawn at random because the files lack it.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if names := sorted(missing):
+        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        raise ValueError(
+            f"{path} does not hold all weights of a {type(model).__name__}: `{names[0]}`{others} would be random. "
+            "Copy or download the whole directory."
+        )
+
+
 def load_policy(
     path: str, *, base: str | None = None, base_quantization: BitsAndBytesConfig | None = None, **kwargs: Any
 ) -> PreTrainedModel | PeftModel:
@@ -94,7 +137,9 @@ def load_policy(
         kwargs = at_saved_revision(path, kwargs)
     base_path = find_base(path, base, kwargs.get("revision")) if is_adapter(path) else path
     with safe_loading(path, base_path):
-        model = keep_unpacked(AutoModelForCausalLM.from_pretrained(base_path, **safe_kwargs(kwargs)))
+        loaded = AutoModelForCausalLM.from_pretrained(base_path, output_loading_info=True, **safe_kwargs(kwargs))
+    model = keep_unpacked(loaded[0])
+    check_causal_lm(model, loaded[1]["missing_keys"], base_path)
     if is_adapter(path):
         fit_to_adapter(model, path)
     if stays_quantized:

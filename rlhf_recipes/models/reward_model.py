@@ -14,6 +14,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from rlhf_recipes.algorithm.float32_linear import Float32Linear
 from rlhf_recipes.models.adapter_base import at_saved_revision, find_base
 from rlhf_recipes.models.fingerprint import is_adapter
+from rlhf_recipes.models.loading import check_no_weights_missing
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.models.vocabulary import fit_to_adapter
@@ -104,8 +105,12 @@ def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
             path, **{k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
         )
         trained = check_reward_config(config, path)
-        model = keep_unpacked(AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **kwargs))
-    with_score_head(model)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, output_loading_info=True, **kwargs
+        )
+    with_score_head(keep_unpacked(model))
+    missing = [name for name in report["missing_keys"] if trained or not name.startswith("score.")]
+    check_no_weights_missing(model, missing, path)
     if not trained:
         with gather_params_ctx(model.score.weight):
             nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 PICKLES = {"pytorch_model*.bin": "model*.safetensors", "adapter_model*.bin": "adapter_model*.safetensors"}
 
 
@@ -22,13 +24,18 @@ def safe_loading(*paths: str) -> Iterator[None]:
     """Refuse pickled weights in these directories, and report refused code in one line.
 
     Raises:
-        ValueError: If a directory holds weights as pickles only, needs code of its own that is not allowed, or has a
-            padding token outside its vocabulary.
+        ValueError: If a directory holds weights as pickles only or broken files, needs code of its own that is not
+            allowed, or has a padding token outside its vocabulary.
     """
     for path in paths:
         _refuse_pickles(path)
     try:
         yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights in {' or '.join(dict.fromkeys(paths))} cannot be read ({error}). Copy or download them "
+            "again; pointers of Git LFS become files by `git lfs pull`."
+        ) from None
     except AssertionError as error:
         if "adding_idx" not in str(error):
             raise

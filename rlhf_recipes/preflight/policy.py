@@ -115,6 +115,31 @@ def check_ends(ids: list[int], config: Any, args: Any) -> None:
             raise ValueError(finding.message)
 
 
+def turn_findings(tokenizer: Any, eos_token_ids: list[int | None]) -> list[Finding]:
+    """Return a warning if the chat template ends an answer with a token that does not end one in sampling.
+
+    Args:
+        tokenizer: Tokenizer of the policy, with a chat template.
+        eos_token_ids: Ids that end a completion.
+    """
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # a template may raise anything; rows are rendered on trial elsewhere
+        return []
+    after = tokenizer(text[text.rindex("a") + 1 :], add_special_tokens=False)["input_ids"] if "a" in text else []
+    known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if not after or after[0] not in known or after[0] in eos_token_ids:
+        return []
+    token, ends = tokenizer.convert_ids_to_tokens([after[0]])[0], {x for x in eos_token_ids if x is not None}
+    message = (
+        f"The chat template ends an answer with {token!r} (id {after[0]}), but only {_listed(ends)} end one in "
+        "sampling, so the policy would go on after its answer. Add the id to `eos_token_id` in the policy's "
+        "`generation_config.json`."
+    )
+    return [Finding("warning", message)]
+
+
 def _listed(ids: set[int]) -> str:
     return ", ".join(map(str, sorted(ids)))
 

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
+from trl import is_conversational
 
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.durability.ending import wait_to_end
@@ -29,6 +30,7 @@ from rlhf_recipes.preflight.policy import (
     probe,
     sampling_findings,
     score_findings,
+    turn_findings,
 )
 from rlhf_recipes.preflight.resources import (
     activation_bytes,
@@ -157,6 +159,9 @@ def _check_rollouts(report: Report, trainer: Any, train: Dataset, evaluation: Da
     report.findings += kl_findings(args, schedule) if hasattr(args, "kl_coef") else []
     options = options_of_sampler(trainer)
     vocab_size = trainer.model.config.get_text_config().vocab_size
+    if is_conversational(train[0]):
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        report.findings += turn_findings(tokenizer, trainer.eos_token_ids)
     report.findings += end_findings(trainer.eos_token_ids, vocab_size, options, args.max_completion_length)
     report.findings += sampling_findings(options)
     return schedule

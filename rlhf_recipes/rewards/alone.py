@@ -10,7 +10,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf_recipes.models.adapter_base import find_base
 from rlhf_recipes.models.fingerprint import is_adapter
-from rlhf_recipes.models.quantization import saved_quantization
+from rlhf_recipes.models.quantization import keep_unpacked, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.models.vocabulary import fit_to_adapter
 
@@ -37,6 +37,7 @@ def scores_alone(path: str, token_ids: list[list[int]], *, pad_token_id: int | N
     kwargs = {"dtype": like.dtype, "quantization_config": saved_quantization(path) if adapter else None}
     with suppress_seqcls_warning(), safe_loading(path, base):
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, **safe_kwargs(kwargs))
+    keep_unpacked(model)
     if adapter:
         model.config.get_text_config().pad_token_id = pad_token_id
         model = PeftModel.from_pretrained(fit_to_adapter(model, path), path)

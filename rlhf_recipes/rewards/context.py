@@ -5,7 +5,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
+from rlhf_recipes.data.messages import answer_to
+from rlhf_recipes.data.prompts import AnyDataset, rows_of
+from rlhf_recipes.data.rendering import answered_ids
 from rlhf_recipes.rewards.protocol import scorer_of
 
 logger = logging.getLogger(__name__)
@@ -61,3 +65,33 @@ def _check_lengths(lengths: list[int], room: int, name: str, scorer: Any, reward
             "it read only the last tokens of prompt and completion."
         )
     logger.warning(f"{too_long}, so it reads only the last tokens of prompt and completion (`reward_overflow: cut`).")
+
+
+def check_answered(dataset: AnyDataset, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer of a reward model renders every kind of prompt with an answer.
+
+    Args:
+        dataset: Dataset with prompts. Of a stream, only the first row is checked.
+        name: Name of the reward model, for the message.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ValueError: If it has no EOS for text or no template for messages, or if its template refuses a row.
+    """
+    seen: set[Any] = set()
+    for row, (prompt,) in enumerate(rows_of(dataset, ("prompt",))):
+        shape = isinstance(prompt, str) or tuple(message["role"] for message in prompt)
+        if shape in seen:
+            continue
+        seen.add(shape)
+        lacks = tokenizer.eos_token if shape is True else tokenizer.chat_template
+        if lacks is None:
+            token = "EOS token" if shape is True else "chat template"
+            raise ValueError(
+                f"The tokenizer of the reward model {name} has no {token}, which the prompt in row {row} needs. Save "
+                "one beside the model."
+            )
+        try:
+            answered_ids(tokenizer, prompt, answer_to(prompt, "a"), finished=True)
+        except Exception as error:  # a template may raise anything
+            raise ValueError(f"The chat template of the reward model {name} refuses row {row}: {error}") from error

@@ -16,6 +16,7 @@ from trl import is_conversational
 from rlhf_recipes.models.reward_model import with_score_head
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.client import RemoteRewardModel, is_address
+from rlhf_recipes.rewards.context import check_answered
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
 
@@ -89,11 +90,13 @@ def check_reward_functions(functions: list[Any], *, dataset: Any, response_separ
     """Check that the card of every reward model fits the run.
 
     Raises:
-        ValueError: If there is no reward, or if a reward model was trained on another kind of text.
+        ValueError: If there is no reward, or if a reward model was trained on another kind of text or cannot read it.
     """
     if not functions:
         raise ValueError("There is no reward: set `reward_model_path`, `reward_adapter` or `reward_functions`.")
     for scorer in map(scorer_of, functions):
+        if scorer.tokenizer is not None:
+            check_answered(dataset, scorer.__name__, scorer.tokenizer)
         if scorer.card is not None:
             scorer.card.check(
                 scorer.tokenizer,

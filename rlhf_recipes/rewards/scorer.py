@@ -21,6 +21,7 @@ from rlhf_recipes.models.loading import position_limit
 from rlhf_recipes.models.reward_model import check_score_layer, load_reward_model
 from rlhf_recipes.models.rope import short_limit
 from rlhf_recipes.models.safe_loading import safe_loading
+from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.rewards.alone import row_scores, scores_alone
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
 from rlhf_recipes.rewards.client import finished_completions
@@ -69,6 +70,7 @@ class RewardModelScorer(Scorer):
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, card: RewardModelCard | None = None) -> None:
         self.model, self.tokenizer, self.card = model, tokenizer, card
         if model is not None:
+            self.tokenizer = tokenizer = with_end_token(tokenizer, model)
             check_score_layer(model)
             self.__name__ = Path(model.config._name_or_path or "reward_model").name
             self.unknown_tokens = unknown_tokens(tokenizer, vocabulary_size(model), self.__name__)

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path
+from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_fit, first_prompts
 from rlhf_recipes.data.rendering import prompt_ids
@@ -28,10 +28,16 @@ from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.forward import add_completion_forward
 from rlhf_recipes.models.generation import check_generation_kwargs
-from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer, prepare_frozen
+from rlhf_recipes.models.loading import (
+    check_output_dir,
+    from_pretrained_kwargs,
+    load_causal_lm,
+    load_tokenizer,
+    prepare_frozen,
+)
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, saved_quantization
 from rlhf_recipes.models.rope import use_one_rope
-from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
+from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.models.vocabulary import check_padding, fit_to_adapter, with_end_token
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
@@ -205,6 +211,8 @@ def check_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | N
         raise ValueError(
             "The policy already has an adapter, which would be trained: leave out `peft_config` (`use_peft: false`)."
         )
+    if not (peft_config or isinstance(model, PeftModel) or any(x.requires_grad for x in model.parameters())):
+        raise ValueError("The policy has no weight to train: call `model.requires_grad_(True)` first.")
     if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "The policy's adapter is frozen: load it by `PeftModel.from_pretrained(.., is_trainable=True)`."
@@ -239,7 +247,7 @@ def policy_loader(model: Any, args: Any, quantization_config: Any) -> Callable[.
 
     def load(frozen: bool = False) -> PreTrainedModel | PeftModel:
         with safe_loading(model, base):
-            policy = keep_unpacked(create_model_from_path(base, **safe_kwargs(kwargs)))
+            policy = load_causal_lm(base, kwargs)
         if is_adapter(model):
             policy = PeftModel.from_pretrained(fit_to_adapter(policy, model), model, is_trainable=True)
         return policy.requires_grad_(False) if frozen else policy

@@ -6,10 +6,12 @@ from trl import SFTConfig, is_conversational
 from trl import SFTTrainer as TRLSFTTrainer
 
 from rlhf_recipes.data.messages import ends_in_prefill
-from rlhf_recipes.data.prompts import column_names, rows_of
+from rlhf_recipes.data.prompts import check_columns, column_names, rows_of
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, readable_rows
+from rlhf_recipes.models.loading import from_pretrained_kwargs, load_causal_lm
 from rlhf_recipes.models.quantization import keep_unpacked
+from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
@@ -30,7 +32,13 @@ class SFTTrainer(SavingTrainer, TRLSFTTrainer):
             is_plain = any(isinstance(first.get(column), str) for column in TEXT_COLUMNS)
             kwargs["processing_class"] = with_special_tokens(tokenizer, model, args, is_plain=is_plain)
             tokens = len(getattr(tokenizer, "tokenizer", tokenizer))
-        super().__init__(model, with_changes(args), *more, **kwargs)  # a copy: TRL writes into options
+        own = with_changes(args)  # a copy: TRL writes into options
+        if isinstance(model, str):
+            with safe_loading(model):
+                model = load_causal_lm(model, from_pretrained_kwargs(args, kwargs.pop("quantization_config", None)))
+            own = with_changes(own, model_init_kwargs=None)  # TRL warns about them beside a loaded model
+        super().__init__(model, own, *more, **kwargs)
+        self.args = with_changes(self.args, model_init_kwargs=args.model_init_kwargs)
         if tokens is not None:
             check_adapter_vocabulary(self, tokens)
         check_prepared(self, **{name: given.get(name) for name in ("train_dataset", "eval_dataset")})
@@ -40,13 +48,15 @@ class SFTTrainer(SavingTrainer, TRLSFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         if formatting_func is None and "input_ids" not in column_names(dataset):
-            dataset = _readable_demonstrations(dataset, processing_class, f"{dataset_name}_dataset")
+            dataset = _readable_demonstrations(
+                dataset, processing_class, f"{dataset_name}_dataset", args.dataset_text_field
+            )
             if not is_conversational(next(iter(dataset))):
                 processing_class = for_training(processing_class)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
 
-def _readable_demonstrations(dataset: Any, tokenizer: Any, name: str) -> Any:
+def _readable_demonstrations(dataset: Any, tokenizer: Any, name: str, text: str) -> Any:
     """Return demonstrations as text or plain messages, and check that the tokenizer renders them whole."""
     names = column_names(dataset)
     if "conversations" in names and "messages" not in names:
@@ -54,6 +64,8 @@ def _readable_demonstrations(dataset: Any, tokenizer: Any, name: str) -> Any:
     known = (("prompt", "completion"), ("messages",))
     columns = next((c for c in known if set(c) <= set(column_names(dataset))), ())
     if not columns:
+        if text in names:
+            check_columns(dataset, (text,), name)
         return dataset
     sees_images = hasattr(tokenizer, "tokenizer")  # a processor holds a tokenizer
     dataset = readable_rows(dataset, columns, name, keep_parts=sees_images)

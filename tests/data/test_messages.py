@@ -67,7 +67,16 @@ def test_messages_as_json_text():
 
 
 @pytest.mark.parametrize(
-    "text", ["hi", "[1, 2]", '{"role": "user"}', '[{"a": 1}]', '[{"role": "user"} and more', None]
+    "text",
+    [
+        "hi",
+        "[1, 2]",
+        '{"role": "user"}',
+        '[{"a": 1}]',
+        '[{"role": "user"} and more',
+        '[{"role": "admin", "name": "b"}]',
+        None,
+    ],
 )
 def test_other_text_is_no_json_of_messages(text):
     assert parsed_messages(text) == text
@@ -75,7 +84,7 @@ def test_other_text_is_no_json_of_messages(text):
 
 def test_python_is_no_json():
     with pytest.raises(ValueError, match="looks like a list of messages as text, but it is no JSON"):
-        parsed_messages(str([USER]), must_parse=True)
+        parsed_messages(str([USER]))
 
 
 def test_an_answer_continues_a_prefill():

@@ -66,11 +66,16 @@ def test_a_bad_row_is_named(bad, reason):
         readable_rows(data, ("prompt",), "train_dataset")
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_text_and_messages_in_one_column(order):
-    rows = [{"prompt": "plain text"}, {"prompt": json.dumps([_user("a")])}][::order]
-    with pytest.raises(ValueError, match="mixes text and messages in 'prompt': row 1 differs"):
+def test_text_after_messages_in_one_column():
+    rows = [{"prompt": json.dumps([_user("a")])}] * 100 + [{"prompt": "plain text"}]
+    with pytest.raises(ValueError, match="mixes text and messages in 'prompt': row 100 differs"):
         _read(rows)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_task_about_messages_is_text(order):
+    rows = [{"prompt": "plain text"}, {"prompt": json.dumps([_user("a")])}][::order]
+    assert list(_read(rows)) == rows
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from rlhf_recipes.preflight.policy import (
     sampling_findings,
     sampling_options,
     score_findings,
+    turn_findings,
 )
 from rlhf_recipes.rewards.card import RewardModelCard
 
@@ -160,3 +161,18 @@ def test_what_scores_say(scores, own, level, message):
 
 def test_without_a_normaliser_there_is_no_clip():
     assert score_findings(_scorer(score_mean=1.0), [12.0, 13.0, 0.0, 0.0], True, None) == []
+
+
+@pytest.mark.parametrize(("ends", "is_said"), [([1], True), ([1, 4], False)])
+def test_a_template_whose_answers_end_with_another_token(ends, is_said):
+    tok = tiny.tokenizer()
+    tok.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tok.chat_template = tiny.CHAT_TEMPLATE.replace("eos_token", "'<|end|>'")
+    end = tok.convert_tokens_to_ids("<|end|>")
+    found = turn_findings(tok, [end if token == 4 else token for token in ends])
+    assert [finding.level for finding in found] == ["warning"] * is_said
+    assert all("ends an answer with '<|end|>'" in finding.message for finding in found)
+
+
+def test_a_template_whose_answers_end_with_the_eos():
+    assert not turn_findings(tiny.tokenizer(), [tiny.tokenizer().eos_token_id])

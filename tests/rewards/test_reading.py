@@ -458,3 +458,35 @@ def test_rotary_positions_are_no_limit():
     tok = tiny.tokenizer()
     assert position_limit(_model("Llama", tok, max_position_embeddings=4)) is None
     assert len(RewardModelScorer(_model("Llama", tok, max_position_embeddings=4), tok)(PROMPTS, ANSWERS)) == 3
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_tokenizer_that_cannot_render_the_prompts(tmp_path, chat):
+    own = tiny.tokenizer()
+    own.chat_template, own.eos_token = None, None
+    model = tiny.reward_model(tiny.tokenizer())
+    if not chat:
+        model.config.eos_token_id = None
+    with pytest.raises(
+        ValueError, match=f"has no {'chat template' if chat else 'EOS token'}, which the prompt in row"
+    ):
+        tiny.ppo_trainer(tmp_path, rewards=model, reward_tok=own, chat=chat)
+
+
+def test_a_tokenizer_without_eos_gets_that_of_the_model(tmp_path):
+    own = tiny.tokenizer()
+    own.eos_token = None
+    trainer = tiny.ppo_trainer(tmp_path, rewards=tiny.reward_model(tiny.tokenizer()), reward_tok=own)
+    assert trainer.scorers[0].tokenizer.eos_token == "<eos>"
+    assert own.eos_token is None
+
+
+def test_a_template_that_refuses_a_row(tmp_path):
+    own = tiny.tokenizer()
+    own.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + (
+        own.chat_template
+    )
+    system = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    data = tiny.Dataset.from_list([*tiny.prompts(chat=True), {"prompt": system}])
+    with pytest.raises(ValueError, match=r"The chat template of the reward model .* refuses row 8: no system"):
+        tiny.ppo_trainer(tmp_path, rewards=tiny.reward_model(tiny.tokenizer()), reward_tok=own, data=data)

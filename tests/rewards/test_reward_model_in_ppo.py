@@ -151,8 +151,8 @@ def test_chat_gets_the_special_tokens_of_the_template_only():
     tok.chat_template = "<pad>" + tok.chat_template
     scorer = RewardModelScorer(tiny.reward_model(tok), tok)
     user, assistant = ([{"role": role, "content": "the fox"}] for role in ("user", "assistant"))
-    assert scorer._token_ids(user, assistant, True).count(tok.pad_token_id) == 1
-    assert scorer._token_ids("the fox", " is red", True).count(tok.pad_token_id) == 1
+    assert scorer.token_ids([user], [assistant], [True])[0].count(tok.pad_token_id) == 1
+    assert scorer.token_ids(["the fox"], [" is red"], [True])[0].count(tok.pad_token_id) == 1
 
 
 def test_an_instance_scores_in_float32_under_autocast(tmp_path):

@@ -138,3 +138,15 @@ def test_a_token_outside_the_vocabulary_is_refused_by_name(tmp_path, build, rows
 def test_columns_of_the_user_are_no_tokens(tmp_path):
     data = tiny.preferences().add_column("doc_ids", [[10_000, 2]] * 8).add_column("other_ids", ["a"] * 8)
     tiny.reward_trainer(tmp_path, data=data)
+
+
+def test_a_text_of_sft_that_is_missing_is_named_by_row(tmp_path):
+    data = Dataset.from_dict({"text": ["the fox is red", None]})
+    with pytest.raises(ValueError, match="`train_dataset` has an empty 'text' in row 1"):
+        SFTTrainer(tiny.policy(tiny.tokenizer()), SFTConfig(str(tmp_path), **tiny.QUIET), train_dataset=data,
+                   processing_class=tiny.tokenizer())  # fmt: skip
+
+
+def test_a_policy_without_a_weight_to_train_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no weight to train: call `model.requires_grad_\(True\)`"):
+        tiny.ppo_trainer(tmp_path, model=tiny.policy(tiny.tokenizer()).requires_grad_(False))
