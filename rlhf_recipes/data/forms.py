@@ -26,19 +26,20 @@ def _described(message: Any) -> str:
     return f"the type {type(message).__name__}"
 
 
-def check_forms(values: Iterable[Any], column: str, name: str) -> None:
+def check_forms(values: Iterable[Any], column: str, name: str, first_row: int = 0) -> None:
     """Check that every value of a column is text, or that every value is a list of messages, and none is empty.
 
     Args:
         values: Values of the column.
         column: Name of the column, for the message.
         name: Name of the dataset, for the message.
+        first_row: Number of the first value.
 
     Raises:
         ValueError: If a value is empty, or has another form than those before it. The message names its row.
     """
     first = None
-    for row, value in enumerate(values):
+    for row, value in enumerate(values, start=first_row):
         if _is_empty(value):
             raise ValueError(f"`{name}` has an empty {column!r} in row {row}. Remove that row.")
         form = form_of(value)

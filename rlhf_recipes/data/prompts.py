@@ -81,6 +81,7 @@ def add_separator(dataset: MaybeDataset, separator: str) -> MaybeDataset:
 
     def end_prompt(example: dict[str, Any], row: int) -> dict[str, Any]:
         prompt = example["prompt"]
+        check_forms([prompt], "prompt", "train_dataset", row)  # of a stream, only the first row was checked before
         if prompt.endswith(separator):
             return {"prompt": prompt}
         if begun := begun_answer(prompt):

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from rlhf_recipes.models.critic import causal_lm
@@ -29,10 +30,15 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def dropouts(model: nn.Module) -> dict[str, float]:
-    """Return the dropout probabilities of a model that are not zero, by the name of the attribute."""
+    """Return the dropout probabilities of a model that are not zero, by the name of the attribute.
+
+    Only the active adapter counts: a reward adapter is never run in training mode.
+    """
     found: dict[str, float] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
+    active = getattr(model, "active_adapter", None) if isinstance(model, PeftModel) else None
+    for name, module in model.named_modules():
+        is_idle = ".lora_dropout." in name and not name.endswith(f".{active}")
+        if isinstance(module, nn.Dropout) and module.p > 0 and not is_idle:
             found["dropout"] = module.p
         found |= _probabilities(vars(module))
         if (config := vars(module).get("config")) is not None and module is not causal_lm(model):

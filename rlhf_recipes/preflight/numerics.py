@@ -189,6 +189,7 @@ def check_numbers(
         (together, single, False, "A row's log-probabilities depend on the padding of its batch", dependence),
         (pair, single[:2], False, "A row's log-probabilities depend on the other rows of its batch", dependence),
     ]
+    findings: dict[str, Finding] = {}  # one per usual cause: the first difference brings the next
     allowed, another = tolerance(plain, numbers.precision), causes_of_another_start(model)
     is_quiet = difference(training, again) <= allowed * SAME_BATCH
     if from_start and is_quiet:  # noise would make the reference differ too
@@ -197,7 +198,9 @@ def check_numbers(
     if from_start and start is not None:
         message = "The policy does not start from the model that was given"
         compared.append((numbers.plain(start[0]), start[1], False, message, another))
-    findings: dict[str, Finding] = {}  # one per usual cause: the first difference brings the next
+    if is_quiet and noise:  # an adapter that starts at zero hides its dropout
+        message = f"Training is noisy from the second step on: {'; or '.join(noise)}."
+        findings[noise[0]] = Finding("error", message)
     largest = 0.0
     for ours, theirs, same_batch, message, causes in compared:
         limit = allowed * SAME_BATCH if same_batch else allowed

@@ -48,7 +48,7 @@ class RewardAdapterScorer(RewardModelScorer):
             )
         weights = load_adapter_weights(path)
         score = weights.pop("score")
-        if others := [name for name in weights if "lora_" not in name]:
+        if others := [name for name in weights if "lora_" not in name and ".token_adapter." not in name]:
             raise ValueError(
                 f"`reward_adapter` {path} also holds {len(others)} weights that are not LoRA's, for example "
                 f"`{others[0]}`: they would replace the policy's. Load it by `reward_model_path`, or train it with "

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from rlhf_recipes.console import completions_table, print_table
 from rlhf_recipes.data.loading import load_demonstrations, load_prompts, load_split
@@ -178,3 +178,10 @@ def test_what_a_model_says_is_no_markup(capsys):
     shown = capsys.readouterr().out
     assert shown.count("[/INST]") == 4
     assert shown.count("[bold]") == 4
+
+
+@pytest.mark.parametrize(("bad", "reason"), [(None, "an empty 'prompt' in row 1"), (3, "a number .* in row 1")])
+def test_a_later_row_of_a_stream_is_named(bad, reason):
+    rows = IterableDataset.from_generator(lambda: iter([{"prompt": "a"}, {"prompt": bad}]))
+    with pytest.raises(ValueError, match=reason):
+        list(add_separator(rows, "\n"))

@@ -59,6 +59,12 @@ def test_an_adapter_that_would_replace_weights_of_the_policy_is_refused(tmp_path
         _trainer(tmp_path, tmp_path / "out", adapter="rm")
 
 
+def test_an_adapter_may_have_tokens_of_its_own(tmp_path, directory):
+    peft = tiny.lora(trainable_token_indices=[5, 6])
+    tiny.reward_trainer(tmp_path / "rm", str(directory / "base"), peft=peft, max_steps=1).save_model()
+    _trainer(directory, tmp_path / "out", adapter=tmp_path / "rm")
+
+
 def test_it_warms_up_the_normaliser(tmp_path, directory):
     trainer = _trainer(directory, tmp_path)
     assert trainer.reward_normalizer.mean == trainer.reward_funcs[0].card.score_mean

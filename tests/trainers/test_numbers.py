@@ -121,6 +121,7 @@ BROKEN = {
         {"disable_dropout": False},
         "`attention_dropout` is 0.3",
     ),
+    "dropout of an adapter": ({}, {"peft": lora(lora_dropout=0.1), "disable_dropout": False}, "`dropout` is 0.1"),
     "noise on the embeddings": ({}, {"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha`"),
     "noise that is new": ({"cls": NoisyLlama}, {}, "None of the usual causes"),
     "scaled logits": ({"cls": ScaledLlama, "final_logit_multiplier": 0.5}, {}, "`final_logit_multiplier: 0.5`"),
