@@ -10,7 +10,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf_recipes.models.adapter_base import find_base
 from rlhf_recipes.models.fingerprint import is_adapter
-from rlhf_recipes.models.quantization import keep_unpacked, saved_quantization
+from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.models.vocabulary import fit_to_adapter
 
@@ -40,9 +40,12 @@ def scores_alone(path: str, token_ids: list[list[int]], *, pad_token_id: int | N
     keep_unpacked(model)
     if adapter:
         model.config.get_text_config().pad_token_id = pad_token_id
-        model = PeftModel.from_pretrained(fit_to_adapter(model, path), path)
-    if kwargs["quantization_config"] is None:  # bitsandbytes has placed the others
-        model.to(like.device)
+        fit_to_adapter(model, path)
+    if kwargs["quantization_config"] is not None:  # bitsandbytes has placed the model
+        return row_scores(load_adapter(model, path).eval(), token_ids)
+    if adapter:
+        model = PeftModel.from_pretrained(model, path)
+    model.to(like.device)
     return row_scores(model.eval(), token_ids)
 
 

@@ -193,7 +193,9 @@ class NumbersCallback(TrainerCallback):
                 compared = scorer.scores_alone(prompts, answers)
             if compared is not None:
                 ours, alone = compared
-                findings += reward_findings(scorer.__name__, ours, alone, {precision, scorer.model.dtype})
+                rounded = {torch.bfloat16} if getattr(scorer.model, "is_quantized", False) else set()
+                precisions = {precision, scorer.model.dtype} | rounded  # bitsandbytes computes in bfloat16
+                findings += reward_findings(scorer.__name__, ours, alone, precisions)
         return findings
 
     def _rows(self) -> Rows:

@@ -64,8 +64,12 @@ def _readable_demonstrations(dataset: Any, tokenizer: Any, name: str, text: str)
     known = (("prompt", "completion"), ("messages",))
     columns = next((c for c in known if set(c) <= set(column_names(dataset))), ())
     if not columns:
-        if text in names:
-            check_columns(dataset, (text,), name)
+        if text not in names:
+            raise ValueError(
+                f"`{name}` has neither 'prompt' and 'completion', nor 'messages', nor {text!r}; it has "
+                f"{', '.join(map(repr, names))}. Rename the columns (`dataset.rename_column`)."
+            )
+        check_columns(dataset, (text,), name)
         return dataset
     sees_images = hasattr(tokenizer, "tokenizer")  # a processor holds a tokenizer
     dataset = readable_rows(dataset, columns, name, keep_parts=sees_images)

@@ -150,3 +150,10 @@ def test_a_text_of_sft_that_is_missing_is_named_by_row(tmp_path):
 def test_a_policy_without_a_weight_to_train_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no weight to train: call `model.requires_grad_\(True\)`"):
         tiny.ppo_trainer(tmp_path, model=tiny.policy(tiny.tokenizer()).requires_grad_(False))
+
+
+def test_other_columns_of_sft_are_named(tmp_path):
+    data = Dataset.from_dict({"instruction": ["a"], "output": ["b"]})
+    with pytest.raises(ValueError, match="nor 'text'; it has 'instruction', 'output'"):
+        SFTTrainer(tiny.policy(tiny.tokenizer()), SFTConfig(str(tmp_path), **tiny.QUIET), train_dataset=data,
+                   processing_class=tiny.tokenizer())  # fmt: skip
