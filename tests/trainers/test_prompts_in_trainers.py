@@ -104,7 +104,7 @@ def test_the_reward_model_reads_one_answer_after_a_prefill(tmp_path):
     trainer = tiny.reward_trainer(tmp_path / "rm", base, data=data, eval_data=data)
     scorer = RewardModelScorer(trainer.model, tiny.tokenizer(), trainer.card)
     for row, raw in zip(trainer.train_dataset, data, strict=True):
-        assert scorer._token_ids(raw["prompt"], raw["chosen"], True) == row["chosen_ids"]
+        assert scorer.token_ids([raw["prompt"]], [raw["chosen"]], [True]) == [row["chosen_ids"]]
     assert scorer.tokenizer.decode(row["chosen_ids"]).count("<|assistant|>") == 1
     assert "<|assistant|>Well, the fox is red" in scorer.tokenizer.decode(row["chosen_ids"])
 
@@ -117,8 +117,8 @@ def test_the_reward_model_is_trained_on_one_eos(tmp_path, single):
     assert ids[-1] == 1
     scorer = RewardModelScorer(trainer.model, trainer.processing_class, trainer.card)
     raw = tiny.preferences()[0]
-    assert scorer._token_ids(raw["prompt"] + "\n\n", raw["chosen"], True) == ids
-    assert scorer._token_ids(raw["prompt"] + "\n\n", raw["chosen"], False) == ids[:-1]
+    assert scorer.token_ids([raw["prompt"] + "\n\n"], [raw["chosen"]], [True]) == [ids]
+    assert scorer.token_ids([raw["prompt"] + "\n\n"], [raw["chosen"]], [False]) == [ids[:-1]]
 
 
 def test_dpo_trains_on_one_eos_and_joins_a_prefill(tmp_path):

@@ -164,7 +164,7 @@ def test_ppo_shows_the_reward_model_the_tokens_it_was_trained_on(tmp_path, base,
     card = trainer.card
     scorer = RewardModelScorer(trainer.model, tiny.tokenizer(), card)
     prompt = raw["prompt"] if chat else raw["prompt"] + "\n\n"
-    assert scorer._token_ids(prompt, raw["chosen"], True) == row["chosen_ids"]
+    assert scorer.token_ids([prompt], [raw["chosen"]], [True]) == [row["chosen_ids"]]
 
 
 def test_a_reward_model_learns_a_clear_preference(tmp_path, base):
