@@ -9,6 +9,7 @@ behind; tokenizer, chat template and the tokens that end an answer come along.
 from trl import ModelConfig, TrlParser
 
 from rlhf_recipes.console import print_lines, quiet_start
+from rlhf_recipes.durability.finite import all_finite
 from rlhf_recipes.evaluation.policies import eos_token_ids
 from rlhf_recipes.models.generation import mend_generation_config
 from rlhf_recipes.models.loading import check_output_dir, load_policy, load_tokenizer, model_init_kwargs
@@ -22,6 +23,8 @@ def main(script_args: ExportArguments, model_args: ModelConfig) -> None:
     check_output_dir(script_args.output_dir, adapter=False)
 
     policy, tokenizer = load_policy(path, **model_init_kwargs(model_args)), load_tokenizer(path)
+    if not all_finite(policy.parameters()):
+        raise ValueError(f"{path} holds weights that are not finite. Nothing is exported: name an earlier checkpoint.")
 
     policy.generation_config.eos_token_id = eos_token_ids(policy, tokenizer)
     policy.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from processes import run_script
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import SFTConfig
@@ -195,3 +196,15 @@ def test_an_evaluation_that_fails_costs_no_trained_weights(tmp_path, make, only_
     assert all(torch.equal(p, trained[name]) for name, p in again.model.named_parameters())
     assert [entry["step"] for entry in again.state.log_history if "eval_runtime" in entry][-1] == 4
     assert Path(checkpoint).exists()
+
+
+def test_an_export_of_weights_that_are_not_finite_is_refused(tmp_path):
+    model = tiny.policy(tiny.tokenizer())
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.inf
+    tiny.save(model, tmp_path / "model")
+    recipe = Path(__file__).parents[2] / "recipes" / "export.py"
+    code, output = run_script(recipe, "--model_name_or_path", "model", "--output_dir", "export", directory=tmp_path)
+    assert code == 1
+    assert "model holds weights that are not finite. Nothing is exported" in output
+    assert not list((tmp_path / "export").glob("*.safetensors"))
