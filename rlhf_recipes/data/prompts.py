@@ -4,6 +4,7 @@ The formats are TRL's: `prompt`; `prompt`, `chosen`, `rejected`; `prompt`, `comp
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -97,7 +98,7 @@ def add_separator(dataset: MaybeDataset, separator: str) -> MaybeDataset:
 
 def check_prompts_fit(
     dataset: AnyDataset | None, tokenizer: PreTrainedTokenizerBase, config: Any, max_new_tokens: int, name: str
-) -> None:
+) -> float:
     """Check that the model knows every token of the prompts, and that each prompt leaves room for a completion.
 
     Args:
@@ -107,11 +108,14 @@ def check_prompts_fit(
         max_new_tokens: Tokens per completion.
         name: Name of the argument, for the message.
 
+    Returns:
+        Number of tokens that the longest prompt and its completion can have; infinite if it is not known.
+
     Raises:
         ValueError: If a prompt and a completion do not fit, or a token is not in the vocabulary.
     """
     if not isinstance(dataset, Dataset):
-        return
+        return math.inf
     own = config.get_text_config()
     limit, vocab_size = getattr(own, "max_position_embeddings", None), getattr(own, "vocab_size", None)
     lengths: list[int] = []
@@ -127,6 +131,7 @@ def check_prompts_fit(
             f"({max_new_tokens}) it exceeds the model's {limit} positions.{count} Shorten or drop long prompts, or "
             "lower `max_completion_length`."
         )
+    return max(lengths) + max_new_tokens
 
 
 def first_prompts(dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, count: int = 3) -> list[list[int]]:

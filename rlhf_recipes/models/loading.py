@@ -34,6 +34,8 @@ from rlhf_recipes.models.vocabulary import fit_to_adapter
 # Tables of positions in transformers' models. They are layers, or buffers in GPT-J's attention.
 POSITION_TABLES = re.compile(r"\b(wpe|embed_positions|positions_embed|position_embeddings?)$")
 
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)  # weights are whole only in a forward
+
 
 def load_tokenizer(path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer. Without a padding token it pads with its EOS token."""

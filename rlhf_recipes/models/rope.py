@@ -1,7 +1,6 @@
 """Give every row of a run the same rotary embedding, in whatever batch it is."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -21,15 +20,15 @@ def short_limit(model: Any) -> int | None:
     return min(limits, default=None)
 
 
-def use_one_rope(networks: list[Any], longest: Callable[[], float]) -> None:
+def use_one_rope(networks: list[Any], longest: float) -> None:
     """Let all rows of a run have the long factors of a rope with two sets, if one of them can need these.
 
     Args:
         networks: Policy and reference.
-        longest: Returns the length of the longest possible row; reads the whole dataset.
+        longest: Number of tokens that the longest row can have.
     """
     limit = short_limit(networks[0])
-    if limit is None or longest() <= limit:
+    if limit is None or longest <= limit:
         return
     for network in networks:
         use_long_factors(network)

@@ -43,12 +43,13 @@ def with_end_token(tokenizer: Any, model: Any) -> Any:
         tokenizer: Tokenizer, or processor that holds one.
         model: Model, or its directory or name.
     """
-    if _inner(tokenizer).eos_token_id is not None or (token := _end_token(_inner(tokenizer), model)) is None:
+    inner = inner_tokenizer(tokenizer)
+    if inner.eos_token_id is not None or (token := _end_token(inner, model)) is None:
         return tokenizer
     own = copy.deepcopy(tokenizer)
-    _inner(own).eos_token = token
-    if _inner(own).pad_token is None:
-        _inner(own).pad_token = token
+    inner_tokenizer(own).eos_token = token
+    if inner_tokenizer(own).pad_token is None:
+        inner_tokenizer(own).pad_token = token
     return own
 
 
@@ -69,8 +70,9 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _inner(tokenizer: Any) -> PreTrainedTokenizerBase:
-    return getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
+def inner_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that a processor holds, and any other tokenizer as it is."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
 
 
 def with_special_tokens(tokenizer: Any, model: Any, args: Any, *, is_plain: bool) -> Any:
@@ -85,11 +87,11 @@ def with_special_tokens(tokenizer: Any, model: Any, args: Any, *, is_plain: bool
     Raises:
         ValueError: If a token is missing.
     """
-    needs_padding = _inner(tokenizer).pad_token is None and args.pad_token is None
+    needs_padding = inner_tokenizer(tokenizer).pad_token is None and args.pad_token is None
     if args.eos_token is not None or not (is_plain or needs_padding):
         return tokenizer
     tokenizer = with_end_token(tokenizer, model)
-    if _inner(tokenizer).eos_token is None:
+    if inner_tokenizer(tokenizer).eos_token is None:
         name, what = ("EOS", "end") if is_plain else ("padding", "be padded")
         raise ValueError(
             f"The tokenizer has no {name} token, so no text can {what}. Set `{'eos' if is_plain else 'pad'}_token` to "
@@ -104,7 +106,7 @@ def check_padding(tokenizer: Any, config: Any) -> None:
     Raises:
         ValueError: If it has none.
     """
-    inner, vocab_size = _inner(tokenizer), getattr(config.get_text_config(), "vocab_size", None)
+    inner, vocab_size = inner_tokenizer(tokenizer), getattr(config.get_text_config(), "vocab_size", None)
     if vocab_size is not None and inner.pad_token_id is not None and inner.pad_token_id >= vocab_size:
         raise ValueError(
             f"The padding token {inner.pad_token!r} (id {inner.pad_token_id}) is outside the model's vocabulary of "

@@ -45,14 +45,7 @@ def causes_of_other_logits(model: Any) -> list[str]:
         "architecture cannot be trained by TRL's losses"
         for name, value in changes.items()
     ]
-    if _adapts_lm_head(model):
-        found.append("an adapter changes the LM head; take `lm_head` out of `lora_target_modules`")
     return found
-
-
-def _adapts_lm_head(model: Any) -> bool:
-    head = causal_lm(model).get_output_embeddings()
-    return head is not None and hasattr(head, "base_layer")
 
 
 def causes_of_dependence(model: Any) -> list[str]:

@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.options.baselines import samples_rollouts
+from rlhf_recipes.rewards.scorer import shared_length
 
 COUNT = 2
 BOUNDARY = "‖"
@@ -46,8 +47,7 @@ def _parts(trainer: Any, row: dict[str, Any]) -> list[list[int]]:
     if "prompt" not in row:
         return [ids]
     prompt = prompt_ids(tokenizer, [row["prompt"]])[0]
-    pairs = enumerate(zip(prompt, ids, strict=False))
-    length = next((i for i, (asked, read) in pairs if asked != read), min(len(prompt), len(ids)))
+    length = shared_length(prompt, ids)
     return [ids[:length], ids[length:]]
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
 from trl import is_conversational
 
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.durability.ending import wait_to_end
+from rlhf_recipes.models.loading import SHARDED
+from rlhf_recipes.models.vocabulary import inner_tokenizer
 from rlhf_recipes.options.baselines import samples_rollouts
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, is_recorded, tracking_uri
 from rlhf_recipes.preflight.dataset import NEGLIGIBLE, check_preferences, check_prompts, longer_chosen, texts
@@ -56,7 +58,6 @@ from rlhf_recipes.preflight.schedule import (
 from rlhf_recipes.rewards.card import tokenizer_fingerprint
 from rlhf_recipes.rewards.protocol import Scorer
 
-SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 LONGEST = 64  # prompts with the most characters; only their tokens are counted
 MEASURED = 10_000  # tokenised rows whose lengths are read
 
@@ -160,7 +161,7 @@ def _check_rollouts(report: Report, trainer: Any, train: Dataset, evaluation: Da
     options = options_of_sampler(trainer)
     vocab_size = trainer.model.config.get_text_config().vocab_size
     if is_conversational(train[0]):
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        tokenizer = inner_tokenizer(trainer.processing_class)
         report.findings += turn_findings(tokenizer, trainer.eos_token_ids)
     report.findings += end_findings(trainer.eos_token_ids, vocab_size, options, args.max_completion_length)
     report.findings += sampling_findings(options)
@@ -235,7 +236,7 @@ def _describe(name: str, scorer: Scorer, tokenizer: Any) -> str:
         parts.append(f"accuracy {card.eval_accuracy:.2f}")
     if card is not None and card.score_mean is not None and card.score_std is not None:
         parts.append(f"score {card.score_mean:.2f} ± {card.score_std:.2f}")
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds a tokenizer
+    tokenizer = inner_tokenizer(tokenizer)
     own = scorer.tokenizer
     if own is not None and tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
         parts.append("tokenizer of its own")
@@ -292,7 +293,7 @@ def _longest(trainer: Any, train: Dataset) -> int:
 def _lengths(trainer: Any, train: Dataset) -> Iterator[int]:
     if samples_rollouts(trainer.args):
         prompts = texts(train, ["prompt"])["prompt"]
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        tokenizer = inner_tokenizer(trainer.processing_class)
         for text in prompts.loc[prompts.str.len().nlargest(LONGEST).index]:
             yield len(tokenizer(text)["input_ids"])
         return

@@ -82,7 +82,6 @@ class SamplingBaseline(Baseline, RolloutTrainer):
         rewards = checked_rewards(scoring, args, parts["train_dataset"])
         self._revision = revision_of(model, args)
         super().__init__(reward_funcs=list(rewards), callbacks=callbacks, **parts)
-        self.leave_out_dropout()
         # TRL calls these: the reward functions, with time limits and retries.
         self.reward_funcs = self.prepare_rewards(
             rewards, scoring.limits, self.eos_token_ids, scoring.judges, scoring.pairwise_judges
@@ -213,7 +212,6 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         self._held_out_prompts = first_of_each_prompt(parts["eval_dataset"]) if evaluates else None
         self._revision = revision_of(model, args)
         super().__init__(callbacks=callbacks, **parts)
-        self.leave_out_dropout()
         check_prepared(self, train_dataset=parts["train_dataset"], eval_dataset=parts["eval_dataset"])
         self._end_ids = eos_token_ids(parts["model"], processing_class)
         judges = (scoring.judges, scoring.pairwise_judges)

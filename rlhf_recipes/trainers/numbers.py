@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -16,6 +16,7 @@ from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.prompts import first_prompts
 from rlhf_recipes.evaluation.held_out import own_randomness
 from rlhf_recipes.models.critic import causal_lm
+from rlhf_recipes.models.loading import SHARDED
 from rlhf_recipes.models.plain import plain_logits, plain_logps
 from rlhf_recipes.preflight.finding import Finding
 from rlhf_recipes.preflight.numerics import (
@@ -31,7 +32,6 @@ from rlhf_recipes.preflight.numerics import (
 )
 
 EXAMPLES = 32  # rows of the dataset, of which the shortest are scored
-SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 def plain_rows(model: Any, rows: Rows, temperature: float) -> list[Tensor]:

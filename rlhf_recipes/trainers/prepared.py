@@ -8,7 +8,7 @@ from peft import PeftModel
 from rlhf_recipes.data.prompts import column_names
 from rlhf_recipes.data.tokens import check_rows
 from rlhf_recipes.models.loading import position_limit
-from rlhf_recipes.models.vocabulary import check_padding
+from rlhf_recipes.models.vocabulary import check_padding, inner_tokenizer
 
 
 def check_prepared(trainer: Any, **given: Any) -> None:
@@ -43,7 +43,7 @@ def check_adapter_vocabulary(trainer: Any, tokens_before: int) -> None:
     Raises:
         ValueError: If the template brought tokens.
     """
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor holds one
+    tokenizer = inner_tokenizer(trainer.processing_class)
     added, config = len(tokenizer) - tokens_before, trainer.model.config.get_text_config()
     if added > 0 and config.tie_word_embeddings and isinstance(trainer.model, PeftModel):
         raise ValueError(
@@ -66,6 +66,6 @@ def _check_split(trainer: Any, given: Any, prepared: Any, name: str) -> None:
     positions = None if "seq_lengths" in prepared.column_names else position_limit(trainer.model)  # packed rows
     if positions is not None and limit is not None and limit <= positions:
         positions = None
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    tokenizer = inner_tokenizer(trainer.processing_class)
     vocab_size = getattr(trainer.model.config.get_text_config(), "vocab_size", None)
     check_rows(prepared, tokenizer, vocab_size, positions, name)

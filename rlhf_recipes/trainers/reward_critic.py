@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_recipes.algorithm.distributed import global_sum
 from rlhf_recipes.algorithm.value_head import ValueHead
+from rlhf_recipes.models.vocabulary import inner_tokenizer
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.protocol import Scorer
 
@@ -162,7 +163,7 @@ def check_critic(critic: str, dataset: Any, scorers: Sequence[Scorer], tokenizer
             "answers are not the sum of this run's rewards. It is fitted from the first rollout on."
         )
     scorer = scorer_with_states(scorers)
-    vocabulary = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()  # a processor of images holds a tokenizer
+    vocabulary = inner_tokenizer(tokenizer).get_vocab()
     # Some tokens may be added to one of the two.
     if len(vocabulary.items() ^ scorer.tokenizer.get_vocab().items()) > OTHER_TOKENS * len(vocabulary):
         raise ValueError(

@@ -16,7 +16,6 @@ from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, join_prefill, mend_transcripts, readable_rows
 from rlhf_recipes.evaluation.statistics import preference_metrics
 from rlhf_recipes.models.adapter_base import check_is_merged
-from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked
 from rlhf_recipes.models.reward_model import ScoreHead, check_score_layer, load_reward_model_base, store_in_float32
@@ -103,8 +102,6 @@ class RewardModelTrainer(SavingTrainer, RewardTrainer):
             **kwargs,
         )
 
-        if args.disable_dropout:
-            disable_dropout(self.model)
         check_adapter_vocabulary(self, tokens)
         check_prepared(self, train_dataset=train_dataset, eval_dataset=eval_dataset)
         keep_unpacked(self.model)

@@ -4,17 +4,23 @@ from typing import Any
 
 from rlhf_recipes.durability.trainer import DurableTrainer
 from rlhf_recipes.models.adapter_base import base_of_adapter, save_base
+from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.generation import mend_generation_config
 from rlhf_recipes.models.quantization import save_quantization
 
 
 class SavingTrainer(DurableTrainer):
-    """Save a valid generation config, and beside an adapter the quantisation and the fingerprint of its base."""
+    """Save a valid generation config, and beside an adapter the quantisation and the fingerprint of its base.
+
+    `disable_dropout` holds for every dropout, where the trainer has this option.
+    """
 
     _revision: str | None = None  # on the Hub, of the model that training starts from; set before `__init__`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if getattr(self.args, "disable_dropout", False):
+            disable_dropout(self.model)
         self._base = base_of_adapter(self.model, self._revision)  # before another run can replace it
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

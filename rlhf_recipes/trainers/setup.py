@@ -1,7 +1,6 @@
 """Check the arguments of a PPO run, and load the models, before TRL sees any of them."""
 
 import copy
-import functools
 import inspect
 import logging
 import math
@@ -19,12 +18,10 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_fit, first_prompts
-from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
 from rlhf_recipes.evaluation.policies import eos_token_ids
 from rlhf_recipes.models.adapter_base import at_saved_revision, find_base
 from rlhf_recipes.models.critic import attach_value_head, causal_lm
-from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.forward import add_completion_forward
 from rlhf_recipes.models.generation import check_generation_kwargs
@@ -38,7 +35,7 @@ from rlhf_recipes.models.loading import (
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked, saved_quantization
 from rlhf_recipes.models.rope import use_one_rope
 from rlhf_recipes.models.safe_loading import safe_loading
-from rlhf_recipes.models.vocabulary import check_padding, fit_to_adapter, with_end_token
+from rlhf_recipes.models.vocabulary import check_padding, fit_to_adapter, inner_tokenizer, with_end_token
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.preflight.policy import check_ends
@@ -121,10 +118,12 @@ def prepare_parts(
     tokenizer = with_end_token(tokenizer, policy)
     check_special_ids(policy, tokenizer, args)
     train_dataset, eval_dataset = (add_separator(x, args.response_separator) for x in (train_dataset, eval_dataset))
-    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        if not sees_images:
+    named = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    if not sees_images:
+        for name, dataset in named.items():
             check_rendering(dataset, ("prompt",), name, tokenizer)
-        check_prompts_fit(dataset, tokenizer, policy.config, args.max_completion_length, name)
+    fit = (tokenizer, policy.config, args.max_completion_length)
+    longest = {name: check_prompts_fit(dataset, *fit, name) for name, dataset in named.items()}
 
     loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("dtype", "attn_implementation")}
     scorers = as_reward_functions(reward_funcs, reward_tokenizers, **loading)
@@ -134,8 +133,7 @@ def prepare_parts(
     check_critic(args.critic, critic_dataset, [scorer_of(function) for function in scorers], tokenizer)
     check_reward_functions(scorers, dataset=train_dataset, response_separator=args.response_separator)
     reference = None if uses_peft else load(frozen=True)
-    longest = functools.partial(longest_row, train_dataset, tokenizer, args.max_completion_length)
-    use_one_rope([network for network in (policy, reference) if network is not None], longest)
+    use_one_rope([network for network in (policy, reference) if network is not None], longest["train_dataset"])
     is_larger = getattr(peft_config, "layer_replication", None) is not None  # than the model that was given
     compares = args.check_numerics and not (sees_images or is_larger)
     prompts = first_prompts(train_dataset, tokenizer) if compares else None
@@ -147,16 +145,9 @@ def prepare_parts(
         keeps_start_adapter=isinstance(policy, PeftModel),
         reward_funcs=scorers,
         critic_dataset=add_separator(mend_transcripts(critic_dataset), args.response_separator),
-        data={"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer},
+        data={**named, "processing_class": tokenizer},
         facts=facts,
     )
-
-
-def longest_row(dataset: AnyDataset, tokenizer: Any, max_new_tokens: int) -> float:
-    """Return the number of tokens that a prompt and its completion can have; infinite for a stream."""
-    if not isinstance(dataset, Dataset):
-        return math.inf
-    return max(map(len, prompt_ids(tokenizer, list(dataset["prompt"])))) + max_new_tokens
 
 
 def options_for_trl(args: PPOConfig) -> PPOConfig:
@@ -225,7 +216,7 @@ def check_special_ids(policy: PreTrainedModel | PeftModel, tokenizer: Any, args:
     Raises:
         ValueError: If not.
     """
-    if not eos_token_ids(policy, getattr(tokenizer, "tokenizer", tokenizer)):
+    if not eos_token_ids(policy, inner_tokenizer(tokenizer)):
         check_ends([], policy.config, args)
     check_padding(tokenizer, policy.config)
 
@@ -279,8 +270,6 @@ def keep_start_adapter(policy: PeftModel) -> None:
 
 def add_networks(policy: PreTrainedModel | PeftModel, parts: Parts, args: PPOConfig) -> None:
     """Add the adapter of the reference, the value head and the forward that serves both to a policy."""
-    if args.disable_dropout:
-        disable_dropout(policy)
     if parts.keeps_start_adapter:
         keep_start_adapter(policy)
     give_bias_to_wrapped_head(policy)

@@ -12,7 +12,7 @@ from rlhf_recipes.data.rows import check_rendering, readable_rows
 from rlhf_recipes.models.loading import from_pretrained_kwargs, load_causal_lm
 from rlhf_recipes.models.quantization import keep_unpacked
 from rlhf_recipes.models.safe_loading import safe_loading
-from rlhf_recipes.models.vocabulary import with_special_tokens
+from rlhf_recipes.models.vocabulary import inner_tokenizer, with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
 from rlhf_recipes.trainers.saving import SavingTrainer, revision_of
@@ -31,7 +31,7 @@ class SFTTrainer(SavingTrainer, TRLSFTTrainer):
             first: dict[str, Any] = next(iter(given.get("train_dataset") or []), {})
             is_plain = any(isinstance(first.get(column), str) for column in TEXT_COLUMNS)
             kwargs["processing_class"] = with_special_tokens(tokenizer, model, args, is_plain=is_plain)
-            tokens = len(getattr(tokenizer, "tokenizer", tokenizer))
+            tokens = len(inner_tokenizer(tokenizer))
         own = with_changes(args)  # a copy: TRL writes into options
         if isinstance(model, str):
             with safe_loading(model):

@@ -11,7 +11,6 @@ from rlhf_recipes.data.loading import without_answers
 from rlhf_recipes.data.margins import check_margins
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
-from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.loading import check_output_dir, only_active_adapter
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.changes import with_changes
@@ -104,11 +103,6 @@ class Baseline(ComparedTrainer):
     """Save a policy as PPO's trainer saves it: one adapter."""
 
     _state_file = "baseline_state.json"
-
-    def leave_out_dropout(self) -> None:
-        """Switch off the dropout that TRL does not find, if the user wants none."""
-        if self.args.disable_dropout:
-            disable_dropout(self.model)
 
     @classmethod
     def rows(cls, dataset: Dataset) -> Dataset:
