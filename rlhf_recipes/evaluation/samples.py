@@ -14,6 +14,12 @@ from torch import Tensor
 from rlhf_recipes.data.messages import Text, as_text
 
 SAMPLES_DIRECTORY = "samples"
+COLUMNS = {"prompt", "completion", "score", "kl", "length", "stop"}  # of every table, beside those of the rewards
+
+
+def reward_columns(rewards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the scores by the column of a table: the name of the reward, or `<name>_reward` where that is taken."""
+    return {f"{name}_reward" if name in COLUMNS else name: scores for name, scores in rewards.items()}
 
 
 def sample_rows(

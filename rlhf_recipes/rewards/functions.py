@@ -4,7 +4,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 
 import torch
@@ -103,6 +104,15 @@ def check_reward_functions(functions: list[Any], *, dataset: Any, response_separ
                 conversational=is_conversational(next(iter(dataset))),
                 response_separator=response_separator,
             )
+
+
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """Return the names of rewards with a number behind each one that was there before: `score`, `score_2`."""
+    given: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{number}" for number in count(2))
+        given.append(name if name not in given else next(other for other in numbered if other not in given))
+    return given
 
 
 def import_function(reference: str) -> Callable[..., list[float]]:

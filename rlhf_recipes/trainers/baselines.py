@@ -26,7 +26,7 @@ from rlhf_recipes.data.loading import without_answers
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import join_prefill
 from rlhf_recipes.evaluation.policies import completion_logps, eos_token_ids, sample_answers
-from rlhf_recipes.evaluation.samples import sample_rows
+from rlhf_recipes.evaluation.samples import reward_columns, sample_rows
 from rlhf_recipes.models.generation import check_generation_kwargs
 from rlhf_recipes.options.baselines import DPOConfig
 from rlhf_recipes.rewards.context import check_context
@@ -60,7 +60,6 @@ class SamplingBaseline(Baseline, RolloutTrainer):
 
     beta: float
     eos_token_ids: list[int]
-    reward_func_names: list[str]
     reward_weights: Tensor
     _progress_file = "baseline_progress_{}.pt"
 
@@ -100,7 +99,8 @@ class SamplingBaseline(Baseline, RolloutTrainer):
         if self.model.training:
             self.reward_calls.check_any_scored(scores)
         answers = (prompts, completions, completion_ids_list)
-        named = dict(zip(self.reward_func_names, rewards_per_func.unbind(dim=1), strict=True)) | {"score": scores}
+        rewards = dict(zip(self.reward_func_names, rewards_per_func.unbind(dim=1), strict=True))
+        named = reward_columns(rewards) | {"score": scores}
         cut = torch.tensor([ids[-1] not in self.eos_token_ids for ids in completion_ids_list])
         rows = sample_rows(*answers, {name: own_part(values) for name, values in named.items()}, cut)
         if self.model.training:

@@ -25,6 +25,7 @@ from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.preflight.policy import check_ends, warn_of_sampling
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.context import check_context
+from rlhf_recipes.rewards.functions import distinct_names
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
 from rlhf_recipes.trainers.saving import SavingTrainer
 from rlhf_recipes.trainers.update import COUNT_OF, episodes, weigh_means
@@ -39,6 +40,7 @@ class ComparedTrainer(SavingTrainer):
     held_out: HeldOutComparison
     reward_calls: RewardCalls
     scorers: list[Scorer]
+    reward_func_names: list[str] = []  # TRL's, in its logs
     _metrics: Any  # TRL's: figures since the latest log
     _stateful: dict[str, Stateful]  # by its name in a checkpoint
     _state_file = STATE_FILE
@@ -70,6 +72,7 @@ class ComparedTrainer(SavingTrainer):
         self.reward_calls = RewardCalls(*own)
         self.held_out = HeldOutComparison(judges, pairwise_judges, seed=self.args.seed, calls=RewardCalls(*own))
         self.scorers = [scorer_of(function) for function in functions]
+        self.reward_func_names = distinct_names(self.reward_func_names)
         run = ScoringRun(
             policy=self.model,
             policy_eos_token_ids=eos_token_ids,
@@ -89,7 +92,8 @@ class ComparedTrainer(SavingTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL does, and compare with the policy that training started from."""
-        with own_randomness(self.args.seed, self.accelerator.device):
+        seed = self.args.seed + self.accelerator.process_index  # samples of one prompt on two ranks must differ
+        with own_randomness(seed, self.accelerator.device):
             output = super().evaluation_loop(*args, **kwargs)
             self.answer_held_out()
         metrics, rows = self.held_out.finish(is_start=self.state.global_step == 0)

@@ -27,7 +27,7 @@ from rlhf_recipes.algorithm.masked import masked_whiten
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.algorithm.repetition import repeated_ngrams
 from rlhf_recipes.data.messages import Text
-from rlhf_recipes.evaluation.samples import sample_rows
+from rlhf_recipes.evaluation.samples import reward_columns, sample_rows
 from rlhf_recipes.models.forward import CompletionForward
 from rlhf_recipes.options.ppo import PPOConfig
 
@@ -132,7 +132,8 @@ class Rollout:
         """
         self.prompts, self.completions, self.completion_id_lists = prompts, completions, completion_ids
         self.raw_scores = scores
-        self.own_scores = {name: own_part(values) for name, values in (rewards | {"score": scores}).items()}
+        columns = reward_columns(rewards) | {"score": scores}
+        self.own_scores = {name: own_part(values) for name, values in columns.items()}
 
     def take_tokens(
         self,
@@ -155,7 +156,8 @@ class Rollout:
         self.scores = self.raw_scores.masked_fill(~gather(sampled.any(dim=1)), torch.nan)
         self.completion_mask = sampled * own_part(self.scores).isfinite().unsqueeze(1)
         self.mask = loss_mask(self.completion_mask, batch)
-        self.truncated = is_truncated(self.completion_ids, self.completion_mask, eos_token_ids)
+        is_cut = is_truncated(self.completion_ids, sampled, eos_token_ids)
+        self.truncated = is_cut | ~sampled.any(dim=1)  # TRL empties the mask of those that the limit has cut
         # Padding must reach neither a loss nor its gradient.
         self.old_per_token_logps = old_per_token_logps.masked_fill(self.mask == 0, 0)
         self.ref_per_token_logps = ref_per_token_logps.masked_fill(self.mask == 0, 0)

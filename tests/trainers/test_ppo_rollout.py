@@ -166,6 +166,35 @@ def test_an_unscorable_completion_is_left_out(tmp_path, bad):
     assert batch["advantages"].isfinite().all()
 
 
+def test_the_table_says_what_stopped_a_completion_that_does_not_train(tmp_path, monkeypatch):
+    """The limit has cut the first two. The mask leaves them out, and the last one has no score."""
+
+    def reward(completions, **kwargs):
+        return [None if i == 7 else float(i) for i in range(len(completions))]
+
+    trainer = _drifted_trainer(tmp_path, rewards=reward, truncated_completions="mask", max_completion_length=3)
+    _force_stops(trainer, monkeypatch, [[80, 81, 82], [83, 84, 85], *[[86, 1]] * 5, [87, 1]])
+    tiny.rollout(trainer)
+    rollout = trainer.rollout
+    assert [row["stop"] for row in rollout.samples()] == ["length"] * 2 + ["eos"] * 6
+    assert rollout.completion_mask.any(dim=1).tolist() == [False] * 2 + [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("names", [("same", "same"), ("score", "kl"), ("length", "prompt")])
+def test_no_reward_loses_its_column_to_another_of_its_name(tmp_path, names):
+    rewards = [lambda completions, value=value, **kwargs: [value] * len(completions) for value in (1.0, 3.0)]
+    for reward, name in zip(rewards, names, strict=True):
+        reward.__name__ = name
+    trainer = _drifted_trainer(tmp_path, rewards=rewards)
+    tiny.rollout(trainer)
+    (row, *_) = trainer.rollout.samples()
+    columns = {("same", "same"): ("same", "same_2")}.get(names, tuple(f"{name}_reward" for name in names))
+    assert [row[column] for column in columns] == [1.0, 3.0]
+    assert (row["score"], row["stop"] in ("eos", "length"), row["length"] > 0) == (4.0, True, True)
+    logged = [name for name in trainer._metrics["train"] if name.startswith("rewards/") and name.endswith("/mean")]
+    assert len(logged) == 2
+
+
 def test_evaluation_does_not_move_the_normaliser_or_the_controller(tmp_path):
     trainer = tiny.ppo_trainer(tmp_path, kl_controller="adaptive")
     tiny.rollout(trainer)
