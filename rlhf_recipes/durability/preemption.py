@@ -1,7 +1,7 @@
-"""Preemption: on SIGTERM or SIGUSR1 a run writes a checkpoint and ends. The same command resumes it.
+"""Preemption: on SIGTERM, SIGUSR1 or SIGHUP a run writes a checkpoint and ends. The same command resumes it.
 
 Slurm sends the signal of its option `--signal` before it requeues a job. Kubernetes sends SIGTERM before it removes a
-pod.
+pod. The system sends SIGHUP when a terminal is closed.
 """
 
 import logging
@@ -74,6 +74,11 @@ class PreemptionCallback(TrainerCallback, ExportableState):
         if global_max(torch.tensor(number, device=args.device)).item():
             self.preempted = control.should_save = control.should_training_stop = True
             self.evaluation_due, control.should_evaluate = control.should_evaluate, False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave what is due at the end of an epoch to the resumed run: transformers also calls this after a stop."""
+        if self.preempted:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop listening, and leave.
