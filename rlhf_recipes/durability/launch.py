@@ -3,9 +3,9 @@
     rlhf-launch --config_file accelerate_configs/multi_gpu.yaml recipes/ppo.py --config my_ppo.yaml
 
 It takes the arguments of `accelerate launch`. That command does not pass a signal on to a single process, kills
-several processes 30 seconds after it, and always fails with 1. Here SIGTERM and SIGUSR1 reach the processes of the
-recipe. They have as much time as a checkpoint needs, and their exit code is the launcher's. 75: the run stopped at a
-signal and can be resumed.
+several processes 30 seconds after it, and always fails with 1. Here SIGTERM, SIGUSR1 and SIGHUP reach the processes of
+the recipe. They have as much time as a checkpoint needs, and their exit code is the launcher's. 75: the run stopped at
+a signal and can be resumed.
 """
 
 import os
@@ -32,8 +32,8 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     asked = launch_command_parser().parse_args()
-    # With `quiet`, accelerate hides the exit code. torchrun's handler of SIGTERM kills a process after 30 seconds.
-    needed = {"quiet": False, "signals_to_handle": "SIGINT,SIGHUP,SIGQUIT"}
+    # With `quiet`, accelerate hides the exit code. torchrun's handler of these kills a process after 30 seconds.
+    needed = {"quiet": False, "signals_to_handle": "SIGINT,SIGQUIT"}
     try:
         launch_command(Namespace(**vars(asked) | needed))
     except CalledProcessError as error:  # of one process
@@ -78,7 +78,7 @@ def exit_code(codes: Iterable[int]) -> int:
         codes: Exit codes of the processes that failed, the earliest first; negative after a signal.
 
     Returns:
-        75 if any process stopped for a resume, or if SIGTERM or SIGUSR1 ended the first one before it listened to
+        75 if any process stopped for a resume, or if one of `SIGNALS` ended the first one before it listened to
         signals or after it had saved. Else the code of the first; 128 + n after another signal n, as in a shell.
     """
     shown = [code if code >= 0 else 128 - code for code in codes]

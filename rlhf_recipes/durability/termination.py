@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# `nohup` starts a process that ignores SIGHUP, the signal of a closed terminal. It must go on ignoring it.
+_HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, *_HANGUP)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
