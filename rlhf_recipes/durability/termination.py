@@ -29,6 +29,12 @@ def terminate(number: int, frame: FrameType | None) -> None:
     raise TerminatedError(128 + number)
 
 
+def terminate_on_hangup() -> None:
+    """Treat SIGHUP as SIGTERM in a program that handles only that."""
+    for number in _HANGUP:
+        signal.signal(number, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+
+
 @contextmanager
 def signals_held() -> Iterator[list[int]]:
     """Collect signals and Ctrl-C inside in the list that is yielded. The caller answers or ignores them."""

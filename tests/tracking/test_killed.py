@@ -10,7 +10,9 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from processes import run_script
+import tiny
+import yaml
+from processes import free_port, run_launch, run_script
 
 pytestmark = pytest.mark.recipe
 
@@ -139,9 +141,44 @@ def test_a_checkpoint_knows_its_run(directory):
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"run_id": "x"}'])
 def test_a_note_that_cannot_be_read_stops_no_start(directory, damage):
-    assert _start(directory, PLACES["before the first checkpoint"])[0] == -signal.SIGKILL
+    assert _start(directory, PLACES["after the second"])[0] == -signal.SIGKILL
     for name in ("_mlflow_open.json", "mlflow_run.json"):
         (directory / "out" / name).write_text(damage)
     code, output = _start(directory)
     assert code == 0, output[-3000:]
-    assert _runs(directory)[1][-1].info.status == "FINISHED"
+    (run,) = _runs(directory)[1]
+    assert run.info.status == "FINISHED"
+
+
+REWARDS = """
+import os, signal
+from accelerate import PartialState
+
+def deadly(completions, **kwargs):
+    if PartialState().process_index == 1 and os.path.exists("out/checkpoint-2"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_takes_the_others_along_and_leaves_no_open_run(directory):
+    """The ranks wait for the one that is gone, and the launcher ends them."""
+    tiny.save(tiny.policy(tiny.tokenizer()), directory / "policy")
+    tiny.write_splits(tiny.prompts(count=16), directory / "prompts")
+    (directory / "my_rewards.py").write_text(REWARDS)
+    options = {
+        **tiny.RECIPE, "model_name_or_path": "policy", "dataset_name": "prompts", "output_dir": "out", "max_steps": 8,
+        "reward_functions": ["my_rewards:deadly"], "response_separator": " ", "max_completion_length": 6,
+        "steps_per_generation": 2, "num_iterations": 1, "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    (directory / "ppo.yaml").write_text(yaml.safe_dump(options))
+    root = Path(__file__).parents[2]
+    result = run_launch(
+        "--config_file", root / "accelerate_configs" / "multi_gpu.yaml", "--num_processes", 2, "--mixed_precision",
+        "no", "--main_process_port", free_port(), root / "recipes" / "ppo.py", "--config", "ppo.yaml",
+        directory=directory,
+    )  # fmt: skip
+    assert result.returncode != 0
+    _, (run,) = _runs(directory)
+    assert run.info.status in ("FAILED", "KILLED"), result.stderr[-3000:]
