@@ -20,7 +20,7 @@ from threading import Thread
 
 import psutil
 
-from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS
+from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, leave_closed_terminal
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def listen() -> None:
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     for number in SIGNALS:
-        signal.signal(number, lambda number, frame: None)
+        signal.signal(number, lambda number, frame: leave_closed_terminal(number))
     signal.set_wakeup_fd(sender.detach())
     Thread(target=_pass_on, args=(receiver,), daemon=True).start()
 

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes.algorithm.distributed import global_max
-from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, TerminatedError, terminate
+from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, TerminatedError, leave_closed_terminal, terminate
 
 ECHO_SECONDS = 2.0  # a scheduler signals all processes, and then the launcher passes its own signal on to them
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class PreemptionCallback(TrainerCallback, ExportableState):
         self.evaluation_due = False  # of the run before: the trainer does it next
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        leave_closed_terminal(number)
         if self._received is None:
             self._received = number, time.monotonic()
         elif time.monotonic() - self._received[1] > ECHO_SECONDS:

@@ -95,6 +95,10 @@ class Delivery:
         """Send tags."""
         self._submit({"tags": {clean_name(name): value for name, value in tags.items()}})
 
+    def set_killed(self) -> None:
+        """Send the status KILLED, for a process that may not come to its end."""
+        self._submit({"status": "KILLED"})
+
     def _submit(self, record: dict[str, Any]) -> None:
         self._worker.submit(self._send, self._origin | {"timestamp": int(time.time() * 1000)} | record)
 

@@ -38,6 +38,7 @@ from rlhf_recipes.tracking.lineage import write_run_file
 from rlhf_recipes.tracking.logged_model import describe_model
 from rlhf_recipes.tracking.starting import kept_environment
 from rlhf_recipes.tracking.store import end_run, open_run, system_metrics
+from rlhf_recipes.tracking.stuck import closed_when_stuck
 from rlhf_recipes.tracking.unfinished import note_end
 
 SHOWN_TABLES = 60  # the latest ones, which the page of MLflow shows: a tag holds at most 8,000 characters
@@ -166,7 +167,7 @@ def _recorded(
         delivery = Delivery(note["run_id"], note["tracking_uri"], output_dir, last_steps or {})
         callback = RunCallback(delivery, output_dir, note, is_continued=last_steps is not None)
         _open.set(callback)
-        with system_metrics(note["run_id"], resumed=bool(last_steps)):
+        with closed_when_stuck(delivery), system_metrics(note["run_id"], resumed=bool(last_steps)):
             yield callback
         if not callback.has_noted:  # else the note may already hold the id of the model
             callback.note()

@@ -130,6 +130,8 @@ class RolloutTrainer(ComparedTrainer):
 
     eos_token_ids: list[int]
     num_iterations: int
+    log_completions: bool
+    _logs: Any  # TRL's
     chat_template_kwargs: dict[str, Any]  # TRL's
     _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout
     _samples: list[dict[str, Any]]  # rows of the latest rollout
@@ -182,7 +184,16 @@ class RolloutTrainer(ComparedTrainer):
             "step": self._step,
             "rollout": self._buffered_inputs if is_inside_rollout else None,
             "samples": self._samples,
+            "completions": self._logged_completions(),
         }
+
+    def _logged_completions(self) -> dict[str, Any] | None:
+        """Return the rows of TRL's table of `log_completions`, but no images and no columns of the user's own."""
+        logs = self._logs
+        if not self.log_completions or logs["extra"] or hasattr(self.processing_class, "tokenizer"):
+            return None
+        rewards = {name: list(values) for name, values in logs["rewards"].items()}
+        return {"rewards": rewards, **{name: list(logs[name]) for name in ("prompt", "completion", "advantages")}}
 
     def restore_progress(self) -> None:
         """Continue the rollout, too."""
@@ -194,6 +205,11 @@ class RolloutTrainer(ComparedTrainer):
         if progress.get("num_processes") == self.accelerator.num_processes:
             parts = (progress[name] for name in ("step", "rollout", "samples"))
             self._step, self._buffered_inputs, self._samples = parts
+            table = dict(progress.get("completions") or {})
+            for name, values in table.pop("rewards", {}).items():
+                self._logs["rewards"][name].extend(values)
+            for name, values in table.items():
+                self._logs[name].extend(values)
 
     def check_start(self) -> None:
         """Check that an answer can end, too. A recipe has said it in its preflight."""

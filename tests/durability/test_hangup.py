@@ -1,10 +1,13 @@
 """SIGHUP, the signal of a closed terminal, stops a run as SIGTERM does; a run under `nohup` ignores it."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from processes import wait_for
@@ -55,3 +58,45 @@ def test_the_launcher_passes_it_on_unless_it_was_started_by_nohup(tmp_path, befo
             process.wait(1)
         (tmp_path / "done").touch()
     assert process.wait(60) == code
+
+
+TRAIN = """
+import sys, time
+sys.path.insert(0, TESTS)
+import tiny
+from pathlib import Path
+from transformers import TrainerCallback
+from rlhf_recipes.durability.preemption import PreemptionCallback
+
+class Slow(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        Path("started").touch()
+        time.sleep(0.2)
+
+trainer = tiny.reward_trainer("out", max_steps=100, disable_tqdm=False)
+for callback in (PreemptionCallback(), Slow()):
+    trainer.add_callback(callback)
+trainer.train()
+"""
+
+
+@pytest.mark.recipe
+def test_a_closed_terminal_stops_a_run_as_any_signal_does(tmp_path):
+    """Each write to that terminal fails from then on, also the write of a progress bar."""
+    (tmp_path / "train.py").write_text(TRAIN.replace("TESTS", repr(str(Path(__file__).parents[1]))))
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        os.execv(sys.executable, [sys.executable, "train.py"])
+    Thread(target=_drain, args=(terminal,), daemon=True).start()
+    wait_for(tmp_path / "started")
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 75
+    assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] != []
+
+
+def _drain(terminal):
+    with suppress(OSError):
+        while os.read(terminal, 4096):
+            pass

@@ -4,15 +4,17 @@ Each child is a real process that kills itself inside a function that it has pat
 """
 
 import json
+import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import mlflow
 import pytest
 import tiny
 import yaml
-from processes import free_port, run_launch, run_script
+from processes import free_port, run_launch, run_script, start_script, wait_for
 
 pytestmark = pytest.mark.recipe
 
@@ -182,3 +184,39 @@ def test_a_killed_rank_takes_the_others_along_and_leaves_no_open_run(directory):
     assert result.returncode != 0
     _, (run,) = _runs(directory)
     assert run.info.status in ("FAILED", "KILLED"), result.stderr[-3000:]
+
+
+STUCK = """
+import hashlib, os, sys
+from dataclasses import dataclass
+from pathlib import Path
+from rlhf_recipes.options.recipes import TrackingArguments
+from rlhf_recipes.tracking import stuck
+from rlhf_recipes.tracking.session import track_run
+
+@dataclass
+class Config:
+    output_dir: str = "out"
+
+stuck.STUCK_SECONDS = 0.3
+with track_run(TrackingArguments(), "out", "sft", Config()):
+    Path("stuck").touch()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2 ** 30)  # runs no handler of a signal, as a collective without a partner
+"""
+
+
+def test_a_process_that_cannot_react_to_a_signal_leaves_no_open_run(directory):
+    (directory / "stuck.py").write_text(STUCK)
+    process = start_script(directory / "stuck.py", directory=directory)
+    wait_for(directory / "stuck")
+    time.sleep(0.5)
+    client, (run,) = _runs(directory)
+    assert run.info.status == "RUNNING"
+    os.kill(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while client.get_run(run.info.run_id).info.status == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process.exitcode is None
+    process.kill()
+    process.join()
+    assert client.get_run(run.info.run_id).info.status == "KILLED"

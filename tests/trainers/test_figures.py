@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -194,3 +195,24 @@ def _rank(rank, world_size, kind, directory, base):
 @pytest.mark.parametrize("kind", ["sft", "reward", "ppo", "dpo"])
 def test_the_figures_of_two_ranks(tmp_path, base, kind):
     run_in_processes(_rank, 2, kind, tmp_path, base)
+
+
+TABLE = "completions_00006.parquet"
+
+
+@pytest.mark.tiny
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "rloo"])
+def test_the_tables_of_completions(tmp_path, base, kind):
+    """A log inside a rollout shows the completions of before the interruption."""
+    options = {**STEPS, "save_steps": 5, "logging_steps": 2, "max_steps": 6, "log_completions": True}
+    if kind != "ppo":
+        options["log_unique_prompts"] = False
+    whole = _make(kind, tmp_path / "whole", base, **options)
+    whole.train()
+    resumed = _make(kind, tmp_path / "resumed", base, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    tables = [
+        pd.read_parquet(tmp_path / run / "completions" / "completions_00006.parquet") for run in ("whole", "resumed")
+    ]
+    assert len(tables[0]) == 8
+    pd.testing.assert_frame_equal(*tables)
