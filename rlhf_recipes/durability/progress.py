@@ -58,7 +58,7 @@ class ProgressTrainer(DurableTrainer):
         grad_norm, learning_rate = self._of_last_step
         return {
             "num_processes": self.accelerator.num_processes,
-            "metrics": dict(self._metrics["train"]),
+            "metrics": {name: [_plain(value) for value in values] for name, values in self._metrics["train"].items()},
             "loss": self._tr_loss,
             "last_logged": self._globalstep_last_logged,
             "total_loss": self._total_loss_scalar,
@@ -188,3 +188,8 @@ class ProgressCallback(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that it is."""
         self._trainer.is_epoch_over = True
+
+
+def _plain(figure: Any) -> Any:
+    """Return a number that can be loaded without running code; those of numpy cannot."""
+    return figure if figure is None or type(figure) in (int, float, torch.Tensor) else float(figure)

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
@@ -235,3 +236,21 @@ def test_figures_over_all_ranks_continue_on_one(tmp_path, base):
     resumed.train(resume_from_checkpoint=str(checkpoint))
     tokens = tiny.logged(resumed, "num_tokens")
     assert tokens[3] < saved[0]["tokens"] < tokens[6]
+
+
+@pytest.mark.tiny
+def test_a_figure_of_numpy_does_not_spoil_a_checkpoint(tmp_path, base):
+    """A reward function of a user may log one."""
+    options = {**STEPS, **LONG_LOGS}
+    whole = _make("sft", tmp_path, base, **options)
+    compute = whole.compute_loss
+
+    def logged(*args, **kwargs):
+        whole._metrics["train"]["mine"] += [np.float64(1.5), np.float64(2.5), 2]
+        return compute(*args, **kwargs)
+
+    whole.compute_loss = logged
+    whole.train()
+    resumed = _make("sft", tmp_path, base, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert tiny.logged(resumed, "mine")[6] == 2.0
