@@ -110,7 +110,7 @@ def main() -> None:
     os.chdir(args.directory)
     tracking = TrackingArguments(tracking=not {"world", "preferences"}.issuperset(stages))
     run, world = Path("runs", args.world), WORLDS[args.world]
-    with track_pipeline(tracking, str(run), args.seed) as parent:
+    with track_pipeline(tracking, str(run), args.seed, str(run)) as parent:
         run_stages(stages, run_stage, args.world, args.seed, args.num_pairs or world.num_pairs, parent)
     if args.until == STAGES[-1]:
         report(run, world.gold_score.__name__)

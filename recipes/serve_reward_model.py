@@ -15,6 +15,7 @@ from accelerate import PartialState
 from trl import ModelConfig, TrlParser
 
 from rlhf_recipes.console import print_lines, quiet_start
+from rlhf_recipes.durability.termination import terminate_on_hangup
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import model_init_kwargs
 from rlhf_recipes.options.recipes import ServeArguments
@@ -38,6 +39,7 @@ def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
 
     who = "Clients need the token." if token else f"{TOKEN_VARIABLE} is not set: every client gets answers."
     print_lines(f"Serving {path} at http://{script_args.host}:{script_args.port}. {who}")
+    terminate_on_hangup()
     uvicorn.run(app, host=script_args.host, port=script_args.port, log_level="warning", timeout_graceful_shutdown=10)
 
 

@@ -3,9 +3,9 @@
     rlhf-launch --config_file accelerate_configs/multi_gpu.yaml recipes/ppo.py --config my_ppo.yaml
 
 It takes the arguments of `accelerate launch`. That command does not pass a signal on to a single process, kills
-several processes 30 seconds after it, and always fails with 1. Here SIGTERM and SIGUSR1 reach the processes of the
-recipe. They have as much time as a checkpoint needs, and their exit code is the launcher's. 75: the run stopped at a
-signal and can be resumed.
+several processes 30 seconds after it, and always fails with 1. Here SIGTERM, SIGUSR1 and SIGHUP reach the processes of
+the recipe. They have as much time as a checkpoint needs, and their exit code is the launcher's. 75: the run stopped at
+a signal and can be resumed.
 """
 
 import os
@@ -20,7 +20,7 @@ from threading import Thread
 
 import psutil
 
-from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS
+from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, leave_closed_terminal
 
 
 def main() -> None:
@@ -32,8 +32,8 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     asked = launch_command_parser().parse_args()
-    # With `quiet`, accelerate hides the exit code. torchrun's handler of SIGTERM kills a process after 30 seconds.
-    needed = {"quiet": False, "signals_to_handle": "SIGINT,SIGHUP,SIGQUIT"}
+    # With `quiet`, accelerate hides the exit code. torchrun's handler of these kills a process after 30 seconds.
+    needed = {"quiet": False, "signals_to_handle": "SIGINT,SIGQUIT"}
     try:
         launch_command(Namespace(**vars(asked) | needed))
     except CalledProcessError as error:  # of one process
@@ -53,7 +53,7 @@ def listen() -> None:
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     for number in SIGNALS:
-        signal.signal(number, lambda number, frame: None)
+        signal.signal(number, lambda number, frame: leave_closed_terminal(number))
     signal.set_wakeup_fd(sender.detach())
     Thread(target=_pass_on, args=(receiver,), daemon=True).start()
 
@@ -78,7 +78,7 @@ def exit_code(codes: Iterable[int]) -> int:
         codes: Exit codes of the processes that failed, the earliest first; negative after a signal.
 
     Returns:
-        75 if any process stopped for a resume, or if SIGTERM or SIGUSR1 ended the first one before it listened to
+        75 if any process stopped for a resume, or if one of `SIGNALS` ended the first one before it listened to
         signals or after it had saved. Else the code of the first; 128 + n after another signal n, as in a shell.
     """
     shown = [code if code >= 0 else 128 - code for code in codes]

@@ -1,7 +1,7 @@
-"""Preemption: on SIGTERM or SIGUSR1 a run writes a checkpoint and ends. The same command resumes it.
+"""Preemption: on SIGTERM, SIGUSR1 or SIGHUP a run writes a checkpoint and ends. The same command resumes it.
 
 Slurm sends the signal of its option `--signal` before it requeues a job. Kubernetes sends SIGTERM before it removes a
-pod.
+pod. The system sends SIGHUP when a terminal is closed.
 """
 
 import logging
@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes.algorithm.distributed import global_max
-from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, TerminatedError, terminate
+from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, TerminatedError, leave_closed_terminal, terminate
 
 ECHO_SECONDS = 2.0  # a scheduler signals all processes, and then the launcher passes its own signal on to them
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class PreemptionCallback(TrainerCallback, ExportableState):
         self.evaluation_due = False  # of the run before: the trainer does it next
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        leave_closed_terminal(number)
         if self._received is None:
             self._received = number, time.monotonic()
         elif time.monotonic() - self._received[1] > ECHO_SECONDS:
@@ -74,6 +75,11 @@ class PreemptionCallback(TrainerCallback, ExportableState):
         if global_max(torch.tensor(number, device=args.device)).item():
             self.preempted = control.should_save = control.should_training_stop = True
             self.evaluation_due, control.should_evaluate = control.should_evaluate, False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave what is due at the end of an epoch to the resumed run: transformers also calls this after a stop."""
+        if self.preempted:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop listening, and leave.

@@ -3,14 +3,18 @@
 Imports only the standard library: a launcher must start at once.
 """
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# `nohup` starts a process that ignores SIGHUP, the signal of a closed terminal. It must go on ignoring it.
+_HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, *_HANGUP)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
@@ -24,7 +28,28 @@ def terminate(number: int, frame: FrameType | None) -> None:
     Raises:
         TerminatedError: Always.
     """
+    leave_closed_terminal(number)
     raise TerminatedError(128 + number)
+
+
+def leave_closed_terminal(number: int) -> None:
+    """After SIGHUP, write no more to a terminal that was closed: a write fails, and the failure would end the run."""
+    for descriptor in (1, 2) if number == signal.SIGHUP else ():
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, descriptor)
+            os.close(nothing)
+
+
+def terminate_on_hangup() -> None:
+    """Treat SIGHUP as SIGTERM in a program that handles only that."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        leave_closed_terminal(number)
+        signal.raise_signal(signal.SIGTERM)
+
+    for number in _HANGUP:
+        signal.signal(number, pass_on)
 
 
 @contextmanager
@@ -34,8 +59,12 @@ def signals_held() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield received
         return
-    numbers = (*SIGNALS, signal.SIGINT)
-    before: dict[int, Any] = {n: signal.signal(n, lambda number, frame: received.append(number)) for n in numbers}
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        leave_closed_terminal(number)
+        received.append(number)
+
+    before: dict[int, Any] = {number: signal.signal(number, hold) for number in (*SIGNALS, signal.SIGINT)}
     try:
         yield received
     finally:

@@ -8,10 +8,11 @@ One thread sends in order. Records that cannot be sent are kept in a file of JSO
 import json
 import logging
 import math
+import signal
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
@@ -19,16 +20,19 @@ from typing import Any
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import MAX_DATASET_NAME_SIZE, MAX_METRICS_PER_BATCH
 
-from rlhf_recipes.durability.termination import signals_held
+from rlhf_recipes.durability.termination import TerminatedError, signals_held
 from rlhf_recipes.tracking.lineage import note_model
 from rlhf_recipes.tracking.logged_model import send_model
 from rlhf_recipes.tracking.names import Names, clean_name
+from rlhf_recipes.tracking.unfinished import note_end, write_whole
 
 UNSENT_FILE = "mlflow_unsent.jsonl"
 PAUSE_SECONDS = 60.0  # between two attempts at a store that does not answer
+SIGNAL_SECONDS = 0.05  # until a signal is noticed while the last records are sent
 logger = logging.getLogger(__name__)
 
 
@@ -72,6 +76,11 @@ class Delivery:
         """Send a file to a folder of the run. The file must not change until it is sent."""
         self._submit({"artifact": str(file.resolve()), "folder": folder})
 
+    def log_missing_artifacts(self, files: list[Path], folder: str) -> None:
+        """Send the files that a folder of the run does not have."""
+        if files:
+            self._submit({"missing": [str(file.resolve()) for file in files], "folder": folder})
+
     def log_dataset(self, name: str, digest: str, context: str) -> None:
         """Send the identity of a dataset and its purpose."""
         source = {"source_type": "hf", "source": json.dumps({"path": name})}
@@ -85,6 +94,10 @@ class Delivery:
     def set_tags(self, tags: dict[str, str]) -> None:
         """Send tags."""
         self._submit({"tags": {clean_name(name): value for name, value in tags.items()}})
+
+    def set_killed(self) -> None:
+        """Send the status KILLED, for a process that may not come to its end."""
+        self._submit({"status": "KILLED"})
 
     def _submit(self, record: dict[str, Any]) -> None:
         self._worker.submit(self._send, self._origin | {"timestamp": int(time.time() * 1000)} | record)
@@ -110,14 +123,18 @@ class Delivery:
 
         A signal ends the wait: the remaining records are kept, and the run is KILLED.
         """
-        try:
-            self._worker.submit(bool).result()  # a signal in `shutdown` would make Python forget the thread
-        except BaseException:
-            self._paused_until = math.inf  # from now on, the worker only keeps
-            self._end("KILLED")
-            raise
+        with signals_held() as received:
+            sent = self._worker.submit(bool)
+            while not (sent.done() or received):
+                wait([sent], timeout=SIGNAL_SECONDS)
+            is_cut = not sent.done()
+            if is_cut:
+                self._paused_until = math.inf  # from now on, the worker only keeps
+            has_ended = self._end("KILLED" if is_cut else status)  # other signals come too late
+        if is_cut:
+            raise KeyboardInterrupt if received[0] == signal.SIGINT else TerminatedError(128 + received[0])
         self._worker.shutdown(wait=True)
-        if self._end(status):
+        if has_ended:
             with suppress(Exception):  # the store may answer again
                 send_unsent(self.unsent, mlflow.get_tracking_uri())
         if self.unsent.exists():
@@ -129,12 +146,12 @@ class Delivery:
 
     def _end(self, status: str) -> bool:
         """End the active run. Return whether the store took it."""
-        with signals_held():  # they come too late
-            try:
-                mlflow.end_run(status)
-            except Exception:  # the model matters more than its record
-                self._keep(self._origin | {"timestamp": int(time.time() * 1000), "status": status})
-                return False
+        try:
+            mlflow.end_run(status)
+        except Exception:  # the model matters more than its record
+            self._keep(self._origin | {"timestamp": int(time.time() * 1000), "status": status})
+            return False
+        note_end(str(self.unsent.parent))
         return True
 
 
@@ -154,23 +171,46 @@ def send_unsent(path: str | Path, tracking_uri: str | None = None) -> int:
     """
     if not Path(path).exists():
         return 0
-    records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    records = _records(Path(path))
     runs = defaultdict(list)
     for record in records:
         runs[tracking_uri or record["tracking_uri"], record["run_id"]].append(record)
+    kept: list[dict[str, Any]] = []
     for (uri, run_id), of_run in runs.items():
-        client = mlflow.MlflowClient(tracking_uri=uri)
-        names = Names()  # an earlier version kept names as they were
-        metrics = [metric for record in of_run for metric in _metrics(record, names)]
-        missing = _missing(client, run_id, metrics)
-        for start in range(0, len(missing), MAX_METRICS_PER_BATCH):
-            client.log_batch(run_id, metrics=missing[start : start + MAX_METRICS_PER_BATCH])
-        for record in of_run:
-            # A run that is not RUNNING has a newer status.
-            if "metrics" not in record and ("status" not in record or _is_running(client, run_id)):
-                _apply(client, record)
-    Path(path).unlink()
-    return len(records)
+        try:
+            _send_run(mlflow.MlflowClient(tracking_uri=uri), run_id, of_run)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            kept += of_run
+            logger.warning(f"The store does not have the run {run_id}: its {len(of_run)} records stay in {path}.")
+    if kept:
+        write_whole(Path(path), "".join(json.dumps(record) + "\n" for record in kept))
+    else:
+        Path(path).unlink()
+    return len(records) - len(kept)
+
+
+def _send_run(client: mlflow.MlflowClient, run_id: str, records: list[dict[str, Any]]) -> None:
+    names = Names()  # an earlier version kept names as they were
+    missing = _missing(client, run_id, [metric for record in records for metric in _metrics(record, names)])
+    for start in range(0, len(missing), MAX_METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=missing[start : start + MAX_METRICS_PER_BATCH])
+    for record in records:
+        # A run that is not RUNNING has a newer status.
+        if "metrics" not in record and ("status" not in record or _is_running(client, run_id)):
+            _apply(client, record)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Return the kept records. A process that was killed may have left a part of one."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            logger.warning(f"{path}, line {number}: the record is not whole, and is left out.")
+    return records
 
 
 def _is_running(client: mlflow.MlflowClient, run_id: str) -> bool:
@@ -199,7 +239,12 @@ def _apply(client: mlflow.MlflowClient, record: dict[str, Any]) -> None:
         context = InputTag(MLFLOW_DATASET_CONTEXT, record["context"])
         client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**record["dataset"]), tags=[context])])
     if "artifact" in record:
-        client.log_artifact(run_id, record["artifact"], record["folder"] or None)
+        _send_file(client, run_id, record["artifact"], record["folder"])
+    if "missing" in record:
+        known = {Path(file.path).name for file in client.list_artifacts(run_id, record["folder"])}
+        for path in record["missing"]:
+            if Path(path).name not in known:
+                _send_file(client, run_id, path, record["folder"])
     if "model" in record:
         model_id = send_model(client, run_id, record["model"], step=record["step"], timestamp=record["timestamp"])
         note_model(record["model"]["directory"], run_id, model_id)
@@ -207,6 +252,13 @@ def _apply(client: mlflow.MlflowClient, record: dict[str, Any]) -> None:
         client.set_tag(run_id, clean_name(name), value)
     if "status" in record:
         client.set_terminated(run_id, record["status"], record["timestamp"])
+
+
+def _send_file(client: mlflow.MlflowClient, run_id: str, path: str, folder: str) -> None:
+    if Path(path).is_file():
+        client.log_artifact(run_id, path, folder or None)
+    else:
+        logger.warning(f"{path} is gone: the run {run_id} is recorded without it.")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ from rlhf_recipes.tracking.lineage import write_run_file
 from rlhf_recipes.tracking.logged_model import describe_model
 from rlhf_recipes.tracking.starting import kept_environment
 from rlhf_recipes.tracking.store import end_run, open_run, system_metrics
+from rlhf_recipes.tracking.stuck import closed_when_stuck
+from rlhf_recipes.tracking.unfinished import note_end
 
 SHOWN_TABLES = 60  # the latest ones, which the page of MLflow shows: a tag holds at most 8,000 characters
 logger = logging.getLogger(__name__)
@@ -46,11 +48,13 @@ logger = logging.getLogger(__name__)
 class RunCallback(MLflowCallback):
     """The callback of transformers, which sends the records of the open run by a `Delivery`."""
 
-    def __init__(self, delivery: Delivery, output_dir: str, run: dict[str, str]) -> None:
+    def __init__(
+        self, delivery: Delivery, output_dir: str, run: dict[str, str], *, is_continued: bool = False
+    ) -> None:
         super().__init__()
         self.delivery = self._ml_flow = delivery
         self._output_dir = output_dir
-        self._run = run
+        self._run, self._is_continued = run, is_continued
         self._tables: list[Path] = []
         self._alarms = ""
         self.has_noted = False
@@ -61,9 +65,15 @@ class RunCallback(MLflowCallback):
         self._initialized = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the tables that the run sent before it was interrupted: the tag that shows tables lists them too."""
+        """Send again what a killed process may not have sent: the figures and tables until the checkpoint."""
         super().on_train_begin(args, state, control, **kwargs)
         self._tables = tables_until(self._output_dir, state.global_step)
+        if self._is_continued and state.is_world_process_zero:
+            for entry in state.log_history:
+                figures = {name: value for name, value in entry.items() if name != "step"}
+                self._ml_flow.log_metrics(figures, step=entry["step"])  # sends only those that the run does not have
+            self._ml_flow.log_missing_artifacts(self._tables, SAMPLES_DIRECTORY)
+            self._show_tables()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any = None, **kwargs: Any) -> None:
         """Send the metrics, and the tables of completions that the trainer wrote at this step."""
@@ -75,8 +85,16 @@ class RunCallback(MLflowCallback):
             self._ml_flow.log_artifact(table, SAMPLES_DIRECTORY)
         if tables:
             self._tables += tables
-            shown = [{"path": f"{SAMPLES_DIRECTORY}/{table.name}", "type": "table"} for table in self._tables]
+            self._show_tables()
+
+    def _show_tables(self) -> None:
+        shown = [{"path": f"{SAMPLES_DIRECTORY}/{table.name}", "type": "table"} for table in self._tables]
+        if shown:
             self._ml_flow.set_tags({LOGGED_ARTIFACTS: json.dumps(shown[-SHOWN_TABLES:])})
+
+    def save_into(self, folder: Path) -> None:
+        """Write the note of the run into a checkpoint, which a resume then cannot take for that of another run."""
+        write_run_file(folder, self._run)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the note of the run for a resume, and record the alarms."""
@@ -111,10 +129,10 @@ def track_run(
 ) -> Iterator[list[TrainerCallback]]:
     """Record the body of the `with` statement as one MLflow run, on the main process.
 
-    The run ends as FINISHED, as FAILED after an exception, or as KILLED after SIGTERM or Ctrl-C. The options become
-    parameters, where long values are shortened, and the artifact `config.yaml`, where they are not. A run that resumes
-    from a checkpoint continues the run of the checkpoint. Its recorded steps are not recorded again, because MLflow
-    deletes no values. An option that changed becomes a tag `resume.<option>`.
+    The run ends as FINISHED, as FAILED after an exception, or as KILLED after SIGTERM, SIGHUP or Ctrl-C. The options
+    become parameters, where long values are shortened, and the artifact `config.yaml`, where they are not. A run that
+    resumes from a checkpoint continues the run of the checkpoint. Its recorded steps are not recorded again, because
+    MLflow deletes no values. An option that changed becomes a tag `resume.<option>`.
 
     Args:
         tracking: Whether and where to record.
@@ -145,11 +163,11 @@ def _recorded(
     output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
     before, status, delivery, outer = mlflow.active_run(), "FAILED", None, _open.set(None)
     try:
-        note, last_steps = open_run(tracking, run_name, stage, configs)
-        delivery = Delivery(note["run_id"], note["tracking_uri"], output_dir, last_steps)
-        callback = RunCallback(delivery, output_dir, note)
+        note, last_steps = open_run(tracking, run_name, stage, configs, output_dir)
+        delivery = Delivery(note["run_id"], note["tracking_uri"], output_dir, last_steps or {})
+        callback = RunCallback(delivery, output_dir, note, is_continued=last_steps is not None)
         _open.set(callback)
-        with system_metrics(note["run_id"], resumed=bool(last_steps)):
+        with closed_when_stuck(delivery), system_metrics(note["run_id"], resumed=bool(last_steps)):
             yield callback
         if not callback.has_noted:  # else the note may already hold the id of the model
             callback.note()
@@ -166,6 +184,7 @@ def _recorded(
         elif mlflow.active_run() is not before:
             with suppress(Exception):
                 mlflow.end_run(status)
+                note_end(output_dir)
 
 
 def outcome(error: BaseException) -> str:
@@ -177,7 +196,7 @@ def outcome(error: BaseException) -> str:
 
 @contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """Turn SIGTERM and SIGUSR1 into exceptions inside. The exit code is the one of a shell, 143 or 138.
+    """Turn SIGTERM, SIGUSR1 and SIGHUP into exceptions inside. The exit code is the one of a shell, 143, 138 or 129.
 
     During training, `PreemptionCallback` answers the signals.
     """
@@ -250,7 +269,9 @@ def log_datasets(name: str | None, **datasets: Dataset | None) -> None:
 
 
 @contextmanager
-def track_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> Iterator[list[str]]:
+def track_pipeline(
+    tracking: TrackingArguments, run_name: str, seed: int, output_dir: str | None = None
+) -> Iterator[list[str]]:
     """Record a parent run of several stages, each of which runs in its own process.
 
     MLflow also works in its own process, because a forked stage must not inherit an open store.
@@ -259,6 +280,7 @@ def track_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> Ite
         tracking: Whether and where to record.
         run_name: Name in MLflow.
         seed: Seed of all stages.
+        output_dir: Directory for the note of the open run, by which the next start closes it after a SIGKILL.
 
     Yields:
         Command-line options that put the run of a stage under the parent. Empty without tracking.
@@ -270,7 +292,7 @@ def track_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> Ite
     with signals_as_exceptions():
         try:
             with signals_held() as received:  # else a run could be open whose id is not known here
-                note = _in_own_process(_open_pipeline, tracking, run_name, seed)
+                note = _in_own_process(_open_pipeline, tracking, run_name, seed, output_dir)
             if received:
                 terminate(received[0], None)
             yield ["--parent_run_id", note["run_id"]]
@@ -281,11 +303,11 @@ def track_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> Ite
         finally:
             if note is not None:
                 with signals_held():
-                    _in_own_process(end_run, tracking, note["run_id"], status)
+                    _in_own_process(end_run, tracking, note["run_id"], status, output_dir)
 
 
-def _open_pipeline(tracking: TrackingArguments, run_name: str, seed: int) -> dict[str, str]:
-    return open_run(tracking, run_name, "pipeline", (), seed=seed)[0]
+def _open_pipeline(tracking: TrackingArguments, run_name: str, seed: int, output_dir: str | None) -> dict[str, str]:
+    return open_run(tracking, run_name, "pipeline", (), output_dir, seed=seed)[0]
 
 
 def _in_own_process(function: Any, *arguments: Any) -> Any:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Run
+from mlflow.entities import Experiment, LifecycleStage, Run
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH
 
 from rlhf_recipes.durability.checkpoints import wished_checkpoint
@@ -18,6 +19,7 @@ from rlhf_recipes.options.recipes import TrackingArguments
 from rlhf_recipes.options.secrets import redact
 from rlhf_recipes.tracking.delivery import UNSENT_FILE, send_unsent
 from rlhf_recipes.tracking.lineage import read_run_file
+from rlhf_recipes.tracking.unfinished import UnusableRunError, close_unfinished, find_run, note_open, note_start
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +52,24 @@ def tags_of_environment() -> dict[str, Any]:
         ) from error
 
 
-def start_run(tracking: TrackingArguments, run_name: str, stage: str, configs: tuple[Any, ...]) -> tuple[Run, bool]:
-    """Start a new run, or choose the one to continue. Return it, and whether it is new."""
+def start_run(
+    tracking: TrackingArguments, run_name: str, stage: str, configs: tuple[Any, ...], output_dir: str | None
+) -> tuple[Run, bool]:
+    """Start a new run, or choose the one to continue. Return it, and whether it is new.
+
+    A note in `output_dir` names it before it gets a value. A run that a killed process left open there is closed.
+    """
     given, noted = _given_run(), _interrupted_run(configs)
     continued = noted if given is None else _part_of(given, noted, stage, configs)
+    close_unfinished(output_dir, continued)
     if continued is not None:
+        note_open(output_dir, continued.info.run_id)
         mlflow.set_experiment(experiment_id=continued.info.experiment_id)
         return mlflow.start_run(run_id=continued.info.run_id, log_system_metrics=False), False
-    mlflow.set_experiment(**_experiment(tracking, given))
+    experiment = _set_experiment(tracking, given)
     parent_run_id = tracking.parent_run_id
+    if parent_run_id is not None:
+        _known_run("parent_run_id", parent_run_id)
     if given is not None and parent_run_id is None:
         parent_run_id = given.info.run_id
         logger.warning(
@@ -67,23 +78,54 @@ def start_run(tracking: TrackingArguments, run_name: str, stage: str, configs: t
         )
     os.environ.pop("MLFLOW_RUN_ID", None)  # MLflow would continue that run
     options: dict[str, Any] = {"log_system_metrics": False, "parent_run_id": parent_run_id}
-    return mlflow.start_run(run_name=run_name[:MAX_ENTITY_KEY_LENGTH], **options), True
+    options["tags"] = note_start(output_dir, experiment.experiment_id)
+    run = mlflow.start_run(run_name=run_name[:MAX_ENTITY_KEY_LENGTH], **options)
+    note_open(output_dir, run.info.run_id)
+    return run, True
 
 
-def _experiment(tracking: TrackingArguments, given: Run | None) -> dict[str, str]:
-    """Return the experiment of a new run as an argument of `set_experiment`."""
-    if given is not None:
-        return {"experiment_id": given.info.experiment_id}
+def _set_experiment(tracking: TrackingArguments, given: Run | None) -> Experiment:
+    """Choose the experiment of a new run."""
     name, experiment_id = (os.environ.get(f"MLFLOW_EXPERIMENT_{kind}") for kind in ("NAME", "ID"))
-    if experiment_id and not (tracking.experiment_name or name):
-        return {"experiment_id": experiment_id}
-    return {"experiment_name": tracking.experiment_name or name or "rlhf_recipes"}
+    if given is not None:
+        return mlflow.set_experiment(experiment_id=given.info.experiment_id)
+    if tracking.experiment_name or not (name or experiment_id):
+        option, chosen = "experiment_name", {"experiment_name": tracking.experiment_name or "rlhf_recipes"}
+    elif name:
+        option, chosen = "MLFLOW_EXPERIMENT_NAME", {"experiment_name": name}
+    else:
+        option, chosen = "MLFLOW_EXPERIMENT_ID", {"experiment_id": str(experiment_id)}
+    with _refused_by_name(option, *chosen.values()):
+        return mlflow.set_experiment(**chosen)
+
+
+@contextmanager
+def _refused_by_name(option: str, value: str) -> Iterator[None]:
+    """Name the option whose value the store does not know: to start the server would not help."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        reason = redact(str(error.message)).strip().splitlines()[0][:300]
+        raise UnusableRunError(
+            f"`{option}` is {redact(value)[:100]}, which MLflow at {redact(mlflow.get_tracking_uri())} refuses: "
+            f"{reason} Set another value, or leave it out."
+        ) from error
 
 
 def _given_run() -> Run | None:
     """Return the run of `MLFLOW_RUN_ID`."""
     run_id = os.environ.get("MLFLOW_RUN_ID")
-    return mlflow.MlflowClient().get_run(run_id) if run_id else None
+    return _known_run("MLFLOW_RUN_ID", run_id) if run_id else None
+
+
+def _known_run(option: str, run_id: str) -> Run:
+    with _refused_by_name(option, run_id):
+        run = mlflow.MlflowClient().get_run(run_id)
+        if run.info.lifecycle_stage == LifecycleStage.DELETED:
+            raise MlflowException(f"Run '{run_id}' is deleted.", RESOURCE_DOES_NOT_EXIST)
+    return run
 
 
 def _part_of(given: Run, noted: Run | None, stage: str, configs: tuple[Any, ...]) -> Run | None:
@@ -116,11 +158,8 @@ def _interrupted_run(configs: tuple[Any, ...]) -> Run | None:
         note = checkpoint and (read_run_file(checkpoint) or read_run_file(config.output_dir))
         if not note:
             continue
-        try:
-            run = mlflow.MlflowClient().get_run(note["run_id"])
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+        run = find_run(note["run_id"])
+        if run is None:
             logger.warning(f"The run {note['run_id']} of {checkpoint} is not in this store: a new run begins.")
             return None
         unsent = Path(config.output_dir, UNSENT_FILE)

@@ -34,6 +34,7 @@ from rlhf_recipes.tracking.lineage import environment_tags, upstream_runs
 from rlhf_recipes.tracking.logged_model import UnknownModelError
 from rlhf_recipes.tracking.names import by_clean_name
 from rlhf_recipes.tracking.starting import start_run, tags_of_environment
+from rlhf_recipes.tracking.unfinished import UnusableRunError, note_end
 
 
 def flat_options(options: dict[str, dict[str, Any]], limit: int) -> dict[str, str]:
@@ -88,8 +89,13 @@ def check_registered_names(tracking: TrackingArguments) -> None:
 
 
 def open_run(
-    tracking: TrackingArguments, run_name: str, stage: str, configs: tuple[Any, ...], **tags: Any
-) -> tuple[dict[str, str], dict[str, int]]:
+    tracking: TrackingArguments,
+    run_name: str,
+    stage: str,
+    configs: tuple[Any, ...],
+    output_dir: str | None = None,
+    **tags: Any,
+) -> tuple[dict[str, str], dict[str, int] | None]:
     """Open a run, and record its options and lineage.
 
     Args:
@@ -97,10 +103,11 @@ def open_run(
         run_name: Name in MLflow.
         stage: Value of the tag `stage`.
         configs: Dataclasses with the options of the run.
+        output_dir: Directory for the note of an open run.
         tags: More tags.
 
     Returns:
-        The note for `write_run_file`, and the last recorded step of each metric.
+        The note for `write_run_file`, and the last recorded step of each metric; `None` for a new run.
 
     Raises:
         ValueError: If the store cannot be reached or written, or has no model that an option names; or if
@@ -116,14 +123,14 @@ def open_run(
         mlflow.set_tracking_uri(uri)
         with _migration_lock(uri):
             upstream = upstream_runs(*configs)
-            run, is_new = start_run(tracking, run_name, stage, configs)
-        last_steps = {} if is_new else _last_steps(run)
+            run, is_new = start_run(tracking, run_name, stage, configs, output_dir)
+        last_steps = None if is_new else _last_steps(run)
         tags |= {"stage": stage} | environment_tags(*configs)
         tags |= {f"lineage.{role}": note["run_id"] for role, note in upstream.items()}
         tags |= {"resume.recorded_until": max(last_steps.values())} if last_steps else {}
         _record_options(run, configs, tags, is_new=is_new)
         _record_inputs(run, [note["model_id"] for note in upstream.values() if "model_id" in note])
-    except UnknownModelError:
+    except (UnknownModelError, UnusableRunError):
         raise
     except Exception as error:  # a store and the network can raise any error
         if run is not None:
@@ -193,10 +200,11 @@ def _record_inputs(run: Run, model_ids: list[str]) -> None:
             client.log_inputs(run.info.run_id, models=[LoggedModelInput(model_id)])
 
 
-def end_run(tracking: TrackingArguments, run_id: str, status: str) -> None:
+def end_run(tracking: TrackingArguments, run_id: str, status: str, output_dir: str | None) -> None:
     """End a run that another process opened."""
     try:
         mlflow.MlflowClient(tracking_uri(tracking)).set_terminated(run_id, status)
+        note_end(output_dir)
     except MlflowException:
         logger.warning(f"MLflow does not answer: the run {run_id} has ended as {status} and stays RUNNING there.")
 

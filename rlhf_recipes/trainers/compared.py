@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
-from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from rlhf_recipes.data.messages import ends_in_prefill
@@ -131,22 +129,13 @@ class ComparedTrainer(SavingTrainer):
             self.held_out.check_baseline(checkpoint)
 
 
-class ProgressCallback(TrainerCallback):
-    """Restore the progress of a checkpoint, once transformers has set its sums to zero."""
-
-    def __init__(self, restore: Callable[[], None]) -> None:
-        self._restore = restore
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Call the method."""
-        self._restore()
-
-
 class RolloutTrainer(ComparedTrainer):
     """Resume inside a rollout, and in later epochs with the same order of the data, which TRL loses."""
 
     eos_token_ids: list[int]
     num_iterations: int
+    log_completions: bool
+    _logs: Any  # TRL's
     chat_template_kwargs: dict[str, Any]  # TRL's
     _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout
     _samples: list[dict[str, Any]]  # rows of the latest rollout
@@ -156,7 +145,6 @@ class RolloutTrainer(ComparedTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(ProgressCallback(self.restore_progress))
         if self.accelerator.is_main_process:
             warn_of_sampling(self)
 
@@ -193,41 +181,39 @@ class RolloutTrainer(ComparedTrainer):
         own = {"tools": vars(self).get("tools") or None, "chat_template": vars(self).get("chat_template")}
         return own | self.chat_template_kwargs
 
-    def _save_progress(self, folder: Path) -> None:
-        torch.save(self._progress(), folder / self._progress_file.format(self.accelerator.process_index))
-        super()._save_progress(folder)
-
     def _progress(self) -> dict[str, Any]:
-        """Return this rank's share of the current rollout, and the figures since the latest log."""
+        """Add this rank's share of the current rollout."""
         is_inside_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        return {
-            "num_processes": self.accelerator.num_processes,
+        return super()._progress() | {
             "step": self._step,
             "rollout": self._buffered_inputs if is_inside_rollout else None,
             "samples": self._samples,
-            "metrics": dict(self._metrics["train"]),
-            "loss": self._tr_loss,
-            "last_logged": self._globalstep_last_logged,
+            "completions": self._logged_completions(),
         }
 
+    def _logged_completions(self) -> dict[str, Any] | None:
+        """Return the rows of TRL's table of `log_completions`, but no images and no columns of the user's own."""
+        logs = self._logs
+        if not self.log_completions or logs["extra"] or hasattr(self.processing_class, "tokenizer"):
+            return None
+        rewards = {name: list(values) for name, values in logs["rewards"].items()}
+        return {"rewards": rewards, **{name: list(logs[name]) for name in ("prompt", "completion", "advantages")}}
+
     def restore_progress(self) -> None:
-        """Continue the rollout and the figures of the checkpoint that is resumed, if there is one."""
+        """Continue the rollout, too."""
+        super().restore_progress()
         if self._resumed_from is None:
             return
         progress = self._saved_progress(self._resumed_from, self.accelerator.process_index)
         # With another number of processes the shares of the rollout differ: it is then sampled again.
-        if progress.get("num_processes") != self.accelerator.num_processes:
-            return
-        self._step, self._buffered_inputs, self._samples = (progress[name] for name in ("step", "rollout", "samples"))
-        self._metrics["train"].clear()
-        self._metrics["train"].update(progress["metrics"])
-        self._tr_loss, self._globalstep_last_logged = progress["loss"], progress["last_logged"]
-
-    def _saved_progress(self, checkpoint: str, rank: int) -> dict[str, Any]:
-        """Return the progress that a rank has saved in a checkpoint, or nothing."""
-        path = Path(checkpoint, self._progress_file.format(rank))
-        progress = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        return dict(send_to_device(progress, self.accelerator.device))
+        if progress.get("num_processes") == self.accelerator.num_processes:
+            parts = (progress[name] for name in ("step", "rollout", "samples"))
+            self._step, self._buffered_inputs, self._samples = parts
+            table = dict(progress.get("completions") or {})
+            for name, values in table.pop("rewards", {}).items():
+                self._logs["rewards"][name].extend(values)
+            for name, values in table.items():
+                self._logs[name].extend(values)
 
     def check_start(self) -> None:
         """Check that an answer can end, too. A recipe has said it in its preflight."""

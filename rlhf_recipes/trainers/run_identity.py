@@ -5,15 +5,21 @@ Every checkpoint holds it beside the rest of PPO's state. A resume compares it w
 
 import json
 import logging
+from dataclasses import MISSING, fields
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftConfig
 
 from rlhf_recipes.data.digest import dataset_digest
 from rlhf_recipes.models.fingerprint import fingerprint
+from rlhf_recipes.models.quantization import quantization_of
 from rlhf_recipes.options.relevance import options_that_count
 from rlhf_recipes.rewards.protocol import scorer_of
 
+# Checkpoints of an earlier version lack these facts: there is then nothing to compare with.
+LATER_FACTS = ("the adapter", "`dtype`", "the quantisation")
+INCIDENTAL_FIELDS = ("peft_version", "base_model_name_or_path", "revision", "inference_mode")
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +45,7 @@ class RunIdentity:
         Raises:
             ValueError: If a fact differs. The message gives both values.
         """
-        names = sorted({*state, *self._facts})
+        names = sorted({*state, *self._facts} - {name for name in LATER_FACTS if name not in state})
         changed = [
             f"{name} was {state.get(name)}, is {self._facts.get(name)}"
             for name in names
@@ -74,3 +80,27 @@ def facts_of_run(args: Any, *, policy: Any, rewards: list[Any], train_dataset: A
     if args.reward_adapter is not None:
         facts["the reward adapter"] = fingerprint(args.reward_adapter)
     return facts | options_that_count(args)
+
+
+def facts_of_network(policy: Any, peft_config: PeftConfig | None) -> dict[str, Any]:
+    """Return how the policy was loaded and what is added to it, by name.
+
+    Args:
+        policy: Loaded policy, before anything is added to it.
+        peft_config: Adapter that will be added to it. Its defaults are left out: another version of PEFT has others.
+    """
+    quantization = quantization_of(policy)
+    adapter = None if peft_config is None else changed_fields(peft_config)
+    quantized = None if quantization is None else quantization.to_diff_dict()
+    facts = {"`dtype`": policy.dtype, "the quantisation": quantized, "the adapter": adapter}
+    return json.loads(json.dumps(facts, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
+def changed_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that differ from their defaults, but for those that name a version or place."""
+    values = {}
+    for field in fields(config):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if getattr(config, field.name) != default and field.name not in INCIDENTAL_FIELDS:
+            values[field.name] = getattr(config, field.name)
+    return values

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from rlhf_recipes.durability.trainer import DurableTrainer
+from rlhf_recipes.durability.progress import ProgressTrainer
 from rlhf_recipes.models.adapter_base import base_of_adapter, save_base
 from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.generation import mend_generation_config
 from rlhf_recipes.models.quantization import save_quantization
 
 
-class SavingTrainer(DurableTrainer):
+class SavingTrainer(ProgressTrainer):
     """Save a valid generation config, and beside an adapter the quantisation and the fingerprint of its base.
 
     `disable_dropout` holds for every dropout, where the trainer has this option.

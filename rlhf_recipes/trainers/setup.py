@@ -44,7 +44,7 @@ from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_fun
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.trainers.numbers import given_model
 from rlhf_recipes.trainers.reward_critic import check_critic
-from rlhf_recipes.trainers.run_identity import facts_of_run
+from rlhf_recipes.trainers.run_identity import facts_of_network, facts_of_run
 
 logger = logging.getLogger(__name__)
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of the adapter that training starts from
@@ -146,7 +146,7 @@ def prepare_parts(
         reward_funcs=scorers,
         critic_dataset=add_separator(mend_transcripts(critic_dataset), args.response_separator),
         data={**named, "processing_class": tokenizer},
-        facts=facts,
+        facts=facts | facts_of_network(policy, peft_config),
     )
 
 

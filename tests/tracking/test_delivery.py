@@ -4,10 +4,13 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from rlhf_recipes.durability.termination import TerminatedError, terminate
 from rlhf_recipes.tracking import delivery
@@ -20,10 +23,17 @@ class Store:
     error: Exception | None = None
 
     def __init__(self):
-        self.metrics, self.calls = [], 0
+        self.metrics, self.files, self.calls = [], [], 0
 
     def __call__(self, tracking_uri=None):
         return self
+
+    def log_artifact(self, run_id, path, folder):
+        Path(path).stat()  # as the real one, it fails without the file
+        self.files.append(path)
+
+    def list_artifacts(self, run_id, folder):
+        return [SimpleNamespace(path=f"{folder}/{Path(path).name}") for path in self.files]
 
     def log_batch(self, run_id, metrics):
         self.calls += 1
@@ -128,6 +138,69 @@ def test_what_cannot_be_sent_later_stays(tmp_path, store):
     assert path.exists()
 
 
+@pytest.mark.parametrize("kind", ["artifact", "missing"])
+def test_a_file_that_is_gone_holds_up_nothing(tmp_path, store, caplog, kind):
+    """Somebody has tidied up before the records could be sent."""
+    record = {"run_id": "run", "tracking_uri": "http://store", "timestamp": 5, "folder": "samples"}
+    gone, there = tmp_path / "gone.json", tmp_path / "there.json"
+    there.touch()
+    files = [{kind: str(gone)}, {kind: str(there)}] if kind == "artifact" else [{kind: [str(gone), str(there)]}]
+    lines = [record | file for file in files] + [record | {"metrics": {"loss": 1.0}, "step": 1}]
+    path = tmp_path / "mlflow_unsent.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert send_unsent(path) == len(lines)
+    assert (store.files, store.metrics) == ([str(there)], [("loss", 1, 1.0)])
+    assert not path.exists()
+    assert [f"{gone} is gone: the run run is recorded without it." in message for message in caplog.messages] == [True]
+
+
+def test_a_file_that_is_gone_stops_no_later_record(tmp_path, store):
+    sender = _open(tmp_path)
+    sender.log_artifact(tmp_path / "gone.json")
+    sender.log_metrics({"loss": 1.0}, step=1)
+    sender.close("FINISHED")
+    assert store.metrics == [("loss", 1, 1.0)]
+    assert not (tmp_path / "mlflow_unsent.jsonl").exists()
+
+
+def test_files_that_the_run_has_are_not_sent_again(tmp_path, store):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).touch()
+    store.files.append("a.json")
+    sender = _open(tmp_path)
+    sender.log_missing_artifacts([tmp_path / "a.json", tmp_path / "b.json"], "samples")
+    sender.close("FINISHED")
+    assert store.files == ["a.json", str(tmp_path / "b.json")]
+
+
+@pytest.mark.parametrize("rest", ['{"run_id": "ru', "{", "\x00\x00"])
+def test_a_record_that_a_killed_process_has_cut_is_left_out(tmp_path, store, caplog, rest):
+    record = {"run_id": "run", "tracking_uri": "http://store", "timestamp": 5, "metrics": {"loss": 1.0}, "step": 1}
+    path = tmp_path / "mlflow_unsent.jsonl"
+    path.write_text(f"{json.dumps(record)}\n{rest}")
+    assert send_unsent(path) == 1
+    assert store.metrics == [("loss", 1, 1.0)]
+    assert f"{path}, line 2: the record is not whole" in caplog.text
+
+
+def test_a_run_that_was_deleted_holds_up_no_other(tmp_path, store, monkeypatch, caplog):
+    record = {"tracking_uri": "http://store", "timestamp": 5, "metrics": {"loss": 1.0}, "step": 1}
+    path = tmp_path / "mlflow_unsent.jsonl"
+    path.write_text("".join(json.dumps(record | {"run_id": name}) + "\n" for name in ("gone", "run")))
+    read = store.get_metric_history
+
+    def history(run_id, name):
+        if run_id == "gone":
+            raise MlflowException("no such run", RESOURCE_DOES_NOT_EXIST)
+        return read(run_id, name)
+
+    monkeypatch.setattr(store, "get_metric_history", history)
+    assert send_unsent(path) == 1
+    assert store.metrics == [("loss", 1, 1.0)]
+    assert [kept["run_id"] for kept in _kept(tmp_path)] == ["gone"]
+    assert f"The store does not have the run gone: its 1 records stay in {path}." in caplog.text
+
+
 def test_two_judges_with_names_that_mlflow_refuses(tmp_path, store):
     sender = _open(tmp_path)
     for step in (1, 2):
@@ -170,3 +243,22 @@ def test_a_signal_while_the_run_ends(tmp_path, store, monkeypatch):
     sender._worker.shutdown(wait=True)
     assert ended == ["KILLED"]
     assert [record["step"] for record in _kept(tmp_path)] == [2, 3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_record_comes_too_late(tmp_path, store, monkeypatch, number):
+    """The worker has only to be shut down: a signal there must not leave the run open."""
+    ended = []
+    monkeypatch.setattr(mlflow, "end_run", ended.append)
+    sender = _open(tmp_path)
+    shutdown = sender._worker.shutdown
+    monkeypatch.setattr(
+        sender._worker, "shutdown", lambda **options: (os.kill(os.getpid(), number), shutdown(**options))
+    )
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with pytest.raises(TerminatedError if number == signal.SIGTERM else KeyboardInterrupt):
+            sender.close("FINISHED")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == ["FINISHED"]

@@ -1,5 +1,6 @@
 """The variables of MLflow decide where a run is recorded, and no run stays RUNNING, whatever is raised."""
 
+import json
 import os
 import shutil
 import signal
@@ -287,3 +288,80 @@ def test_a_note_of_another_run_does_not_take_the_given_one(client, monkeypatch, 
     monkeypatch.setattr("rlhf_recipes.tracking.starting.wished_checkpoint", lambda wish, directory: wish)
     _stage("sft", [1.0, 2.0, 3.0], resume_from_checkpoint=str(tmp_path / "out" / "sft"))
     assert _losses(client, given) == [1.0, 2.0, 3.0]
+
+
+def _deleted_run(client):
+    run_id = client.create_run(client.create_experiment("other")).info.run_id
+    client.delete_run(run_id)
+    return run_id
+
+
+def _deleted_experiment(client, *, by_name=False):
+    experiment_id = client.create_experiment("old")
+    client.delete_experiment(experiment_id)
+    return "old" if by_name else experiment_id
+
+
+UNKNOWN = {
+    "a run": ("MLFLOW_RUN_ID", lambda client: "0" * 32),
+    "a deleted run": ("MLFLOW_RUN_ID", _deleted_run),
+    "no id": ("MLFLOW_RUN_ID", lambda client: "my run"),
+    "an experiment": ("MLFLOW_EXPERIMENT_ID", lambda client: "4711"),
+    "a deleted experiment": ("MLFLOW_EXPERIMENT_ID", _deleted_experiment),
+    "a deleted name": ("MLFLOW_EXPERIMENT_NAME", lambda client: _deleted_experiment(client, by_name=True)),
+    "an option": ("experiment_name", lambda client: _deleted_experiment(client, by_name=True)),
+    "a parent": ("parent_run_id", lambda client: "0" * 32),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_a_name_that_the_store_does_not_have_is_refused_by_its_option(client, monkeypatch, case):
+    """To start the server, as for a store that does not answer, would not help."""
+    option, make = UNKNOWN[case]
+    value, tracking = make(client), {}
+    if option.isupper():
+        monkeypatch.setenv(option, value)
+    else:
+        tracking = {option: value}
+    with pytest.raises(
+        ValueError, match=f"^`{option}` is {value}, which MLflow at sqlite:.* refuses: .*or leave it out"
+    ):
+        _stage("sft", [1.0], tracking=tracking)
+    assert not _runs(client)
+
+
+def test_a_resume_of_a_run_that_was_deleted_begins_a_new_one(client, monkeypatch, tmp_path, caplog):
+    _stage("sft", [1.0])
+    client.delete_run(_runs(client)[0].info.run_id)
+    monkeypatch.setattr("rlhf_recipes.tracking.starting.wished_checkpoint", lambda wish, directory: wish)
+    _stage("sft", [1.0, 2.0], resume_from_checkpoint=str(tmp_path / "out" / "sft"))
+    (run,) = _runs(client)
+    assert _losses(client, run.info.run_id) == [1.0, 2.0]
+    assert "is not in this store: a new run begins" in caplog.text
+
+
+def test_an_output_directory_that_cannot_be_written_is_named(client, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match="^`output_dir` out/sft cannot be written"):
+        _stage("sft", [1.0])
+    assert not _runs(client)
+
+
+def test_an_open_run_of_another_store_stays(client, tmp_path, caplog):
+    folder = tmp_path / "out" / "sft"
+    folder.mkdir(parents=True)
+    (folder / "_mlflow_open.json").write_text('{"run_id": "a", "tracking_uri": "http://other"}')
+    _stage("sft", [1.0])
+    assert "It stays RUNNING in its store, http://other" in caplog.text
+    assert not (folder / "_mlflow_open.json").exists()
+
+
+def test_a_pipeline_that_was_killed_is_closed_by_the_next(client, tmp_path):
+    run_id = client.create_run(client.create_experiment("project")).info.run_id
+    (tmp_path / "_mlflow_open.json").write_text(json.dumps({"run_id": run_id, "tracking_uri": client.tracking_uri}))
+    with track_pipeline(TrackingArguments(), "all", seed=3, output_dir=str(tmp_path)) as (_, parent):
+        note = json.loads((tmp_path / "_mlflow_open.json").read_text())
+        assert note["run_id"] == parent
+        assert client.get_run(run_id).info.status == "KILLED"
+    assert client.get_run(parent).info.status == "FINISHED"
+    assert not (tmp_path / "_mlflow_open.json").exists()

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes.durability.checkpoints import checkpoints_by_age, publish
 from rlhf_recipes.durability.preemption import PreemptionCallback
-from rlhf_recipes.trainers.run_identity import RunIdentity, facts_of_run
+from rlhf_recipes.trainers.run_identity import LATER_FACTS, RunIdentity, facts_of_run
 
 pytestmark = pytest.mark.tiny
 
@@ -43,7 +44,7 @@ def _trainer(directory, kind="full", **kwargs):
         rewards=[tiny.reward_model(tok), _reward] if kind == "reward critic" else _reward,
         reward_tok=[tok, None] if kind == "reward critic" else None,
         data=tiny.prompts(count=20).map(lambda row, i: {"prompt": f"{row['prompt']} {i}"}, with_indices=True),
-        peft=tiny.lora() if peft else None,
+        peft=kwargs.pop("peft", tiny.lora() if peft else None),
         **{**SEVERAL_EPOCHS, "kl_controller": "adaptive", "kl_horizon": 64, "lr_scheduler_type": "linear", **kwargs},
     )
 
@@ -146,6 +147,33 @@ def test_another_number_of_processes_is_another_run(tmp_path, monkeypatch):
     monkeypatch.setattr(type(args), "world_size", 2)
     with pytest.raises(ValueError, match="the number of processes was 1, is 2"):
         RunIdentity(facts_of_run(args, **given), allow_changes=False).load_state_dict(one)
+
+
+OTHER_NETWORKS = {
+    "scale": ({"peft": tiny.lora(lora_alpha=3)}, "the adapter was .*'r': 4.*, is .*'lora_alpha': 3"),
+    "dropout": ({"peft": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3)}, "0.1.*, is .*0.3"),
+    "precision": ({"dtype": torch.float64}, "`dtype` was torch.float32, is torch.float64"),
+}
+
+
+def _adapted(directory, dtype=torch.float32, **kwargs):
+    tok = tiny.tokenizer()
+    return _trainer(directory, "lora", **{**SHORT, "model": tiny.policy(tok).to(dtype), **kwargs})
+
+
+@pytest.mark.parametrize(("change", "message"), OTHER_NETWORKS.values(), ids=OTHER_NETWORKS)
+def test_a_resume_with_another_network_is_refused(tmp_path, change, message):
+    """The weights alone do not tell: scale and dropout have none, and a load converts the precision."""
+    _adapted(tmp_path / "first", peft=tiny.lora()).train()
+    with pytest.raises(ValueError, match=f"The checkpoint is of another run: .*{message}"):
+        _adapted(tmp_path / "second", **{"peft": tiny.lora(), **change}).train(str(tmp_path / "first/checkpoint-4"))
+
+
+def test_a_checkpoint_that_does_not_know_its_network_resumes():
+    later = dict.fromkeys(LATER_FACTS, "new")
+    RunIdentity({"a": 1, **later}, allow_changes=False).load_state_dict({"a": 1})
+    with pytest.raises(ValueError, match="the reward adapter was None, is b"):
+        RunIdentity({"a": 1, "the reward adapter": "b"}, allow_changes=False).load_state_dict({"a": 1})
 
 
 def test_what_changes_no_number_may_change(tmp_path):
