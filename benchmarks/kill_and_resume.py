@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 
 from rlhf_recipes.durability.checkpoints import checkpoints_by_age
 
-TIMES = ("step_time", "runtime", "per_second")
+TIMES = ("step_time", "runtime", "per_second", "seconds")
 OWN = {
     "manifest.json",
     "mlflow_run.json",
