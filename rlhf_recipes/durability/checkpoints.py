@@ -103,7 +103,7 @@ def checkpoints_by_age(output_dir: str | Path) -> list[Path]:
     """Return the checkpoints of a run: the abandoned ones, then the others by their number.
 
     The number only grows. Neither the step nor the clock shows the age: a run that went back writes lower steps later,
-    and a clock can be set back. Checkpoints of older releases have no number: their times order them before all others.
+    and a clock can be set back. Checkpoints of older releases have no number: their times order them before the rest.
     A damaged list hides the age. Such a checkpoint counts as the newest, so that a resume names it.
     """
     return sorted(_numbered(Path(output_dir)), key=_age)

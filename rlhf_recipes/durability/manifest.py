@@ -79,7 +79,7 @@ def _checked(found: Any) -> Manifest:
         raise ValueError("not what was written")
     if type(number) is not int or not isinstance(written, int | float) or not 0 <= written < 1e12:
         raise ValueError("no number or time")
-    if not isinstance(files, dict) or not files or not all(map(_is_sound, files, files.values())):
+    if not isinstance(files, dict) or (is_old and not files) or not all(map(_is_sound, files, files.values())):
         raise ValueError("no files, or files of another folder")
     sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     return Manifest(sizes, float(written), number)

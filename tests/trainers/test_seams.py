@@ -15,6 +15,7 @@ import mlflow.utils.validation
 import pytest
 import tiny
 import torch
+import torch.distributed.checkpoint.utils
 import trl
 from mlflow.entities import RunData
 from packaging.version import Version
@@ -85,6 +86,8 @@ SIGNATURES = {
     (Trainer, "_save_checkpoint"): ["self", "model", "trial"],
     (Trainer, "_evaluate"): ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
     (Trainer, "_determine_best_metric"): ["self", "metrics", "trial"],
+    (Trainer, "_finalize_training"): ["self", "trial", "num_train_samples", "start_time"],
+    (Trainer, "_load_best_model"): ["self"],
     (Trainer, "_init_training_state"): [
         "self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
     ],
@@ -105,6 +108,7 @@ SIGNATURES = {
         "model", "accelerator", "gather_deepspeed3_params", "generation_kwargs", "gradient_checkpointing_kwargs",
     ],
     (reward_trainer, "suppress_seqcls_warning"): [],
+    (torch.distributed.checkpoint.utils, "_create_file_view"): ["file", "offset", "length"],
     (utils, "FusedCausalLMOutput"): [
         "loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss",
     ],
@@ -132,6 +136,7 @@ ATTRIBUTES = [
     (RLOOTrainer, "_step"),
     (RewardTrainer, "_metrics"),
     (Trainer, "_globalstep_last_logged"),
+    (Trainer, "_initial_global_step"),
     (Trainer, "_internal_call"),  # a parameter
     (Trainer, "_tr_loss"),
     (PretrainedConfig, "_attn_implementation"),
