@@ -82,11 +82,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _check(folder: Path, path: Path) -> None:
-    """Check one file.
-
-    Raises:
-        Exception: If it may run code.
-    """
+    """Check one file. Any error means that it may run code."""
     if not path.is_file():
         raise _Refused("is a link to a folder, or no file")
     if path.parent == folder and path.name in TAGS:
