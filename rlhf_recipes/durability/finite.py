@@ -102,7 +102,7 @@ class FiniteTrainer(Trainer):
         """
         if not all_finite(self._trained_weights()):
             step = self.state.global_step
-            reason = f"Step {step}: the loss and its gradient were finite, but the step made weights that are not."
+            reason = f"Step {step} made weights that are not finite, from a finite loss and a finite gradient."
             raise self.diverged(reason, f"{self._advice()} {STEP_ADVICE}", step - 1)
 
     def check_moments(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 MANIFEST_FILE = "manifest.json"
 HASHING_THREADS = 8
+LARGEST = 2**28  # bytes of a list; one of a million files has fewer
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Return the list of a folder; `None` if it is missing, not readable or not sound, whatever it contains."""
     path = folder / MANIFEST_FILE
     try:
-        # A device or a pipe in its place would never end.
-        return _checked(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file() or path.stat().st_size > LARGEST:  # a device or a pipe in its place would never end
+            return None
+        return _checked(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return None
 

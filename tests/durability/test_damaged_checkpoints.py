@@ -146,6 +146,13 @@ PLACES = {
 }
 
 
+def test_a_list_of_a_terabyte_is_not_read(run):
+    path = run / "checkpoint-4" / MANIFEST_FILE
+    with _changed(path) as before:
+        os.truncate(path, 2**40)  # with a hole: it takes no place
+        _check(run, MANIFEST_FILE, before)
+
+
 @pytest.mark.parametrize("make", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("name", [MANIFEST_FILE, "trainer_state.json", "rng_state.pth"])
 def test_what_is_no_file_is_survived(run, name, make):

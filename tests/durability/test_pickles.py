@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from processes import run_in_processes
 from torch.distributed import checkpoint as sharded
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from rlhf_recipes.durability import pickles
 from rlhf_recipes.durability.checkpoints import STAGING, publish
@@ -156,6 +160,35 @@ def checkpoint(request, plain, tmp_path):
     elif request.param == "sharded":
         _sharded(folder)
     return folder
+
+
+def _save_on_a_rank(rank, world_size, folder):
+    """Save a model and its optimizer as accelerate saves those of FSDP2."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    states = {"pytorch_model_fsdp_0": {"model": get_model_state_dict(model)}}
+    states["optimizer_0"] = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    for name, state in states.items():
+        writer, planner = sharded.FileSystemWriter(f"{folder}/{name}"), sharded.DefaultSavePlanner()
+        sharded.save(state, storage_writer=writer, planner=planner)
+
+
+@pytest.mark.distributed
+def test_what_two_ranks_of_fsdp2_write_is_not_refused(tmp_path):
+    run_in_processes(_save_on_a_rank, 2, str(tmp_path))
+    assert len(list(tmp_path.rglob("*.distcp"))) == 4
+    refuse_code(tmp_path)
+    for shard in tmp_path.rglob("*.distcp"):
+        before = shard.read_bytes()
+        shard.write_bytes(before.replace(b"OrderedDict", b"UserStrings"))
+        with pytest.raises(
+            ValueError, match="may run code when it is loaded: .*/.metadata calls 'collections.UserStr"
+        ):
+            refuse_code(tmp_path)
+        shard.write_bytes(before)
 
 
 each_engine = pytest.mark.parametrize("checkpoint", ENGINES, indirect=True)

@@ -77,9 +77,7 @@ def test_a_step_that_spoils_the_weights_ends_the_run(tmp_path, make, step, value
     trainer = make(tmp_path, eval_strategy="steps", eval_steps=4)
     trainer.add_callback(After(lambda *given: _spoil(*given, value=value), **{f"_{step}": 1}))
     good = step - 1 if step % 2 else step - 2
-    message = (
-        rf"Step {step}: the loss and its gradient were finite, .*last good checkpoint is \S*checkpoint-{good}\. Lower"
-    )
+    message = rf"Step {step} made weights that are not finite, .*last good checkpoint is \S*checkpoint-{good}\. Lower"
     with pytest.raises(DivergedError, match=message):
         trainer.train()
     _check_saved(tmp_path)
@@ -99,7 +97,7 @@ OPTIONS = [
 @pytest.mark.parametrize("make", [_sft, _rm, _ppo])
 @pytest.mark.parametrize("options", OPTIONS, ids=[" ".join(map(str, options)) for options in OPTIONS])
 def test_options_that_spoil_the_weights(tmp_path, make, options):
-    with pytest.raises(ValueError, match=r"not finite|that are not\.|`weight_decay` must be a number"):
+    with pytest.raises(ValueError, match="not finite|`weight_decay` must be a number"):
         make(tmp_path, **options).train()
     _check_saved(tmp_path)
 
@@ -123,7 +121,7 @@ def test_ppo_goes_back_before_a_step_that_spoiled_the_weights(tmp_path, step, na
 def test_ppo_without_a_checkpoint_ends_with_the_cause(tmp_path):
     trainer = _ppo(tmp_path, save_strategy="no")
     trainer.add_callback(After(_spoil, _8=1))
-    with pytest.raises(DivergedError, match=r"Step 8: the loss and its gradient were finite.*`adam_epsilon`"):
+    with pytest.raises(DivergedError, match=r"Step 8 made weights that are not finite, .*`adam_epsilon`"):
         trainer.train()
 
 
