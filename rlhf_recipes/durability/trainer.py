@@ -130,7 +130,7 @@ class DurableTrainer(FiniteTrainer):
     def _owes_checkpoint(self) -> bool:
         """Return whether a resume would train again what this run has trained."""
         step = self.state.global_step
-        if self.args.save_strategy == SaveStrategy.NO or self.args.save_only_model or self._is_preempted():
+        if self.args.save_strategy == SaveStrategy.NO or self.args.save_only_model:
             return False
         is_at_end = step >= self.state.max_steps and step > self._initial_global_step  # else there was nothing to do
         return not self._saved_end if self._has_stopped else is_at_end and self._saved_step != step
@@ -174,7 +174,7 @@ class DurableTrainer(FiniteTrainer):
         self.accelerator.wait_for_everyone()
         self._staging = str(staged.parent)
         # Weights alone cannot be resumed.
-        is_left = self._has_failed or self._is_preempted()
+        is_left = self._has_failed or any(callback.preempted for callback in self._preemption_callbacks())
         only_model = self.args.save_only_model and not is_left
         try:
             with self._options(with_changes(self.args, save_only_model=only_model)):
@@ -207,9 +207,6 @@ class DurableTrainer(FiniteTrainer):
             keep = [self.state.best_model_checkpoint]
             remove_old(run_dir, self.args.save_total_limit, keep, published=final)
         self.accelerator.wait_for_everyone()
-
-    def _is_preempted(self) -> bool:
-        return any(callback.preempted for callback in self._preemption_callbacks())
 
     def _preemption_callbacks(self) -> list[PreemptionCallback]:
         # A restored checkpoint replaces the callback by another instance: look it up each time.

@@ -146,6 +146,16 @@ PLACES = {
 }
 
 
+@pytest.mark.parametrize("above", ["../checkpoint-2/", "{run}/checkpoint-2/"])
+def test_a_list_of_the_files_of_another_checkpoint_is_not_sound(run, above):
+    path = run / "checkpoint-4" / MANIFEST_FILE
+    with _changed(path) as before:
+        found = json.loads((run / "checkpoint-2" / MANIFEST_FILE).read_text())
+        files = {above.format(run=run) + name: entry for name, entry in found["files"].items()}
+        path.write_text(json.dumps({"files": files, "written": 4e9}))
+        _check(run, MANIFEST_FILE, before)
+
+
 def test_a_list_of_a_terabyte_is_not_read(run):
     path = run / "checkpoint-4" / MANIFEST_FILE
     with _changed(path) as before:

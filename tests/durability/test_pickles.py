@@ -13,6 +13,7 @@ import tiny
 import torch
 from processes import run_in_processes
 from torch.distributed import checkpoint as sharded
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -184,9 +185,7 @@ def test_what_two_ranks_of_fsdp2_write_is_not_refused(tmp_path):
     for shard in tmp_path.rglob("*.distcp"):
         before = shard.read_bytes()
         shard.write_bytes(before.replace(b"OrderedDict", b"UserStrings"))
-        with pytest.raises(
-            ValueError, match="may run code when it is loaded: .*/.metadata calls 'collections.UserStr"
-        ):
+        with pytest.raises(ValueError, match=r"may run code .*/\.metadata calls 'collections\.UserStr"):
             refuse_code(tmp_path)
         shard.write_bytes(before)
 
@@ -252,6 +251,9 @@ def _rewritten(folder, change):
 SHARD_KINDS = {
     "a call": lambda folder, mark: _metadata(folder).write_bytes(pickle.dumps(_touch(mark))),
     "a name with dots": lambda folder, mark: _metadata(folder).write_bytes(HOSTILE["a name with dots"](mark)),
+    "a call beside the parts": lambda folder, mark: _rewritten(folder, lambda m: setattr(m, "modules", _touch(mark))),
+    "a part of another class": lambda folder, mark: _rewritten(folder, _recast),
+    "a list of another kind": lambda folder, mark: _metadata(folder).write_bytes(pickle.dumps(StorageMeta())),
     "another object": lambda folder, mark: _metadata(folder).write_bytes(pickle.dumps({"storage_data": {}})),
     "nothing": lambda folder, mark: _metadata(folder).write_bytes(b""),
     "a part elsewhere": lambda folder, mark: _rewritten(folder, lambda m: _point(m, relative_path="../scheduler.pt")),
@@ -266,6 +268,12 @@ SHARD_KINDS = {
 
 def _point(metadata, **changes):
     vars(next(iter(metadata.storage_data.values()))).update(changes)
+
+
+def _recast(metadata):
+    other, name = MetadataIndex("optimizer"), next(iter(metadata.storage_data))
+    vars(other).update(vars(metadata.storage_data[name]))
+    metadata.storage_data[name] = other
 
 
 def _append(folder, mark):
