@@ -3,14 +3,11 @@
 The trainers decide about the contents of a checkpoint.
 """
 
-import hashlib
-import json
 import logging
+import math
 import os
 import shutil
-import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-MANIFEST_FILE = "manifest.json"
+from rlhf_recipes.durability.manifest import MANIFEST_FILE, Manifest, hashes, read_manifest, write_manifest
+
 ABANDONED_FILE = "abandoned.txt"  # in a checkpoint from which a run went back: the reason
 STAGING = "_unfinished"  # folder of the output directory for checkpoints that are not whole; a push skips `_*`
-HASHING_THREADS = 8
 logger = logging.getLogger(__name__)
 
 
@@ -34,11 +31,8 @@ def publish(staged: Path, final: Path) -> None:
         staged: Folder with the checkpoint, on the same file system as `final`.
         final: Final folder.
     """
-    names = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
-    hashes = _hashes(staged, [name for name in names if name != MANIFEST_FILE])
-    files = {name: {"bytes": (staged / name).stat().st_size, "sha256": digest} for name, digest in hashes.items()}
-    manifest = {"written": time.time(), "files": files}
-    (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    others = (read_manifest(path) for path in _numbered(final.parent))
+    write_manifest(staged, 1 + max((other.number for other in others if other is not None), default=0))
     for path in (*staged.rglob("*"), staged):
         _to_disk(path)
     if final.exists():
@@ -48,15 +42,12 @@ def publish(staged: Path, final: Path) -> None:
     shutil.rmtree(staged.parent)
 
 
-def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the hash of each file by its path in the folder."""
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True))
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _finish_publishing(output_dir: Path) -> None:
+    """Rename what `publish` had written to the end when it was killed: it may have moved away the one before."""
+    for staged in _numbered(output_dir / STAGING):
+        final = output_dir / staged.name
+        if not final.exists() and find_defect(staged) is None:
+            staged.rename(final)
 
 
 def _to_disk(path: Path) -> None:
@@ -70,28 +61,34 @@ def _to_disk(path: Path) -> None:
 def find_defect(checkpoint: str | Path) -> str | None:
     """Return the defect of a checkpoint, as the end of a sentence; `None` if every file is unchanged."""
     folder = Path(checkpoint)
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         return f"has no readable {MANIFEST_FILE}, so it was not written to the end, or by something else"
-    files = manifest["files"]
-    for name, expected in files.items():
+    try:
+        return _missing(folder, manifest) or _changed(folder, manifest)
+    except OSError as error:
+        return f"cannot be read ({error})"
+
+
+def _missing(folder: Path, manifest: Manifest) -> str | None:
+    for name, (expected, _) in manifest.files.items():
         if not (folder / name).is_file():
             return f"lacks {name}"
-        if (size := (folder / name).stat().st_size) != expected["bytes"]:
-            return f"has {size} bytes of {name} instead of {expected['bytes']}"
-    changed = [name for name, digest in _hashes(folder, files).items() if digest != files[name]["sha256"]]
+        if (size := (folder / name).stat().st_size) != expected:
+            return f"has {size} bytes of {name} instead of {expected}"
+    return None
+
+
+def _changed(folder: Path, manifest: Manifest) -> str | None:
+    found = hashes(folder, manifest.files)
+    changed = [name for name, (_, digest) in manifest.files.items() if found[name] != digest]
     return f"holds another {changed[0]} than was written" if changed else None
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def abandon(checkpoint: Path, reason: str) -> None:
     """Mark a checkpoint from which a run went back: it stays, and only its name resumes it."""
+    if is_abandoned(checkpoint):
+        return
     (checkpoint / ABANDONED_FILE).write_text(f"{reason}\n", encoding="utf-8")
     for path in (checkpoint / ABANDONED_FILE, checkpoint):
         _to_disk(path)
@@ -99,23 +96,41 @@ def abandon(checkpoint: Path, reason: str) -> None:
 
 def is_abandoned(checkpoint: Path) -> bool:
     """Return whether `abandon` has marked a checkpoint."""
-    return (checkpoint / ABANDONED_FILE).exists()
+    return os.path.lexists(checkpoint / ABANDONED_FILE)
 
 
 def checkpoints_by_age(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoints of a run: first the abandoned ones, then the others by the time of writing.
+    """Return the checkpoints of a run: the abandoned ones, then the others by their number.
 
-    The step does not show the age: a run that went back writes lower steps later.
+    The number only grows. Neither the step nor the clock shows the age: a run that went back writes lower steps later,
+    and a clock can be set back. Checkpoints of older releases have no number: their times order them before the rest.
+    A damaged list hides the age. Such a checkpoint counts as the newest, so that a resume names it.
     """
-    found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in found if path.is_dir()}
-    numbered = {path: int(step) for path, step in steps.items() if step.isdecimal()}
-    return sorted(numbered, key=lambda path: (not is_abandoned(path), _written(path), numbered[path]))
+    return sorted(_numbered(Path(output_dir)), key=_age)
 
 
-def _written(checkpoint: Path) -> float:
-    manifest = _manifest(checkpoint)
-    return checkpoint.stat().st_mtime if manifest is None else float(manifest["written"])
+def _numbered(folder: Path) -> list[Path]:
+    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return [path for path in found if _step(path).isdecimal() and path.is_dir()]
+
+
+def _step(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+
+
+def _age(checkpoint: Path) -> tuple[bool, float, float, int]:
+    manifest, step = read_manifest(checkpoint), int(_step(checkpoint))
+    number, written = (math.inf, 0.0) if manifest is None else (manifest.number, manifest.written)
+    return not is_abandoned(checkpoint), number, written, step
+
+
+def _has_files(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has all files with their sizes. This costs less than `find_defect`."""
+    manifest = read_manifest(checkpoint)
+    try:
+        return manifest is not None and _missing(checkpoint, manifest) is None
+    except OSError:
+        return False
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -129,11 +144,13 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def wished_checkpoint(resume: str | bool | None, output_dir: str) -> Path | None:
-    """Return the checkpoint that `resume_from_checkpoint` asks for, whole or not."""
+    """Return the checkpoint that `resume_from_checkpoint` asks for. No file is compared with its hash."""
     wish = _wish(resume)
     if wish == "false":
         return None
-    return ([None, *checkpoints_by_age(output_dir)])[-1] if wish == "true" else Path(str(resume))
+    if wish != "true":
+        return Path(str(resume))
+    return ([None, *sorted(checkpoints_by_age(output_dir), key=_has_files)])[-1]
 
 
 def _wish(resume: str | bool | None) -> str:
@@ -158,8 +175,9 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | No
     answer: list[Any] = [None, None]  # a checkpoint and its defect, found by one process for all
     if PartialState().is_main_process:
         if wish == "true":
+            _finish_publishing(Path(output_dir))
             answer[0] = last_checkpoint(output_dir)
-        elif not Path(str(resume)).is_dir():
+        elif not os.path.isdir(str(resume)):
             answer[1] = "does not exist"
         else:
             answer = [str(resume), find_defect(str(resume))]
@@ -172,18 +190,38 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | No
     return checkpoint
 
 
-def remove_old(output_dir: str | Path, limit: int | None, keep: Iterable[str | None]) -> None:
-    """Delete the oldest checkpoints beyond a number, but never the latest one.
+def remove_old(
+    output_dir: str | Path, limit: int | None, keep: Iterable[str | None], *, published: Path | None = None
+) -> None:
+    """Delete the oldest checkpoints beyond a number, but never the latest one, and never the last that is whole.
 
     Args:
         output_dir: Output directory of the run.
         limit: Number of checkpoints that may stay; `None` or 0: all.
         keep: Checkpoints that always stay, such as the best one.
+        published: Checkpoint that was written just now. It is whole, and so nothing needs to be hashed.
     """
     if not limit:
         return
-    checkpoints = checkpoints_by_age(output_dir)
+    checkpoints = sorted(checkpoints_by_age(output_dir), key=lambda path: (not is_abandoned(path), _has_files(path)))
     kept = {Path(path).resolve() for path in keep if path is not None} | {c.resolve() for c in checkpoints[-1:]}
     spare = [checkpoint for checkpoint in checkpoints if checkpoint.resolve() not in kept]
-    for checkpoint in spare[: max(0, len(checkpoints) - max(limit, len(kept)))]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    spare = spare[: max(0, len(checkpoints) - max(limit, len(kept)))]
+    if spare and published is None:
+        whole = next((c for c in reversed(checkpoints) if not is_abandoned(c) and find_defect(c) is None), None)
+        spare = [checkpoint for checkpoint in spare if checkpoint != whole]
+    _remove(spare, Path(output_dir, STAGING))
+
+
+def _remove(checkpoints: list[Path], staging: Path) -> None:
+    """Move checkpoints out of sight in one step each, then delete them: half a checkpoint must not count as one."""
+    if not checkpoints:
+        return
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed here
+    staging.mkdir(exist_ok=True)
+    for checkpoint in checkpoints:
+        try:
+            checkpoint.rename(staging / f"removed-{checkpoint.name}")
+        except OSError as error:
+            logger.warning(f"{checkpoint} is beyond `save_total_limit` and could not be removed: {error}")
+    shutil.rmtree(staging, ignore_errors=True)

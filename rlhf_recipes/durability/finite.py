@@ -3,17 +3,20 @@
 A mixin for TRL's trainers, of overrides of `transformers.Trainer`.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.nn.utils import get_total_norm
+from transformers import Trainer, TrainerCallback
 
 from rlhf_recipes.algorithm.distributed import global_max
 
 MAX_OVERFLOWS = 20  # under fp16: the loss scale starts at 2**16, and each overflow halves it
+STEP_ADVICE = "Look at `adam_epsilon`, which must be above 0, and at `weight_decay` and `max_grad_norm`."
 ADVICE = "and train in `bf16` or float32 rather than `fp16` or float16."
 
 
@@ -24,18 +27,31 @@ class DivergedError(ValueError):
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether all numbers are finite, on all ranks. Every rank must make the call.
 
-    Of a weight in shards, each rank looks at its own shard. This costs one reduction and one wait for the device.
+    Of a weight in shards, each rank looks at its own shard. This reads each number once, and costs one reduction and
+    one wait for the device.
     """
-    flags = [own_part(tensor).isfinite().all() for tensor in tensors if tensor.is_floating_point()]
-    device = PartialState().device  # DeepSpeed's processes reduce nothing on a CPU beside GPUs
-    flags = [torch.ones((), dtype=torch.bool, device=device), *(flag.to(device) for flag in flags if not flag.is_meta)]
-    return not global_max(torch.stack(flags).all().logical_not().int()).item()
+    own = [own_part(tensor) for tensor in tensors if tensor.is_floating_point()]
+    own = [tensor for tensor in own if not tensor.is_meta and tensor.numel()]
+    # The largest number does not overflow, as a sum would. DeepSpeed's processes reduce nothing on a CPU beside GPUs.
+    largest = get_total_norm(own, norm_type=math.inf).to(PartialState().device)
+    return not global_max(largest.isfinite().logical_not().int()).item()
 
 
 def own_part(tensor: Any) -> Tensor:
     """Return the shard of this rank: of a parameter under ZeRO-3, or of FSDP2's. Return other tensors unchanged."""
     tensor = getattr(tensor, "ds_tensor", tensor).detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class AfterStep(TrainerCallback):
+    """Call a check after each optimiser step, before anything samples, evaluates or saves."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call the check."""
+        self._check()
 
 
 class FiniteTrainer(Trainer):
@@ -50,6 +66,7 @@ class FiniteTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._losses: list[Tensor] = []  # of this optimiser step
         super().__init__(*args, **kwargs)
+        self.add_callback(AfterStep(self.check_step))
 
     def check_start(self) -> None:
         """Check the weights that training starts from.
@@ -71,11 +88,47 @@ class FiniteTrainer(Trainer):
         Raises:
             DivergedError: If one is not finite.
         """
-        if not all_finite(weight for weight in self.model.parameters() if weight.requires_grad):
+        if not all_finite(self._trained_weights()):
             raise DivergedError(
                 f"The weights are not finite after step {self.state.global_step}, so they are not saved. "
                 f"{self._way_back()} {self._advice()}"
             )
+
+    def check_step(self) -> None:
+        """Check the weights that an optimiser step has made. Its loss and its gradient may have been finite.
+
+        Raises:
+            DivergedError: If one is not finite.
+        """
+        if not all_finite(self._trained_weights()):
+            step = self.state.global_step
+            reason = f"Step {step} made weights that are not finite, from a finite loss and a finite gradient."
+            raise self.diverged(reason, f"{self._advice()} {STEP_ADVICE}", step - 1)
+
+    def check_moments(self) -> None:
+        """Check the state of the optimiser before it is written into a checkpoint.
+
+        Raises:
+            DivergedError: If a number of it is not finite: from then on, its weights do not move.
+        """
+        states = getattr(self.optimizer, "state", {}).values()
+        if not all_finite(x for state in states for x in state.values() if isinstance(x, Tensor)):
+            step = self.state.global_step
+            reason = f"Step {step}: the state of the optimizer is not finite, so no checkpoint is written."
+            raise self.diverged(reason, f"{self._advice()} {STEP_ADVICE}", step - 1)
+
+    def diverged(self, reason: str, advice: str, latest: int) -> Exception:
+        """Return the error that ends a training.
+
+        Args:
+            reason: Sentence that says what happened.
+            advice: Sentences that say what to change.
+            latest: Last optimiser step whose checkpoint is good.
+        """
+        return DivergedError(f"{reason} {self._way_back()} {advice}")
+
+    def _trained_weights(self) -> Iterator[Tensor]:
+        return (weight for weight in self.model.parameters() if weight.requires_grad)
 
     def _advice(self) -> str:
         return f"Lower {self._too_large}, {ADVICE}"

@@ -1,12 +1,14 @@
 """The state that PPO keeps between rollouts and that no library saves: one JSON file in every checkpoint."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 STATE_FILE = "ppo_state.json"
 PROGRESS_FILE = "ppo_progress_{}.pt"  # by rank: its share of the current rollout, and sums since the latest log
+MOVING = {"reward_normalizer", "kl_controller"}  # parts from whose numbers a training continues
 
 
 class Stateful(Protocol):
@@ -30,10 +32,19 @@ def load_ppo_state(folder: Path, parts: Mapping[str, Stateful], file: str = STAT
 
     Raises:
         FileNotFoundError: If the checkpoint has no such file.
+        ValueError: If a number that moves with the training is not finite.
     """
     path = folder / file
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: PPOTrainer did not write {folder}, or not to the end.")
     state = json.loads(path.read_text(encoding="utf-8"))
+    for name in MOVING & parts.keys():
+        _check_finite(path, name, state[name])
     for name, part in parts.items():
         part.load_state_dict(state[name])
+
+
+def _check_finite(path: Path, part: str, state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path} has {value} as `{name}` of `{part}`. Resume from an earlier checkpoint.")

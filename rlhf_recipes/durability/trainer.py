@@ -4,6 +4,7 @@ A mixin for TRL's trainers, of overrides of `transformers.Trainer`.
 """
 
 import logging
+import math
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,15 +15,17 @@ from typing import Any
 
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from rlhf_recipes.durability.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
 from rlhf_recipes.durability.finite import FiniteTrainer
+from rlhf_recipes.durability.pickles import refuse_code
 from rlhf_recipes.durability.preemption import PreemptionCallback, evaluation_is_due
 from rlhf_recipes.durability.termination import SIGNALS
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.secrets import without_secrets
 
+FINISHED_FILE = "finished.txt"  # in the last checkpoint of a run that ended itself before its last step: the step
 logger = logging.getLogger(__name__)
 
 
@@ -33,22 +36,33 @@ class DurableTrainer(FiniteTrainer):
     other options during one call.
     """
 
+    control: Any  # transformers' TrainerControl
     _staging: str | None = None  # folder of a checkpoint that is not whole yet
     _resumed_from: str | None = None
     _has_failed = False  # an evaluation, which the next checkpoint still owes
+    _has_stopped = False  # the run ended itself after an evaluation, before its last step
+    _saved_step: int | None = None  # of the latest checkpoint of this call of `train`
+    _saved_end = False  # whether the latest checkpoint shows that the run has ended itself
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does, from the checkpoint that `checkpoints.checkpoint_to_resume` finds.
 
         Raises:
-            ValueError: If the checkpoint is not whole, or holds only the model; or if the numbers of the training are
-                not finite, see `FiniteTrainer`.
+            ValueError: If the checkpoint is not whole, holds only the model, or may run code; or if the numbers of the
+                training are not finite, see `FiniteTrainer`.
         """
         self._resumed_from = checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        self._last_checkpoint = checkpoint
+        self._last_checkpoint, self._saved_step = checkpoint, None
+        self._has_stopped = self._saved_end = checkpoint is not None and Path(checkpoint, FINISHED_FILE).exists()
         changes = {"restore_callback_states_from_checkpoint": True}  # early stopping goes on counting
         if checkpoint is not None:
+            refuse_code(checkpoint)
             _refuse_weights_alone(checkpoint)
+            if self._has_stopped:
+                logger.warning(
+                    f"The run of {checkpoint} has ended itself after an evaluation, so no step is trained. To train "
+                    f"on, start a run from its weights: `model_name_or_path: {checkpoint}`, another `output_dir`."
+                )
             # The run was evaluated at its start. Only an evaluation that a signal left out is still due.
             changes["eval_on_start"] = evaluation_is_due(checkpoint)
         else:
@@ -60,7 +74,8 @@ class DurableTrainer(FiniteTrainer):
         return output
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # transformers compares them only after a step
+        # transformers looks at both only after a step.
+        if self.state.global_step >= self.state.max_steps or self._has_stopped:
             self.control.should_training_stop = True
             return
         before, is_resumed = self.state.global_step, bool(kwargs.get("steps_trained_in_current_epoch"))
@@ -79,6 +94,7 @@ class DurableTrainer(FiniteTrainer):
         if is_last and not is_alone:  # after an error of one process, the others would not take part in saving
             self.save_model(self.args.output_dir)
             self.accelerator.wait_for_everyone()
+        was_stopped = self.control.should_training_stop
         try:
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
         except Exception:
@@ -87,10 +103,41 @@ class DurableTrainer(FiniteTrainer):
             if is_alone and is_last:
                 self.save_model(self.args.output_dir)
             raise
+        # A callback that ends a run for another reason, such as a time limit, does not wait for an evaluation.
+        self._has_stopped = self._has_stopped or (self.control.should_training_stop and not was_stopped)
         is_late = skip_scheduler and self.state.global_step > 0  # a signal left it out before
         if is_late and self._determine_best_metric(metrics, trial):
             self.state.best_model_checkpoint = self._resumed_from  # written before anything showed that it is the best
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if math.isfinite(metrics.get(name, 0.0)):
+            return super()._determine_best_metric(metrics, trial)
+        logger.warning(
+            f"Step {self.state.global_step}: {name} is {metrics[name]}. It cannot show the best checkpoint."
+        )
+        return False
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write the checkpoint that shows the end, if the last one does not. Keep it, whatever is the best one."""
+        if self._owes_checkpoint():
+            self._save_checkpoint(self.model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        with self._options(with_changes(self.args, save_total_limit=None)):  # 1 would delete it
+            return super()._finalize_training(trial, *args, **kwargs)
+
+    def _owes_checkpoint(self) -> bool:
+        """Return whether a resume would train again what this run has trained."""
+        step = self.state.global_step
+        if self.args.save_strategy == SaveStrategy.NO or self.args.save_only_model:
+            return False
+        is_at_end = step >= self.state.max_steps and step > self._initial_global_step  # else there was nothing to do
+        return not self._saved_end if self._has_stopped else is_at_end and self._saved_step != step
+
+    def _load_best_model(self) -> None:
+        refuse_code(str(self.state.best_model_checkpoint))  # it may come from a resumed checkpoint, as a text
+        super()._load_best_model()
 
     def _keep_trained(self, trial: Any) -> None:
         """Write a checkpoint after a failed evaluation. A resume from it begins with that evaluation."""
@@ -119,6 +166,7 @@ class DurableTrainer(FiniteTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_trained()
+        self.check_moments()
         run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = run_dir / STAGING / name, run_dir / name
         if self.args.should_save:
@@ -138,6 +186,8 @@ class DurableTrainer(FiniteTrainer):
                     self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if self._has_stopped:
+                    (staged / FINISHED_FILE).write_text(f"{self.state.global_step}\n", encoding="utf-8")
                 publish(staged, final)
         except Exception as error:  # every library has its own exception for a full disk
             if self.args.should_save:
@@ -148,9 +198,14 @@ class DurableTrainer(FiniteTrainer):
             ) from error
         finally:
             self._staging = None
-        self._last_checkpoint = str(final)
+        self._last_checkpoint, self._saved_step, self._saved_end = (
+            str(final),
+            self.state.global_step,
+            self._has_stopped,
+        )
         if self.args.should_save:
-            remove_old(run_dir, self.args.save_total_limit, keep=[self.state.best_model_checkpoint])
+            keep = [self.state.best_model_checkpoint]
+            remove_old(run_dir, self.args.save_total_limit, keep, published=final)
         self.accelerator.wait_for_everyone()
 
     def _preemption_callbacks(self) -> list[PreemptionCallback]:

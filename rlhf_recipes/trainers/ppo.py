@@ -199,8 +199,8 @@ class PPOTrainer(ForwardTrainer):
         rollout.estimate_advantages(self.args, kl_coef=self.kl_controller.kl_coef, group_size=group_size)
         self._report(rollout)
         if self.reward_critic is not None and self.model.training:
-            first = self.accelerator.process_index * len(rollout.mask)
-            self.reward_critic.fit(rollout.critic_states, rollout.returns, rollout.mask, first_row=first)
+            place = {"first_row": self.accelerator.process_index * len(rollout.mask), "step": self.state.global_step}
+            self.reward_critic.fit(rollout.critic_states, rollout.returns, rollout.mask, **place)
         rollout.forget("critic_states")  # they are large, and the update does not read them
         return batch | rollout.columns()
 

@@ -16,9 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_recipes.algorithm.distributed import global_sum
 from rlhf_recipes.algorithm.value_head import ValueHead
+from rlhf_recipes.durability.finite import all_finite
 from rlhf_recipes.models.vocabulary import inner_tokenizer
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.protocol import Scorer
+from rlhf_recipes.trainers.rollback import RollbackError
 
 MINI_BATCHES = 4  # per epoch
 PRETRAINING_ROWS, PRETRAINING_EPOCHS = 32, 10
@@ -58,7 +60,7 @@ class RewardCritic:
         values = pad_sequence(list(known.split(lengths)), batch_first=True)
         return pad(values, (0, length + 1 - values.size(1)))
 
-    def fit(self, states: list[Tensor], returns: Tensor, mask: Tensor, *, first_row: int = 0) -> None:
+    def fit(self, states: list[Tensor], returns: Tensor, mask: Tensor, *, first_row: int = 0, step: int = 0) -> None:
         """Fit the head to the returns of a rollout. Every rank must call this.
 
         Args:
@@ -66,10 +68,15 @@ class RewardCritic:
             returns: Targets, `(B, T)`.
             mask: Tokens that train, `(B, T)`.
             first_row: Number of this rank's first row in the rollout of all ranks.
+            step: Optimiser steps of the policy so far.
+
+        Raises:
+            RollbackError: If the head is not finite afterwards.
         """
         batches = _mini_batches(states, returns, mask, MINI_BATCHES, first_row)
         for batch in itertools.chain(*itertools.repeat(batches, self.epochs)):
             self._step(*batch)
+        self._check(step)
 
     def pretrain(self, scorer: Any, dataset: Any, scale: Callable[[Tensor], Tensor]) -> None:
         """Fit the head to answers that exist already: the score of an answer is the target of all of its states.
@@ -80,6 +87,9 @@ class RewardCritic:
             scorer: Reward model that gives states.
             dataset: `prompt`, `chosen` and `rejected`.
             scale: Brings the scores of the answers, each `chosen` before its `rejected`, to the scale of the returns.
+
+        Raises:
+            RollbackError: If the head is not finite afterwards.
         """
         prompts = [prompt for prompt in dataset["prompt"] for _ in range(2)]
         answers = [answer for pair in zip(dataset["chosen"], dataset["rejected"], strict=True) for answer in pair]
@@ -91,6 +101,13 @@ class RewardCritic:
         batches = _mini_batches(states, returns, mask, -(-len(states) // PRETRAINING_ROWS), first_row=0)
         for batch in itertools.chain(*itertools.repeat(batches, PRETRAINING_EPOCHS)):
             self._step(*batch)
+        self._check(0)
+
+    def _check(self, step: int) -> None:
+        moments = (value for state in self.optimizer.state.values() for value in state.values())
+        if not all_finite([*self.head.parameters(), *moments]):
+            reason = f"Step {step}: the critic of `critic: reward` is not finite after it was fitted."
+            raise RollbackError(reason, "Lower `value_head_learning_rate`.", step)
 
     def _step(self, features: Tensor, targets: Tensor, count: float) -> None:
         """Take one step on a mini-batch that all ranks share, with `count` targets in all."""

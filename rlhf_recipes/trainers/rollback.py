@@ -49,6 +49,7 @@ class Rollback(TrainerCallback):
         self._loaded_factor = 1.0
         self._saved_steps = set[int]()
         self._earlier: list[tuple[int, Path]] = []  # checkpoints of the run that this one resumes
+        self._tried: dict[int, int] = {}  # steps of checkpoints that the run went back to: the last good step then
 
     def to_checkpoint(self, error: RollbackError) -> str:
         """Return the checkpoint to go back to, and lower the learning rate. Every rank must make the call.
@@ -57,26 +58,28 @@ class Rollback(TrainerCallback):
             DivergedError: If there is none, or the run has gone back too often.
         """
         args = self.args
+        # One process searches for all.
+        found = self._last_good_checkpoint(error.latest) if self._is_main else None
+        (found,) = broadcast_object_list([found])
+        known = "" if found is None else f" The last good checkpoint is {found[1]}."
         if not self._is_possible:
             raise DivergedError(
                 f"{error.reason} Under DeepSpeed and FSDP, and with `save_only_model`, a run does not go back by "
-                f"itself: resume it from a checkpoint before that, or start again. {error.advice}"
+                f"itself: resume it from a checkpoint before that, or start again.{known} {error.advice}"
             )
         if self.count >= args.max_rollbacks:
             raise DivergedError(
                 f"{error.reason} The run has gone back to a checkpoint {self.count} times, the most that "
-                f"`max_rollbacks` allows, at last with {self.learning_rate_factor:g} of the learning rate. "
-                f"{error.advice}"
+                f"`max_rollbacks` allows, at last with {self.learning_rate_factor:g} of the learning "
+                f"rate.{known} {error.advice}"
             )
-        # One process searches for all.
-        found = self._last_good_checkpoint(error.latest) if self._is_main else None
-        (found,) = broadcast_object_list([found])
         if found is None:
             raise DivergedError(
                 f"{error.reason} This run has no checkpoint from before that to go back to: lower `save_steps` (a "
                 f"rollout is {rollout_steps(args)} steps), or raise `save_total_limit`. {error.advice}"
             )
         saved_at, checkpoint = found
+        self._tried[saved_at] = error.latest
         self.count += 1
         self.learning_rate_factor *= args.rollback_learning_rate_factor
         if self._is_main:
@@ -102,13 +105,21 @@ class Rollback(TrainerCallback):
             )
 
     def _last_good_checkpoint(self, latest: int) -> tuple[int, str] | None:
-        """Return step and path of the latest whole checkpoint of this run, up to a step."""
+        """Return step and path of the latest whole checkpoint of this run, up to a step.
+
+        Pass over one that the run has gone back to before, if it then failed no later than the first time, and if
+        there is an earlier one: the cause may be in the checkpoint.
+        """
         # The directory may hold those of an earlier run.
         saved = [entry for entry in _checkpoints_in(self.args.output_dir) if entry[0] in self._saved_steps]
+        again: tuple[int, str] | None = None
         for step, checkpoint in reversed(self._earlier + saved):
-            if step <= latest and not is_abandoned(checkpoint) and find_defect(checkpoint) is None:
+            if step > latest or is_abandoned(checkpoint) or find_defect(checkpoint) is not None:
+                continue
+            if latest > self._tried.get(step, -1):
                 return step, str(checkpoint)
-        return None
+            again = again or (step, str(checkpoint))
+        return again
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember which checkpoints are this run's."""

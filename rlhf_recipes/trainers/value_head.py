@@ -67,6 +67,10 @@ class ValueHeadTrainer(RolloutTrainer, GRPOTrainer):
         """Let the guard decide on an optimiser step. It leaves out more steps, and can go back."""
         self.guard.finish_step(model, grad_norm, self.state.global_step)
 
+    def diverged(self, reason: str, advice: str, latest: int) -> Exception:
+        """Return the error that lets the run go back."""
+        return RollbackError(reason, advice, latest)
+
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Give the value head its own learning rate, unless the user has passed an optimiser."""
         if self.optimizer is None:

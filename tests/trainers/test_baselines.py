@@ -8,7 +8,9 @@ import tiny
 import torch
 import trl
 from tolerances import FP32, assert_close
+from transformers import TrainerCallback
 
+from rlhf_recipes.durability.finite import DivergedError
 from rlhf_recipes.models.dropout import dropouts
 from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments, DPOConfig, rollout_steps
 from rlhf_recipes.options.recipes import EvaluationArguments, PreflightArguments, TrackingArguments
@@ -164,6 +166,43 @@ def test_a_resumed_run_is_the_uninterrupted_one(base, tmp_path, method):
     weights = whole.model.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in resumed.model.state_dict().items())
     assert _history(resumed) == _history(whole)
+
+
+@METHODS
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_a_step_that_spoils_the_weights_ends_the_run(base, tmp_path, method, step):
+    """After step 4 the methods that sample would sample again, from a policy that answers no number."""
+
+    class Spoil(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step + 1 == step:
+                next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = torch.nan
+
+    trainer = _trainer(method, base, tmp_path, max_steps=8, save_strategy="steps", save_steps=1)
+    trainer.add_callback(Spoil())
+    message = rf"Step {step} made weights that are not finite, .* checkpoint is \S*checkpoint-{step - 1}\."
+    with pytest.raises(DivergedError, match=message):
+        trainer.train()
+    assert not (tmp_path / f"checkpoint-{step}").exists()
+
+
+@METHODS
+def test_a_run_that_an_evaluation_ended_is_over(base, tmp_path, method):
+    class Stop(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    steps, weights = [], []
+    for _ in range(2):
+        trainer = _trainer(method, base, tmp_path, save_strategy="steps", save_steps=2, **EVALUATED)
+        trainer.add_callback(Stop())
+        trainer.train(resume_from_checkpoint=True)
+        weights.append({name: x.clone() for name, x in trainer.model.state_dict().items()})
+    assert steps == [1, 2]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
 
 
 def test_a_checkpoint_of_a_run_without_evaluations_has_no_baseline(base, tmp_path):

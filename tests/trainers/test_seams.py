@@ -15,6 +15,7 @@ import mlflow.utils.validation
 import pytest
 import tiny
 import torch
+import torch.distributed.checkpoint.utils
 import trl
 from mlflow.entities import RunData
 from packaging.version import Version
@@ -85,6 +86,8 @@ SIGNATURES = {
     (Trainer, "_save_checkpoint"): ["self", "model", "trial"],
     (Trainer, "_evaluate"): ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
     (Trainer, "_determine_best_metric"): ["self", "metrics", "trial"],
+    (Trainer, "_finalize_training"): ["self", "trial", "num_train_samples", "start_time"],
+    (Trainer, "_load_best_model"): ["self"],
     (Trainer, "_init_training_state"): [
         "self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
     ],
@@ -93,7 +96,6 @@ SIGNATURES = {
         "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
         "steps_trained_in_current_epoch",
     ],
-    (Trainer, "_finalize_training"): ["self", "trial", "num_train_samples", "start_time"],
     (Trainer, "_maybe_log_save_evaluate"): [
         "self", "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time",
         "learning_rate",
@@ -112,6 +114,7 @@ SIGNATURES = {
         "model", "accelerator", "gather_deepspeed3_params", "generation_kwargs", "gradient_checkpointing_kwargs",
     ],
     (reward_trainer, "suppress_seqcls_warning"): [],
+    (torch.distributed.checkpoint.utils, "_create_file_view"): ["file", "offset", "length"],
     (utils, "FusedCausalLMOutput"): [
         "loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss",
     ],
