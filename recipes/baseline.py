@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from transformers import set_seed
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_split
@@ -20,6 +20,7 @@ from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments
 from rlhf_recipes.options.changes import options_of_trainer
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
@@ -88,4 +89,4 @@ if __name__ == "__main__":
     parser.add_argument("--method", choices=CONFIGS, required="--help" not in sys.argv)
     method = parser.parse_known_args()[0].method or "rloo"
     options = (BaselineArguments, CONFIGS[method], ModelConfig, TrackingArguments, PreflightArguments)
-    main(*TrlParser(options).parse_args_and_config())
+    main(*RecipeParser(options).parse_args_and_config())

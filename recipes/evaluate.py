@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from accelerate import PartialState
 from transformers import set_seed
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from rlhf_recipes.console import completions_table, print_table, quiet_start
 from rlhf_recipes.data.loading import load_prompts
@@ -25,6 +25,7 @@ from rlhf_recipes.evaluation.tokenizers import check_baseline
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.models.quantization import saved_quantization
 from rlhf_recipes.models.vocabulary import with_end_token
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.context import check_context
@@ -106,5 +107,5 @@ def main(
 
 if __name__ == "__main__":
     quiet_start()
-    parser = TrlParser((EvaluationArguments, ModelConfig, TrackingArguments))
+    parser = RecipeParser((EvaluationArguments, ModelConfig, TrackingArguments))
     main(*parser.parse_args_and_config())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.console import quiet_start
@@ -20,6 +20,7 @@ from rlhf_recipes.data.loading import load_critic_pairs, load_prompts, load_spli
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer, with_changes
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import PPOArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
@@ -96,5 +97,5 @@ if __name__ == "__main__":
     # A run that names neither a configuration nor a policy is the quickstart's; its options override that YAML.
     if not any(argument.startswith(("--config", "--model_name_or_path")) for argument in arguments):
         arguments = ["--config", QUICKSTART, *arguments]
-    parser = TrlParser((PPOArguments, PPOConfig, ModelConfig, TrackingArguments, PreflightArguments))
+    parser = RecipeParser((PPOArguments, PPOConfig, ModelConfig, TrackingArguments, PreflightArguments))
     main(*parser.parse_args_and_config(arguments))

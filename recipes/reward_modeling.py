@@ -7,7 +7,7 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/reward
 from pathlib import Path
 
 from transformers import set_seed
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from rlhf_recipes import RewardModelConfig, RewardModelTrainer
 from rlhf_recipes.console import print_table, quiet_start
@@ -15,6 +15,7 @@ from rlhf_recipes.data.loading import load_split
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
@@ -70,5 +71,5 @@ def main(
 
 if __name__ == "__main__":
     quiet_start()
-    parser = TrlParser((ScriptArguments, RewardModelConfig, ModelConfig, TrackingArguments, PreflightArguments))
+    parser = RecipeParser((ScriptArguments, RewardModelConfig, ModelConfig, TrackingArguments, PreflightArguments))
     main(*parser.parse_args_and_config())

@@ -5,13 +5,14 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/sft.py
 """
 
 from transformers import set_seed
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config
 
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_demonstrations
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import check_output_dir, load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import BoundaryArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
@@ -68,7 +69,7 @@ def main(
 
 if __name__ == "__main__":
     quiet_start()
-    parser = TrlParser(
+    parser = RecipeParser(
         (ScriptArguments, SFTConfig, ModelConfig, BoundaryArguments, TrackingArguments, PreflightArguments)
     )
     main(*parser.parse_args_and_config())

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_recipes.options.checks import check_choice, check_range
+from rlhf_recipes.options.checks import check_choice
 
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts of a call
 
@@ -41,11 +41,9 @@ class RewardCallConfig:
     )
 
     def check_reward_calls(self) -> None:
-        """Refuse values that cannot be limits."""
+        """Refuse rules that do not exist."""
         check_choice(self, "failed_rewards", ("raise", "mask"))
         check_choice(self, "reward_overflow", ("raise", "cut"))
-        check_range(self, "reward_timeout", lambda x: x > 0, "be positive (`null` for no limit)")
-        check_range(self, "reward_retries", lambda x: x >= 0, "not be negative")
 
     def longest_call(self) -> float:
         """Return the seconds until the last attempt of a call has failed."""
