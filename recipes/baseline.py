@@ -16,6 +16,7 @@ from trl import ModelConfig, get_peft_config
 
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_split
+from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments
@@ -45,7 +46,10 @@ def main(
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
-    with track_run(recorded, run_name, script_args.method, script_args, training_args, model_args) as callbacks:
+    with (
+        occupied(training_args.output_dir),
+        track_run(recorded, run_name, script_args.method, script_args, training_args, model_args) as callbacks,
+    ):
         trainer_class = TRAINERS[script_args.method]
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code, padding_side="left")

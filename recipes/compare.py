@@ -13,12 +13,14 @@ from rlhf_recipes.comparison.ranking import group_runs, rank_groups
 from rlhf_recipes.comparison.report import write_report
 from rlhf_recipes.comparison.runs import read_experiment
 from rlhf_recipes.console import print_lines, print_table, quiet_start
+from rlhf_recipes.durability.occupied import check_writable
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import ComparisonArguments, TrackingArguments, tracking_uri
 
 
 def main(script_args: ComparisonArguments) -> dict[str, float]:
     """Read the runs, rank them and write the report. Return the score of each group at equal KL."""
+    check_writable(script_args.output_dir)
     store = tracking_uri(TrackingArguments(tracking_uri=script_args.tracking_uri))
     runs = read_experiment(script_args.experiment, script_args.runs, store)
 

@@ -49,7 +49,11 @@ class FiniteTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._losses: list[Tensor] = []  # of this optimiser step
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        # TRL refuses options that contradict each other, and options whose package is not installed.
+        except (ValueError, NotImplementedError, ImportError) as error:
+            raise ValueError(str(error)) from error
 
     def check_start(self) -> None:
         """Check the weights that training starts from.

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rlhf_recipes.durability.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
 from rlhf_recipes.durability.finite import FiniteTrainer
+from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback, evaluation_is_due
 from rlhf_recipes.durability.termination import SIGNALS
 from rlhf_recipes.options.changes import with_changes
@@ -41,9 +42,13 @@ class DurableTrainer(FiniteTrainer):
         """Train as transformers does, from the checkpoint that `checkpoints.checkpoint_to_resume` finds.
 
         Raises:
-            ValueError: If the checkpoint is not whole, or holds only the model; or if the numbers of the training are
-                not finite, see `FiniteTrainer`.
+            ValueError: If another process trains in `output_dir`; if the checkpoint is not whole, or holds only the
+                model; or if the numbers of the training are not finite, see `FiniteTrainer`.
         """
+        with occupied(self.args.output_dir):
+            return self._train_alone(resume_from_checkpoint, *args, **kwargs)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         self._resumed_from = checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._last_checkpoint = checkpoint
         changes = {"restore_callback_states_from_checkpoint": True}  # early stopping goes on counting

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from rlhf_recipes.options.checks import check_new
+from rlhf_recipes.options.training import check_training
 
 
 class RecipeParser(TrlParser):
@@ -25,10 +27,14 @@ class RecipeParser(TrlParser):
         if "--config" in arguments:
             self._check_file(*arguments[arguments.index("--config") + 1 :][:1])
         try:
-            return super().parse_args_and_config(arguments, **kwargs)
+            parsed = super().parse_args_and_config(arguments, **kwargs)
         # transformers and TRL raise these for options that contradict each other, and for packages that are missing.
         except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
             raise ValueError(str(error)) from error
+        for options in parsed:
+            if isinstance(options, TrainingArguments):
+                check_training(options)
+        return parsed
 
     def _check_file(self, path: str | None = None) -> None:
         if path is None:

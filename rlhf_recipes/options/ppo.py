@@ -13,6 +13,7 @@ from rlhf_recipes.options.critic import CriticConfig
 from rlhf_recipes.options.guard import GuardConfig
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.options.secrets import holds_credentials
+from rlhf_recipes.options.training import check_training
 
 
 class _SingleGeneration(int):
@@ -173,6 +174,7 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
             self.num_generations = _SingleGeneration(1)
         super().__post_init__()
         self.num_generations = int(self.num_generations)
+        check_training(self)
         self.eval_on_start = self.eval_strategy != "no"  # later answers are compared with those of step 0
         self.set_critic_learning_rate(self.learning_rate)
         self.check_critic()

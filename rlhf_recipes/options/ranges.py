@@ -90,6 +90,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "log_level": LEVELS,
     "log_level_replica": LEVELS,
     "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "lora_task_type": ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
     "dtype": ("auto", "float32", "float16", "bfloat16", None),
     "include_num_input_tokens_seen": ("all", "non_padding", "no", True, False),
     "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver", None),
@@ -98,6 +99,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "truncation_mode": ("keep_start", "keep_end"),
     "vllm_mode": ("colocate", "server"),
 }
+EXCLUSIVE = (("load_in_4bit", "load_in_8bit"), ("fp16", "bf16"), ("fp16_full_eval", "bf16_full_eval"))
 
 
 def check_values(kind: type, options: Mapping[str, Any]) -> None:
@@ -110,6 +112,9 @@ def check_values(kind: type, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If one is out of its range. The message names it.
     """
+    for one, other in EXCLUSIVE:
+        if options.get(one) and options.get(other):
+            raise ValueError(f"`{one}` and `{other}` exclude each other: leave one out.")
     for name, value in options.items():
         if name in CHOICES and value not in CHOICES[name]:
             allowed = ", ".join("null" if choice is None else str(choice) for choice in CHOICES[name])

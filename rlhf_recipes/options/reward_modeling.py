@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import RewardConfig
 
 from rlhf_recipes.options.checks import check_options
+from rlhf_recipes.options.training import check_training
 
 
 @dataclass
@@ -29,3 +30,4 @@ class RewardModelConfig(RewardConfig):
     def __post_init__(self) -> None:
         check_options(self)
         super().__post_init__()
+        check_training(self)
