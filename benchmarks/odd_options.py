@@ -117,7 +117,7 @@ MAY_BE_LONG = {
 }
 # With these, weights may stay the same on purpose.
 MAY_STAND_STILL = re.compile(
-    r"learning_rate|warmup|lr_scheduler|optim|adam|max_grad_norm|weight|coef|epsilon|dtype|beta"
+    r"learning_rate|temperature|warmup|lr_scheduler|optim|adam|max_grad_norm|weight|coef|epsilon|dtype|beta"
 )
 # These leave the machine, or start other programs.
 LEFT_OUT = {"push_to_hub", "deepspeed", "report_to", "trackio_space_id", "trackio_static_space_id", "config"}

@@ -14,6 +14,8 @@ from transformers import Trainer
 from rlhf_recipes.algorithm.distributed import global_max
 
 MAX_OVERFLOWS = 20  # under fp16: the loss scale starts at 2**16, and each overflow halves it
+# Words of refusals by PEFT and transformers, which do not name the option of a recipe.
+OPTION_OF = {"arget modules": "lora_target_modules", "purely quantized": "load_in_4bit` without `use_peft"}
 ADVICE = "and train in `bf16` or float32 rather than `fp16` or float16."
 
 
@@ -53,7 +55,8 @@ class FiniteTrainer(Trainer):
             super().__init__(*args, **kwargs)
         # TRL refuses options that contradict each other, and options whose package is not installed.
         except (ValueError, NotImplementedError, ImportError) as error:
-            raise ValueError(str(error)) from error
+            option = next((f" (`{name}`)" for words, name in OPTION_OF.items() if words in str(error)), "")
+            raise ValueError(f"{error}{option}") from error
 
     def check_start(self) -> None:
         """Check the weights that training starts from.

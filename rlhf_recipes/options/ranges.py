@@ -94,6 +94,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": ("auto", "float32", "float16", "bfloat16", None),
     "include_num_input_tokens_seen": ("all", "non_padding", "no", True, False),
     "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver", None),
+    "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl", None),
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
     "packing_strategy": ("bfd", "bfd_split", "bfd-requeue", "wrapped"),
     "truncation_mode": ("keep_start", "keep_end"),

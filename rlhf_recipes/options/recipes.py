@@ -46,6 +46,12 @@ class JudgeArguments(ScriptArguments):
 
     def __post_init__(self) -> None:
         check_options(self)
+        for option in ("judge_functions", "pairwise_judges", "reward_functions"):
+            for reference in getattr(self, option, []):
+                if not re.fullmatch(r"[\w.]+:\w+", reference):
+                    raise ValueError(
+                        f"`{option}` must name each function as `package.module:function`, got {reference!r}."
+                    )
         judges = (*self.judge_models, *self.judge_functions, *self.pairwise_judges)
         names = [j if j.startswith("http") else re.split("[:/]", j.rstrip("/"))[-1] for j in judges]
         if len(set(names)) < len(names):
