@@ -119,8 +119,18 @@ MAY_BE_LONG = {
 MAY_STAND_STILL = re.compile(
     r"learning_rate|temperature|warmup|lr_scheduler|optim|adam|max_grad_norm|weight|coef|epsilon|dtype|beta"
 )
-# These leave the machine, or start other programs.
-LEFT_OUT = {"push_to_hub", "deepspeed", "report_to", "trackio_space_id", "trackio_static_space_id", "config"}
+# These leave the machine, start other programs, or compile for minutes.
+LEFT_OUT = {
+    "push_to_hub",
+    "torch_compile",
+    "torch_compile_mode",
+    "torch_compile_backend",
+    "deepspeed",
+    "report_to",
+    "trackio_space_id",
+    "trackio_static_space_id",
+    "config",
+}
 
 
 @dataclasses.dataclass

@@ -11,19 +11,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rlhf_recipes.options.ranges import check_values
 
-
-def check_choice(config: Any, name: str, allowed: tuple[str, ...], reason: str = "") -> None:
-    """Refuse a value that is not allowed, and name its option."""
-    value = getattr(config, name)
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.{reason}")
-
-
 ALSO = {  # types that transformers and TRL take beside those that they declare
     bool: {"resume_from_checkpoint"},
     str: {"lora_target_modules", "loss_type"},  # PEFT knows names for sets of modules; TRL makes a list of one loss
     type(None): {"debug"},
 }
+REASONS = {"value_head_activation": " ReLU units die, and a dead head cannot follow."}
 FILES = {"deepspeed", "fsdp_config", "accelerator_config"}  # mappings that may also be in a file
 KINDS: dict[Any, str] = {
     bool: "true or false",
@@ -97,21 +90,28 @@ def _check_list(name: str, value: Any, allowed: set[Any]) -> None:
 
 
 def _check_plain(name: str, value: Any, allowed: set[Any]) -> None:
-    choices = [kind for kind in allowed if isinstance(kind, type) and issubclass(kind, Enum)]
-    names = [choice.value for kind in choices for choice in kind]
-    if not allowed - set(choices) <= KINDS.keys():
+    choices = {kind: _choices(kind) for kind in allowed}
+    names = [choice for found in choices.values() for choice in found]
+    if not {kind for kind, found in choices.items() if not found} <= KINDS.keys():
         return
-    if names and value not in names:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(str, names))}, got {value!r}.")
+    if names and value not in names and not (value is None and type(None) in allowed):
+        reason = REASONS.get(name, "")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(str, names))}, got {value!r}.{reason}")
     if not names and not any(_is(value, kind) for kind in allowed):
         wanted = " or ".join(KINDS[kind] for kind in KINDS if kind in allowed)
         raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
 
 
+def _choices(kind: Any) -> list[Any]:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return [choice.value for choice in kind]
+    return [value for value in get_args(kind) if isinstance(value, str)] if get_origin(kind) is Literal else []
+
+
 def _alternatives(hint: Any) -> set[Any]:
     if get_origin(hint) in (Union, types.UnionType):
         return {kind for part in get_args(hint) for kind in _alternatives(part)}
-    return {type(value) for value in get_args(hint)} if get_origin(hint) is Literal else {hint}
+    return {hint}
 
 
 def _is(value: Any, kind: Any) -> bool:

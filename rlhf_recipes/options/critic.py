@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_recipes.options.checks import check_choice
-
 ONLY_WITH = {"vf_coef": "policy", "cliprange_value": "policy", "critic_epochs": "reward"}  # option and its critic
 
 
@@ -57,11 +55,7 @@ class CriticConfig:
             self.value_head_learning_rate = 10 * learning_rate if self.critic == "policy" else 1e-3
 
     def check_critic(self) -> None:
-        """Refuse values that no critic can have."""
-        check_choice(self, "critic", ("policy", "reward"))
-        check_choice(
-            self, "value_head_activation", ("silu", "gelu"), " ReLU units die, and a dead head cannot follow."
-        )
+        """Refuse options that have no effect or no place with the chosen critic."""
         if self.critic == "reward" and self.value_gradient_to_backbone:
             raise ValueError("`value_gradient_to_backbone` needs `critic: policy`: the reward model must not change.")
         if self.critic == "reward" and self.critic_warmup_steps:

@@ -30,7 +30,7 @@ class RecipeParser(TrlParser):
             parsed = super().parse_args_and_config(arguments, **kwargs)
         # transformers and TRL raise these for options that contradict each other, and for packages that are missing.
         except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(" ".join(str(error).split())) from error
         for options in parsed:
             if isinstance(options, TrainingArguments):
                 check_training(options)
@@ -52,9 +52,12 @@ class RecipeParser(TrlParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Check the values before the dataclasses are constructed: they would change some of them."""
-        namespace, remaining = super().parse_known_args(args, namespace)
+        arguments = sys.argv[1:] if args is None else list(args)
+        namespace, remaining = super().parse_known_args(arguments, namespace)
         if remaining:
-            self._refuse_unknown(remaining[0].lstrip("-").partition("=")[0], "")
+            before = arguments[: arguments.index(remaining[0])][-1:]
+            place = f" (after `{before[0]}`)" if before else ""
+            self._refuse_unknown(remaining[0].lstrip("-").partition("=")[0], place)
         for kind in self.dataclass_types:
             check_new(kind, vars(namespace))
         return namespace, remaining

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from trl import GRPOConfig
 
-from rlhf_recipes.options.checks import check_choice, check_options
+from rlhf_recipes.options.checks import check_options
 from rlhf_recipes.options.critic import CriticConfig
 from rlhf_recipes.options.guard import GuardConfig
 from rlhf_recipes.options.reward_calls import RewardCallConfig
@@ -193,9 +193,6 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
             raise ValueError("`scale_rewards` must be 'none': PPO has no groups; see `reward_norm`.")
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError("`multi_objective_aggregation` must be 'sum_then_normalize': the sum is what PPO scales.")
-        if self.loss_type not in ("grpo", "dapo", "dr_grpo"):
-            raise ValueError(f"`loss_type` must be one of 'grpo', 'dapo', 'dr_grpo', got {self.loss_type!r}.")
-        check_choice(self, "importance_sampling_level", ("token", "sequence", "prefix"))
         if self.importance_sampling_level != "token" and self.off_policy_mask_threshold is not None:
             raise ValueError(
                 "`off_policy_mask_threshold` needs `importance_sampling_level: token`: each of the two stops "
@@ -203,9 +200,6 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
             )
 
     def _check_combinations(self) -> None:
-        check_choice(self, "truncated_completions", ("terminal", "bootstrap", "mask"))
-        check_choice(self, "kl_estimator", ("k1", "k2", "k3"))
-        check_choice(self, "kl_controller", ("fixed", "adaptive"))
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError(
                 "`early_stopping_patience` needs evaluations: set `eval_strategy: steps` and `eval_steps`."
@@ -221,7 +215,6 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
             )
 
     def _check_reward_calls(self) -> None:
-        self.check_reward_calls()
         if self.reward_timeout is not None and self.world_size > 1 and self.longest_call() >= self.ddp_timeout:
             raise ValueError(
                 f"`reward_timeout` and `reward_retries` let a reward function take {self.longest_call():g} s, "

@@ -8,7 +8,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
+
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,19 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "packing_strategy": ("bfd", "bfd_split", "bfd-requeue", "wrapped"),
     "truncation_mode": ("keep_start", "keep_end"),
     "vllm_mode": ("colocate", "server"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    "cache_implementation": (*ALL_CACHE_IMPLEMENTATIONS, "paged", None),
+    "GRPOConfig.importance_sampling_level": ("token", "sequence"),
+    "PPOConfig.importance_sampling_level": ("token", "sequence", "prefix"),
+    "SFTConfig.loss_type": ("nll", "chunked_nll", "dft"),
+    "DPOConfig.loss_type": (
+        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    "GRPOConfig.loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
 }
 EXCLUSIVE = (("load_in_4bit", "load_in_8bit"), ("fp16", "bf16"), ("fp16_full_eval", "bf16_full_eval"))
 
@@ -117,8 +134,10 @@ def check_values(kind: type, options: Mapping[str, Any]) -> None:
         if options.get(one) and options.get(other):
             raise ValueError(f"`{one}` and `{other}` exclude each other: leave one out.")
     for name, value in options.items():
-        if name in CHOICES and value not in CHOICES[name]:
-            allowed = ", ".join("null" if choice is None else str(choice) for choice in CHOICES[name])
+        choices = _entry(CHOICES, kind, name)
+        chosen = value if isinstance(value, list) else [value]
+        if choices is not None and not all(entry in choices for entry in chosen):
+            allowed = ", ".join("null" if choice is None else str(choice) for choice in choices)
             raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
         for number in _numbers(value):
             _check_number(name, number, _range(kind, name, options))
@@ -130,12 +149,15 @@ def _numbers(value: Any) -> Iterator[Any]:
 
 
 def _range(kind: type, name: str, options: Mapping[str, Any]) -> Range | None:
-    """Return the range of an option: that of its class before that of its name."""
     if name in INTERVALS:
         is_read = str(getattr(options.get(INTERVALS[name]), "value", options.get(INTERVALS[name]))) == "steps"
         return POSITIVE if is_read else None
-    own = (RANGES.get(f"{parent.__name__}.{name}") for parent in kind.__mro__)
-    return next(filter(None, own), RANGES.get(name))
+    return _entry(RANGES, kind, name)
+
+
+def _entry(table: Mapping[str, Entry], kind: type, name: str) -> Entry | None:
+    own = (table.get(f"{parent.__name__}.{name}") for parent in kind.__mro__)
+    return next(filter(None, own), table.get(name))
 
 
 def _check_number(name: str, number: Any, limits: Range | None) -> None:

@@ -112,7 +112,6 @@ class EvaluationArguments(RewardCallConfig, JudgeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_reward_calls()
         if self.best_of and self.reward_model_path is None:
             raise ValueError("`best_of` needs `reward_model_path`: the reward model chooses the best answer.")
         if not (self.reward_model_path or self.judge_models or self.judge_functions or self.pairwise_judges):

@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_recipes.options.checks import check_choice
-
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts of a call
 
 
@@ -39,11 +37,6 @@ class RewardCallConfig:
             "model read only the last tokens of prompt and completion."
         },
     )
-
-    def check_reward_calls(self) -> None:
-        """Refuse rules that do not exist."""
-        check_choice(self, "failed_rewards", ("raise", "mask"))
-        check_choice(self, "reward_overflow", ("raise", "cut"))
 
     def longest_call(self) -> float:
         """Return the seconds until the last attempt of a call has failed."""
