@@ -273,7 +273,7 @@ def outcome(line: Line, folder: Path, seconds: float) -> tuple[str, str]:
     if code is None:
         return "hang", tail
     if code == 0:
-        return _trained(line, folder, folder / str(line.options.get("output_dir", out)))
+        return _trained(line, folder, folder / out)
     if "Traceback" in text or code < 0:
         return "traceback", tail
     refusal = text[text.rfind("Error:") :]
@@ -286,7 +286,11 @@ def outcome(line: Line, folder: Path, seconds: float) -> tuple[str, str]:
 
 def _trained(line: Line, world: Path, out: Path) -> tuple[str, str]:
     """Return whether a run that ended without an error has trained."""
-    if "max_steps" not in BASE[line.recipe] or line.options.get("preflight_only") not in (None, False):
+    if (
+        "max_steps" not in BASE[line.recipe]
+        or "output_dir" in line.options
+        or line.options.get("preflight_only") not in (None, False)
+    ):
         return "accepted", ""
     folder = next(iter(out.glob("*.safetensors")), None)
     if folder is None:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -97,6 +98,13 @@ class DurableTrainer(FiniteTrainer):
             self.state.best_model_checkpoint = self._resumed_from  # written before anything showed that it is the best
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Plan a checkpoint of each new best model, also between two others: `load_best_model_at_end` needs it."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
+
     def _keep_trained(self, trial: Any) -> None:
         """Write a checkpoint after a failed evaluation. A resume from it begins with that evaluation."""
         for callback in self._preemption_callbacks():
@@ -170,7 +178,28 @@ class DurableTrainer(FiniteTrainer):
         """
         if not _internal_call:  # else `_save_checkpoint` has looked at them
             self.check_trained()
+            with self._said_if_full(output_dir or self.args.output_dir):
+                super().save_model(output_dir)
+            return
         super().save_model(output_dir, _internal_call)
+
+    def save_state(self) -> None:
+        """Save the state of the trainer."""
+        with self._said_if_full(self.args.output_dir):
+            super().save_state()
+
+    @contextmanager
+    def _said_if_full(self, folder: str) -> Iterator[None]:
+        """Say in one line that a file of the end could not be written, and what is whole."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and error.errno is None:  # of a push to the Hub
+                raise
+            raise OSError(
+                f"{folder} could not be written: {error} {self._way_back()} Make room, and run the same command with "
+                "`resume_from_checkpoint: true`."
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self._options(without_secrets(self.args)):  # transformers pickles them beside the weights

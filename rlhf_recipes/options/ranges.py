@@ -130,6 +130,8 @@ def check_values(kind: type, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If one is out of its range. The message names it.
     """
+    if options.get("output_dir") == "":
+        raise ValueError("`output_dir` must name a directory, got ''.")
     for one, other in EXCLUSIVE:
         if options.get(one) and options.get(other):
             raise ValueError(f"`{one}` and `{other}` exclude each other: leave one out.")

@@ -1,12 +1,13 @@
 """Checks of options that a trainer would only find wrong when it trains: ranges, optimiser, schedule."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import SchedulerType, Trainer, get_scheduler
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import cached_file, is_liger_kernel_available
 
 from rlhf_recipes.options.ranges import check_values
 
@@ -25,8 +26,19 @@ def check_training(args: Any) -> None:
         raise ValueError("`dataloader_persistent_workers` needs `dataloader_num_workers`, at least 1.")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("`use_liger_kernel` needs the package `liger-kernel`.")
+    _check_template(getattr(args, "chat_template_path", None))
     _check_optimizer(args)
     _check_schedule(args)
+
+
+def _check_template(path: str | None) -> None:
+    if path is None or Path(path).exists():
+        return
+    try:
+        cached_file(path, "tokenizer_config.json")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"`chat_template_path` {path!r} is no file here, and no tokenizer: {reason}") from error
 
 
 def _check_optimizer(args: Any) -> None:
