@@ -1,6 +1,6 @@
 """Whether an option names a model that can be loaded: asked before data and other models are loaded."""
 
-from pathlib import Path
+import os
 
 from transformers.utils import cached_file
 
@@ -32,5 +32,5 @@ def require_present(option: str, path: str | None, revision: str | None = None) 
             return path
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-    what = "a directory" if Path(path).exists() else "no directory here, so it was looked for on the Hub"
+    what = "a directory" if os.path.exists(path) else "no directory here, so it was looked for on the Hub"
     raise ValueError(f"`{option}` {path!r} cannot be loaded ({what}): {reason}")

@@ -2,11 +2,11 @@
 
 import json
 import math
+import os
 import types
 from collections.abc import Mapping
 from enum import Enum
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rlhf_recipes.options.ranges import check_values
@@ -64,7 +64,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 
 def _check_mapping(name: str, value: Any) -> None:
     if isinstance(value, str) and name in FILES and not value.startswith("{"):
-        if not Path(value).is_file():
+        if not os.path.isfile(value):  # `Path` has an error for a name that is too long
             raise ValueError(f"`{name}` is {value!r}, which is no file. Name a JSON file, or write a mapping.")
         return
     try:

@@ -49,7 +49,7 @@ GROUPS = {
         *("sapo_temperature_neg", "sapo_temperature_pos", "discopop_tau", "ref_model_sync_steps"),
         *("vllm_importance_sampling_cap", "vllm_importance_sampling_clip_max", "vllm_tensor_parallel_size"),
         *("dataloader_prefetch_factor", "torch_empty_cache_steps", "eval_accumulation_steps", "ddp_bucket_cap_mb"),
-        *("dataset_num_proc", "pad_to_multiple_of", "precompute_ref_batch_size", "DPOConfig.beta"),
+        *("dataset_num_proc", "precompute_ref_batch_size", "DPOConfig.beta"),
         *("reward_norm_clip", "target_kl", "kl_horizon", "early_stopping_patience", "cliprange_value"),
         *("critic_epochs", "critic_pairs", "max_update_kl", "max_kl", "max_skipped_steps", "best_of"),
         *("num_prompts", "num_samples", "max_request_bytes", "max_waiting", "eval_steps"),
@@ -80,12 +80,13 @@ GROUPS = {
     LIMIT_OF_SECONDS: ("reward_timeout",),
     RETRIES: ("reward_retries",),
     WORKERS: ("dataloader_num_workers",),
-    WIDTH: ("lora_r", "value_head_size"),
+    WIDTH: ("lora_r", "value_head_size", "pad_to_multiple_of"),
     STEPS: ("max_steps",),
     RANK: ("local_rank",),
 }
 RANGES = {name: group for group, names in GROUPS.items() for name in names}
 # Intervals in steps. Nothing reads one with another strategy, so each value is right then.
+LARGEST = 2**63  # more than torch and Arrow can hold
 INTERVALS = {"logging_steps": "logging_strategy", "save_steps": "save_strategy", "eval_steps": "eval_strategy"}
 UNBOUNDED = {"max_grad_norm", "off_policy_mask_threshold"}  # infinity: no clipping, and no limit
 
@@ -167,5 +168,7 @@ def _check_number(name: str, number: Any, limits: Range | None) -> None:
         return
     if not math.isfinite(number) and not (number == math.inf and name in UNBOUNDED):
         raise ValueError(f"`{name}` must be finite, got {number}.")
+    if isinstance(number, int) and abs(number) >= LARGEST:
+        raise ValueError(f"`{name}` must be lower than 2**63, got {number}.")
     if not limits.holds(number):
         raise ValueError(f"`{name}` must {limits.claim}, got {number}.")

@@ -1,7 +1,7 @@
 """Checks of options that a trainer would only find wrong when it trains: ranges, optimiser, schedule."""
 
 import math
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def check_training(args: Any) -> None:
 
 
 def _check_template(path: str | None) -> None:
-    if path is None or Path(path).exists():
+    if path is None or os.path.exists(path):
         return
     try:
         cached_file(path, "tokenizer_config.json")

@@ -35,6 +35,7 @@ def _file(tmp_path, text):
         (["--lr_scheduler_kwargs", '{"nonsense": 1}'], "cannot be used with `lr_scheduler_kwargs` {'nonsense': 1}"),
         (["--optim", "galore_adamw"], "`optim: galore_adamw` cannot be used here: .*galore"),
         (["--optim_args", "nonsense"], "or its `optim_args` cannot be used"),
+        (["--accelerator_config", "x" * 300], "`accelerator_config` is 'xxx.*, which is no file"),
         (["--output_dir", ""], "`output_dir` must name a directory"),
         (["--deepspeed", "nowhere.json"], "`deepspeed` is 'nowhere.json', which is no file"),
         (["--reward_functions", "len"], "`reward_functions` must name each function as `package.module:function`"),

@@ -33,7 +33,7 @@ SIDES = [
     ("warmup_steps", [0, 0.1, 10], [-1, INF]),
     ("max_steps", [-1, 1, BIG], [0, -2]),
     ("num_train_epochs", [TINY, 0.5, 3], [0, -1.0, INF, NAN]),
-    ("per_device_train_batch_size", [1, BIG], [0, -1]),
+    ("per_device_train_batch_size", [1, BIG], [0, -1, 2**63]),
     ("gradient_accumulation_steps", [1], [0]),
     ("per_device_eval_batch_size", [1], [0]),
     ("dataloader_num_workers", [0, 1024], [-1, 10**6]),
