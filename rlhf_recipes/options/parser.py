@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Hashable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,9 +46,8 @@ class RecipeParser(TrlParser):
             raise ValueError(f"`--config` {path} cannot be read: {error}") from error
         if not isinstance(options, dict):
             raise ValueError(f"`--config` {path} must hold options, each as `name: value`.")
-        known = {action.dest for action in self._actions}
         for name in options:
-            if name not in known | {"env"}:
+            if name not in self._names() | {"env"}:
                 self._refuse_unknown(str(name), f" in {path}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -62,8 +62,11 @@ class RecipeParser(TrlParser):
             check_new(kind, vars(namespace))
         return namespace, remaining
 
+    def _names(self) -> set[str]:
+        return {field.name for kind in self.dataclass_types for field in fields(kind)}
+
     def _refuse_unknown(self, name: str, place: str) -> NoReturn:
-        near = difflib.get_close_matches(name.replace("-", "_"), {action.dest for action in self._actions}, n=1)
+        near = difflib.get_close_matches(name.replace("-", "_"), self._names(), n=1)
         hint = f" Did you mean `{near[0]}`?" if near else " `--help` lists the options."
         raise ValueError(f"`{name}`{place} is no option of this recipe.{hint}")
 
