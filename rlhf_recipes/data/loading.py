@@ -44,7 +44,8 @@ def load_split(script_args: ScriptArguments, split: str, *, option: str = "datas
     if split not in dataset:
         splits = ", ".join(map(repr, dataset))
         raise ValueError(
-            f"{name} has no split {split!r}, only {splits}: set `dataset_train_split` or `dataset_test_split`."
+            f"`{option}` {name} has no split {split!r}, only {splits}: set `dataset_train_split` or "
+            "`dataset_test_split`."
         )
     if len(dataset[split]) == 0:
         raise ValueError(f"The split {split!r} of {name} is empty.")
