@@ -1,8 +1,16 @@
 # Only the CUDA runtime: torch's wheels contain cuBLAS, cuDNN and NCCL.
 # Any Debian or Ubuntu with Python 3.11 or 3.12 works.
+# For a release, name it with its digest: --build-arg RELEASE=1 --build-arg BASE_IMAGE=nvidia/cuda:13.0.2-...@sha256:...
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
 FROM ${BASE_IMAGE} AS build
+ARG BASE_IMAGE
+ARG RELEASE=
+# A tag can move to another image, and a digest cannot.
+RUN case "${RELEASE:+release}$BASE_IMAGE" in \
+        release*@sha256:*) ;; \
+        release*) echo "RELEASE needs a BASE_IMAGE with a digest, got $BASE_IMAGE" >&2; exit 1 ;; \
+    esac
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3-venv \
     && rm -rf /var/lib/apt/lists/* \
@@ -10,19 +18,15 @@ RUN apt-get update \
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
 # Install the dependencies before the source, so that a change of the source does not install them again.
-COPY pyproject.toml constraints.txt ./
-RUN python -c 'import tomllib; \
-        project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-        extras = project["optional-dependencies"]; \
-        print(*project["dependencies"], *extras["deepspeed"], *extras["quantization"], sep="\n")' > requirements.txt
-# An index with torch wheels for CPUs gives a much smaller image: --build-arg PIP_EXTRA_INDEX_URL=...
-ARG PIP_EXTRA_INDEX_URL
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt -r requirements.txt
-COPY LICENSE README.md ./
+COPY cluster/requirements/build.txt cluster/requirements/image.txt ./
+# pip takes only packages with a hash of these files, which `make lock` writes, also for what builds a package. An index
+# of your own is a secret of the build, so the image keeps nothing of it: --secret id=pip,src=my_pip.conf
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=cache,target=/root/.cache/pip \
+    pip install --require-hashes -r build.txt \
+    && pip install --require-hashes --no-build-isolation -r image.txt
+COPY LICENSE README.md pyproject.toml ./
 COPY rlhf_recipes rlhf_recipes
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt --no-deps .
+RUN pip install --no-cache-dir --no-index --no-deps --no-build-isolation .
 
 FROM ${BASE_IMAGE}
 # DeepSpeed and triton compile kernels at run time. ninja is a dependency of DeepSpeed. Ubuntu's images already have a

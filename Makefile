@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format learning smollm2 mlflow-ui compat cluster-check audit clean
+.PHONY: help install demo test check format learning smollm2 mlflow-ui compat cluster-check lock audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,17 @@ cluster-check: .cluster/.installed ## Check images, manifests and job files agai
 		-c cluster/tests/constraints.txt -r cluster/tests/requirements.txt
 	@touch $@
 
+# Each image is built from one of these files, and pip refuses a package with another hash. Run it after a change of
+# constraints.txt or pyproject.toml. UV_INDEX and UV_DEFAULT_INDEX name other indexes.
+LOCK = .lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--no-emit-index-url --custom-compile-command 'make lock' --constraints constraints.txt
+lock: ## Write the versions and hashes of all packages in the images
+	$(PYTHON) -m venv .lock
+	.lock/bin/python -m pip install --quiet uv==0.13.9
+	$(LOCK) pyproject.toml --extra deepspeed --extra quantization --output-file cluster/requirements/image.txt
+	printf 'hatchling\nsetuptools\nwheel\n' | $(LOCK) - --output-file cluster/requirements/build.txt
+	printf 'mlflow==3.17.2\npsycopg2-binary==2.9.13\n' | $(LOCK) - --output-file cluster/requirements/mlflow.txt
+
 # Uses its own environment, because it needs a dozen packages. `--strict` fails if a package cannot be looked up.
 audit: ## Look up the pinned versions in PyPI's list of known vulnerabilities
 	$(PYTHON) -m venv .audit
@@ -87,5 +98,5 @@ audit: ## Look up the pinned versions in PyPI's list of known vulnerabilities
 	.audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt
 
 clean: ## Delete caches and build products; keep runs/, mlflow.db and the environment
-	rm -rf .audit .cluster .compat build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .audit .cluster .compat .lock build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . \( -path ./.git -o -path ./runs -o -path './$(VENV)' \) -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -12,14 +12,16 @@ import sys
 from typing import Any
 
 from transformers import set_seed
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_split
+from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments
 from rlhf_recipes.options.changes import options_of_trainer
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
@@ -44,7 +46,10 @@ def main(
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
-    with track_run(recorded, run_name, script_args.method, script_args, training_args, model_args) as callbacks:
+    with (
+        occupied(training_args.output_dir),
+        track_run(recorded, run_name, script_args.method, script_args, training_args, model_args) as callbacks,
+    ):
         trainer_class = TRAINERS[script_args.method]
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code, padding_side="left")
@@ -88,4 +93,4 @@ if __name__ == "__main__":
     parser.add_argument("--method", choices=CONFIGS, required="--help" not in sys.argv)
     method = parser.parse_known_args()[0].method or "rloo"
     options = (BaselineArguments, CONFIGS[method], ModelConfig, TrackingArguments, PreflightArguments)
-    main(*TrlParser(options).parse_args_and_config())
+    main(*RecipeParser(options).parse_args_and_config())

@@ -9,17 +9,18 @@ one group. Evaluations (`recipes/evaluate.py`) add win rates and completions.
 
 from pathlib import Path
 
-from trl import TrlParser
-
 from rlhf_recipes.comparison.ranking import group_runs, rank_groups
 from rlhf_recipes.comparison.report import write_report
 from rlhf_recipes.comparison.runs import read_experiment
 from rlhf_recipes.console import print_lines, print_table, quiet_start
+from rlhf_recipes.durability.occupied import check_writable
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import ComparisonArguments, TrackingArguments, tracking_uri
 
 
 def main(script_args: ComparisonArguments) -> dict[str, float]:
     """Read the runs, rank them and write the report. Return the score of each group at equal KL."""
+    check_writable(script_args.output_dir)
     store = tracking_uri(TrackingArguments(tracking_uri=script_args.tracking_uri))
     runs = read_experiment(script_args.experiment, script_args.runs, store)
 
@@ -38,5 +39,5 @@ def main(script_args: ComparisonArguments) -> dict[str, float]:
 
 if __name__ == "__main__":
     quiet_start()
-    parser = TrlParser((ComparisonArguments,))
+    parser = RecipeParser((ComparisonArguments,))
     main(*parser.parse_args_and_config())

@@ -14,17 +14,19 @@ from typing import Any
 import pandas as pd
 from accelerate import PartialState
 from transformers import set_seed
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from rlhf_recipes.console import completions_table, print_table, quiet_start
 from rlhf_recipes.data.loading import load_prompts
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering
+from rlhf_recipes.durability.occupied import check_writable
 from rlhf_recipes.evaluation.policies import best_of_n, compare_policies, eos_token_ids
 from rlhf_recipes.evaluation.tokenizers import check_baseline
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.models.quantization import saved_quantization
 from rlhf_recipes.models.vocabulary import with_end_token
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.context import check_context
@@ -38,6 +40,7 @@ def main(
 ) -> dict[str, float]:
     """Compare two policies, and return the results."""
     set_seed(script_args.seed)
+    check_writable(script_args.output_dir)
     with track_run(tracking_args, script_args.output_dir, "evaluation", script_args, model_args):
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, padding_side="left")
@@ -95,7 +98,6 @@ def main(
         results |= calls.settle()
 
         output_dir = Path(script_args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         pd.DataFrame(completions).to_json(output_dir / "completions.jsonl", orient="records", lines=True)
         log_results(results, output_dir / "results.json", output_dir / "completions.jsonl")
@@ -106,5 +108,5 @@ def main(
 
 if __name__ == "__main__":
     quiet_start()
-    parser = TrlParser((EvaluationArguments, ModelConfig, TrackingArguments))
+    parser = RecipeParser((EvaluationArguments, ModelConfig, TrackingArguments))
     main(*parser.parse_args_and_config())

@@ -6,19 +6,22 @@ An adapter is merged into its base, a 4-bit one into a dequantised copy of what 
 behind; tokenizer, chat template and the tokens that end an answer come along.
 """
 
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from rlhf_recipes.console import print_lines, quiet_start
 from rlhf_recipes.durability.finite import all_finite
+from rlhf_recipes.durability.occupied import check_writable
 from rlhf_recipes.evaluation.policies import eos_token_ids
 from rlhf_recipes.models.generation import mend_generation_config
 from rlhf_recipes.models.loading import check_output_dir, load_policy, load_tokenizer, model_init_kwargs
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import ExportArguments
 from rlhf_recipes.tracking.registry import require_model
 
 
 def main(script_args: ExportArguments, model_args: ModelConfig) -> None:
     """Load, merge and save."""
+    check_writable(script_args.output_dir)
     path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
     check_output_dir(script_args.output_dir, adapter=False)
 
@@ -40,5 +43,5 @@ def main(script_args: ExportArguments, model_args: ModelConfig) -> None:
 
 if __name__ == "__main__":
     quiet_start()
-    parser = TrlParser((ExportArguments, ModelConfig))
+    parser = RecipeParser((ExportArguments, ModelConfig))
     main(*parser.parse_args_and_config())

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_critic_pairs, load_prompts, load_split, without_answers
+from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer, with_changes
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import PPOArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
@@ -44,7 +46,10 @@ def main(
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
-    with track_run(recorded, run_name, "ppo", script_args, training_args, model_args) as callbacks:
+    with (
+        occupied(training_args.output_dir),
+        track_run(recorded, run_name, "ppo", script_args, training_args, model_args) as callbacks,
+    ):
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code, padding_side="left")
         answered = load_split(script_args, script_args.dataset_train_split)
@@ -96,5 +101,5 @@ if __name__ == "__main__":
     # A run that names neither a configuration nor a policy is the quickstart's; its options override that YAML.
     if not any(argument.startswith(("--config", "--model_name_or_path")) for argument in arguments):
         arguments = ["--config", QUICKSTART, *arguments]
-    parser = TrlParser((PPOArguments, PPOConfig, ModelConfig, TrackingArguments, PreflightArguments))
+    parser = RecipeParser((PPOArguments, PPOConfig, ModelConfig, TrackingArguments, PreflightArguments))
     main(*parser.parse_args_and_config(arguments))

@@ -7,14 +7,16 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/reward
 from pathlib import Path
 
 from transformers import set_seed
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from rlhf_recipes import RewardModelConfig, RewardModelTrainer
 from rlhf_recipes.console import print_table, quiet_start
 from rlhf_recipes.data.loading import load_split
+from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
@@ -36,7 +38,10 @@ def main(
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
-    with track_run(recorded, run_name, "reward_modeling", script_args, training_args, model_args) as callbacks:
+    with (
+        occupied(training_args.output_dir),
+        track_run(recorded, run_name, "reward_modeling", script_args, training_args, model_args) as callbacks,
+    ):
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code)
         train = load_split(script_args, script_args.dataset_train_split)
@@ -70,5 +75,5 @@ def main(
 
 if __name__ == "__main__":
     quiet_start()
-    parser = TrlParser((ScriptArguments, RewardModelConfig, ModelConfig, TrackingArguments, PreflightArguments))
+    parser = RecipeParser((ScriptArguments, RewardModelConfig, ModelConfig, TrackingArguments, PreflightArguments))
     main(*parser.parse_args_and_config())

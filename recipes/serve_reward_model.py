@@ -12,12 +12,13 @@ import os
 
 import uvicorn
 from accelerate import PartialState
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from rlhf_recipes.console import print_lines, quiet_start
 from rlhf_recipes.durability.termination import terminate_on_hangup
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import model_init_kwargs
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import ServeArguments
 from rlhf_recipes.rewards.client import TOKEN_VARIABLE
 from rlhf_recipes.rewards.scorer import RewardModelScorer
@@ -45,5 +46,5 @@ def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
 
 if __name__ == "__main__":
     quiet_start()
-    parser = TrlParser((ServeArguments, ModelConfig))
+    parser = RecipeParser((ServeArguments, ModelConfig))
     main(*parser.parse_args_and_config())

@@ -5,13 +5,15 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/sft.py
 """
 
 from transformers import set_seed
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config
 
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_demonstrations
+from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import check_output_dir, load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import BoundaryArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
@@ -34,7 +36,10 @@ def main(
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
-    with track_run(recorded, run_name, "sft", script_args, training_args, model_args, boundary_args) as callbacks:
+    with (
+        occupied(training_args.output_dir),
+        track_run(recorded, run_name, "sft", script_args, training_args, model_args, boundary_args) as callbacks,
+    ):
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code)
         separator = boundary_args.response_separator
@@ -68,7 +73,7 @@ def main(
 
 if __name__ == "__main__":
     quiet_start()
-    parser = TrlParser(
+    parser = RecipeParser(
         (ScriptArguments, SFTConfig, ModelConfig, BoundaryArguments, TrackingArguments, PreflightArguments)
     )
     main(*parser.parse_args_and_config())

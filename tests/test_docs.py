@@ -9,12 +9,12 @@ import pytest
 import trl
 import yaml
 from processes import run_command
-from trl import TrlParser
 
 import rlhf_recipes
 from rlhf_recipes import PPOConfig, RewardModelConfig
 from rlhf_recipes.options import recipes as arguments
 from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments, DPOConfig
+from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.paths import require_path
 
 ROOT = Path(__file__).parents[1]
@@ -28,16 +28,16 @@ HOMES = (arguments, rlhf_recipes, trl)
 
 
 def _parser_classes(recipe):
-    """Return the classes of the one `TrlParser((...))` in a recipe."""
+    """Return the classes of the one `RecipeParser((...))` in a recipe."""
     calls = (node for node in ast.walk(ast.parse(recipe.read_text())) if isinstance(node, ast.Call))
-    (classes,) = (call.args[0].elts for call in calls if getattr(call.func, "id", "") == "TrlParser")
+    (classes,) = (call.args[0].elts for call in calls if getattr(call.func, "id", "") == "RecipeParser")
     return tuple(next(getattr(home, name.id) for home in HOMES if hasattr(home, name.id)) for name in classes)
 
 
 PARSERS = {
     path.stem: _parser_classes(path)
     for path in sorted(RECIPES.glob("*.py"))
-    if "TrlParser(" in path.read_text() and path.stem != "baseline"
+    if "RecipeParser(" in path.read_text() and path.stem != "baseline"
 }
 # The method chooses the class of the baselines' options.
 _AROUND = (trl.ModelConfig, arguments.TrackingArguments, arguments.PreflightArguments)
@@ -69,7 +69,7 @@ def _parse(stage, path):
     # GPU configurations ask for bf16, which this machine may not have. The test only parses them.
     trains = any(hasattr(cls, "use_cpu") for cls in PARSERS[stage])
     on_cpu = ["--use_cpu", "true"] if trains else []
-    return TrlParser(PARSERS[stage]).parse_args_and_config(["--config", str(path), *on_cpu])
+    return RecipeParser(PARSERS[stage]).parse_args_and_config(["--config", str(path), *on_cpu])
 
 
 def test_there_are_yamls():
@@ -134,7 +134,7 @@ def test_every_option_is_read_and_explains_itself(cls):
 
 @pytest.mark.parametrize("stage", PARSERS)
 def test_help_can_be_printed(stage):
-    text = TrlParser(PARSERS[stage]).format_help()  # a lone percent sign is an error there
+    text = RecipeParser(PARSERS[stage]).format_help()  # a lone percent sign is an error there
     assert "%%" not in text
     assert f"--{dataclasses.fields(PARSERS[stage][0])[0].name}" in text
 

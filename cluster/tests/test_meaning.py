@@ -30,7 +30,8 @@ def pods(docs):
             pod = job["template"]["spec"]["template"]["spec"]
             (container,) = pod["containers"]
             resources = {"resources": trainer["resourcesPerNode"]}
-            yield document, {}, {**pod, "containers": [{**container, **trainer, **resources}]}
+            labels = job["template"]["spec"]["template"]["metadata"]["labels"]
+            yield document, labels, {**pod, "containers": [{**container, **trainer, **resources}]}
 
 
 def trainers(docs):
@@ -71,8 +72,10 @@ def check_that_volumes_exist_and_are_mounted(docs):
                 assert volume["persistentVolumeClaim"]["claimName"] in claims
             elif "configMap" in volume:
                 assert volume["configMap"]["name"] in maps
-            else:
+            elif volume["name"] == "shm":
                 assert volume["emptyDir"]["medium"] == "Memory"
+            else:
+                assert "sizeLimit" in volume["emptyDir"]
         mounted = {mount["name"] for container in containers(pod) for mount in container.get("volumeMounts", [])}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
 
@@ -124,7 +127,7 @@ def check_that_runs_are_tracked_where_mlflow_answers(docs):
     assert given["port"] == str(server["ports"][0]["containerPort"])
     assert f"mlflow:{port['port']}" in given["allowed-hosts"].split(",")
     assert (given["host"], deployment["spec"]["strategy"]["type"]) == ("0.0.0.0", "Recreate")
-    (mount,) = server["volumeMounts"]
+    (mount,) = (mount for mount in server["volumeMounts"] if mount["name"] == "mlflow")
     assert given["backend-store-uri"].startswith(f"sqlite:///{mount['mountPath']}/")
     assert given["artifacts-destination"].startswith(f"{mount['mountPath']}/")
     for owner, _, pod in pods(docs):
@@ -199,7 +202,37 @@ def check_that_nothing_is_privileged(docs):
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
                 "capabilities": {"drop": ["ALL"]},
+                "readOnlyRootFilesystem": True,
             }
+        for container in pod["containers"]:
+            (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "tmp")
+            assert environment(container)["HOME"] == mount["mountPath"] == "/tmp"
+
+
+def check_that_no_pod_has_a_token_of_the_cluster(docs):
+    accounts = names(docs, "ServiceAccount")
+    for owner, _, pod in pods(docs):
+        holder = accounts[pod["serviceAccountName"]] if owner["kind"] == "TrainJob" else pod
+        assert holder["automountServiceAccountToken"] is False
+
+
+def check_that_only_trainings_reach_mlflow(docs):
+    policies = names(docs, "NetworkPolicy")
+    spec = policies["mlflow"]["spec"]
+    assert set(spec["policyTypes"]) == {"Ingress", "Egress"}
+    assert not spec.get("egress")
+    ((rule,), (port,)) = spec["ingress"], names(docs, "Service")["mlflow"]["spec"]["ports"]
+    ((peer,), (open_port,)) = rule["from"], rule["ports"]
+    assert open_port["port"] == port["targetPort"]
+    assert peer.keys() == {"podSelector"}
+    allowed, protected = peer["podSelector"]["matchLabels"].items(), spec["podSelector"]["matchLabels"].items()
+    for owner, labels, _ in pods(docs):
+        is_server = owner["kind"] == "Deployment"
+        assert (protected <= labels.items()) == is_server
+        assert (allowed <= labels.items()) != is_server
+    training = policies["training"]["spec"]
+    assert training["podSelector"] == training["ingress"][0]["from"][0]["podSelector"] == peer["podSelector"]
+    assert len(training["ingress"]) == len(training["ingress"][0]["from"]) == 1
 
 
 def check_that_images_are_of_this_version(docs):
@@ -272,6 +305,30 @@ MISTAKES = {
         ("single-gpu", "runAsUser: 1000", "runAsUser: 0"),
         ("quickstart-cpu", "allowPrivilegeEscalation: false", "privileged: true"),
         ("multi-node-trainjob", "- ALL", "- NET_RAW"),
+        ("multi-node", "readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false"),
+        (
+            "multi-node-trainjob",
+            "Filesystem: true\n                      vol",
+            "Filesystem: false\n                      vol",
+        ),
+        ("quickstart-cpu", "name: HOME\n          value: /tmp", "name: HOME\n          value: /home/app"),
+        ("single-gpu", "mountPath: /tmp", "mountPath: /temp"),
+    ],
+    check_that_no_pod_has_a_token_of_the_cluster: [
+        ("single-gpu", "automountServiceAccountToken: false", "automountServiceAccountToken: true"),
+        ("multi-node-trainjob", "serviceAccountName: training", "serviceAccountName: default"),
+        ("multi-node-trainjob", "automountServiceAccountToken: false\nkind", "kind"),
+    ],
+    check_that_only_trainings_reach_mlflow: [
+        ("single-gpu", "component: training\n        app.", "component: other\n        app."),
+        (
+            "multi-node-trainjob",
+            "component: training\n                  spec",
+            "name: ppo\n                  spec",
+        ),
+        ("single-gpu", "    - podSelector:\n        matchLabels:", "    - namespaceSelector:\n        matchLabels:"),
+        ("multi-node", "  - Egress\n", ""),
+        ("reward-modeling", "    - port: http\n", "    - port: 5001\n"),
     ],
     check_that_images_are_of_this_version: [
         ("single-gpu", "rlhf-recipes:0.1.0", "rlhf-recipes:latest"),

@@ -44,7 +44,8 @@ def load_split(script_args: ScriptArguments, split: str, *, option: str = "datas
     if split not in dataset:
         splits = ", ".join(map(repr, dataset))
         raise ValueError(
-            f"{name} has no split {split!r}, only {splits}: set `dataset_train_split` or `dataset_test_split`."
+            f"`{option}` {name} has no split {split!r}, only {splits}: set `dataset_train_split` or "
+            "`dataset_test_split`."
         )
     if len(dataset[split]) == 0:
         raise ValueError(f"The split {split!r} of {name} is empty.")
@@ -61,11 +62,15 @@ def _say_files(what: str, files: dict[str, list[str]], split: str) -> None:
         print_lines(f"{what} from {', '.join(files[split])}{left_out}")
 
 
+def _with_config(config: str | None) -> str:
+    return "" if config is None else f" with `dataset_config: {config}`"
+
+
 def _load_from_hub(name: str, config: str | None, option: str) -> DatasetDict:
     try:
         dataset = load_dataset(name, config)
     except (OSError, ValueError) as error:
-        where = " (not a directory here, so it was looked for on the Hub)"
+        where = f"{_with_config(config)} (not a directory here, so it was looked for on the Hub)"
         raise ValueError(f"`{option}` {name!r} cannot be loaded{where}: {error}") from error
     assert isinstance(dataset, DatasetDict)
     return dataset
@@ -95,7 +100,7 @@ def _load_directory(
             dataset[split].data.table.validate(full=True)
     except Exception as error:  # pyarrow, pandas and `datasets` have errors of their own
         reason = find_defect(chain(*files.values())) or " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"`{option}` {name!r} cannot be loaded: {reason}") from error
+        raise ValueError(f"`{option}` {name!r} cannot be loaded{_with_config(config)}: {reason}") from error
     assert isinstance(dataset, DatasetDict)
     folder = Path(name).resolve()
     named = files | {BESIDE: beside}

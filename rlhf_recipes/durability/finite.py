@@ -17,6 +17,8 @@ from rlhf_recipes.algorithm.distributed import global_max
 
 MAX_OVERFLOWS = 20  # under fp16: the loss scale starts at 2**16, and each overflow halves it
 STEP_ADVICE = "Look at `adam_epsilon`, which must be above 0, and at `weight_decay` and `max_grad_norm`."
+# Words of refusals by PEFT and transformers, which do not name the option of a recipe.
+OPTION_OF = {"arget modules": "lora_target_modules", "purely quantized": "load_in_4bit` without `use_peft"}
 ADVICE = "and train in `bf16` or float32 rather than `fp16` or float16."
 
 
@@ -65,7 +67,12 @@ class FiniteTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._losses: list[Tensor] = []  # of this optimiser step
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        # TRL refuses options that contradict each other, and options whose package is not installed.
+        except (ValueError, NotImplementedError, ImportError) as error:
+            option = next((f" (`{name}`)" for words, name in OPTION_OF.items() if words in str(error)), "")
+            raise ValueError(f"{error}{option}") from error
         self.add_callback(AfterStep(self.check_step))
 
     def check_start(self) -> None:

@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from rlhf_recipes.durability.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
 from rlhf_recipes.durability.finite import FiniteTrainer
+from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.pickles import refuse_code
 from rlhf_recipes.durability.preemption import PreemptionCallback, evaluation_is_due
 from rlhf_recipes.durability.termination import SIGNALS
@@ -48,9 +50,13 @@ class DurableTrainer(FiniteTrainer):
         """Train as transformers does, from the checkpoint that `checkpoints.checkpoint_to_resume` finds.
 
         Raises:
-            ValueError: If the checkpoint is not whole, holds only the model, or may run code; or if the numbers of the
-                training are not finite, see `FiniteTrainer`.
+            ValueError: If another process trains in `output_dir`; if the checkpoint is not whole, holds only the
+                model, or may run code; or if the numbers of the training are not finite, see `FiniteTrainer`.
         """
+        with occupied(self.args.output_dir):
+            return self._train_alone(resume_from_checkpoint, *args, **kwargs)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         self._resumed_from = checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._last_checkpoint, self._saved_step = checkpoint, None
         self._has_stopped = self._saved_end = checkpoint is not None and Path(checkpoint, FINISHED_FILE).exists()
@@ -111,13 +117,17 @@ class DurableTrainer(FiniteTrainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Plan a checkpoint of each new best model, also between two others: `load_best_model_at_end` needs it."""
         name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
-        if math.isfinite(metrics.get(name, 0.0)):
-            return super()._determine_best_metric(metrics, trial)
-        logger.warning(
-            f"Step {self.state.global_step}: {name} is {metrics[name]}. It cannot show the best checkpoint."
-        )
-        return False
+        if not math.isfinite(metrics.get(name, 0.0)):
+            logger.warning(
+                f"Step {self.state.global_step}: {name} is {metrics[name]}. It cannot show the best checkpoint."
+            )
+            return False
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         """Write the checkpoint that shows the end, if the last one does not. Keep it, whatever is the best one."""
@@ -198,11 +208,8 @@ class DurableTrainer(FiniteTrainer):
             ) from error
         finally:
             self._staging = None
-        self._last_checkpoint, self._saved_step, self._saved_end = (
-            str(final),
-            self.state.global_step,
-            self._has_stopped,
-        )
+        self._last_checkpoint = str(final)
+        self._saved_step, self._saved_end = self.state.global_step, self._has_stopped
         if self.args.should_save:
             keep = [self.state.best_model_checkpoint]
             remove_old(run_dir, self.args.save_total_limit, keep, published=final)
@@ -220,7 +227,28 @@ class DurableTrainer(FiniteTrainer):
         """
         if not _internal_call:  # else `_save_checkpoint` has looked at them
             self.check_trained()
+            with self._said_if_full(output_dir or self.args.output_dir):
+                super().save_model(output_dir)
+            return
         super().save_model(output_dir, _internal_call)
+
+    def save_state(self) -> None:
+        """Save the state of the trainer."""
+        with self._said_if_full(self.args.output_dir):
+            super().save_state()
+
+    @contextmanager
+    def _said_if_full(self, folder: str) -> Iterator[None]:
+        """Say in one line that a file of the end could not be written, and what is whole."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and error.errno is None:  # of a push to the Hub
+                raise
+            raise OSError(
+                f"{folder} could not be written: {error} {self._way_back()} Make room, and run the same command with "
+                "`resume_from_checkpoint: true`."
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self._options(without_secrets(self.args)):  # transformers pickles them beside the weights

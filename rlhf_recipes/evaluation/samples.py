@@ -4,7 +4,9 @@ The tables are files in the output directory, in the format of MLflow's tables. 
 `pandas.read_json(path, orient="split")` read them.
 """
 
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from rlhf_recipes.data.messages import Text, as_text
 
+logger = logging.getLogger(__name__)
 SAMPLES_DIRECTORY = "samples"
 COLUMNS = {"prompt", "completion", "score", "kl", "length", "stop"}  # of every table, beside those of the rewards
 
@@ -51,8 +54,10 @@ def sample_rows(
     ]
 
 
-def write_table(rows: list[dict[str, Any]], output_dir: str | Path, kind: str, step: int) -> Path:
+def write_table(rows: list[dict[str, Any]], output_dir: str | Path, kind: str, step: int) -> Path | None:
     """Write rows to `samples/<kind>-<step>.json` in `output_dir`, and return the path.
+
+    A table is only to look at. If the disk is full, say so, and return `None`: the training goes on.
 
     Args:
         rows: Rows that `sample_rows` returned.
@@ -61,8 +66,14 @@ def write_table(rows: list[dict[str, Any]], output_dir: str | Path, kind: str, s
         step: Number of optimiser steps so far.
     """
     file = Path(output_dir, SAMPLES_DIRECTORY, f"{kind}-{step:06d}.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_json(file, orient="split", index=False, indent=2)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows).to_json(file, orient="split", index=False, indent=2)
+    except OSError as error:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        logger.warning(f"The table {file} could not be written: {error}. The training goes on without it.")
+        return None
     return file
 
 

@@ -83,7 +83,7 @@ def load_causal_lm(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     Raises:
         ValueError: See `check_causal_lm`.
     """
-    model, report = create_model_from_path(path, output_loading_info=True, **safe_kwargs(kwargs))
+    model, report = create_model_from_path(path, output_loading_info=True, **safe_kwargs(path, kwargs))
     check_causal_lm(model, report["missing_keys"], path)
     return keep_unpacked(model)
 
@@ -139,7 +139,9 @@ def load_policy(
         kwargs = at_saved_revision(path, kwargs)
     base_path = find_base(path, base, kwargs.get("revision")) if is_adapter(path) else path
     with safe_loading(path, base_path):
-        loaded = AutoModelForCausalLM.from_pretrained(base_path, output_loading_info=True, **safe_kwargs(kwargs))
+        loaded = AutoModelForCausalLM.from_pretrained(
+            base_path, output_loading_info=True, **safe_kwargs(base_path, kwargs)
+        )
     model = keep_unpacked(loaded[0])
     check_causal_lm(model, loaded[1]["missing_keys"], base_path)
     if is_adapter(path):

@@ -36,20 +36,23 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
     Raises:
         ValueError: If the model is not a sequence classifier with one output, or if its score head was not saved.
     """
-    kwargs = {"dtype": "float32", **safe_kwargs(kwargs)}
+    kwargs = {"dtype": "float32", **kwargs}
     if is_adapter(path):
         load_adapter_weights(path)  # refuses an adapter without a score head
         kwargs.setdefault("quantization_config", saved_quantization(path))
         kwargs = kwargs if base else at_saved_revision(path, kwargs)
         base_path = find_base(path, base, kwargs.get("revision"))
         with suppress_seqcls_warning(), safe_loading(path, base_path):
-            model = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1, **kwargs)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                base_path, num_labels=1, **safe_kwargs(base_path, kwargs)
+            )
         with_score_head(fit_to_adapter(keep_unpacked(model), path))
         if kwargs["quantization_config"] is not None:
             return load_adapter(model, path)  # a merge would round it
         model = PeftModel.from_pretrained(model, path)
         return model if is_deepspeed_zero3_enabled() else model.merge_and_unload()  # a ZeRO-3 rank has only a shard
     with safe_loading(path):
+        kwargs = safe_kwargs(path, kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs["trust_remote_code"])
         check_reward_config(config, path, trained=True)
         model, report = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **kwargs)
@@ -99,8 +102,8 @@ def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
             f"{path} is an adapter, but a reward model starts from a whole model. Merge it into its base first: "
             f"`rlhf_recipes.models.loading.load_policy({path!r}).save_pretrained(..)`. Save its tokenizer there too."
         )
-    kwargs = {"dtype": "float32", **safe_kwargs(kwargs)}
     with suppress_seqcls_warning(), safe_loading(path):
+        kwargs = {"dtype": "float32", **safe_kwargs(path, kwargs)}
         config = AutoConfig.from_pretrained(
             path, **{k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
         )

@@ -4,18 +4,28 @@ By default, transformers asks on the terminal whether to run a repository's code
 Here the answer is no, and weights are safetensors.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers.utils import cached_file
 
 PICKLES = {"pytorch_model*.bin": "model*.safetensors", "adapter_model*.bin": "adapter_model*.safetensors"}
+# Ends of the keys of a configuration that choose a program: `attn_implementation`, `_attn_implementation_internal`.
+IMPLEMENTATIONS = ("_implementation", "_implementation_internal")
 
 
-def safe_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return `from_pretrained` options for weights, with safe defaults for missing ones."""
+def safe_kwargs(path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return `from_pretrained` options for the weights of a path, with safe defaults for missing ones.
+
+    Raises:
+        ValueError: If the configuration of the model names a kernel, and the options name no attention.
+    """
+    if kwargs.get("attn_implementation") is None:
+        _refuse_kernel(path, kwargs.get("revision"))
     return {"trust_remote_code": False, "use_safetensors": True, **kwargs}
 
 
@@ -45,12 +55,37 @@ def safe_loading(*paths: str) -> Iterator[None]:
         ) from None
     except ValueError as error:
         if "trust_remote_code" not in str(error):
-            raise
+            raise ValueError(str(error)) from error  # an option of loading that transformers refuses
         raise ValueError(
             f"{' or '.join(dict.fromkeys(paths))} brings Python code of its own, which loading would run. It was not "
             "run. Read the code. If you trust it, set `trust_remote_code: true`. Reward models and judges of a run "
             "may never bring code."
         ) from None
+
+
+def _refuse_kernel(path: str, revision: str | None) -> None:
+    """Refuse a model whose `config.json` names a kernel of the Hub: transformers would download and run it."""
+    quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    file = cached_file(path, "config.json", revision=revision, **quiet)
+    config = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    kernel = next((value for value in _implementations(config) if "/" in value), None)
+    if kernel is not None:
+        raise ValueError(
+            f"The `config.json` of {path} names the kernel {kernel!r}. Loading would download this program and run "
+            "it, so it was not loaded. Set `attn_implementation: sdpa`, or the kernel if you trust it."
+        )
+
+
+def _implementations(config: Any, is_named: bool = False) -> Iterator[str]:
+    """Yield each text under a key for an implementation, at any depth."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _implementations(value, is_named or name.endswith(IMPLEMENTATIONS))
+    elif isinstance(config, list):
+        for entry in config:
+            yield from _implementations(entry, is_named)
+    elif is_named and isinstance(config, str):
+        yield config
 
 
 def _refuse_pickles(path: str) -> None:

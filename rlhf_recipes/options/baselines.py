@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import trl
 
-from rlhf_recipes.options.checks import check_choice
 from rlhf_recipes.options.recipes import RewardArguments
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 
@@ -20,11 +19,6 @@ class BaselineArguments(RewardCallConfig, RewardArguments):
     response_separator: str = field(
         default="\n\n", metadata={"help": "The same as in SFT and reward modelling; for plain text only."}
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "method", tuple(CONFIGS))
-        self.check_reward_calls()
 
 
 @dataclass

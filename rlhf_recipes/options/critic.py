@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_recipes.options.checks import check_choice, check_range
+ONLY_WITH = {"vf_coef": "policy", "cliprange_value": "policy", "critic_epochs": "reward"}  # option and its critic
 
 
 @dataclass
@@ -55,15 +55,7 @@ class CriticConfig:
             self.value_head_learning_rate = 10 * learning_rate if self.critic == "policy" else 1e-3
 
     def check_critic(self) -> None:
-        """Refuse values that no critic can have."""
-        check_choice(self, "critic", ("policy", "reward"))
-        check_choice(
-            self, "value_head_activation", ("silu", "gelu"), " ReLU units die, and a dead head cannot follow."
-        )
-        for name in ("value_head_size", "cliprange_value", "critic_epochs"):
-            check_range(self, name, lambda x: x > 0, "be positive")
-        for name in ("value_head_learning_rate", "vf_coef", "critic_warmup_steps"):
-            check_range(self, name, lambda x: x >= 0, "not be negative")
+        """Refuse options that have no effect or no place with the chosen critic."""
         if self.critic == "reward" and self.value_gradient_to_backbone:
             raise ValueError("`value_gradient_to_backbone` needs `critic: policy`: the reward model must not change.")
         if self.critic == "reward" and self.critic_warmup_steps:
@@ -71,3 +63,7 @@ class CriticConfig:
                 "`critic_warmup_steps` needs `critic: policy`. `critic: reward` is fitted before the first rollout by "
                 "`critic_dataset_name`."
             )
+        for name, critic in ONLY_WITH.items():
+            value, default = getattr(self, name), CriticConfig.__dataclass_fields__[name].default
+            if critic != self.critic and value != default:
+                raise ValueError(f"`{name}` {value} has no effect with `critic: {self.critic}`. Leave it out.")

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from rlhf_recipes.options.checks import check_range
-
 
 @dataclass
 class GuardConfig:
@@ -36,10 +34,3 @@ class GuardConfig:
     rollback_learning_rate_factor: float = field(
         default=0.5, metadata={"help": "Factor of the learning rates each time that a run goes back."}
     )
-
-    def check_guard(self) -> None:
-        """Refuse limits that cannot be kept."""
-        for name in ("max_update_kl", "max_kl", "max_skipped_steps"):
-            check_range(self, name, lambda x: x > 0, "be positive")
-        check_range(self, "max_rollbacks", lambda x: x >= 0, "not be negative")
-        check_range(self, "rollback_learning_rate_factor", lambda x: 0.0 < x <= 1.0, "lie in (0, 1]")

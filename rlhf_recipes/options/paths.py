@@ -1,5 +1,6 @@
 """Paths in options that name the output of an earlier stage."""
 
+import os
 import re
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def require_path(option: str, path: str | None) -> str:
     """
     if path is None:
         raise ValueError(f"`{option}` is not set.")
-    if Path(path).exists() or not path.startswith((".", "/", "~", "runs/")):
+    if os.path.exists(path) or not path.startswith((".", "/", "~", "runs/")):
         return path
     match Path(path).parts:
         case ("runs", "quickstart" | "report" as world, name) if name in QUICKSTART_STAGES:

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from trl import GRPOConfig
 
-from rlhf_recipes.options.checks import check_choice, check_range, check_types
+from rlhf_recipes.options.checks import check_options
 from rlhf_recipes.options.critic import CriticConfig
 from rlhf_recipes.options.guard import GuardConfig
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.options.secrets import holds_credentials
+from rlhf_recipes.options.training import check_training
 
 
 class _SingleGeneration(int):
@@ -161,10 +162,9 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_options(self)
         self._check_owned_by_ppo()
         _check_addresses(self)
-        self._check_inherited_ranges()
         self.temperature: float = float(self.temperature)  # transformers refuses to sample with the whole number 1
         if self.eval_strategy != "no" and self.metric_for_best_model is None:
             self.metric_for_best_model = "win_rate_low"
@@ -174,11 +174,11 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
             self.num_generations = _SingleGeneration(1)
         super().__post_init__()
         self.num_generations = int(self.num_generations)
+        check_training(self)
         self.eval_on_start = self.eval_strategy != "no"  # later answers are compared with those of step 0
         self.set_critic_learning_rate(self.learning_rate)
         self.check_critic()
-        self._check_ranges()
-        self.check_guard()
+        self._check_combinations()
         self._check_reward_calls()
         self._check_batches()
         self._check_sampling()
@@ -193,41 +193,13 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
             raise ValueError("`scale_rewards` must be 'none': PPO has no groups; see `reward_norm`.")
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError("`multi_objective_aggregation` must be 'sum_then_normalize': the sum is what PPO scales.")
-        if self.loss_type not in ("grpo", "dapo", "dr_grpo"):
-            raise ValueError(f"`loss_type` must be one of 'grpo', 'dapo', 'dr_grpo', got {self.loss_type!r}.")
-        check_choice(self, "importance_sampling_level", ("token", "sequence", "prefix"))
         if self.importance_sampling_level != "token" and self.off_policy_mask_threshold is not None:
             raise ValueError(
                 "`off_policy_mask_threshold` needs `importance_sampling_level: token`: each of the two stops "
                 "completions that have moved too far, so choose one."
             )
 
-    def _check_inherited_ranges(self) -> None:
-        """Refuse values on which TRL and transformers would fail later, without naming the option."""
-        for name in ("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps"):
-            check_range(self, name, lambda x: x > 0, "be positive")
-        for name in ("num_generations", "temperature"):
-            check_range(self, name, lambda x: x > 0, "be positive")
-        for name in ("learning_rate", "adam_epsilon", "weight_decay"):
-            check_range(self, name, lambda x: x >= 0, "not be negative")
-        check_range(self, "seed", lambda x: 0 <= x < 2**32, "lie in [0, 2**32)")
-        check_range(self, "top_p", lambda x: 0 < x <= 1, "lie in (0, 1]")
-        check_range(self, "top_entropy_quantile", lambda x: 0 <= x <= 1, "lie in [0, 1]")
-        check_range(self, "reward_weights", lambda x: isinstance(x, list), "be a list, one number per reward")
-
-    def _check_ranges(self) -> None:
-        check_choice(self, "truncated_completions", ("terminal", "bootstrap", "mask"))
-        check_choice(self, "kl_estimator", ("k1", "k2", "k3"))
-        check_choice(self, "kl_controller", ("fixed", "adaptive"))
-        for name in ("gamma", "lam", "value_lam"):
-            check_range(self, name, lambda x: 0.0 <= x <= 1.0, "lie in [0, 1]")
-        check_range(self, "reward_norm_decay", lambda x: 0.0 <= x < 1.0, "lie in [0, 1)")
-        for name in ("reward_norm_clip", "target_kl", "kl_horizon"):
-            check_range(self, name, lambda x: x > 0, "be positive")
-        for name in ("num_iterations", "max_completion_length", "early_stopping_patience"):
-            check_range(self, name, lambda x: x > 0, "be positive")
-        for name in ("kl_coef", "logged_samples"):
-            check_range(self, name, lambda x: x >= 0, "not be negative")
+    def _check_combinations(self) -> None:
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError(
                 "`early_stopping_patience` needs evaluations: set `eval_strategy: steps` and `eval_steps`."
@@ -243,7 +215,6 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
             )
 
     def _check_reward_calls(self) -> None:
-        self.check_reward_calls()
         if self.reward_timeout is not None and self.world_size > 1 and self.longest_call() >= self.ddp_timeout:
             raise ValueError(
                 f"`reward_timeout` and `reward_retries` let a reward function take {self.longest_call():g} s, "

@@ -7,19 +7,12 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy.engine import make_url
 from trl import ScriptArguments
 
-from rlhf_recipes.options.checks import check_range
+from rlhf_recipes.options.checks import check_options
 from rlhf_recipes.options.reward_calls import RewardCallConfig
-
-
-def _check_list(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if not isinstance(value, list):
-        raise ValueError(f"`{name}` must be a list, got {value!r}: write `{name}: [{value}]`.")
 
 
 @dataclass
@@ -52,8 +45,13 @@ class JudgeArguments(ScriptArguments):
     )
 
     def __post_init__(self) -> None:
-        for option in ("judge_models", "judge_functions", "pairwise_judges"):
-            _check_list(self, option)
+        check_options(self)
+        for option in ("judge_functions", "pairwise_judges", "reward_functions"):
+            for reference in getattr(self, option, []):
+                if not re.fullmatch(r"[\w.]+:\w+", reference):
+                    raise ValueError(
+                        f"`{option}` must name each function as `package.module:function`, got {reference!r}."
+                    )
         judges = (*self.judge_models, *self.judge_functions, *self.pairwise_judges)
         names = [j if j.startswith("http") else re.split("[:/]", j.rstrip("/"))[-1] for j in judges]
         if len(set(names)) < len(names):
@@ -73,10 +71,6 @@ class RewardArguments(JudgeArguments):
         metadata={"help": "Python reward functions, each as `package.module:function`, added to the reward model."},
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_list(self, "reward_functions")
-
 
 @dataclass
 class PPOArguments(RewardArguments):
@@ -90,10 +84,6 @@ class PPOArguments(RewardArguments):
         },
     )
     critic_pairs: int = field(default=800, metadata={"help": "Number of those pairs, from the first."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "critic_pairs", lambda x: x > 0, "be positive")
 
 
 @dataclass
@@ -122,12 +112,6 @@ class EvaluationArguments(RewardCallConfig, JudgeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_reward_calls()
-        for name in ("num_prompts", "num_samples", "max_completion_length", "batch_size"):
-            check_range(self, name, lambda x: x > 0, "be positive")
-        check_range(self, "temperature", lambda x: x >= 0, "not be negative")
-        _check_list(self, "best_of")
-        check_range(self, "best_of", lambda x: all(n > 0 for n in x), "be positive")
         if self.best_of and self.reward_model_path is None:
             raise ValueError("`best_of` needs `reward_model_path`: the reward model chooses the best answer.")
         if not (self.reward_model_path or self.judge_models or self.judge_functions or self.pairwise_judges):
@@ -152,9 +136,7 @@ class ServeArguments:
     )
 
     def __post_init__(self) -> None:
-        check_range(self, "port", lambda x: 0 < x < 65536, "lie in [1, 65535]")
-        for name in ("batch_size", "max_request_bytes", "max_waiting"):
-            check_range(self, name, lambda x: x > 0, "be positive")
+        check_options(self)
 
 
 @dataclass
@@ -181,8 +163,7 @@ class ComparisonArguments:
     num_shown: int = field(default=4, metadata={"help": "Held-out prompts whose completions are shown side by side."})
 
     def __post_init__(self) -> None:
-        _check_list(self, "runs")
-        check_range(self, "num_shown", lambda x: x >= 0, "not be negative")
+        check_options(self)
 
 
 @dataclass

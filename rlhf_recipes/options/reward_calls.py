@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_recipes.options.checks import check_choice, check_range
-
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts of a call
 
 
@@ -39,13 +37,6 @@ class RewardCallConfig:
             "model read only the last tokens of prompt and completion."
         },
     )
-
-    def check_reward_calls(self) -> None:
-        """Refuse values that cannot be limits."""
-        check_choice(self, "failed_rewards", ("raise", "mask"))
-        check_choice(self, "reward_overflow", ("raise", "cut"))
-        check_range(self, "reward_timeout", lambda x: x > 0, "be positive (`null` for no limit)")
-        check_range(self, "reward_retries", lambda x: x >= 0, "not be negative")
 
     def longest_call(self) -> float:
         """Return the seconds until the last attempt of a call has failed."""

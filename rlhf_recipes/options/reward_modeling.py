@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import RewardConfig
 
-from rlhf_recipes.options.checks import check_range, check_types
+from rlhf_recipes.options.checks import check_options
+from rlhf_recipes.options.training import check_training
 
 
 @dataclass
@@ -27,6 +28,6 @@ class RewardModelConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_options(self)
         super().__post_init__()
-        check_range(self, "l2_coefficient", lambda x: x >= 0, "not be negative")
+        check_training(self)

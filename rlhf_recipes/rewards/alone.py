@@ -35,8 +35,9 @@ def scores_alone(path: str, token_ids: list[list[int]], *, pad_token_id: int | N
     if not Path(base).is_dir() or sum(file.stat().st_size for file in files) > LARGEST:
         return None
     kwargs = {"dtype": like.dtype, "quantization_config": saved_quantization(path) if adapter else None}
+    kwargs["attn_implementation"] = like.config._attn_implementation  # also if the user chose it, and not the files
     with suppress_seqcls_warning(), safe_loading(path, base):
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, **safe_kwargs(kwargs))
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, **safe_kwargs(base, kwargs))
     keep_unpacked(model)
     if adapter:
         model.config.get_text_config().pad_token_id = pad_token_id

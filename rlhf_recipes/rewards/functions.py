@@ -122,7 +122,7 @@ def import_function(reference: str) -> Callable[..., list[float]]:
         ValueError: If the reference has another form, or names nothing that can be called.
     """
     module_name, _, name = reference.partition(":")
-    if not module_name or not name:
+    if not all(part.isidentifier() for part in (*module_name.split("."), name)):
         raise ValueError(f"A function is named as `package.module:function`, got {reference!r}.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

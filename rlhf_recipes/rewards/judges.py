@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_recipes.options.paths import require_path
+from rlhf_recipes.models.presence import require_present
 from rlhf_recipes.options.recipes import JudgeArguments
 from rlhf_recipes.rewards.functions import as_scorer, check_reward_functions, import_function
 
@@ -30,7 +30,7 @@ def load_judges(
     Raises:
         ValueError: If a reward model was trained on another kind of text, or if a function cannot be imported.
     """
-    judges = [as_scorer(require_path("judge_models", path), **kwargs) for path in judge_args.judge_models]
+    judges = [as_scorer(require_present("judge_models", path), **kwargs) for path in judge_args.judge_models]
     scorers = {judge.__name__: judge for judge in judges}
     if len(scorers) < len(judges):  # only the server knows the name of a served one
         raise ValueError(f"`judge_models` must have different names, got {', '.join(j.__name__ for j in judges)}.")

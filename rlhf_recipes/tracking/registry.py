@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rlhf_recipes.models.fingerprint import base_fingerprint, weights_fingerprint
 from rlhf_recipes.models.loading import load_policy
-from rlhf_recipes.options.paths import require_path
+from rlhf_recipes.models.presence import require_present
 from rlhf_recipes.options.secrets import without_credentials
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 from rlhf_recipes.tracking.lineage import write_run_file
@@ -57,7 +57,7 @@ def load_registered_reward_model(uri: str, *, base: str | None = None, **kwargs:
 
 
 def require_model(option: str, path: str | None, revision: str | None = None) -> str:
-    """Return the directory or Hub name of a model. A model in MLflow is downloaded; see `require_path` for the rest.
+    """Return the directory or Hub name of a model. A model in MLflow is downloaded.
 
     Args:
         option: Name of the option, for the message.
@@ -65,10 +65,10 @@ def require_model(option: str, path: str | None, revision: str | None = None) ->
         revision: Revision of the base of an adapter, if the base is on the Hub.
 
     Raises:
-        ValueError: See `download_model` and `require_path`.
+        ValueError: See `download_model` and `require_present`.
         FileNotFoundError: See `require_path`.
     """
-    return download_model(path, revision=revision) if is_model_uri(path) else require_path(option, path)
+    return download_model(path, revision=revision) if is_model_uri(path) else require_present(option, path, revision)
 
 
 def download_model(uri: str, base: str | None = None, revision: str | None = None) -> str:

@@ -14,6 +14,7 @@ from rlhf_recipes.models.quantization import keep_unpacked
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.models.vocabulary import inner_tokenizer, with_special_tokens
 from rlhf_recipes.options.changes import with_changes
+from rlhf_recipes.options.training import check_training
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
 from rlhf_recipes.trainers.saving import SavingTrainer, revision_of
 
@@ -24,6 +25,7 @@ class SFTTrainer(SavingTrainer, TRLSFTTrainer):
     """Train as TRL does, but write a checkpoint whole or not at all, also on a quantised base."""
 
     def __init__(self, model: Any, args: SFTConfig, *more: Any, **kwargs: Any) -> None:
+        check_training(args)
         self._revision = revision_of(model, args)
         given = dict(zip(("data_collator", "train_dataset", "eval_dataset"), more, strict=False)) | kwargs
         tokenizer, tokens = given.get("processing_class"), None

@@ -15,6 +15,7 @@ from rlhf_recipes.models.loading import check_output_dir, only_active_adapter
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_calls import RewardCallConfig
+from rlhf_recipes.options.training import check_training
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.trainers.compared import ComparedTrainer
 from rlhf_recipes.trainers.setup import check_policy, check_special_ids, policy_loader
@@ -65,6 +66,7 @@ def prepared(
     Raises:
         ValueError: If data, policy or batch sizes do not fit.
     """
+    check_training(args)
     train_dataset = mend_transcripts(readable_rows(train_dataset, columns, "train_dataset"))
     eval_dataset = mend_transcripts(readable_rows(eval_dataset, columns, "eval_dataset"))
     for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -79,8 +81,10 @@ def prepared(
         check_rendering(dataset, columns, name, tokenizer)
         check_prompts_fit(dataset, tokenizer, policy.config, args.max_completion_length, name)
     # The policy is loaded. TRL loads the reference by the same name, in the precision of the policy.
-    revision = (args.model_init_kwargs or {}).get("revision", "main")
-    loading = None if revision == "main" else {"revision": revision}
+    given = {"revision": "main"} | (args.model_init_kwargs or {})
+    wanted = {"revision": given["revision"] if given["revision"] != "main" else None}
+    wanted["attn_implementation"] = given.get("attn_implementation")  # else the one that its files name
+    loading = {name: value for name, value in wanted.items() if value is not None} or None
     # Later answers are compared with those of step 0.
     own = with_changes(args, model_init_kwargs=loading, eval_on_start=args.eval_strategy != "no")
     data = {"train_dataset": train, "eval_dataset": evaluation, "processing_class": tokenizer}

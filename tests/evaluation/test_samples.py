@@ -1,5 +1,8 @@
 """Tables of completions are written and found again, and repetition is counted."""
 
+import errno
+import logging
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -62,3 +65,18 @@ def test_an_answer_of_several_messages_keeps_its_roles():
     assert (
         as_text([{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}]) == "assistant: a\ntool: b"
     )
+
+
+def test_a_full_disk_costs_a_table_and_nothing_else(tmp_path, monkeypatch, caplog):
+    def full(self, file, **kwargs):
+        file.write_text("[half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_json", full)
+    with caplog.at_level(logging.WARNING):
+        assert write_table([{"prompt": "a"}], tmp_path, "training", 40) is None
+    assert tables_of_step(tmp_path, 40) == [], "half a table is none"
+    assert "could not be written: [Errno 28] No space left on device. The training goes on without it." in caplog.text
+    (tmp_path / "samples").rmdir()
+    (tmp_path / "samples").write_text("a file in the place of the folder")
+    assert write_table([{"prompt": "a"}], tmp_path, "training", 40) is None

@@ -74,12 +74,13 @@ def custom(tmp_path, monkeypatch):
     return str(path), mark
 
 
+REWARD_BY_RECIPE = "reward model or judge by a recipe"
 LOADERS = {
     "policy in PPO": lambda path, folder: tiny.ppo_trainer(folder / "out", model=path),
     "policy elsewhere": lambda path, folder: load_policy(path),
     "tokenizer": lambda path, folder: load_tokenizer(path),
     "reward model": lambda path, folder: load_reward_model(path),
-    "reward model or judge by a recipe": lambda path, folder: RewardModelScorer.from_pretrained(path),
+    REWARD_BY_RECIPE: lambda path, folder: RewardModelScorer.from_pretrained(path),
     "base of a reward model": lambda path, folder: tiny.reward_trainer(folder / "out", path),
 }
 
@@ -97,6 +98,78 @@ def test_who_asks_for_it_gets_it(custom):
     path, mark = custom
     load_tokenizer(path, trust_remote_code=True)
     assert mark.exists()
+
+
+KERNEL = "kernels-community/evil"
+NAMED = {
+    "plain": {"attn_implementation": KERNEL},
+    "as an attribute": {"_attn_implementation": f"{KERNEL}@main:forward"},
+    "paged": {"attn_implementation": f"paged|{KERNEL}"},
+    "by part": {"attn_implementation": {"": KERNEL, "text_config": "sdpa"}},
+    "in a part": {"text_config": {"attn_implementation": KERNEL}},
+    "experts": {"experts_implementation": KERNEL},
+}
+LOAD_WEIGHTS = {name: load for name, load in LOADERS.items() if name != "tokenizer"}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Return the names of the kernels that transformers asks the Hub for, as if the package `kernels` were here."""
+    asked = []
+
+    def get_kernel(name, **kwargs):
+        asked.append(name)
+        raise RuntimeError("it would run now")
+
+    for module in ("modeling_utils", "integrations.hub_kernels"):
+        monkeypatch.setattr(f"transformers.{module}.is_kernels_available", lambda: True)
+    monkeypatch.setattr("transformers.integrations.hub_kernels.get_kernel_hub", get_kernel, raising=False)
+    return asked
+
+
+def _write_into_config(directory, entries):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | entries))
+
+
+@pytest.mark.parametrize("entries", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("load", LOAD_WEIGHTS.values(), ids=LOAD_WEIGHTS)
+def test_a_kernel_that_a_configuration_names_is_refused_and_not_loaded(tmp_path, kernels, load, entries):
+    make = tiny.reward_model if load in (LOADERS["reward model"], LOADERS[REWARD_BY_RECIPE]) else tiny.policy
+    path = tiny.save(make(tiny.tokenizer()), tmp_path / "model")
+    _write_into_config(tmp_path / "model", entries)
+    with pytest.raises(ValueError, match=f"names the kernel '.*{KERNEL}.*`attn_implementation: sdpa`"):
+        load(path, tmp_path)
+    assert not kernels
+
+
+def test_a_kernel_in_the_base_of_an_adapter_is_refused(tmp_path, kernels):
+    base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    adapter = tiny.sft_adapter(load_policy(base))
+    adapter.peft_config["default"].base_model_name_or_path = base
+    path = tiny.save(adapter, tmp_path / "adapter")
+    load_policy(path)
+    _write_into_config(tmp_path / "base", NAMED["plain"])
+    for load in (load_policy, lambda path: tiny.ppo_trainer(tmp_path / "out", model=path)):
+        with pytest.raises(ValueError, match=f"names the kernel '{KERNEL}'"):
+            load(path)
+    assert not kernels
+
+
+def test_a_user_may_choose_the_attention(tmp_path, kernels):
+    path = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "model")
+    _write_into_config(tmp_path / "model", NAMED["plain"])
+    assert load_policy(path, attn_implementation="eager").config._attn_implementation == "eager"
+    assert not kernels
+    with pytest.raises(ValueError, match="it would run now"):
+        load_policy(path, attn_implementation=KERNEL)
+    assert kernels == [KERNEL], "else the tests above would prove nothing"
+
+
+def test_a_configuration_may_name_an_attention_that_is_no_kernel(tmp_path):
+    path = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "model")
+    _write_into_config(tmp_path / "model", {"attn_implementation": "eager"})
+    assert load_policy(path).config._attn_implementation == "eager"
 
 
 class Bomb:

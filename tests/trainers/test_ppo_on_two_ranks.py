@@ -86,8 +86,8 @@ def _train(rank, world_size, directory):
             kl_controller="adaptive",
             kl_horizon=16,
             missing_eos_penalty=0.5,
-            vf_coef=0.5,
             check_numerics=True,
+            **({} if reads else {"vf_coef": 0.5}),
             **options,
         )
         trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: (

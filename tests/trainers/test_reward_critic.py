@@ -22,7 +22,8 @@ pytestmark = pytest.mark.tiny
 
 def _trainer(directory, **kwargs):
     tok = tiny.tokenizer()
-    options = {"critic": "reward", "value_head_learning_rate": 1e-2, "critic_epochs": 2, **kwargs}
+    epochs = {} if kwargs.get("critic") == "policy" else {"critic_epochs": 2}
+    options = {"critic": "reward", "value_head_learning_rate": 1e-2, **epochs, **kwargs}
     rewards = options.pop("rewards", None) or tiny.reward_model(tok)
     return tiny.ppo_trainer(directory, tok=tok, rewards=rewards, reward_tok=tok, **options)
 

@@ -115,6 +115,9 @@ SIGNATURES = {
     ],
     (reward_trainer, "suppress_seqcls_warning"): [],
     (torch.distributed.checkpoint.utils, "_create_file_view"): ["file", "offset", "length"],
+    (trl.TrlParser, "parse_args_and_config"): [
+        "self", "args", "return_remaining_strings", "fail_with_unknown_args", "separate_remaining_strings",
+    ],
     (utils, "FusedCausalLMOutput"): [
         "loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss",
     ],

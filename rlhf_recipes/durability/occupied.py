@@ -1,0 +1,128 @@
+"""One training in an output directory at a time: two would write the same checkpoints and delete each other's."""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+LOCK_FILE = "_running.lock"  # a push skips `_*`
+logger = logging.getLogger(__name__)
+_held: set[tuple[int, Path]] = set()  # processes and their directories: a forked process does not inherit a lock
+
+
+@contextmanager
+def occupied(output_dir: str) -> Iterator[None]:
+    """Hold an output directory for a training. Every rank must make the call; only the first process locks.
+
+    The lock is one of the operating system. It ends with its process, however that ends. A process may hold a
+    directory several times.
+
+    Raises:
+        ValueError: If another process holds the directory, or if nothing can be written to it.
+    """
+    held = (os.getpid(), Path(output_dir).resolve())
+    if held in _held:
+        yield
+        return
+    lock = _lock_for_all(held[1])
+    _held.add(held)
+    try:
+        yield
+    finally:
+        _held.discard(held)
+        if lock is not None:
+            with suppress(OSError):  # someone may have removed the directory
+                (held[1] / LOCK_FILE).unlink()
+            os.close(lock)
+
+
+def _lock_for_all(folder: Path) -> int | None:
+    """Lock a directory in the first process, and refuse it in all."""
+    state, refusal, lock = PartialState(), [""], None
+    if state.is_main_process:
+        try:
+            lock = _lock(folder)
+        except ValueError as error:
+            refusal = [str(error)]
+    if state.num_processes > 1:
+        broadcast_object_list(refusal)
+    if refusal[0]:
+        raise ValueError(refusal[0])
+    return lock
+
+
+def _lock(folder: Path) -> int:
+    """Return a descriptor whose closing ends the lock."""
+    path = folder / LOCK_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_locked(path)
+        owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{json.dumps(owner)}\n".encode(), 0)
+        os.fsync(descriptor)  # a full disk shows here
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return descriptor
+
+
+def _open_locked(path: Path) -> int:
+    """Open and lock a file that stays the file of that name: a run that ends removes its own."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _lock_file(descriptor, path)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+def _lock_file(descriptor: int, path: Path) -> None:
+    """Lock an open file, where the file system can.
+
+    Raises:
+        ValueError: If another process has locked it.
+    """
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = path.read_text(encoding="utf-8").strip() or "unknown"
+        os.close(descriptor)
+        raise ValueError(
+            f"`output_dir` {path.parent} is in use by a training that still runs ({owner}). Wait for its end, stop "
+            "it, or choose another `output_dir`."
+        ) from None
+    except OSError as error:
+        logger.warning(
+            f"`output_dir` {path.parent} is on a file system without locks ({error.strerror}): take care that no "
+            "second run writes to it."
+        )
+
+
+def check_writable(output_dir: str) -> None:
+    """Check that files can be written to the directory of a recipe that trains nothing.
+
+    Raises:
+        ValueError: If not.
+    """
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            file.write(b" ")
+    except OSError as error:
+        raise _unwritable(output_dir, error) from error
+
+
+def _unwritable(folder: str | Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"`output_dir` {folder} cannot be written: {error.strerror}. Choose another one, or make room or permission "
+        "there."
+    )

@@ -1,0 +1,87 @@
+"""The command line and the YAML of a recipe, read into checked options."""
+
+import difflib
+import sys
+from collections.abc import Hashable, Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from rlhf_recipes.options.checks import check_new
+from rlhf_recipes.options.training import check_training
+
+
+class RecipeParser(TrlParser):
+    """Read options as `trl.TrlParser` does, and refuse each wrong one in one line that names it."""
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> Any:
+        """Return the options: of the command line, else of the YAML file of `--config`, else the defaults.
+
+        Raises:
+            ValueError: If an option is unknown or wrong, or contradicts another one, or if the file cannot be read.
+        """
+        arguments = sys.argv[1:] if args is None else list(args)
+        if "--config" in arguments:
+            self._check_file(*arguments[arguments.index("--config") + 1 :][:1])
+        try:
+            parsed = super().parse_args_and_config(arguments, **kwargs)
+        # transformers and TRL raise these for options that contradict each other, and for packages that are missing.
+        except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        for options in parsed:
+            if isinstance(options, TrainingArguments):
+                check_training(options)
+        return parsed
+
+    def _check_file(self, path: str | None = None) -> None:
+        if path is None:
+            raise ValueError("`--config` names no file: write `--config FILE.yaml`.")
+        try:
+            options = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 (a safe loader)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"`--config` {path} cannot be read: {error}") from error
+        if not isinstance(options, dict):
+            raise ValueError(f"`--config` {path} must hold options, each as `name: value`.")
+        for name in options:
+            if name not in self._names() | {"env"}:
+                self._refuse_unknown(str(name), f" in {path}")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Check the values before the dataclasses are constructed: they would change some of them."""
+        arguments = sys.argv[1:] if args is None else list(args)
+        namespace, remaining = super().parse_known_args(arguments, namespace)
+        if remaining:
+            before = arguments[: arguments.index(remaining[0])][-1:]
+            place = f" (after `{before[0]}`)" if before else ""
+            self._refuse_unknown(remaining[0].lstrip("-").partition("=")[0], place)
+        for kind in self.dataclass_types:
+            check_new(kind, vars(namespace))
+        return namespace, remaining
+
+    def _names(self) -> set[str]:
+        return {field.name for kind in self.dataclass_types for field in fields(kind)}
+
+    def _refuse_unknown(self, name: str, place: str) -> NoReturn:
+        near = difflib.get_close_matches(name.replace("-", "_"), self._names(), n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else " `--help` lists the options."
+        raise ValueError(f"`{name}`{place} is no option of this recipe.{hint}")
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line, not with a list of hundreds of options."""
+        sys.stderr.write(f"Error: {message}\n")
+        sys.exit(2)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuse a key that a file has twice: the second value would silently replace the first one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        names = [key.value for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"`{twice}` is in it twice", node.start_mark)
+        return super().construct_mapping(node, deep)
