@@ -205,7 +205,7 @@ def ui_command(tracking: TrackingArguments) -> str:
     """Return the address of the server, or the command that starts one."""
     uri = tracking_uri(tracking)
     mlflow_command = Path(sys.executable).with_name("mlflow")
-    return redact(uri) if uri.startswith("http") else f"{mlflow_command} ui --backend-store-uri {uri}"
+    return redact(uri if uri.startswith("http") else f"{mlflow_command} ui --backend-store-uri {uri}")
 
 
 @contextmanager
