@@ -150,10 +150,13 @@ class ServeArguments:
         default=64,
         metadata={"help": "Largest number of waiting requests. Further ones get the answer 503: try again later."},
     )
+    max_tokens: int = field(
+        default=2**14, metadata={"help": "Largest number of tokens of a prompt with its completion."}
+    )
 
     def __post_init__(self) -> None:
         check_range(self, "port", lambda x: 0 < x < 65536, "lie in [1, 65535]")
-        for name in ("batch_size", "max_request_bytes", "max_waiting"):
+        for name in ("batch_size", "max_request_bytes", "max_waiting", "max_tokens"):
             check_range(self, name, lambda x: x > 0, "be positive")
 
 

@@ -54,9 +54,13 @@ def _checked(reward: Any, row: int) -> float:
         return math.nan
     if not isinstance(value, Real):
         raise TypeError(f"it returned {_short(value)} for completion {row}, not a number or `None`")
-    if abs(float(value)) > LARGEST_REWARD:
-        raise ValueError(f"it returned {value} for completion {row}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of a long integer
+        number = math.inf
+    if abs(number) > LARGEST_REWARD:
+        raise ValueError(f"it returned {_short(value)} for completion {row}")
+    return number
 
 
 def _short(value: Any) -> str:
