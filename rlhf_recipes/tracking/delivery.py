@@ -23,12 +23,14 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import MAX_DATASET_NAME_SIZE, MAX_METRICS_PER_BATCH
 
 from rlhf_recipes.durability.termination import signals_held
+from rlhf_recipes.tracking.deadline import limit_requests
 from rlhf_recipes.tracking.lineage import note_model
 from rlhf_recipes.tracking.logged_model import send_model
 from rlhf_recipes.tracking.names import Names, clean_name
 
 UNSENT_FILE = "mlflow_unsent.jsonl"
 PAUSE_SECONDS = 60.0  # between two attempts at a store that does not answer
+CLOSE_SECONDS = 600.0  # at the end of a run, for the records that wait
 logger = logging.getLogger(__name__)
 
 
@@ -108,16 +110,22 @@ class Delivery:
     def close(self, status: str) -> None:
         """Wait until every record is sent or kept, end the active run, and warn of kept records.
 
-        A signal ends the wait: the remaining records are kept, and the run is KILLED.
+        After `CLOSE_SECONDS`, wait only for the request in progress, and keep the remaining records. A signal ends the
+        wait too, and the run is KILLED.
         """
         try:
-            self._worker.submit(bool).result()  # a signal in `shutdown` would make Python forget the thread
+            last = self._worker.submit(bool)  # a signal in `shutdown` would make Python forget the thread
+            with suppress(TimeoutError):
+                last.result(CLOSE_SECONDS)
+            if not last.done():
+                self._paused_until = math.inf  # from now on, the worker only keeps
+                last.result()
         except BaseException:
-            self._paused_until = math.inf  # from now on, the worker only keeps
+            self._paused_until = math.inf
             self._end("KILLED")
             raise
         self._worker.shutdown(wait=True)
-        if self._end(status):
+        if self._end(status) and self._paused_until < math.inf:
             with suppress(Exception):  # the store may answer again
                 send_unsent(self.unsent, mlflow.get_tracking_uri())
         if self.unsent.exists():
@@ -211,4 +219,5 @@ def _apply(client: mlflow.MlflowClient, record: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    limit_requests()
     logger.warning(f"Sent {send_unsent(*sys.argv[1:3])} records.")
