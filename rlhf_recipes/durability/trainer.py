@@ -17,6 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from rlhf_recipes.durability.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
+from rlhf_recipes.durability.collectives import hangs_named, limit_collectives
+from rlhf_recipes.durability.extensions import watch_locks
 from rlhf_recipes.durability.finite import FiniteTrainer
 from rlhf_recipes.durability.preemption import PreemptionCallback, evaluation_is_due
 from rlhf_recipes.durability.termination import SIGNALS
@@ -24,6 +26,7 @@ from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.secrets import without_secrets
 
 logger = logging.getLogger(__name__)
+watch_locks()  # DeepSpeed compiles when the options of a run are created, before there is a trainer
 
 
 class DurableTrainer(FiniteTrainer):
@@ -53,11 +56,16 @@ class DurableTrainer(FiniteTrainer):
             changes["eval_on_start"] = evaluation_is_due(checkpoint)
         else:
             self.check_start()
-        with self._options(with_changes(self.args, **changes)):
+        with hangs_named(), self._options(with_changes(self.args, **changes)):
             output = super().train(checkpoint, *args, **kwargs)
         if checkpoint is None:
             self.check_any_step()
         return output
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Connect the processes as transformers does, and limit their waits for each other."""
+        super().create_accelerator_and_postprocess()
+        limit_collectives(self.args.ddp_timeout)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # transformers compares them only after a step
