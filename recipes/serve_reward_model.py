@@ -32,8 +32,8 @@ def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
     scorer.batch_size = script_args.batch_size
 
     token = os.environ.get(TOKEN_VARIABLE)
-    limits = {name: getattr(script_args, name) for name in ("max_request_bytes", "max_waiting", "max_tokens")}
-    app = reward_app(scorer, weights=fingerprint(path), token=token, **limits)
+    limits = {"max_request_bytes": script_args.max_request_bytes, "max_waiting": script_args.max_waiting}
+    app = reward_app(scorer, weights=fingerprint(path), token=token, max_tokens=script_args.max_tokens, **limits)
 
     who = "Clients need the token." if token else f"{TOKEN_VARIABLE} is not set: every client gets answers."
     print_lines(f"Serving {path} at http://{script_args.host}:{script_args.port}. {who}")
