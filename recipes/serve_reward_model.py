@@ -10,7 +10,6 @@ in a network that you do not trust, put a proxy with TLS in front and write `htt
 
 import os
 
-import uvicorn
 from accelerate import PartialState
 from trl import ModelConfig
 
@@ -22,7 +21,7 @@ from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import ServeArguments
 from rlhf_recipes.rewards.client import TOKEN_VARIABLE
 from rlhf_recipes.rewards.scorer import RewardModelScorer
-from rlhf_recipes.rewards.server import reward_app
+from rlhf_recipes.rewards.server import reward_app, serve
 from rlhf_recipes.tracking.registry import require_model
 
 
@@ -36,12 +35,12 @@ def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
 
     token = os.environ.get(TOKEN_VARIABLE)
     limits = {"max_request_bytes": script_args.max_request_bytes, "max_waiting": script_args.max_waiting}
-    app = reward_app(scorer, weights=fingerprint(path), token=token, **limits)
+    app = reward_app(scorer, weights=fingerprint(path), token=token, max_tokens=script_args.max_tokens, **limits)
 
     who = "Clients need the token." if token else f"{TOKEN_VARIABLE} is not set: every client gets answers."
     print_lines(f"Serving {path} at http://{script_args.host}:{script_args.port}. {who}")
     terminate_on_hangup()
-    uvicorn.run(app, host=script_args.host, port=script_args.port, log_level="warning", timeout_graceful_shutdown=10)
+    serve(app, script_args.host, script_args.port)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import rich.text
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +22,38 @@ _UPSTREAM_WARNINGS = (
     (FutureWarning, r"`is_gradient_checkpointing` is deprecated"),
     (UserWarning, r".*'pin_memory' argument is set as true but no accelerator is found"),
 )
+# Characters that a terminal obeys: escapes (ESC, C1), a carriage return, marks that turn the direction of text. Half a
+# pair of UTF-16 cannot be printed at all.
+_OBEYED = [*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000)]
+_OBEYED += [0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+_VISIBLE = {code: ascii(chr(code))[1:-1] for code in _OBEYED}
+_hide: Callable[[str], str] = str
+
+
+def hide_by(hide: Callable[[str], str]) -> None:
+    """Replace secrets by this function in everything that is printed. `rlhf_recipes.options.secrets` sets it."""
+    global _hide
+    _hide = hide
+
+
+def visible(text: str) -> str:
+    """Return text from a model or a server with names for the characters that a terminal obeys."""
+    return text.translate(_VISIBLE)
+
+
+@contextmanager
+def visible_tables() -> Iterator[None]:
+    """Show such characters as text inside, also in tables of other libraries. Rich itself removes a few."""
+    before = vars(rich.text)["strip_control_codes"]
+    vars(rich.text)["strip_control_codes"] = visible
+    try:
+        yield
+    finally:
+        vars(rich.text)["strip_control_codes"] = before
+
+
+def _shown(text: str) -> str:
+    return visible(_hide(text))
 
 
 def quiet_start() -> None:
@@ -41,9 +75,9 @@ def _show_error(kind: type[BaseException], error: BaseException, trace: Tracebac
     """Print an error that this library raises about its input without a traceback, and any other error with it."""
     raised_in = Path(traceback.extract_tb(trace)[-1].filename) if trace is not None else Path()
     if isinstance(error, ValueError | OSError) and raised_in.is_relative_to(Path(__file__).parent):
-        sys.stderr.write(f"Error: {error}\n")
+        sys.stderr.write(_shown(f"Error: {error}\n"))
     else:
-        sys.__excepthook__(kind, error, trace)
+        sys.stderr.write(_shown("".join(traceback.format_exception(kind, error, trace))))
 
 
 def print_table(title: str, rows: dict[str, Any], columns: Sequence[str] = ("metric", "value")) -> None:
@@ -51,14 +85,15 @@ def print_table(title: str, rows: dict[str, Any], columns: Sequence[str] = ("met
     table = Table(*columns, title=title)
     for name, value in rows.items():
         cells = value if isinstance(value, list | tuple) else [value]
-        table.add_row(name, *(Text(f"{cell:.3f}" if isinstance(cell, float) else str(cell)) for cell in cells))
+        texts = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        table.add_row(*(Text(_shown(text)) for text in (name, *texts)))
     Console().print(table)
 
 
 def print_lines(*lines: str) -> None:
     """Print lines to copy: unbroken, also in a narrow terminal."""
     for line in lines:
-        Console().print(Text(line), soft_wrap=True)
+        Console().print(Text(_shown(line)), soft_wrap=True)
 
 
 def completions_table(columns: dict[str, list[Any]], num_shown: int) -> None:
@@ -67,5 +102,6 @@ def completions_table(columns: dict[str, list[Any]], num_shown: int) -> None:
     rows = list(zip(columns["prompt"], columns["baseline_completion"], columns["policy_completion"], strict=True))
     for prompt, baseline, policy in rows[:: max(len(rows) // max(num_shown, 1), 1)][:num_shown]:
         last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        table.add_row(Text(last.strip()), Text(baseline), Text(policy))  # the text of a model is no markup
+        # The text of a model is no markup.
+        table.add_row(*(Text(visible(text)) for text in (last.strip(), baseline, policy)))
     Console().print(table)

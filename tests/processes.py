@@ -8,6 +8,8 @@ every process here is a fork of that server. `test_processes.py` compares a fork
   arguments, `sys.path`, standard output and error, and random seeds, as the command would have them.
 - The fork ends by `Py_Exit`, as an interpreter does: it joins threads, runs `atexit`, and tears modules down.
 
+Every process leads a group of its own. The whole group ends with the test, also if the test fails or runs out of time.
+
 The warnings that a library raises on import are the server's. So tests of a first run use fresh interpreters.
 """
 
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -159,27 +161,42 @@ def run_launch(*arguments, directory, fresh=False, **environment):
 
 def run_fresh(*command, directory, **environment):
     """Run `python COMMAND` by a fresh interpreter; return its exit code and output."""
-    return subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=directory,
         env=environment_of_a_user(**environment),
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=LAUNCH_SECONDS,
-        check=False,
+        start_new_session=True,
     )
+    try:
+        output = process.communicate(timeout=LAUNCH_SECONDS)
+    finally:
+        end_group(process.pid)
+        process.wait()
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
+
+
+def end_group(pid):
+    """End a process and every process of its group."""
+    with suppress(ProcessLookupError):  # all have ended
+        os.killpg(pid, signal.SIGKILL)
 
 
 @contextmanager
 def none_left():
     """End each process that has been started in the block and still runs."""
     count = len(_started)
-    yield
-    for process in _started[count:]:
-        process.kill()
-        process.join()
-    del _started[count:]
+    try:
+        yield
+    finally:
+        for process in _started[count:]:
+            end_group(process.pid)
+            process.kill()
+            process.join()
+        del _started[count:]
 
 
 def _run(main, command, directory, environment):
@@ -200,10 +217,13 @@ def _start(main, command, directory, environment, stdout, stderr):
 
 
 def _join(process, seconds):
-    process.join(seconds)
-    if process.exitcode is None:
-        process.kill()
-    process.join()
+    try:
+        process.join(seconds)
+    finally:
+        if process.exitcode is None:
+            process.kill()
+        end_group(process.pid)
+        process.join()
 
 
 @functools.cache
@@ -226,6 +246,8 @@ def _become(environment):
 
 def _enter(command, directory, environment, stdout, stderr):
     sys.stdout.flush()  # of the server's own
+    if os.getpgrp() != os.getpid():
+        os.setsid()
     for number, file in ((1, stdout), (2, stderr)):
         output = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(output, number)
@@ -270,9 +292,9 @@ def _launched_main(*job):
 
 
 def _end_with_parent():
-    """End this rank if the launcher has ended without ending it."""
+    """End this rank and its group if the launcher has ended without ending it."""
     wait([multiprocessing.parent_process().sentinel])
-    os.kill(os.getpid(), signal.SIGKILL)
+    end_group(os.getpid())
 
 
 def _end_as_main(run):
@@ -340,6 +362,7 @@ def mlflow_server(directory, port):
         wait_for_server(process, f"http://127.0.0.1:{port}/health", log)
         yield
     finally:
+        end_group(process.pid)
         process.kill()
         process.join()
 

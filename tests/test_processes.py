@@ -2,10 +2,15 @@
 
 import json
 import signal
+import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import processes
+import psutil
 import pytest
-from processes import run_command, run_fresh
+from processes import none_left, run_command, run_fresh, start_script, wait_for
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 STATE = """
@@ -90,3 +95,62 @@ def test_a_recipe_says_in_a_fork_what_it_says_alone(tmp_path, fresh_state):
     said_on_import = fresh_state[1].stderr
     assert (fork.returncode, fork.stdout) == (fresh.returncode, fresh.stdout) == (1, "")
     assert said_on_import + fork.stderr == fresh.stderr
+
+
+FAMILY = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=-3, stderr=-3)
+pathlib.Path("child.part").write_text(str(child.pid))
+pathlib.Path("child.part").rename("child.txt")
+{end}
+"""
+
+
+def _child(directory):
+    wait_for(directory / "child.txt")
+    return psutil.Process(int((directory / "child.txt").read_text()))
+
+
+def _is_gone(process):
+    deadline = time.monotonic() + 15
+    with suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE:  # nobody may ask for its exit code
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+    return True
+
+
+def _family(directory, end):
+    script = directory / "family.py"
+    script.write_text(FAMILY.format(end=end))
+    return script
+
+
+def test_a_test_that_fails_leaves_no_process_of_a_group(tmp_path):
+    def fail():
+        start_script(_family(tmp_path, "time.sleep(600)"), directory=tmp_path)
+        children.append(_child(tmp_path))
+        raise AssertionError("the test fails")
+
+    children = []
+    with pytest.raises(AssertionError, match="the test fails"), none_left():
+        fail()
+    assert _is_gone(children[0])
+
+
+@pytest.mark.parametrize("run", [run_command, run_fresh])
+def test_a_command_that_runs_out_of_time_ends_with_its_group(tmp_path, monkeypatch, run):
+    monkeypatch.setattr(processes, "LAUNCH_SECONDS", 3)
+    with suppress(subprocess.TimeoutExpired):
+        run(_family(tmp_path, "time.sleep(600)"), directory=tmp_path)
+    assert _is_gone(_child(tmp_path))
+
+
+@pytest.mark.parametrize("run", [run_command, run_fresh])
+def test_what_a_command_leaves_behind_ends_with_it(tmp_path, run):
+    assert (
+        run(_family(tmp_path, "sys.stdout.close(); sys.stderr.close(); sys.exit(0)"), directory=tmp_path).returncode
+        == 0
+    )
+    assert _is_gone(_child(tmp_path))

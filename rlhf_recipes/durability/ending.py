@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from accelerate import PartialState
 
+from rlhf_recipes.durability.collectives import hangs_named
 from rlhf_recipes.durability.termination import EXIT_CODE, TerminatedError
 
 GLOO_SECONDS = 0.5  # a thread needs milliseconds for it, even with many more threads than cores
@@ -30,7 +31,8 @@ def leave_together() -> Iterator[None]:
     As soon as one process has ended with an error or after a signal, a launcher kills the others after 30 seconds.
     """
     try:
-        yield
+        with hangs_named():
+            yield
     except TerminatedError as error:
         if error.code == EXIT_CODE:  # all processes stop at the same step; another code may be of this one alone
             wait_to_end()

@@ -19,6 +19,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from rlhf_recipes.durability.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
+from rlhf_recipes.durability.collectives import hangs_named, limit_collectives
+from rlhf_recipes.durability.extensions import watch_locks
 from rlhf_recipes.durability.finite import FiniteTrainer
 from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.pickles import refuse_code
@@ -29,6 +31,7 @@ from rlhf_recipes.options.secrets import without_secrets
 
 FINISHED_FILE = "finished.txt"  # in the last checkpoint of a run that ended itself before its last step: the step
 logger = logging.getLogger(__name__)
+watch_locks()  # DeepSpeed compiles when the options of a run are created, before there is a trainer
 
 
 class DurableTrainer(FiniteTrainer):
@@ -73,11 +76,16 @@ class DurableTrainer(FiniteTrainer):
             changes["eval_on_start"] = evaluation_is_due(checkpoint)
         else:
             self.check_start()
-        with self._options(with_changes(self.args, **changes)):
+        with hangs_named(), self._options(with_changes(self.args, **changes)):
             output = super().train(checkpoint, *args, **kwargs)
         if checkpoint is None:
             self.check_any_step()
         return output
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Connect the processes as transformers does, and limit their waits for each other."""
+        super().create_accelerator_and_postprocess()
+        limit_collectives(self.args.ddp_timeout)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # transformers looks at both only after a step.

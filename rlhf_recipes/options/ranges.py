@@ -52,7 +52,7 @@ GROUPS = {
         *("dataset_num_proc", "precompute_ref_batch_size", "DPOConfig.beta"),
         *("reward_norm_clip", "target_kl", "kl_horizon", "early_stopping_patience", "cliprange_value"),
         *("critic_epochs", "critic_pairs", "max_update_kl", "max_kl", "max_skipped_steps", "best_of"),
-        *("num_prompts", "num_samples", "max_request_bytes", "max_waiting", "eval_steps"),
+        *("num_prompts", "num_samples", "max_request_bytes", "max_waiting", "max_tokens", "eval_steps"),
     ),
     NOT_NEGATIVE: (
         *("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "epsilon", "epsilon_high", "beta"),

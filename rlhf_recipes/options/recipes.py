@@ -134,6 +134,9 @@ class ServeArguments:
         default=64,
         metadata={"help": "Largest number of waiting requests. Further ones get the answer 503: try again later."},
     )
+    max_tokens: int = field(
+        default=2**14, metadata={"help": "Largest number of tokens of a prompt with its completion."}
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -6,20 +6,60 @@ import re
 from dataclasses import asdict
 from typing import Any
 
-SECRET_NAMES = re.compile(r"passw|secret|credential|authorization|(^|_)(token|key|api_?key)($|_)", re.IGNORECASE)
+from rlhf_recipes.console import hide_by
+
 TEXT_TOKENS = {"bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"}
-# user:password@ of an address, a secret in its query, and the formats in which tokens are issued.
-SECRET_VALUES = re.compile(
-    r"(?<=://)[^/\s]+(?=@)"
-    r"|(?<=[?&])((?:\w*_)?(?:token|key|password|secret)=)[^&\s]+"
-    r"|\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}",
-    re.IGNORECASE,
+# A name that says by itself that its value is a secret, in an option, a header, a connection string or a variable.
+CLEAR_NAME = (
+    r"passw(?:or)?d|passphrase|secret|credentials?|authorization|signature|api[_-]?key|cookie"
+    r"|(?:access|account|secret|private|shared)[_-]?(?:access[_-]?)?key"
+    r"|(?:access|auth|bearer|csrf|hf|hub|id|private|refresh|security|session|tracking)[_-]?token"
 )
+# A name that says it in the query of an address or as the name of an option. In a sentence it is a common word.
+SHORT_NAME = r"token|key|sig|pwd|pass|auth"
+_TEXT = f"(?:{'|'.join(sorted(TEXT_TOKENS))})"
+SECRET_NAMES = re.compile(
+    rf"passw|{CLEAR_NAME}|(?:^|[_-])(?:{SHORT_NAME})(?:$|[_-])|(?:^|[a-z])(?-i:Token|Key)$", re.IGNORECASE
+)
+_AT, _SCHEME = r"(?:@|%40)", r"(?:://|%3A%2F%2F)"
+_IS = r"""(?:["']?\s{0,8}(?::|=|%3A|%3D)(?:\s|%20|\+){0,8})"""
+_VALUE = (
+    r"""(?:(?:bearer|basic|digest|negotiate|token)(?:\s|%20|\+){1,8})?"""
+    r"""(?:\*{3}|"[^"]{0,999}"|'[^']{0,999}'|[^\s&"'<>;]+)"""
+)
+# Between words, or after a character that is written as in an address (%20).
+_START, _WORD = (rf"(?:(?<![{before}])|(?<=%[0-9a-f]{{2}}))" for before in ("a-z0-9", r"\w-"))
+# The one table of secrets. A named group stays, and `***` replaces the rest. Lengths are bounded: time is linear.
+_TABLE = (
+    # A private key, also one that has been cut off.
+    r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)",
+    # user:password@ of an address. A password may hold @, : and, in the address of a database, /.
+    rf"(?P<scheme>{_SCHEME})(?:[^/\s\"'<>?#]{{1,256}}(?={_AT})"
+    rf"|[^:/\s\[\]@]{{1,64}}:(?!\d*[/?#])[^\s\"'<>]{{0,256}}(?={_AT}))",
+    # The same without `://`. An image is named `name:tag@sha256:..`, and a mail `mailto:me@host`.
+    r"(?<![\w./:@-])(?!mailto:)[\w.%+-]{1,64}:(?![/\s])[^\s\"'<>/,;(){}\[\]]{1,128}(?=@(?!sha256:)[\w\[])",
+    # NAME=value, NAME: value, "NAME": "value"
+    rf"(?P<clear>(?:{CLEAR_NAME}){_IS}){_VALUE}",
+    rf"(?P<short>(?:[?&;\"']|%3F|%26|{_WORD}(?=(?:token|sig|pwd(?!=/))\s*(?:=|%3D)))(?!{_TEXT}[\"'=:])"
+    rf"(?:[\w-]{{0,40}}[_-])?(?:{SHORT_NAME}){_IS}){_VALUE}",
+    r"(?P<variable>\b(?-i:[A-Z][A-Z0-9_]{0,40}_(?:TOKEN|KEY))=)[^\s&\"';]+",
+    rf"(?P<kind>{_START}(?:bearer|basic)\s{{1,8}})(?=\S{{0,256}}(?:\d|=|(?-i:[a-z][A-Z])))[\w.~+/-]{{8,}}=*",
+    # The forms in which tokens are issued.
+    rf"{_START}(?:hf_|api_org_|npm_)[a-z0-9]{{16,}}",
+    rf"{_START}(?:gh[oprsu]_|dop_v1_|dckr_pat_|[rs]k_(?:live|test)_|whsec_)\w{{10,}}",
+    rf"{_START}(?:github_pat_|glpat-|sk-(?!learn)|xox[a-z]-|ya29\.)[\w.-]{{12,}}",
+    rf"{_START}(?-i:AIza[\w-]{{12,}}|A[KS]IA[A-Z0-9]{{12,}}|pypi-(?=[\w-]{{0,64}}[A-Z0-9])[\w-]{{16,}})",
+    rf"{_START}(?-i:eyJ[\w-]{{6,}}(?:\.[\w-]*){{2,4}})",
+)
+SECRET_VALUES = re.compile("|".join(_TABLE), re.IGNORECASE | re.DOTALL)
 
 
 def redact(text: str) -> str:
     """Replace passwords, tokens and keys by `***`."""
-    return SECRET_VALUES.sub(lambda found: f"{found[1] or ''}***", text)
+    return SECRET_VALUES.sub(lambda found: f"{found[found.lastgroup] if found.lastgroup else ''}***", text)
+
+
+hide_by(redact)
 
 
 def without_credentials(uri: str) -> str:
@@ -63,8 +103,8 @@ def _without_secrets(value: Any) -> Any:
 
 
 def holds_credentials(uri: str | None) -> bool:
-    """Return whether an address holds a user and a password."""
-    return uri is not None and without_credentials(uri) != redact(uri)
+    """Return whether an address holds a user, a password or a token."""
+    return uri is not None and redact(uri) != uri
 
 
 def public_options(configs: tuple[Any, ...]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,9 @@ import torch
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 from torch import Tensor
 
+from rlhf_recipes.console import visible
 from rlhf_recipes.options.reward_calls import LONGEST_PAUSE_SECONDS
+from rlhf_recipes.options.secrets import redact
 
 PACKAGE = Path(__file__).parents[1]
 LARGEST_REWARD = torch.finfo(torch.float32).max
@@ -52,9 +54,13 @@ def _checked(reward: Any, row: int) -> float:
         return math.nan
     if not isinstance(value, Real):
         raise TypeError(f"it returned {_short(value)} for completion {row}, not a number or `None`")
-    if abs(float(value)) > LARGEST_REWARD:
-        raise ValueError(f"it returned {value} for completion {row}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of a long integer
+        number = math.inf
+    if abs(number) > LARGEST_REWARD:
+        raise ValueError(f"it returned {_short(value)} for completion {row}")
+    return number
 
 
 def _short(value: Any) -> str:
@@ -86,7 +92,7 @@ def _may_pass(error: BaseException) -> bool:
 
 def describe_error(error: BaseException) -> str:
     """Return an error in one line, with the line that raised it if that is outside of this library."""
-    text = f"{type(error).__name__}: {error}"
+    text = visible(redact(f"{type(error).__name__}: {error}"))  # the text may be that of a server
     frame = next(iter(traceback.extract_tb(error.__traceback__)[::-1]), None)
     if frame is not None and not Path(frame.filename).is_relative_to(PACKAGE):
         text += f" ({Path(frame.filename).name}, line {frame.lineno})"

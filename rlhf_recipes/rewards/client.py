@@ -10,18 +10,23 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 from tenacity import RetryCallState
 
-from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError, retrying
+from rlhf_recipes.console import visible
+from rlhf_recipes.options.secrets import holds_credentials, redact
+from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError, checked_rewards, retrying
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
 from rlhf_recipes.rewards.threads import DaemonPool
 
 TOKEN_VARIABLE = "REWARD_MODEL_TOKEN"
 CONNECT_SECONDS = 10.0
+# The largest answers, in bytes after decompression: the card with its chat template, and one number per row.
+INFO_BYTES = 2**22
+NUMBER_BYTES = 64
+REFUSAL_BYTES = 2**12  # of a refusal, only the beginning is shown
 # A later request may succeed after these refusals: timeout, too many requests.
 PASSING_REFUSALS = (408, 429)
 logger = logging.getLogger(__name__)
@@ -54,7 +59,7 @@ class RemoteRewardModel(Scorer):
         url: Address of the server, for example `http://127.0.0.1:8000`.
         batch_size: Completions per request.
         concurrency: Number of requests at the same time.
-        timeout: Seconds without an answer after which a request fails; `None` sets no limit.
+        timeout: Seconds for a whole request, however slowly its answer arrives; `None` sets no limit.
         retries: Further attempts to reach a server that is still starting.
         policy_eos_token_ids: Ids that end a completion of the policy; `None` counts every completion as finished.
 
@@ -72,13 +77,13 @@ class RemoteRewardModel(Scorer):
         retries: int = 4,
         policy_eos_token_ids: list[int] | None = None,
     ) -> None:
-        if "@" in urlsplit(url).netloc:
+        if holds_credentials(url):
             raise ValueError(f"The address of a reward model holds a password: set {TOKEN_VARIABLE} instead.")
         self.url = url.rstrip("/")
         self.batch_size, self.concurrency, self.timeout = batch_size, concurrency, timeout
         self.policy_eos_token_ids = policy_eos_token_ids
         try:
-            info = retrying(retries, self._note_waiting)(self._request, "GET", "/", timeout=CONNECT_SECONDS)
+            info = retrying(retries, self._note_waiting)(self._request, "GET", "/", INFO_BYTES, CONNECT_SECONDS)
             self.__name__ = str(info["name"])
             self.card = None if info["card"] is None else RewardModelCard(**info["card"])
             self.weights: str | None = info.get("weights")  # a fingerprint
@@ -143,15 +148,48 @@ class RemoteRewardModel(Scorer):
             body = json.dumps(batch, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise PermanentRewardError(f"prompts for a served reward model must be text: {error}") from error
-        numbers = self._request("POST", path, timeout=self.timeout, body=body).get(kind)
-        if not isinstance(numbers, list) or len(numbers) != len(batch["prompts"]):
-            count = len(numbers) if isinstance(numbers, list) else "no"
-            raise RewardCallError(f"{self.url} answered with {count} {kind} for {len(batch['prompts'])} completions")
+        count = len(batch["prompts"])
+        numbers = self._request("POST", path, NUMBER_BYTES * (count + 16), self.timeout, body).get(kind)
+        if not isinstance(numbers, list) or len(numbers) != count:
+            found = len(numbers) if isinstance(numbers, list) else "no"
+            raise RewardCallError(f"{self.url} answered with {found} {kind} for {count} completions")
+        try:
+            checked_rewards(numbers, count)
+        except (TypeError, ValueError) as error:
+            raise RewardCallError(f"{self.url} answered with wrong {kind}: {visible(str(error))}") from error
         return numbers
 
-    def _request(self, method: str, path: str, *, timeout: float | None, body: str | None = None) -> dict[str, Any]:
+    def _request(
+        self, method: str, path: str, limit: int, timeout: float | None, body: str | None = None
+    ) -> dict[str, Any]:
+        """Return the answer to a request within a time limit.
+
+        The limits of requests are those of one read. So the request runs in a thread, which is left at the end of the
+        time, and whose connection is closed.
+        """
+        pool, opened = DaemonPool(), list[requests.Response]()
+        answer = pool.submit(self._exchange, method, path, limit, timeout, body, opened)
+        pool.close()
         try:
-            response = requests.request(
+            return answer.result(timeout)
+        except TimeoutError:
+            for response in opened:
+                response.raw.shutdown()  # its thread wakes up
+            raise RewardCallError(
+                f"{self.url} does not answer (ReadTimeout: no whole answer in {timeout:g} s)"
+            ) from None
+
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        limit: int,
+        timeout: float | None,
+        body: str | None,
+        opened: list[requests.Response],
+    ) -> dict[str, Any]:
+        try:
+            with requests.request(
                 method,
                 self.url + path,
                 data=body,
@@ -159,16 +197,28 @@ class RemoteRewardModel(Scorer):
                 auth=_authorize,
                 timeout=(CONNECT_SECONDS, timeout),
                 allow_redirects=False,
-            )
+                stream=True,
+            ) as response:
+                opened.append(response)
+                return self._answered(response, limit)
         except requests.RequestException as error:
             raise RewardCallError(f"{self.url} does not answer ({type(error).__name__})") from error
+
+    def _answered(self, response: requests.Response, limit: int) -> dict[str, Any]:
         if not response.ok or response.is_redirect:
             kind = PermanentRewardError if _is_final(response.status_code) else RewardCallError
-            raise kind(f"{self.url} answered {response.status_code}: {response.text[:300]}")
+            text = next(response.iter_content(REFUSAL_BYTES), b"").decode(errors="replace")
+            raise kind(f"{self.url} answered {response.status_code}: {visible(redact(text))[:300]}")
+        body = bytearray()
+        for chunk in response.iter_content(2**14):
+            body += chunk
+            if len(body) > limit:
+                raise RewardCallError(f"{self.url} answered with more than {limit} bytes: this is no list of scores")
         try:
-            answer = json.loads(response.text, parse_constant=_refuse_constant)
-        except ValueError as error:
-            raise RewardCallError(f"{self.url} answered with no valid JSON ({error})") from error
+            answer = json.loads(body, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            reason = "too deep" if isinstance(error, RecursionError) else visible(str(error))
+            raise RewardCallError(f"{self.url} answered with no valid JSON ({reason})") from error
         if not isinstance(answer, dict):
             raise RewardCallError(f"{self.url} answered with something else than scores")
         return answer

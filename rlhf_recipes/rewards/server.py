@@ -6,8 +6,9 @@
     POST /score  {"prompts": [..], "completions": [..], "finished": [..]} -> {"scores": [..]}, with `null` for NaN
     POST /lengths  {"prompts": [..]} -> {"lengths": [..]}: the tokens that the model reads beside those of an answer
 
-Prompts and completions are texts or lists of messages. Errors: 401 without the token; 413 for a request that is too
-large; 422 for a request that cannot be scored, with the reason; 503 while too many requests wait.
+Prompts and completions are texts or lists of messages. Errors: 401 without the token; 413 for a request or a text that
+is too large; 422 for a request that cannot be scored, with the reason; 503 while too many requests wait. A connection
+whose request is not whole after `REQUEST_SECONDS` is closed, and so is one beyond `MAX_CONNECTIONS`.
 """
 
 import asyncio
@@ -23,13 +24,19 @@ from queue import Empty, Full, Queue
 from threading import Thread
 from typing import Annotated, Any, TypeVar
 
+import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rlhf_recipes.rewards.client import TOKEN_VARIABLE
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 
 GATHER_SECONDS = 0.01  # time for related requests, for example those of several ranks, to arrive
+REQUEST_SECONDS = 30.0  # from its first byte to its last
+MAX_CONNECTIONS = 256
+MAX_ROWS = 4096
+LONGEST_TOKEN = 16  # characters of a token, at most, on the mean of a text
 logger = logging.getLogger(__name__)
 
 
@@ -49,7 +56,7 @@ class ScoreRequest(BaseModel):
     """Describe the completions to score."""
 
     model_config = ConfigDict(extra="forbid")
-    prompts: Annotated[list[Text], Field(min_length=1)]
+    prompts: Annotated[list[Text], Field(min_length=1, max_length=MAX_ROWS)]
     completions: list[Text]
     finished: list[StrictBool]
 
@@ -66,7 +73,7 @@ class LengthRequest(BaseModel):
     """Describe the prompts to count."""
 
     model_config = ConfigDict(extra="forbid")
-    prompts: list[Text]
+    prompts: Annotated[list[Text], Field(max_length=MAX_ROWS)]
 
 
 class UnscorableError(ValueError):
@@ -74,10 +81,16 @@ class UnscorableError(ValueError):
 
 
 class ScoringQueue:
-    """Score waiting requests in one batch. One thread scores one batch at a time."""
+    """Score waiting requests in one batch. One thread scores one batch at a time.
 
-    def __init__(self, scorer: RewardModelScorer, max_waiting: int) -> None:
-        self._scorer = scorer
+    Args:
+        scorer: Reward model.
+        max_waiting: Largest number of waiting requests.
+        max_tokens: Largest number of tokens of a prompt with its completion.
+    """
+
+    def __init__(self, scorer: RewardModelScorer, max_waiting: int, max_tokens: int = 2**14) -> None:
+        self._scorer, self._max_tokens = scorer, max_tokens
         self._waiting: Queue[tuple[ScoreRequest, Future[list[float]]]] = Queue(max_waiting)
         Thread(target=self._run, name="scoring", daemon=True).start()
 
@@ -124,6 +137,8 @@ class ScoringQueue:
             token_ids = self._scorer.token_ids(texts["prompts"], texts["completions"], texts["finished"])
             if not all(token_ids):
                 raise ValueError("a completion and its prompt have no token")
+            if (longest := max(map(len, token_ids))) > self._max_tokens:
+                raise ValueError(f"a text has {longest} tokens: `max_tokens` of this server allows {self._max_tokens}")
         except Exception as error:  # a chat template may raise anything
             answer.set_exception(UnscorableError(f"{type(error).__name__}: {error}"))
             return None
@@ -136,6 +151,7 @@ def reward_app(
     weights: str | None = None,
     max_request_bytes: int = 2**24,
     max_waiting: int = 64,
+    max_tokens: int = 2**14,
     token: str | None = None,
 ) -> FastAPI:
     """Return the application that serves a reward model.
@@ -145,6 +161,7 @@ def reward_app(
         weights: Fingerprint of its weights. With it, a resumed run recognises the model at another address.
         max_request_bytes: Largest size of a request. The server does not read a larger one to its end.
         max_waiting: Largest number of waiting requests.
+        max_tokens: Largest number of tokens of a prompt with its completion.
         token: Token that clients must send, if there is one.
 
     Raises:
@@ -154,7 +171,7 @@ def reward_app(
     if card is not None:
         separator = card.response_separator
         card.check(scorer.tokenizer, conversational=card.conversational, response_separator=separator)
-    queue, limit = ScoringQueue(scorer, max_waiting), getattr(scorer, "position_limit", None)
+    queue, limit = ScoringQueue(scorer, max_waiting, max_tokens), getattr(scorer, "position_limit", None)
     authorized = [Depends(_require(token))]
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -169,15 +186,18 @@ def reward_app(
 
     @app.post("/lengths", dependencies=authorized)
     async def lengths(request: Request) -> dict[str, list[int]]:
-        prompts = _parsed(LengthRequest, await _body(request, max_request_bytes)).model_dump(exclude_unset=True)
+        batch = _parsed(LengthRequest, await _body(request, max_request_bytes))
+        _check_sizes(batch.prompts, max_tokens)
         try:
-            return {"lengths": scorer.prompt_lengths(prompts["prompts"])}
+            prompts = batch.model_dump(exclude_unset=True)["prompts"]
+            return {"lengths": await asyncio.to_thread(scorer.prompt_lengths, prompts)}
         except Exception as error:  # a chat template may raise anything
             raise HTTPException(422, f"{type(error).__name__}: {error}") from error
 
     @app.post("/score", dependencies=authorized)
     async def score(request: Request) -> dict[str, list[float | None]]:
         batch = _parsed(ScoreRequest, await _body(request, max_request_bytes))
+        _check_sizes([*batch.prompts, *batch.completions], max_tokens)
         try:
             scores = await asyncio.wrap_future(queue.submit(batch))
         except UnscorableError as error:
@@ -195,7 +215,8 @@ def _require(token: str | None) -> Callable[[Request], None]:
     def check(request: Request) -> None:
         sent = request.headers.get("Authorization", "")
         if token and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
-            raise HTTPException(401, f"set {TOKEN_VARIABLE} to the token of this server")
+            close = {"Connection": "close"}  # whatever else a stranger sends is not read
+            raise HTTPException(401, f"set {TOKEN_VARIABLE} to the token of this server", close)
 
     return check
 
@@ -209,9 +230,65 @@ def _parsed(kind: type[Parsed], body: bytes) -> Parsed:
 
 
 async def _body(request: Request, limit: int) -> bytes:
+    too_large = HTTPException(413, f"a request may have {limit} bytes: send fewer completions at a time")
+    if request.headers.get("Content-Length", "").isdecimal() and int(request.headers["Content-Length"]) > limit:
+        raise too_large
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit:
-            raise HTTPException(413, f"a request may have {limit} bytes: send fewer completions at a time")
+            raise too_large
     return bytes(body)
+
+
+def _check_sizes(texts: list[Text], max_tokens: int) -> None:
+    """Refuse a text that cannot have few enough tokens, before it is tokenised."""
+    limit = LONGEST_TOKEN * max_tokens
+    for text in texts:
+        size = len(text) if isinstance(text, str) else sum(len(message.content) for message in text)
+        if size > limit:
+            raise HTTPException(413, f"a text has {size} characters: `max_tokens` of this server allows {limit}")
+
+
+class LimitedConnection(H11Protocol):
+    """Close a connection whose request is not whole in time, and one beyond the largest number."""
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Give the first request its time."""
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+        self._waiting = self.loop.call_later(REQUEST_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """Give a request its time from the first byte, until it is whole."""
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.more_body:
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the time of a connection that is closed."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._waiting = None
+
+
+def serve(app: FastAPI, host: str, port: int) -> None:
+    """Serve an application until the process ends."""
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        http=LimitedConnection,
+        ws="none",
+        log_level="warning",
+        timeout_graceful_shutdown=10,
+    )

@@ -25,6 +25,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import MAX_DATASET_NAME_SIZE, MAX_METRICS_PER_BATCH
 
 from rlhf_recipes.durability.termination import TerminatedError, signals_held
+from rlhf_recipes.tracking.deadline import limit_requests
 from rlhf_recipes.tracking.lineage import note_model
 from rlhf_recipes.tracking.logged_model import send_model
 from rlhf_recipes.tracking.names import Names, clean_name
@@ -33,6 +34,7 @@ from rlhf_recipes.tracking.unfinished import note_end, write_whole
 UNSENT_FILE = "mlflow_unsent.jsonl"
 PAUSE_SECONDS = 60.0  # between two attempts at a store that does not answer
 SIGNAL_SECONDS = 0.05  # until a signal is noticed while the last records are sent
+CLOSE_SECONDS = 600.0  # at the end of a run, for the records that wait
 logger = logging.getLogger(__name__)
 
 
@@ -121,20 +123,24 @@ class Delivery:
     def close(self, status: str) -> None:
         """Wait until every record is sent or kept, end the active run, and warn of kept records.
 
-        A signal ends the wait: the remaining records are kept, and the run is KILLED.
+        After `CLOSE_SECONDS`, wait only for the request in progress, and keep the remaining records. A signal ends the
+        wait too, and the run is KILLED.
         """
+        give_up = time.monotonic() + CLOSE_SECONDS
         with signals_held() as received:
             sent = self._worker.submit(bool)
             while not (sent.done() or received):
                 wait([sent], timeout=SIGNAL_SECONDS)
+                if time.monotonic() > give_up:
+                    self._paused_until = math.inf  # from now on, the worker only keeps
             is_cut = not sent.done()
             if is_cut:
-                self._paused_until = math.inf  # from now on, the worker only keeps
+                self._paused_until = math.inf
             has_ended = self._end("KILLED" if is_cut else status)  # other signals come too late
         if is_cut:
             raise KeyboardInterrupt if received[0] == signal.SIGINT else TerminatedError(128 + received[0])
         self._worker.shutdown(wait=True)
-        if has_ended:
+        if has_ended and self._paused_until < math.inf:
             with suppress(Exception):  # the store may answer again
                 send_unsent(self.unsent, mlflow.get_tracking_uri())
         if self.unsent.exists():
@@ -263,4 +269,5 @@ def _send_file(client: mlflow.MlflowClient, run_id: str, path: str, folder: str)
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    limit_requests()
     logger.warning(f"Sent {send_unsent(*sys.argv[1:3])} records.")

@@ -30,6 +30,7 @@ from mlflow.utils.validation import (
 from rlhf_recipes.options.recipes import TrackingArguments, _sqlite_file, tracking_uri
 from rlhf_recipes.options.relevance import config_group, flat
 from rlhf_recipes.options.secrets import public_options, redact, without_credentials
+from rlhf_recipes.tracking.deadline import limit_requests
 from rlhf_recipes.tracking.lineage import environment_tags, upstream_runs
 from rlhf_recipes.tracking.logged_model import UnknownModelError
 from rlhf_recipes.tracking.names import by_clean_name
@@ -48,6 +49,7 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # a server may ask for an hour
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 # Messages about migrations and retries, and about failures that this library reports in one line.
@@ -63,7 +65,8 @@ logger = logging.getLogger(__name__)
 
 
 def configure_mlflow() -> None:
-    """Shorten the timeouts of MLflow, and silence its minor messages."""
+    """Shorten the timeouts of MLflow, let each request end in time, and silence minor messages."""
+    limit_requests()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name, level in QUIET.items():
@@ -202,6 +205,7 @@ def _record_inputs(run: Run, model_ids: list[str]) -> None:
 
 def end_run(tracking: TrackingArguments, run_id: str, status: str, output_dir: str | None) -> None:
     """End a run that another process opened."""
+    configure_mlflow()
     try:
         mlflow.MlflowClient(tracking_uri(tracking)).set_terminated(run_id, status)
         note_end(output_dir)
@@ -213,7 +217,7 @@ def ui_command(tracking: TrackingArguments) -> str:
     """Return the address of the server, or the command that starts one."""
     uri = tracking_uri(tracking)
     mlflow_command = Path(sys.executable).with_name("mlflow")
-    return redact(uri) if uri.startswith("http") else f"{mlflow_command} ui --backend-store-uri {uri}"
+    return redact(uri if uri.startswith("http") else f"{mlflow_command} ui --backend-store-uri {uri}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import RepeatSampler
 
+from rlhf_recipes.console import visible_tables
 from rlhf_recipes.data.messages import ends_in_prefill
 from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.data.rows import check_reward_columns
@@ -159,7 +160,8 @@ class RolloutTrainer(ComparedTrainer):
             if self.args.should_save and self._samples:
                 write_table(self._samples, self.args.output_dir, "training", self.state.global_step)
         weigh_means(self._metrics["train" if self.model.training else "eval"])
-        super().log(logs, start_time)
+        with visible_tables():  # TRL prints completions
+            super().log(logs, start_time)
 
     def rendered(self, prompts: list[Any], tokenize: Callable[[list[Any]], Any]) -> Any:
         """Tokenise as TRL does, but continue a message of the assistant, and leave off an EOS that ends a prompt.

@@ -1,11 +1,15 @@
 """Secrets stay out of what a run shows of its options."""
 
+import time
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from rlhf_recipes.options.recipes import TrackingArguments
 from rlhf_recipes.options.secrets import public_options, redact, without_credentials
-from rlhf_recipes.tracking.store import flat_options
+from rlhf_recipes.tracking.store import flat_options, ui_command
 
 
 @dataclass
@@ -56,6 +60,123 @@ def test_an_address_is_shown_without_its_password():
     assert without_credentials("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
 
 
+@pytest.mark.parametrize(
+    "uri", ["https://me:w0rd@host/x", "https://host/x?token=w0rd", "postgresql://me:w/0rd@db/x?sslpassword=w0rd"]
+)
+def test_the_command_that_shows_the_runs_holds_no_password(uri):
+    assert "0rd" not in ui_command(TrackingArguments(tracking_uri=uri))
+
+
 def test_a_flat_option_is_short_and_there_once():
     flat = flat_options({"A": {"x": "abcdef", "same": 1}, "B": {"x": "other", "same": 1}}, 5)
     assert flat == {"x": "abcd…", "same": "1", "B.x": "other"}
+
+
+WORD = st.text("ABCDEFGHIJKdefghijk0123456789", min_size=20, max_size=40)
+FORMS = (
+    *("me:p@{}@db.example", "https://me:p@{}@db/x", "postgresql://me:a/{}@db/x", "https%3A%2F%2Fme%3A{}%40db"),
+    *(
+        "sslpassword={}",
+        "passwd={}",
+        "password='two {}'",
+        "PGPASSWORD={}",
+        "pwd%3D{}&",
+        "?pwd={}",
+        "apikey={}",
+        "?key={}",
+    ),
+    *("X-Amz-Signature={}", "X-Amz-Credential={}/eu", "X-Amz-Security-Token={}", "X-Goog-Signature={}", "?sig={}"),
+    *("AccountKey={}==;", "SharedAccessSignature={}", "SharedAccessSignature sv=1&sig={}", "token%3D{}", "token={}"),
+    *("Authorization: Bearer {}", "Authorization: Basic {}=", "Authorization%3A%20Bearer%20{}", "X-Api-Key: {}"),
+    *(
+        "{{'Authorization': 'Token {}'}}",
+        '{{"client_secret": "{}"}}',
+        "{{'token': '{}'}}",
+        "HF_TOKEN={}",
+        "Cookie: a={}",
+    ),
+    *("Bearer 1aB{}", "Basic aB{}=", "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----"),
+    *("eyJhbGciOi.{}.abc", "AKIA{}", "ASIA{}", "AIza{}", "ya29.{}", "npm_{}", "pypi-Ag{}", "dop_v1_{}", "hf_{}"),
+    *(
+        "gho_{}",
+        "ghs_{}",
+        "ghu_{}",
+        "ghr_{}",
+        "ghp_{}",
+        "github_pat_{}",
+        "glpat-{}",
+        "sk-{}",
+        "sk_live_{}",
+        "rk_live_{}",
+    ),
+)
+AROUND = st.text("abc xyz/.,:;()=&?%|\n", max_size=20)
+PLACES = ("{}", "see {} now", "({})", "https://host/x?size=1&{}&b=2", "[{}]", "a%20{}%20b", "one\n{}\ntwo", '"{}"')
+
+
+@given(form=st.sampled_from(FORMS), word=WORD, place=st.sampled_from(PLACES), before=AROUND, after=AROUND)
+@settings(max_examples=600)
+def test_a_secret_of_each_form_never_comes_out_at_any_place(form, word, place, before, after):
+    word = word.upper() if form.startswith(("AKIA", "ASIA")) else word
+    text = f"{before} {place.format(form.format(word))} {after}"
+    shown = redact(text)
+    assert word not in shown
+    assert redact(shown) == shown
+    nested = public_options((Options(model=text, kwargs={"list": [{"note": text}]}),))
+    assert word not in str(nested)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("token", "the token: abc", "keyboard=3", "key=3", "monkey=1", "compass=3", "a secretary", "wrong password"),
+        *(
+            "pad_token=</s>",
+            "eos_token: </s>",
+            "{'pad_token': '<pad>'}",
+            "?pad_token=x",
+            "max_tokens=5",
+            "pad_token_id=0",
+        ),
+        *(
+            "num_key_value_heads=3",
+            "per_token_logps=3",
+            "tokenizer=gpt2",
+            "pass: 3 of 4",
+            "'key_size': 3",
+            "sig_level: 3",
+        ),
+        *(
+            "sk-learn-contrib-module",
+            "risk-aversion-parameter-x",
+            "hf_model",
+            "hf_hub_download_timeout",
+            "npm_config_x",
+        ),
+        *("models:/name@alias", "models:/my-name/3", "org/model@main", "python:3.11@sha256:0123456789abcdef"),
+        *(
+            "git@github.com:org/repo.git",
+            "ssh://host/x",
+            "git+https://github.com/a/b@v1.2",
+            "https://host:5000/users/@me",
+        ),
+        *(
+            "me@example.org",
+            "mailto:me@example.org",
+            "sqlite:////data/mlflow.db",
+            "s3://bucket/key/x",
+            "a basic understanding",
+        ),
+        *("http://[::1]:5000/#/experiments/1/runs/abc", "https://host/x?size=3&name=me", "my_rewards:brevity"),
+        *("{'role': 'user', 'content': 'the key to it'}", "KeyError: 'key'", "Basic Understanding of Bearer tokens"),
+    ],
+)
+def test_text_without_a_secret_does_not_change(text):
+    assert redact(text) == text
+
+
+def test_time_does_not_grow_with_the_square_of_the_length():
+    for part in ("a_-", "://a:", "a+", "x:", '"a_-', "eyJabcdef.", "token = ", "%20", "?A_", "password: '"):
+        start = time.perf_counter()
+        redact(part * 20_000)
+        assert time.perf_counter() - start < 2, part

@@ -11,6 +11,7 @@ import re
 import textwrap
 from pathlib import Path
 
+import mlflow.utils.rest_utils
 import mlflow.utils.validation
 import pytest
 import tiny
@@ -91,6 +92,7 @@ SIGNATURES = {
     (Trainer, "_init_training_state"): [
         "self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
     ],
+    (Trainer, "create_accelerator_and_postprocess"): ["self"],
     (Trainer, "_run_epoch"): [
         "self", "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial",
         "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
@@ -104,6 +106,11 @@ SIGNATURES = {
     (Trainer, "_save_rng_state"): ["self", "output_dir"],
     (MLflowCallback, "setup"): ["self", "args", "state", "model"],
     (ExportableState, "state"): ["self"],
+    (torch.distributed.distributed_c10d, "_set_pg_timeout"): ["timeout", "group"],
+    (mlflow.utils.rest_utils, "_get_http_response_with_retries"): [
+        "method", "url", "max_retries", "backoff_factor", "backoff_jitter", "retry_codes", "raise_on_status",
+        "allow_redirects", "respect_retry_after_header", "kwargs",
+    ],
     (mlflow.utils.validation, "_validate_model_name"): ["model_name"],
     (mlflow.utils.validation, "_validate_model_alias_name"): ["model_alias_name"],
     (mlflow.utils.validation, "_validate_model_alias_name_reserved"): ["model_alias_name"],
