@@ -47,7 +47,10 @@ ALLOWED_IN_METADATA = {
 FILLED = ("Metadata", "_StorageInfo")
 
 # Bytes that are no pickle fail by any of these.
-_UNPICKLING = (pickle.UnpicklingError, EOFError, AttributeError, AssertionError, IndexError, KeyError, TypeError)
+_UNPICKLING = (
+    *(pickle.UnpicklingError, EOFError, MemoryError),
+    *(AttributeError, AssertionError, IndexError, KeyError, TypeError),
+)
 
 
 class _Refused(ValueError):
