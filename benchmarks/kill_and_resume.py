@@ -9,7 +9,8 @@ ends it at an exact event of a random phase (`killed_run.py`): start, resume, sa
 file of a checkpoint, evaluation, each statement to MLflow, upload, final save. The same command,
 `--resume_from_checkpoint true`, starts it again until it ends, and once more after its end. Then these must be the
 same as in the run left alone: every tensor of the model and of the last checkpoint, every figure of its log except
-times, every table of completions, and the record in MLflow: one run, FINISHED, no value missing or twice.
+times, every table of completions, and the record in MLflow: one FINISHED run, none that is RUNNING, no value missing
+or twice.
 
 Writes `kill_and_resume.md` into the directory, and exits with 1 if there is a difference.
 """
@@ -128,12 +129,16 @@ def results(directory: Path, output_dir: str) -> dict[str, Any]:
 
 
 def recorded(directory: Path, output_dir: str) -> dict[str, Any]:
-    """Return the record of a run in MLflow: every run of this name, and every value of it."""
+    """Return the record of a run in MLflow.
+
+    A start that was killed before its first checkpoint has a run of its own, which the next start closes as KILLED.
+    """
     client = mlflow.MlflowClient(f"sqlite:///{directory}/mlflow.db")
     experiment = client.get_experiment_by_name("rlhf_recipes")
     runs = client.search_runs([experiment.experiment_id], f"tags.mlflow.runName = '{output_dir}'")
-    found: dict[str, Any] = {"status": [run.info.status for run in runs]}
-    for number, run in enumerate(runs):
+    status = Counter(run.info.status for run in runs)
+    found: dict[str, Any] = {"finished": status.pop("FINISHED", 0), "open": status.pop("RUNNING", 0)}
+    for run in (run for run in runs if run.info.status == "FINISHED"):
         histories = {
             name: sorted((metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name))
             for name in run.data.metrics
@@ -142,7 +147,7 @@ def recorded(directory: Path, output_dir: str) -> dict[str, Any]:
         files = sorted(entry.path for entry in client.list_artifacts(run.info.run_id))
         tables = sorted(entry.path for entry in client.list_artifacts(run.info.run_id, "samples"))
         models = len(run.outputs.model_outputs) if run.outputs else 0
-        found[f"run {number}"] = {"values": histories, "files": files, "tables": tables, "models": models}
+        found["run"] = {"values": histories, "files": files, "tables": tables, "models": models}
     versions = client.search_model_versions(f"name = '{output_dir}'")
     return found | {"versions": len(versions)}
 

@@ -8,13 +8,11 @@ import logging
 import signal
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes.algorithm.distributed import global_max
@@ -100,8 +98,7 @@ class PreemptionCallback(TrainerCallback, ExportableState):
         raise TerminatedError(EXIT_CODE)
 
 
-def evaluation_is_due(checkpoint: str) -> bool:
-    """Return whether a signal has left out an evaluation at the step of a checkpoint."""
-    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+def evaluation_is_due(state: TrainerState) -> bool:
+    """Return whether a signal has left out an evaluation at the step of a checkpoint with this state."""
     saved = state.stateful_callbacks.get(PreemptionCallback.__name__, [])
     return any(entry["attributes"]["evaluation_due"] for entry in (saved if isinstance(saved, list) else [saved]))

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
@@ -46,7 +47,7 @@ class DurableTrainer(FiniteTrainer):
     _resumed_from: str | None = None
     _has_failed = False  # an evaluation, which the next checkpoint still owes
     _has_stopped = False  # the run ended itself after an evaluation, before its last step
-    _saved_step: int | None = None  # of the latest checkpoint of this call of `train`
+    _saved_step = 0  # of the latest checkpoint
     _saved_end = False  # whether the latest checkpoint shows that the run has ended itself
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +62,7 @@ class DurableTrainer(FiniteTrainer):
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         self._resumed_from = checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        self._last_checkpoint, self._saved_step = checkpoint, None
+        self._last_checkpoint, self._saved_step = checkpoint, 0
         self._has_stopped = self._saved_end = checkpoint is not None and Path(checkpoint, FINISHED_FILE).exists()
         changes = {"restore_callback_states_from_checkpoint": True}  # early stopping goes on counting
         if checkpoint is not None:
@@ -72,8 +73,10 @@ class DurableTrainer(FiniteTrainer):
                     f"The run of {checkpoint} has ended itself after an evaluation, so no step is trained. To train "
                     f"on, start a run from its weights: `model_name_or_path: {checkpoint}`, another `output_dir`."
                 )
+            state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+            self._saved_step = state.global_step
             # The run was evaluated at its start. Only an evaluation that a signal left out is still due.
-            changes["eval_on_start"] = evaluation_is_due(checkpoint)
+            changes["eval_on_start"] = evaluation_is_due(state)
         else:
             self.check_start()
         with hangs_named(), self._options(with_changes(self.args, **changes)):
@@ -150,8 +153,7 @@ class DurableTrainer(FiniteTrainer):
         step = self.state.global_step
         if self.args.save_strategy == SaveStrategy.NO or self.args.save_only_model:
             return False
-        is_at_end = step >= self.state.max_steps and step > self._initial_global_step  # else there was nothing to do
-        return not self._saved_end if self._has_stopped else is_at_end and self._saved_step != step
+        return not self._saved_end if self._has_stopped else step >= self.state.max_steps and step != self._saved_step
 
     def _load_best_model(self) -> None:
         refuse_code(str(self.state.best_model_checkpoint))  # it may come from a resumed checkpoint, as a text

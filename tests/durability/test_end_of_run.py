@@ -83,6 +83,15 @@ def _stop(patience=1):
 
 
 @each_trainer
+@pytest.mark.parametrize("save_steps", [2, 3])
+def test_a_run_that_reached_its_last_step_writes_nothing_again(tmp_path, make, save_steps):
+    options = {"eval_strategy": "no", "metric_for_best_model": None, "save_steps": save_steps}
+    first, steps = _train(make, tmp_path, **options)
+    assert steps == 8
+    _check_over(make, tmp_path, first, 8, **options)
+
+
+@each_trainer
 @pytest.mark.parametrize("limit", [None, 1])
 def test_a_run_that_stopped_early_is_over(tmp_path, make, limit, caplog):
     options = {"load_best_model_at_end": True, "save_total_limit": limit}
