@@ -98,6 +98,7 @@ def main(
         results |= calls.settle()
 
         output_dir = Path(script_args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         pd.DataFrame(completions).to_json(output_dir / "completions.jsonl", orient="records", lines=True)
         log_results(results, output_dir / "results.json", output_dir / "completions.jsonl")

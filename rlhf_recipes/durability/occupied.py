@@ -32,6 +32,7 @@ def occupied(output_dir: str) -> Iterator[None]:
     if held in _held:
         yield
         return
+    is_new = not held[1].exists()
     lock = _lock_for_all(held[1])
     _held.add(held)
     try:
@@ -41,6 +42,8 @@ def occupied(output_dir: str) -> Iterator[None]:
         if lock is not None:
             with suppress(OSError):  # someone may have removed the directory
                 (held[1] / LOCK_FILE).unlink()
+                if is_new:
+                    held[1].rmdir()  # if nothing was written to it
             os.close(lock)
 
 
@@ -114,8 +117,9 @@ def check_writable(output_dir: str) -> None:
         ValueError: If not.
     """
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir) as file:
+        folder = Path(output_dir).resolve()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b" ")
     except OSError as error:
         raise _unwritable(output_dir, error) from error

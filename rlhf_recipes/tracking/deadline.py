@@ -3,6 +3,7 @@
 The time limits of urllib3 are those of one read: a server that sends a byte now and then would hold a run for ever.
 """
 
+import functools
 import os
 from concurrent.futures import Future
 from typing import Any
@@ -22,6 +23,7 @@ def limit_requests() -> None:
     rest_utils._get_http_response_with_retries = request_in_time
 
 
+@functools.wraps(_request)
 def request_in_time(
     method: str, url: str, max_retries: int, backoff_factor: float, *args: Any, timeout: float, **options: Any
 ) -> requests.Response:

@@ -168,10 +168,12 @@ def test_ppo_without_a_configuration_is_the_quickstarts_stage(tmp_path, options)
     assert "Traceback" not in report.stderr, "a refusal is one line"
 
 
-def test_a_bug_keeps_its_traceback(tmp_path):
-    report = _run(run_command, RECIPES / "ppo.py", "--no_such_option", "1", directory=tmp_path, expect=1)
+def test_a_bug_keeps_its_traceback(pipeline):
+    (pipeline[0] / "broken.py").write_text("raise RuntimeError('a bug')\n")
+    options = ("--reward_functions", "broken:function", "--output_dir", "broken", *UNTRACKED)
+    report = _recipe(pipeline[0], "ppo", *options, expect=1)
     assert "Traceback" in report.stderr
-    assert "no_such_option" in report.stderr
+    assert "a bug" in report.stderr
 
 
 def test_an_evaluation_checks_the_reward_models_card(pipeline):

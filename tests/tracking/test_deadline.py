@@ -92,7 +92,7 @@ def test_a_training_goes_on_and_closes_in_time_with_its_records_kept(store, tmp_
 
 def test_a_pipeline_ends_in_time(store):
     start = time.monotonic()
-    end_run(TrackingArguments(tracking_uri=store.url), "0" * 32, "FINISHED")
+    end_run(TrackingArguments(tracking_uri=store.url), "0" * 32, "FINISHED", None)
     assert time.monotonic() - start < LIMIT
 
 

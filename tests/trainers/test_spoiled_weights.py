@@ -97,7 +97,7 @@ OPTIONS = [
 @pytest.mark.parametrize("make", [_sft, _rm, _ppo])
 @pytest.mark.parametrize("options", OPTIONS, ids=[" ".join(map(str, options)) for options in OPTIONS])
 def test_options_that_spoil_the_weights(tmp_path, make, options):
-    with pytest.raises(ValueError, match="not finite|`weight_decay` must be a number"):
+    with pytest.raises(ValueError, match="not finite|must be (a number|finite|positive)"):
         make(tmp_path, **options).train()
     _check_saved(tmp_path)
 
