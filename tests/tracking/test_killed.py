@@ -56,6 +56,7 @@ CONTINUED = (
     *("after the first checkpoint", "after the second", "before the end", "after the end"),
     "with records that are not sent",
 )
+SLOW = ("while the options are recorded", "before the first checkpoint", "after the second", "after the end")
 TRAIN = """
 sys.path.insert(0, TESTS)
 import tiny
@@ -99,7 +100,9 @@ def _steps(client, run, name):
     return [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=pytest.mark.slow if place in SLOW else ()) for place in PLACES]
+)
 def test_the_same_command_after_a_kill(directory, place):
     code, output = _start(directory, PLACES[place])
     assert code == -signal.SIGKILL, output[-3000:]
@@ -141,7 +144,7 @@ def test_a_checkpoint_knows_its_run(directory):
     assert _steps(client, runs[0], "loss") == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"run_id": "x"}'])
+@pytest.mark.parametrize("damage", ["{", *(pytest.param(text, marks=pytest.mark.slow) for text in ("", "[]", "{}"))])
 def test_a_note_that_cannot_be_read_stops_no_start(directory, damage):
     assert _start(directory, PLACES["after the second"])[0] == -signal.SIGKILL
     for name in ("_mlflow_open.json", "mlflow_run.json"):

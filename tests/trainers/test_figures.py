@@ -136,7 +136,7 @@ class _SignalAt(TrainerCallback):
 
 @pytest.mark.tiny
 @pytest.mark.parametrize(("strategy", "step"), [("steps", 2), ("steps", 3), ("epoch", 2), ("epoch", 6), ("epoch", 12)])
-@pytest.mark.parametrize("kind", ["sft", "reward"])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("reward", marks=pytest.mark.slow)])
 def test_a_signal_adds_no_figure_and_takes_none(tmp_path, base, kind, strategy, step):
     """An epoch has six steps. The run that stops logs no end, and no early end of the epoch."""
     options = {**STEPS, **LONG_LOGS, **(EVALUATED if strategy == "steps" else {**EPOCHS, "save_strategy": "epoch"})}
@@ -193,7 +193,9 @@ def _rank(rank, world_size, kind, directory, base):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["sft", "reward", "ppo", "dpo"])
+@pytest.mark.parametrize(
+    "kind", ["reward", "ppo", pytest.param("sft", marks=pytest.mark.slow), pytest.param("dpo", marks=pytest.mark.slow)]
+)
 def test_the_figures_of_two_ranks(tmp_path, base, kind):
     run_in_processes(_rank, 2, kind, tmp_path, base)
 
