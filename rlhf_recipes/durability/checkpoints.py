@@ -150,6 +150,7 @@ def wished_checkpoint(resume: str | bool | None, output_dir: str) -> Path | None
         return None
     if wish != "true":
         return Path(str(resume))
+    _finish_publishing(Path(output_dir))  # else the training would resume from a checkpoint that this does not see
     return ([None, *sorted(checkpoints_by_age(output_dir), key=_has_files)])[-1]
 
 

@@ -22,6 +22,7 @@ from rlhf_recipes.durability.checkpoints import (
     last_checkpoint,
     publish,
     remove_old,
+    wished_checkpoint,
 )
 from rlhf_recipes.durability.manifest import MANIFEST_FILE, read_manifest
 
@@ -295,6 +296,21 @@ def test_a_linked_checkpoint_is_removed_as_a_link(tmp_path):
     assert find_defect(elsewhere) is None
 
 
+def test_a_first_checkpoint_that_a_kill_left_unnamed_is_found(tmp_path, monkeypatch):
+    """MLflow asks first, by `wished_checkpoint`: the record must continue the run from which the training resumes."""
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _write(tmp_path, 4)
+    assert not (tmp_path / "checkpoint-4").exists()
+    assert wished_checkpoint(True, str(tmp_path)) == tmp_path / "checkpoint-4"
+    assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-4")
+
+
 @pytest.mark.parametrize("moment", ["before the old one is moved away", "between the two renames"])
 def test_a_kill_while_a_step_is_written_again_loses_neither(tmp_path, monkeypatch, moment):
     checkpoint = _write(tmp_path, 4)
@@ -310,6 +326,7 @@ def test_a_kill_while_a_step_is_written_again_loses_neither(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         _write(tmp_path, 4)
     monkeypatch.setattr(Path, "rename", renamed)
+    assert wished_checkpoint(True, str(tmp_path)) == checkpoint
     assert checkpoint_to_resume(True, str(tmp_path)) == str(checkpoint)
     assert find_defect(checkpoint) is None
     assert (checkpoint.stat().st_ino == before) == moment.startswith("before")
