@@ -73,23 +73,25 @@ def use_hub_token(token: str | None) -> None:
         os.environ["HF_TOKEN"] = token
 
 
-class _UnwrittenToken(str):
-    """A token that can be used, and that a pickle holds as `None`."""
+class _UsedText(str):
+    """A text that is used as it is, while a pickle holds another value in its place."""
+
+    written: str | None = None
 
     def __reduce__(self) -> Any:
-        return type(None), ()
+        return (type(None), ()) if self.written is None else (str, (self.written,))
 
 
 def without_secrets(args: Any) -> Any:
-    """Return a copy of a trainer's options for files: it has no option that is a secret by its name or its form.
+    """Return a copy of a trainer's options for files: its pickle has no secret, by the name or the form of an option.
 
-    The exception is `hub_token`: transformers pushes with it what it has just written. The copy has the token, and a
-    pickle of the copy does not.
+    The copy itself still has `hub_token` and all texts, because transformers also uses it: it pushes with the token, and
+    copies files into `output_dir`, whose name may look like a token.
     """
     shown = copy.copy(args)
     vars(shown).update(_without_secrets(vars(args)))
     if args.hub_token is not None:
-        vars(shown)["hub_token"] = _UnwrittenToken(args.hub_token)
+        vars(shown)["hub_token"] = _UsedText(args.hub_token)
     return shown
 
 
@@ -99,7 +101,11 @@ def _without_secrets(value: Any) -> Any:
         return {name: None if _is_secret(str(name)) else _without_secrets(entry) for name, entry in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_without_secrets(entry) for entry in value)
-    return redact(value) if type(value) is str else value
+    if type(value) is not str or (written := redact(value)) == value:
+        return value
+    used = _UsedText(value)
+    used.written = written
+    return used
 
 
 def holds_credentials(uri: str | None) -> bool:
