@@ -5,7 +5,7 @@ import os
 from transformers.utils import cached_file
 
 from rlhf_recipes.models.fingerprint import ADAPTER_CONFIG
-from rlhf_recipes.options.paths import require_path
+from rlhf_recipes.options.paths import is_address, require_path
 
 CONFIGS = ("config.json", ADAPTER_CONFIG)
 
@@ -23,7 +23,7 @@ def require_present(option: str, path: str | None, revision: str | None = None) 
         FileNotFoundError: See `require_path`.
     """
     path = require_path(option, path)
-    if path.startswith(("http://", "https://")):
+    if is_address(path):
         return path
     reason = "it has no `config.json`"
     try:

@@ -3,12 +3,18 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 # The stage of `recipes/quickstart.py` that writes each folder.
 QUICKSTART_STAGES = {
     **dict.fromkeys(("base", "data", "prompts"), "world"),
     **{stage: stage for stage in ("preferences", "sft", "reward_modeling", "ppo")},
 }
+
+
+def is_address(path: Any) -> bool:
+    """Return whether this is the address of a server."""
+    return isinstance(path, str) and path.startswith(("http://", "https://"))
 
 
 def require_path(option: str, path: str | None) -> str:

@@ -12,6 +12,7 @@ from sqlalchemy.engine import make_url
 from trl import ScriptArguments
 
 from rlhf_recipes.options.checks import check_options
+from rlhf_recipes.options.paths import is_address
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 
 
@@ -53,7 +54,7 @@ class JudgeArguments(ScriptArguments):
                         f"`{option}` must name each function as `package.module:function`, got {reference!r}."
                     )
         judges = (*self.judge_models, *self.judge_functions, *self.pairwise_judges)
-        names = [j if j.startswith("http") else re.split("[:/]", j.rstrip("/"))[-1] for j in judges]
+        names = [j if is_address(j) else re.split("[:/]", j.rstrip("/"))[-1] for j in judges]
         if len(set(names)) < len(names):
             raise ValueError(f"Judges must have different names, got {', '.join(names)}.")
 

@@ -32,11 +32,6 @@ PASSING_REFUSALS = (408, 429)
 logger = logging.getLogger(__name__)
 
 
-def is_address(path: Any) -> bool:
-    """Return whether the path of a reward model is the address of a server."""
-    return isinstance(path, str) and path.startswith(("http://", "https://"))
-
-
 def finished_completions(count: int, completion_ids: list[list[int]] | None, end_ids: list[int] | None) -> list[bool]:
     """Return for each completion whether it has ended and was not cut off.
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational
 
 from rlhf_recipes.models.reward_model import with_score_head
+from rlhf_recipes.options.paths import is_address
 from rlhf_recipes.rewards.card import RewardModelCard
-from rlhf_recipes.rewards.client import RemoteRewardModel, is_address
+from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.context import check_answered
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer

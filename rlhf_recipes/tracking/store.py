@@ -27,6 +27,7 @@ from mlflow.utils.validation import (
     _validate_model_name,
 )
 
+from rlhf_recipes.options.paths import is_address
 from rlhf_recipes.options.recipes import TrackingArguments, _sqlite_file, tracking_uri
 from rlhf_recipes.options.relevance import config_group, flat
 from rlhf_recipes.options.secrets import public_options, redact, without_credentials
@@ -217,7 +218,8 @@ def ui_command(tracking: TrackingArguments) -> str:
     """Return the address of the server, or the command that starts one."""
     uri = tracking_uri(tracking)
     mlflow_command = Path(sys.executable).with_name("mlflow")
-    return redact(uri if uri.startswith("http") else f"{mlflow_command} ui --backend-store-uri {uri}")
+    shown = without_credentials(uri)
+    return shown if is_address(uri) else f"{mlflow_command} ui --backend-store-uri {shown}"
 
 
 @contextmanager
