@@ -24,6 +24,7 @@ from queue import Empty, Full, Queue
 from threading import Thread
 from typing import Annotated, Any, TypeVar
 
+import h11
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
@@ -35,6 +36,7 @@ from rlhf_recipes.rewards.scorer import RewardModelScorer
 GATHER_SECONDS = 0.01  # time for related requests, for example those of several ranks, to arrive
 REQUEST_SECONDS = 30.0  # from its first byte to its last
 MAX_CONNECTIONS = 256
+WHOLE = (h11.DONE, h11.MUST_CLOSE, h11.MIGHT_SWITCH_PROTOCOL)  # states of a client whose request is whole
 MAX_ROWS = 4096
 LONGEST_TOKEN = 16  # characters of a token, at most, on the mean of a text
 logger = logging.getLogger(__name__)
@@ -262,13 +264,13 @@ class LimitedConnection(H11Protocol):
             transport.abort()
         self._waiting = self.loop.call_later(REQUEST_SECONDS, transport.abort)
 
-    def data_received(self, data: bytes) -> None:
-        """Give a request its time from the first byte, until it is whole."""
-        if self._waiting is None:
-            self._waiting = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.more_body:
+    def handle_events(self) -> None:
+        """Give each request its time from the first byte until it is whole. Several may arrive in one packet."""
+        super().handle_events()
+        if self.conn.their_state in WHOLE:
             self._stop_waiting()
+        elif self._waiting is None and (self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]):
+            self._waiting = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the time of a connection that is closed."""
