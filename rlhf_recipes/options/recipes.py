@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 from trl import ScriptArguments
 
 from rlhf_recipes.options.checks import check_options
-from rlhf_recipes.options.paths import is_address
+from rlhf_recipes.options.paths import is_address, is_function
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 
 
@@ -49,7 +49,7 @@ class JudgeArguments(ScriptArguments):
         check_options(self)
         for option in ("judge_functions", "pairwise_judges", "reward_functions"):
             for reference in getattr(self, option, []):
-                if not re.fullmatch(r"[\w.]+:\w+", reference):
+                if not is_function(reference):
                     raise ValueError(
                         f"`{option}` must name each function as `package.module:function`, got {reference!r}."
                     )

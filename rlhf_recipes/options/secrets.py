@@ -65,6 +65,12 @@ def redact(text: str) -> str:
 hide_by(redact)
 
 
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error, at most 300 characters, without secrets."""
+    lines = redact(str(error)).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def without_credentials(uri: str) -> str:
     """Return an address as it can be used by someone who has credentials of their own.
 

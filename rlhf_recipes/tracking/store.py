@@ -30,7 +30,7 @@ from mlflow.utils.validation import (
 from rlhf_recipes.options.paths import is_address
 from rlhf_recipes.options.recipes import TrackingArguments, _sqlite_file, tracking_uri
 from rlhf_recipes.options.relevance import config_group, flat
-from rlhf_recipes.options.secrets import public_options, redact, without_credentials
+from rlhf_recipes.options.secrets import public_options, reason_of, redact, without_credentials
 from rlhf_recipes.tracking.deadline import limit_requests
 from rlhf_recipes.tracking.lineage import environment_tags, upstream_runs
 from rlhf_recipes.tracking.logged_model import UnknownModelError
@@ -140,7 +140,7 @@ def open_run(
         if run is not None:
             with suppress(Exception):
                 mlflow.end_run("FAILED")
-        reason = redact(str(error)).strip().splitlines()[0][:300]
+        reason = reason_of(error)
         raise ValueError(
             f"MLflow at `tracking_uri` {redact(uri)} cannot be used: {reason} Start the server, name another "
             "`tracking_uri`, or train without a record: `--tracking false`."
