@@ -15,6 +15,9 @@ from rlhf_recipes.options.checks import check_options
 from rlhf_recipes.options.paths import is_address, is_function
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 
+# Limits of a served reward model.
+MAX_REQUEST_BYTES, MAX_TOKENS = 2**24, 2**14
+
 
 @dataclass
 class BoundaryArguments:
@@ -130,13 +133,15 @@ class ServeArguments:
     )
     port: int = field(default=8000, metadata={"help": "Port to listen at."})
     batch_size: int = field(default=8, metadata={"help": "Completions per forward pass of the reward model."})
-    max_request_bytes: int = field(default=2**24, metadata={"help": "Size of the largest request, in bytes."})
+    max_request_bytes: int = field(
+        default=MAX_REQUEST_BYTES, metadata={"help": "Size of the largest request, in bytes."}
+    )
     max_waiting: int = field(
         default=64,
         metadata={"help": "Largest number of waiting requests. Further ones get the answer 503: try again later."},
     )
     max_tokens: int = field(
-        default=2**14, metadata={"help": "Largest number of tokens of a prompt with its completion."}
+        default=MAX_TOKENS, metadata={"help": "Largest number of tokens of a prompt with its completion."}
     )
 
     def __post_init__(self) -> None:

@@ -14,10 +14,11 @@ import uvicorn
 from processes import free_port
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rlhf_recipes.rewards import server
+from rlhf_recipes.rewards import server, serving
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
 from rlhf_recipes.rewards.client import RemoteRewardModel
-from rlhf_recipes.rewards.server import LimitedConnection, reward_app
+from rlhf_recipes.rewards.server import reward_app
+from rlhf_recipes.rewards.serving import LimitedConnection
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 INFO = json.dumps({"name": "odd", "card": None}).encode()
@@ -172,8 +173,8 @@ class _Scorer:
 @pytest.fixture
 def served(monkeypatch):
     """A server that lives in this process: its scorer, its address, and its port."""
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.5)
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(serving, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(serving, "MAX_CONNECTIONS", 8)
     scorer, port = _Scorer(), free_port()
     app = reward_app(scorer, max_tokens=100, token="word", max_request_bytes=100_000)
     config = uvicorn.Config(app, port=port, http=LimitedConnection, ws="none", log_level="warning")
