@@ -21,7 +21,8 @@ from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import ServeArguments
 from rlhf_recipes.rewards.client import TOKEN_VARIABLE
 from rlhf_recipes.rewards.scorer import RewardModelScorer
-from rlhf_recipes.rewards.server import reward_app, serve
+from rlhf_recipes.rewards.server import reward_app
+from rlhf_recipes.rewards.serving import serve
 from rlhf_recipes.tracking.registry import require_model
 
 

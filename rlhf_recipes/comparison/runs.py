@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 
 from rlhf_recipes.options.baselines import CONFIGS
 from rlhf_recipes.options.relevance import flat
-from rlhf_recipes.options.secrets import redact, without_credentials
+from rlhf_recipes.options.secrets import reason_of, redact, without_credentials
 from rlhf_recipes.tracking.store import configure_mlflow
 
 # The stages that train a policy.
@@ -129,7 +129,7 @@ def read_experiment(experiment: str, run_ids: Iterable[str], tracking_uri: str) 
         evaluations = _latest_evaluations(runs)
         return [_read_run(client, run, evaluations.get(run.info.run_id), tracking_uri) for run in trained]
     except MlflowException as error:
-        reason = redact(str(error)).strip().splitlines()[0]
+        reason = reason_of(error)
         raise ValueError(f"`tracking_uri` {without_credentials(tracking_uri)} cannot be read: {reason}") from error
 
 

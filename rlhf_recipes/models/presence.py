@@ -2,12 +2,8 @@
 
 import os
 
-from transformers.utils import cached_file
-
 from rlhf_recipes.models.fingerprint import ADAPTER_CONFIG
-from rlhf_recipes.options.paths import require_path
-
-CONFIGS = ("config.json", ADAPTER_CONFIG)
+from rlhf_recipes.options.paths import is_address, require_path, why_unread
 
 
 def require_present(option: str, path: str | None, revision: str | None = None) -> str:
@@ -23,14 +19,10 @@ def require_present(option: str, path: str | None, revision: str | None = None) 
         FileNotFoundError: See `require_path`.
     """
     path = require_path(option, path)
-    if path.startswith(("http://", "https://")):
+    if is_address(path):
         return path
-    reason = "it has no `config.json`"
-    try:
-        quiet = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-        if any(cached_file(path, name, **quiet) for name in CONFIGS):
-            return path
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    reason = why_unread(path, "config.json", ADAPTER_CONFIG, revision=revision)
+    if reason is None:
+        return path
     what = "a directory" if os.path.exists(path) else "no directory here, so it was looked for on the Hub"
     raise ValueError(f"`{option}` {path!r} cannot be loaded ({what}): {reason}")

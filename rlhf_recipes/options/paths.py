@@ -1,14 +1,41 @@
-"""Paths in options that name the output of an earlier stage."""
+"""Options that name something elsewhere: the output of an earlier stage, a model on the Hub, a server, a function."""
 
 import os
 import re
 from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
 
 # The stage of `recipes/quickstart.py` that writes each folder.
 QUICKSTART_STAGES = {
     **dict.fromkeys(("base", "data", "prompts"), "world"),
     **{stage: stage for stage in ("preferences", "sft", "reward_modeling", "ppo")},
 }
+
+
+def is_address(path: Any) -> bool:
+    """Return whether this is the address of a server."""
+    return isinstance(path, str) and path.startswith(("http://", "https://"))
+
+
+def is_function(reference: str) -> bool:
+    """Return whether this has the form `package.module:function`."""
+    module, _, name = reference.partition(":")
+    return all(part.isidentifier() for part in (*module.split("."), name))
+
+
+def why_unread(path: str, *files: str, revision: str | None = None) -> str | None:
+    """Return why a directory, or a name on the Hub, has none of the files; `None` if it has one."""
+    reasons = []
+    for name in files:
+        try:
+            if cached_file(path, name, revision=revision):
+                return None
+            reasons.append(f"it has no `{name}`")
+        except (OSError, ValueError) as error:
+            reasons.append(" ".join(str(error).split()))
+    return reasons[0]
 
 
 def require_path(option: str, path: str | None) -> str:

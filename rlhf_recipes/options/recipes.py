@@ -12,7 +12,11 @@ from sqlalchemy.engine import make_url
 from trl import ScriptArguments
 
 from rlhf_recipes.options.checks import check_options
+from rlhf_recipes.options.paths import is_address, is_function
 from rlhf_recipes.options.reward_calls import RewardCallConfig
+
+# Limits of a served reward model.
+MAX_REQUEST_BYTES, MAX_TOKENS = 2**24, 2**14
 
 
 @dataclass
@@ -48,12 +52,12 @@ class JudgeArguments(ScriptArguments):
         check_options(self)
         for option in ("judge_functions", "pairwise_judges", "reward_functions"):
             for reference in getattr(self, option, []):
-                if not re.fullmatch(r"[\w.]+:\w+", reference):
+                if not is_function(reference):
                     raise ValueError(
                         f"`{option}` must name each function as `package.module:function`, got {reference!r}."
                     )
         judges = (*self.judge_models, *self.judge_functions, *self.pairwise_judges)
-        names = [j if j.startswith("http") else re.split("[:/]", j.rstrip("/"))[-1] for j in judges]
+        names = [j if is_address(j) else re.split("[:/]", j.rstrip("/"))[-1] for j in judges]
         if len(set(names)) < len(names):
             raise ValueError(f"Judges must have different names, got {', '.join(names)}.")
 
@@ -129,13 +133,15 @@ class ServeArguments:
     )
     port: int = field(default=8000, metadata={"help": "Port to listen at."})
     batch_size: int = field(default=8, metadata={"help": "Completions per forward pass of the reward model."})
-    max_request_bytes: int = field(default=2**24, metadata={"help": "Size of the largest request, in bytes."})
+    max_request_bytes: int = field(
+        default=MAX_REQUEST_BYTES, metadata={"help": "Size of the largest request, in bytes."}
+    )
     max_waiting: int = field(
         default=64,
         metadata={"help": "Largest number of waiting requests. Further ones get the answer 503: try again later."},
     )
     max_tokens: int = field(
-        default=2**14, metadata={"help": "Largest number of tokens of a prompt with its completion."}
+        default=MAX_TOKENS, metadata={"help": "Largest number of tokens of a prompt with its completion."}
     )
 
     def __post_init__(self) -> None:

@@ -29,13 +29,16 @@ _VALUE = (
 )
 # Between words, or after a character that is written as in an address (%20).
 _START, _WORD = (rf"(?:(?<![{before}])|(?<=%[0-9a-f]{{2}}))" for before in ("a-z0-9", r"\w-"))
+# user:password@ of an address. A password may hold @, : and, in the address of a database, /.
+_USER = (
+    rf"(?P<scheme>{_SCHEME})(?:[^/\s\"'<>?#]{{1,256}}(?={_AT})"
+    rf"|[^:/\s\[\]@]{{1,64}}:(?!\d*[/?#])[^\s\"'<>]{{0,256}}(?={_AT}))"
+)
 # The one table of secrets. A named group stays, and `***` replaces the rest. Lengths are bounded: time is linear.
 _TABLE = (
     # A private key, also one that has been cut off.
     r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)",
-    # user:password@ of an address. A password may hold @, : and, in the address of a database, /.
-    rf"(?P<scheme>{_SCHEME})(?:[^/\s\"'<>?#]{{1,256}}(?={_AT})"
-    rf"|[^:/\s\[\]@]{{1,64}}:(?!\d*[/?#])[^\s\"'<>]{{0,256}}(?={_AT}))",
+    _USER,
     # The same without `://`. An image is named `name:tag@sha256:..`, and a mail `mailto:me@host`.
     r"(?<![\w./:@-])(?!mailto:)[\w.%+-]{1,64}:(?![/\s])[^\s\"'<>/,;(){}\[\]]{1,128}(?=@(?!sha256:)[\w\[])",
     # NAME=value, NAME: value, "NAME": "value"
@@ -62,9 +65,29 @@ def redact(text: str) -> str:
 hide_by(redact)
 
 
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error, at most 300 characters, without secrets."""
+    lines = redact(str(error)).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def without_credentials(uri: str) -> str:
-    """Return an address as it can be used by someone who has credentials of their own."""
-    return redact(uri).replace("://***@", "://")
+    """Return an address as it can be used by someone who has credentials of their own.
+
+    Only user, password and the secret parameters of the query are left out: in a path, text of any form is a name.
+    """
+    scheme, mark, _ = uri.partition("://")
+    if not mark or scheme.partition("+")[0] in ("file", "sqlite"):
+        return uri
+    start, mark, query = re.sub(f"{_USER}{_AT}", r"\g<scheme>", uri, flags=re.IGNORECASE).partition("?")
+    kept = [part for part in query.split("&") if not _is_secret(part.partition("=")[0])]
+    return start + (mark if kept else "") + "&".join(kept)
+
+
+def holds_credentials(address: str | None) -> bool:
+    """Return whether the address of a server, with or without `http://`, holds a user, a password or a token."""
+    whole = address if address is None or "://" in address else f"http://{address}"
+    return whole is not None and without_credentials(whole) != whole
 
 
 def use_hub_token(token: str | None) -> None:
@@ -73,23 +96,25 @@ def use_hub_token(token: str | None) -> None:
         os.environ["HF_TOKEN"] = token
 
 
-class _UnwrittenToken(str):
-    """A token that can be used, and that a pickle holds as `None`."""
+class _UsedText(str):
+    """A text that is used as it is, while a pickle holds another value in its place."""
+
+    written: str | None = None
 
     def __reduce__(self) -> Any:
-        return type(None), ()
+        return (type(None), ()) if self.written is None else (str, (self.written,))
 
 
 def without_secrets(args: Any) -> Any:
-    """Return a copy of a trainer's options for files: it has no option that is a secret by its name or its form.
+    """Return a copy of a trainer's options for files: its pickle has no secret, by the name or the form of an option.
 
-    The exception is `hub_token`: transformers pushes with it what it has just written. The copy has the token, and a
-    pickle of the copy does not.
+    The copy itself still has `hub_token` and all texts, because transformers also uses it: it pushes with the token,
+    and copies files into `output_dir`, whose name may look like a token.
     """
     shown = copy.copy(args)
     vars(shown).update(_without_secrets(vars(args)))
     if args.hub_token is not None:
-        vars(shown)["hub_token"] = _UnwrittenToken(args.hub_token)
+        vars(shown)["hub_token"] = _UsedText(args.hub_token)
     return shown
 
 
@@ -99,12 +124,11 @@ def _without_secrets(value: Any) -> Any:
         return {name: None if _is_secret(str(name)) else _without_secrets(entry) for name, entry in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_without_secrets(entry) for entry in value)
-    return redact(value) if type(value) is str else value
-
-
-def holds_credentials(uri: str | None) -> bool:
-    """Return whether an address holds a user, a password or a token."""
-    return uri is not None and redact(uri) != uri
+    if type(value) is not str or (written := redact(value)) == value:
+        return value
+    used = _UsedText(value)
+    used.written = written
+    return used
 
 
 def public_options(configs: tuple[Any, ...]) -> dict[str, dict[str, Any]]:

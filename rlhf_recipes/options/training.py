@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import SchedulerType, Trainer, get_scheduler
-from transformers.utils import cached_file, is_liger_kernel_available
+from transformers.utils import is_liger_kernel_available
 
+from rlhf_recipes.options.paths import why_unread
 from rlhf_recipes.options.ranges import check_values
 
 READS_MODEL = ("galore", "apollo", "lomo", "adalomo")  # beginnings of the names of optimisers
@@ -32,13 +33,8 @@ def check_training(args: Any) -> None:
 
 
 def _check_template(path: str | None) -> None:
-    if path is None or os.path.exists(path):
-        return
-    try:
-        cached_file(path, "tokenizer_config.json")
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"`chat_template_path` {path!r} is no file here, and no tokenizer: {reason}") from error
+    if path is not None and not os.path.exists(path) and (reason := why_unread(path, "tokenizer_config.json")):
+        raise ValueError(f"`chat_template_path` {path!r} is no file here, and no tokenizer: {reason}")
 
 
 def _check_optimizer(args: Any) -> None:

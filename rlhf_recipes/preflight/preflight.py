@@ -19,6 +19,7 @@ from rlhf_recipes.durability.ending import wait_to_end
 from rlhf_recipes.models.loading import SHARDED
 from rlhf_recipes.models.vocabulary import inner_tokenizer
 from rlhf_recipes.options.baselines import samples_rollouts
+from rlhf_recipes.options.paths import is_address
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, is_recorded, tracking_uri
 from rlhf_recipes.preflight.dataset import NEGLIGIBLE, check_preferences, check_prompts, longer_chosen, texts
 from rlhf_recipes.preflight.examples import example_lines
@@ -248,7 +249,7 @@ def _check_disk(report: Report, trainer: Any, schedule: Schedule, tracking: Trac
     sizes = training_sizes(trainer.model, args, adapter=isinstance(trainer.model, PeftModel))
     one = checkpoint_bytes(sizes, only_model=args.save_only_model)
     final = checkpoint_bytes(sizes, only_model=True)
-    keeps_copy = is_recorded(tracking) and tracking.log_model and not tracking_uri(tracking).startswith("http")
+    keeps_copy = is_recorded(tracking) and tracking.log_model and not is_address(tracking_uri(tracking))
     planned = planned_bytes(one, final, schedule.checkpoints, args.save_total_limit, 1 + keeps_copy)
     free = free_disk(args.output_dir)
     report.lines["disk"] = f"up to {gigabytes(planned)} to be written, {gigabytes(free)} free"

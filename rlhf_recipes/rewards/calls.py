@@ -217,8 +217,8 @@ class RewardCall:
         try:
             return answer.result(timeout)
         except TimeoutError:
-            if answer.done():  # the function raised it
-                raise
+            if answer.done():  # the function raised it, or was ready a moment later
+                return answer.result()
             answer.cancel()
             if self._pool is not None:  # nobody can stop its thread, and nobody waits for it
                 self._pool.close()

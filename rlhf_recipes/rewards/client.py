@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import requests
@@ -19,7 +20,7 @@ from rlhf_recipes.options.secrets import holds_credentials, redact
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError, checked_rewards, retrying
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
-from rlhf_recipes.rewards.threads import DaemonPool
+from rlhf_recipes.rewards.threads import DaemonPool, in_time
 
 TOKEN_VARIABLE = "REWARD_MODEL_TOKEN"
 CONNECT_SECONDS = 10.0
@@ -30,11 +31,6 @@ REFUSAL_BYTES = 2**12  # of a refusal, only the beginning is shown
 # A later request may succeed after these refusals: timeout, too many requests.
 PASSING_REFUSALS = (408, 429)
 logger = logging.getLogger(__name__)
-
-
-def is_address(path: Any) -> bool:
-    """Return whether the path of a reward model is the address of a server."""
-    return isinstance(path, str) and path.startswith(("http://", "https://"))
 
 
 def finished_completions(count: int, completion_ids: list[list[int]] | None, end_ids: list[int] | None) -> list[bool]:
@@ -162,22 +158,10 @@ class RemoteRewardModel(Scorer):
     def _request(
         self, method: str, path: str, limit: int, timeout: float | None, body: str | None = None
     ) -> dict[str, Any]:
-        """Return the answer to a request within a time limit.
-
-        The limits of requests are those of one read. So the request runs in a thread, which is left at the end of the
-        time, and whose connection is closed.
-        """
-        pool, opened = DaemonPool(), list[requests.Response]()
-        answer = pool.submit(self._exchange, method, path, limit, timeout, body, opened)
-        pool.close()
         try:
-            return answer.result(timeout)
-        except TimeoutError:
-            for response in opened:
-                response.raw.shutdown()  # its thread wakes up
-            raise RewardCallError(
-                f"{self.url} does not answer (ReadTimeout: no whole answer in {timeout:g} s)"
-            ) from None
+            return in_time(partial(self._exchange, method, path, limit, timeout, body), timeout)
+        except TimeoutError as error:
+            raise RewardCallError(f"{self.url} does not answer (ReadTimeout: {error})") from None
 
     def _exchange(
         self,

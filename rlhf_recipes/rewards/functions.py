@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational
 
 from rlhf_recipes.models.reward_model import with_score_head
+from rlhf_recipes.options.paths import is_address, is_function
 from rlhf_recipes.rewards.card import RewardModelCard
-from rlhf_recipes.rewards.client import RemoteRewardModel, is_address
+from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.context import check_answered
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
@@ -121,9 +122,9 @@ def import_function(reference: str) -> Callable[..., list[float]]:
     Raises:
         ValueError: If the reference has another form, or names nothing that can be called.
     """
-    module_name, _, name = reference.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), name)):
+    if not is_function(reference):
         raise ValueError(f"A function is named as `package.module:function`, got {reference!r}.")
+    module_name, _, name = reference.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     if importlib.util.find_spec(module_name.partition(".")[0]) is None:

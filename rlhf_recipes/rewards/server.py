@@ -1,4 +1,4 @@
-"""Serve a reward model over HTTP. The client is `rlhf_recipes.rewards.client.RemoteRewardModel`.
+"""The application that serves a reward model over HTTP. The client is `rlhf_recipes.rewards.client.RemoteRewardModel`.
 
     GET /        {"name": .., "card": .., "weights": .., "position_limit": ..}: the reward model card, a fingerprint of
                  the weights, and the number of tokens that the model can read; `null` where there is none
@@ -7,8 +7,8 @@
     POST /lengths  {"prompts": [..]} -> {"lengths": [..]}: the tokens that the model reads beside those of an answer
 
 Prompts and completions are texts or lists of messages. Errors: 401 without the token; 413 for a request or a text that
-is too large; 422 for a request that cannot be scored, with the reason; 503 while too many requests wait. A connection
-whose request is not whole after `REQUEST_SECONDS` is closed, and so is one beyond `MAX_CONNECTIONS`.
+is too large; 422 for a request that cannot be scored, with the reason; 503 while too many requests wait.
+`rlhf_recipes.rewards.serving` limits the connections.
 """
 
 import asyncio
@@ -24,17 +24,14 @@ from queue import Empty, Full, Queue
 from threading import Thread
 from typing import Annotated, Any, TypeVar
 
-import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from rlhf_recipes.options.recipes import MAX_REQUEST_BYTES, MAX_TOKENS
 from rlhf_recipes.rewards.client import TOKEN_VARIABLE
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 
 GATHER_SECONDS = 0.01  # time for related requests, for example those of several ranks, to arrive
-REQUEST_SECONDS = 30.0  # from its first byte to its last
-MAX_CONNECTIONS = 256
 MAX_ROWS = 4096
 LONGEST_TOKEN = 16  # characters of a token, at most, on the mean of a text
 logger = logging.getLogger(__name__)
@@ -89,7 +86,7 @@ class ScoringQueue:
         max_tokens: Largest number of tokens of a prompt with its completion.
     """
 
-    def __init__(self, scorer: RewardModelScorer, max_waiting: int, max_tokens: int = 2**14) -> None:
+    def __init__(self, scorer: RewardModelScorer, max_waiting: int, max_tokens: int = MAX_TOKENS) -> None:
         self._scorer, self._max_tokens = scorer, max_tokens
         self._waiting: Queue[tuple[ScoreRequest, Future[list[float]]]] = Queue(max_waiting)
         Thread(target=self._run, name="scoring", daemon=True).start()
@@ -149,9 +146,9 @@ def reward_app(
     scorer: RewardModelScorer,
     *,
     weights: str | None = None,
-    max_request_bytes: int = 2**24,
+    max_request_bytes: int = MAX_REQUEST_BYTES,
     max_waiting: int = 64,
-    max_tokens: int = 2**14,
+    max_tokens: int = MAX_TOKENS,
     token: str | None = None,
 ) -> FastAPI:
     """Return the application that serves a reward model.
@@ -167,11 +164,7 @@ def reward_app(
     Raises:
         ValueError: If the card names another tokenizer than the scorer has.
     """
-    card = scorer.card
-    if card is not None:
-        separator = card.response_separator
-        card.check(scorer.tokenizer, conversational=card.conversational, response_separator=separator)
-    queue, limit = ScoringQueue(scorer, max_waiting, max_tokens), getattr(scorer, "position_limit", None)
+    about, queue = _about(scorer, weights), ScoringQueue(scorer, max_waiting, max_tokens)
     authorized = [Depends(_require(token))]
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -181,8 +174,7 @@ def reward_app(
 
     @app.get("/", dependencies=authorized)
     async def info() -> dict[str, Any]:
-        about = {"name": scorer.__name__, "weights": weights, "position_limit": limit}
-        return about | {"card": None if card is None else asdict(card)}
+        return about
 
     @app.post("/lengths", dependencies=authorized)
     async def lengths(request: Request) -> dict[str, list[int]]:
@@ -209,6 +201,16 @@ def reward_app(
         return {"scores": [None if math.isnan(x) else x for x in scores]}
 
     return app
+
+
+def _about(scorer: RewardModelScorer, weights: str | None) -> dict[str, Any]:
+    """Return what a client reads about the model, if the card fits the tokenizer."""
+    card = scorer.card
+    if card is not None:
+        separator = card.response_separator
+        card.check(scorer.tokenizer, conversational=card.conversational, response_separator=separator)
+    about = {"name": scorer.__name__, "weights": weights, "position_limit": getattr(scorer, "position_limit", None)}
+    return about | {"card": None if card is None else asdict(card)}
 
 
 def _require(token: str | None) -> Callable[[Request], None]:
@@ -248,47 +250,3 @@ def _check_sizes(texts: list[Text], max_tokens: int) -> None:
         size = len(text) if isinstance(text, str) else sum(len(message.content) for message in text)
         if size > limit:
             raise HTTPException(413, f"a text has {size} characters: `max_tokens` of this server allows {limit}")
-
-
-class LimitedConnection(H11Protocol):
-    """Close a connection whose request is not whole in time, and one beyond the largest number."""
-
-    _waiting: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Give the first request its time."""
-        super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
-            transport.abort()
-        self._waiting = self.loop.call_later(REQUEST_SECONDS, transport.abort)
-
-    def data_received(self, data: bytes) -> None:
-        """Give a request its time from the first byte, until it is whole."""
-        if self._waiting is None:
-            self._waiting = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.more_body:
-            self._stop_waiting()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the time of a connection that is closed."""
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-        self._waiting = None
-
-
-def serve(app: FastAPI, host: str, port: int) -> None:
-    """Serve an application until the process ends."""
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        http=LimitedConnection,
-        ws="none",
-        log_level="warning",
-        timeout_graceful_shutdown=10,
-    )

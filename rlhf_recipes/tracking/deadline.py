@@ -5,13 +5,12 @@ The time limits of urllib3 are those of one read: a server that sends a byte now
 
 import functools
 import os
-from concurrent.futures import Future
 from typing import Any
 
 import requests
 from mlflow.utils import rest_utils
 
-from rlhf_recipes.rewards.threads import DaemonPool
+from rlhf_recipes.rewards.threads import in_time
 
 LONGEST_BACKOFF = 120.0  # seconds, urllib3's own
 SLOWEST_BYTES = 1e5  # per second, of a file that is sent
@@ -29,8 +28,6 @@ def request_in_time(
 ) -> requests.Response:
     """Send a request as MLflow does, and return its answer with its content.
 
-    The request runs in a thread, which is left at the end of the time, and whose connection is closed.
-
     Args:
         method: `GET`, `POST`, ..
         url: Address.
@@ -45,24 +42,18 @@ def request_in_time(
     """
     pauses = sum(1 + min(backoff_factor * 2**attempt, LONGEST_BACKOFF) for attempt in range(max_retries))
     seconds = (1 + max_retries) * timeout + pauses + _size(options.get("data")) / SLOWEST_BYTES
-    opened: list[requests.Response] = []
 
-    def exchange() -> requests.Response:
+    def exchange(opened: list[requests.Response]) -> requests.Response:
         streamed = options | {"timeout": timeout, "stream": True}
         opened.append(_request(method, url, max_retries, backoff_factor, *args, **streamed))
         if not options.get("stream"):
             opened[0].content  # noqa: B018 (it is read here)
         return opened[0]
 
-    pool = DaemonPool()
-    answer: Future[requests.Response] = pool.submit(exchange)
-    pool.close()
     try:
-        return answer.result(seconds)
-    except TimeoutError:
-        for response in opened:
-            response.raw.shutdown()  # its thread wakes up
-        raise requests.Timeout(f"no whole answer in {seconds:g} s") from None
+        return in_time(exchange, seconds)
+    except TimeoutError as error:
+        raise requests.Timeout(str(error)) from None
 
 
 def _size(data: Any) -> int:

@@ -19,7 +19,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from rlhf_recipes.models.adapter_base import BASE_FILE, saved_base
 from rlhf_recipes.models.fingerprint import ADAPTER_CONFIG, base_fingerprint, is_adapter, weights_fingerprint
-from rlhf_recipes.options.secrets import redact
+from rlhf_recipes.options.secrets import reason_of, redact
 from rlhf_recipes.rewards.card import CARD_FILE
 from rlhf_recipes.tracking.names import model_name
 
@@ -55,7 +55,7 @@ def find_model(uri: str) -> LoggedModel:
         model_id = found[0] if len(found) == 1 else client.get_model_version(*found).source.removeprefix(SCHEME)
         return client.get_logged_model(model_id)
     except MlflowException as error:
-        reason = redact(str(error)).strip().splitlines()[0][:300]
+        reason = reason_of(error)
         store = redact(mlflow.get_tracking_uri())
         raise UnknownModelError(f"{uri} cannot be read from MLflow at {store}: {reason}") from error
 

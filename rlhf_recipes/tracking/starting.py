@@ -16,7 +16,7 @@ from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH
 
 from rlhf_recipes.durability.checkpoints import wished_checkpoint
 from rlhf_recipes.options.recipes import TrackingArguments
-from rlhf_recipes.options.secrets import redact
+from rlhf_recipes.options.secrets import reason_of, redact
 from rlhf_recipes.tracking.delivery import UNSENT_FILE, send_unsent
 from rlhf_recipes.tracking.lineage import read_run_file
 from rlhf_recipes.tracking.unfinished import UnusableRunError, close_unfinished, find_run, note_open, note_start
@@ -107,7 +107,7 @@ def _refused_by_name(option: str, value: str) -> Iterator[None]:
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        reason = redact(str(error.message)).strip().splitlines()[0][:300]
+        reason = reason_of(error)
         raise UnusableRunError(
             f"`{option}` is {redact(value)[:100]}, which MLflow at {redact(mlflow.get_tracking_uri())} refuses: "
             f"{reason} Set another value, or leave it out."

@@ -27,9 +27,10 @@ from mlflow.utils.validation import (
     _validate_model_name,
 )
 
+from rlhf_recipes.options.paths import is_address
 from rlhf_recipes.options.recipes import TrackingArguments, _sqlite_file, tracking_uri
 from rlhf_recipes.options.relevance import config_group, flat
-from rlhf_recipes.options.secrets import public_options, redact, without_credentials
+from rlhf_recipes.options.secrets import public_options, reason_of, redact, without_credentials
 from rlhf_recipes.tracking.deadline import limit_requests
 from rlhf_recipes.tracking.lineage import environment_tags, upstream_runs
 from rlhf_recipes.tracking.logged_model import UnknownModelError
@@ -139,7 +140,7 @@ def open_run(
         if run is not None:
             with suppress(Exception):
                 mlflow.end_run("FAILED")
-        reason = redact(str(error)).strip().splitlines()[0][:300]
+        reason = reason_of(error)
         raise ValueError(
             f"MLflow at `tracking_uri` {redact(uri)} cannot be used: {reason} Start the server, name another "
             "`tracking_uri`, or train without a record: `--tracking false`."
@@ -217,7 +218,8 @@ def ui_command(tracking: TrackingArguments) -> str:
     """Return the address of the server, or the command that starts one."""
     uri = tracking_uri(tracking)
     mlflow_command = Path(sys.executable).with_name("mlflow")
-    return redact(uri if uri.startswith("http") else f"{mlflow_command} ui --backend-store-uri {uri}")
+    shown = without_credentials(uri)
+    return shown if is_address(uri) else f"{mlflow_command} ui --backend-store-uri {shown}"
 
 
 @contextmanager

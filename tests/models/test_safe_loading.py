@@ -8,6 +8,7 @@ import pickle
 import zipfile
 from concurrent.futures import Future
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -324,6 +325,29 @@ def test_what_sft_saves_and_pushes_holds_no_secret(tmp_path, monkeypatch):
         assert saved.hub_token is None
         assert TOKEN.encode() not in written.read_bytes()
         assert PASSWORD.encode() not in written.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["sk-r1-distill-qwen", "hf_" + "b" * 30, "token=a"])
+def test_a_push_finds_a_directory_whose_name_looks_like_a_secret(tmp_path, monkeypatch, name):
+    """The options in files hide the name, but transformers copies files into the directory while it pushes."""
+    pushed = []
+    hub = SimpleNamespace(upload_folder=lambda **push: pushed.append(push) or Future())
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    output_dir = tmp_path / name
+    quiet = {option: value for option, value in tiny.QUIET.items() if option != "save_strategy"}
+    args = SFTConfig(str(output_dir), max_steps=1, save_steps=1, hub_strategy="checkpoint", hub_revision=name, **quiet)
+    path = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    data = Dataset.from_dict({"text": tiny.TEXTS})
+    trainer = SFTTrainer(path, args=args, train_dataset=data, processing_class=tiny.tokenizer())
+    trainer.train()
+    trainer.hub_model_id, trainer.push_in_progress = f"me/{name}", None
+    trainer._push_from_checkpoint(str(output_dir / "checkpoint-1"))
+    assert [push["folder_path"] for push in pushed] == [str(output_dir), str(output_dir / "checkpoint-1")]
+    assert {push["revision"] for push in pushed} == {name}
+    assert (output_dir / "model.safetensors").is_file()
+    assert not list(tmp_path.glob("[*]*"))
+    for written in (output_dir / "training_args.bin", output_dir / "checkpoint-1" / "training_args.bin"):
+        assert name.encode() not in written.read_bytes()
 
 
 def test_a_password_in_the_address_of_a_vllm_server_is_refused(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_recipes.options.recipes import TrackingArguments
-from rlhf_recipes.options.secrets import public_options, redact, without_credentials
+from rlhf_recipes.options.recipes import TrackingArguments, tracking_uri
+from rlhf_recipes.options.secrets import holds_credentials, public_options, redact, without_credentials
 from rlhf_recipes.tracking.store import flat_options, ui_command
 
 
@@ -57,7 +57,53 @@ def test_secrets_are_replaced_inside_values(text, shown):
 def test_an_address_is_shown_without_its_password():
     assert without_credentials("https://ann:secret@mlflow.example:5000/x") == "https://mlflow.example:5000/x"
     assert without_credentials("https://ann:se@cret@mlflow.example") == "https://mlflow.example"
-    assert without_credentials("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
+    assert (
+        without_credentials("postgresql://me:w/0@rd@db/x?sslpassword=w&size=3&api_key=a") == "postgresql://db/x?size=3"
+    )
+    assert without_credentials("https://host/x?token=w0rd") == "https://host/x"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:///mlflow.db",
+        "sqlite:////scratch/sk-my-long-name/mlflow.db",
+        "sqlite+pysqlite:////scratch/token=abc/a:b@c/mlflow.db?key=1",
+        "file:///scratch/hf_abcdefghijklmnopqrst/mlruns",
+        "/scratch/sk-my-long-name/mlruns",
+        "https://mlflow.example:5000/sk-my-long-name?size=3",
+        "databricks://sk-my-long-profile",
+    ],
+)
+def test_an_address_without_credentials_stays_as_it_is(uri):
+    """It is noted for later use, and a name that looks like a token would lead to another file."""
+    assert without_credentials(uri) == uri
+    store = TrackingArguments(tracking_uri=uri)
+    assert ui_command(store).endswith(tracking_uri(store))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://reward:8000/sk-reward-model-v1",
+        "http://reward:8000/users/@me/token",
+        "https://hf-abcdefghijklmnopqrst.example/hf_abcdefghijklmnopqrst",
+        "http://reward:8000/score?model=sk-reward-model-v1",
+        "http://[::1]:8000/?",
+        "reward:8000",
+        None,
+    ],
+)
+def test_a_correct_address_of_a_server_is_taken(address):
+    assert not holds_credentials(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://me:w@reward:8000", "me:w@reward:8000", "http://w@reward", "http://reward/?api_key=w", "http://me:p/w@a"],
+)
+def test_a_password_in_the_address_of_a_server_is_found(address):
+    assert holds_credentials(address)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ import pytest
 import requests
 import uvicorn
 from processes import free_port
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rlhf_recipes.rewards import server
+from rlhf_recipes.rewards import server, serving
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
 from rlhf_recipes.rewards.client import RemoteRewardModel
-from rlhf_recipes.rewards.server import LimitedConnection, reward_app
+from rlhf_recipes.rewards.server import reward_app
+from rlhf_recipes.rewards.serving import LimitedConnection
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 INFO = json.dumps({"name": "odd", "card": None}).encode()
@@ -171,8 +173,8 @@ class _Scorer:
 @pytest.fixture
 def served(monkeypatch):
     """A server that lives in this process: its scorer, its address, and its port."""
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.5)
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(serving, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(serving, "MAX_CONNECTIONS", 8)
     scorer, port = _Scorer(), free_port()
     app = reward_app(scorer, max_tokens=100, token="word", max_request_bytes=100_000)
     config = uvicorn.Config(app, port=port, http=LimitedConnection, ws="none", log_level="warning")
@@ -247,6 +249,37 @@ def test_a_request_that_stays_half_sent_is_closed(served, half):
                     break
         assert time.monotonic() - start < 3
     assert requests.get(f"{served[1]}/health", timeout=5).ok
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("first", ["GET /health", "GET /missing", "GET /"])
+@pytest.mark.parametrize("half", [b"POST /sc", b"POST /lengths HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{"])
+def test_a_second_request_that_stays_half_sent_is_closed(served, first, half, together, monkeypatch):
+    monkeypatch.setattr(H11Protocol, "timeout_keep_alive_handler", lambda self: None)
+    whole = f"{first} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer word\r\n\r\n".encode()
+    half = half.replace(b"Host: x", b"Host: x\r\nAuthorization: Bearer word")
+    with socket.create_connection(("127.0.0.1", served[2]), timeout=5) as connection:
+        connection.sendall(whole + half if together else whole)
+        assert connection.recv(2**16).startswith(b"HTTP/1.1")
+        if not together:
+            connection.sendall(half)
+        start = time.monotonic()
+        with suppress(ConnectionError):
+            while connection.recv(2**16):
+                pass
+        assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("header", ["X: y", "Connection: close", "Connection: upgrade\r\nUpgrade: h2c"])
+def test_a_whole_request_may_take_long_to_answer(served, header):
+    scorer, _, port = served
+    scorer.busy.clear()
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        head = "POST /lengths HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer word\r\nContent-Length: 17\r\n"
+        connection.sendall(f'{head}{header}\r\n\r\n{{"prompts":["a"]}}'.encode())
+        time.sleep(0.8)  # longer than the request itself may take
+        scorer.busy.set()
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
 
 
 def test_a_connection_that_is_kept_takes_a_late_second_request(served):
