@@ -29,14 +29,21 @@ class DivergedError(ValueError):
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether all numbers are finite, on all ranks. Every rank must make the call.
 
-    Of a weight in shards, each rank looks at its own shard. This reads each number once, and costs one reduction and
-    one wait for the device.
+    This costs one reduction and one wait for the device.
+    """
+    return not global_max(not_finite(tensors)).item()
+
+
+def not_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Return 1 if a number on this rank is not finite, else 0, on the device.
+
+    Of a weight in shards, each rank looks at its own shard. This reads each number once.
     """
     own = [own_part(tensor) for tensor in tensors if tensor.is_floating_point()]
     own = [tensor for tensor in own if not tensor.is_meta and tensor.numel()]
     # The largest number does not overflow, as a sum would. DeepSpeed's processes reduce nothing on a CPU beside GPUs.
     largest = get_total_norm(own, norm_type=math.inf).to(PartialState().device)
-    return not global_max(largest.isfinite().logical_not().int()).item()
+    return largest.isfinite().logical_not().int()
 
 
 def own_part(tensor: Any) -> Tensor:
@@ -63,6 +70,7 @@ class FiniteTrainer(Trainer):
     _last_checkpoint: str | None = None  # written by this run, or the one that it resumes
     _overflows = 0  # steps in a row
     _finite_steps = 0
+    _checked_step = -1  # whose weights are finite
     _too_large = "`learning_rate`"  # options that may be
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,7 +81,7 @@ class FiniteTrainer(Trainer):
         except (ValueError, NotImplementedError, ImportError) as error:
             option = next((f" (`{name}`)" for words, name in OPTION_OF.items() if words in str(error)), "")
             raise ValueError(f"{error}{option}") from error
-        self.add_callback(AfterStep(self.check_step))
+        self.callback_handler.callbacks.insert(0, AfterStep(self.check_step))  # the others use what it finds
 
     def check_start(self) -> None:
         """Check the weights that training starts from.
@@ -107,10 +115,11 @@ class FiniteTrainer(Trainer):
         Raises:
             DivergedError: If one is not finite.
         """
-        if not all_finite(self._trained_weights()):
-            step = self.state.global_step
+        step = self.state.global_step
+        if self._on_any_rank(not_finite(self._trained_weights())):
             reason = f"Step {step} made weights that are not finite, from a finite loss and a finite gradient."
             raise self.diverged(reason, f"{self._advice()} {STEP_ADVICE}", step - 1)
+        self._checked_step = step
 
     def check_moments(self) -> None:
         """Check the state of the optimiser before it is written into a checkpoint.
@@ -133,6 +142,9 @@ class FiniteTrainer(Trainer):
             latest: Last optimiser step whose checkpoint is good.
         """
         return DivergedError(f"{reason} {self._way_back()} {advice}")
+
+    def _on_any_rank(self, flag: Tensor) -> bool:
+        return bool(global_max(flag).item())
 
     def _trained_weights(self) -> Iterator[Tensor]:
         return (weight for weight in self.model.parameters() if weight.requires_grad)

@@ -31,13 +31,20 @@ class PreemptionCallback(TrainerCallback, ExportableState):
         preempted: Whether a signal ends the training; `DurableTrainer` then writes a whole checkpoint, also with
             `save_only_model`.
         evaluation_due: Whether the signal has left out an evaluation; see `evaluation_is_due`.
+        agreed: Signal that any rank has received by this step, or 0; `None` if the trainer does not ask for it.
     """
 
     def __init__(self) -> None:
         self.preempted = False
         self.evaluation_due = False
+        self.agreed: int | None = None
         self._received: tuple[int, float] | None = None  # which signal, and when
         self._handlers: dict[int, Any] = {}
+
+    @property
+    def received(self) -> int:
+        """Signal that this process has received, or 0."""
+        return 0 if self._received is None else self._received[0]
 
     def state(self) -> dict[str, Any]:
         """Return the state that transformers keeps in a checkpoint."""
@@ -69,8 +76,10 @@ class PreemptionCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end of the training, if a signal has reached any rank."""
-        number = 0 if self._received is None else self._received[0]
-        if global_max(torch.tensor(number, device=args.device)).item():
+        if self.agreed is None:
+            self.agreed = int(global_max(torch.tensor(self.received, device=args.device)).item())
+        number, self.agreed = self.agreed, None
+        if number:
             self.preempted = control.should_save = control.should_training_stop = True
             self.evaluation_due, control.should_evaluate = control.should_evaluate, False
 

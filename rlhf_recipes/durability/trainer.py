@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from rlhf_recipes.algorithm.distributed import global_max
 from rlhf_recipes.durability.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
 from rlhf_recipes.durability.collectives import hangs_named, limit_collectives
 from rlhf_recipes.durability.extensions import watch_locks
@@ -185,7 +187,8 @@ class DurableTrainer(FiniteTrainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.check_trained()
+        if self._checked_step != self.state.global_step:
+            self.check_trained()
         self.check_moments()
         run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = run_dir / STAGING / name, run_dir / name
@@ -224,6 +227,15 @@ class DurableTrainer(FiniteTrainer):
             keep = [self.state.best_model_checkpoint]
             remove_old(run_dir, self.args.save_total_limit, keep, published=final)
         self.accelerator.wait_for_everyone()
+
+    def _on_any_rank(self, flag: Tensor) -> bool:
+        """Return whether a rank has set the flag, and ask for signals in the same reduction."""
+        callbacks = self._preemption_callbacks()
+        own = flag.new_tensor(max((callback.received for callback in callbacks), default=0))
+        is_set, number = global_max(torch.stack([flag, own])).tolist()
+        for callback in callbacks:
+            callback.agreed = number
+        return bool(is_set)
 
     def _preemption_callbacks(self) -> list[PreemptionCallback]:
         # A restored checkpoint replaces the callback by another instance: look it up each time.
