@@ -120,6 +120,13 @@ def test_frozen_weights_are_not_looked_at_when_an_adapter_is_saved(tmp_path):
         trainer.save_model()
 
 
+def test_a_frozen_base_in_float8_does_not_stop_an_adapter(tmp_path):
+    trainer = tiny.reward_trainer(tmp_path, peft=tiny.lora())
+    frozen = next(p for p in trainer.model.parameters() if not p.requires_grad)
+    frozen.data = frozen.data.to(torch.float8_e4m3fn)
+    trainer.check_start()
+
+
 def test_under_fp16_only_overflows_in_a_row_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(finite, "MAX_OVERFLOWS", 3)
     trainer = _rm(tmp_path)
@@ -152,6 +159,10 @@ def test_a_norm_that_deepspeed_does_not_know_yet_is_no_fault(tmp_path):
         ([torch.ones(2), torch.tensor([1.0, math.inf])], False),
         ([torch.full((2,), 60_000.0, dtype=torch.float16)], True),  # its sum would overflow
         ([torch.tensor(math.nan, dtype=torch.bfloat16)], False),
+        ([torch.tensor([1.0, -math.inf], dtype=torch.float16)], False),
+        ([torch.tensor([1e300], dtype=torch.float64)], True),
+        ([torch.ones(2).to(torch.float8_e4m3fn), torch.ones(2).to(torch.float8_e5m2)], True),
+        ([torch.ones(2).to(torch.float8_e4m3fn), torch.tensor(math.nan)], False),
     ],
 )
 def test_all_finite(tensors, is_finite):
