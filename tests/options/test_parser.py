@@ -103,3 +103,11 @@ def test_a_user_of_the_library_gets_the_same(tmp_path, make):
     check_training(make(str(tmp_path), **tiny.QUIET, **sampled))
     with pytest.raises(ValueError, match="`adam_beta1` must lie in"):
         check_training(make(str(tmp_path), adam_beta1=1.0, **tiny.QUIET, **sampled))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "constant_with_warmup"])
+@pytest.mark.parametrize("rate", ["0", "1", "0.0"])
+def test_a_learning_rate_may_be_a_whole_number(tmp_path, schedule, rate):
+    """A control run has the rate 0. YAML reads it as a whole number."""
+    _, config, *_ = _parse(*_file(tmp_path, f"learning_rate: {rate}\nlr_scheduler_type: {schedule}\n"))
+    assert config.learning_rate == float(rate)
