@@ -64,8 +64,18 @@ class PreemptionCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen to signals."""
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other thread
-            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._handlers = {number: self._listen(number) for number in SIGNALS}
         self.evaluation_due = False  # of the run before: the trainer does it next
+
+    def _listen(self, number: int) -> Any:
+        """Listen to a signal, and return the handler to put back at the end."""
+        before = signal.signal(number, self._note)
+        listener = getattr(before, "__self__", None)
+        if not isinstance(listener, PreemptionCallback):
+            return before
+        # A rollback leaves the training without an end, and transformers goes on with another instance.
+        self._received = self._received or listener._received
+        return listener._handlers[number]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         leave_closed_terminal(number)
