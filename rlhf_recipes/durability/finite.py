@@ -74,7 +74,6 @@ class FiniteTrainer(Trainer):
     _last_checkpoint: str | None = None  # written by this run, or the one that it resumes
     _overflows = 0  # steps in a row
     _finite_steps = 0
-    _checked_step = -1  # whose weights are finite
     _too_large = "`learning_rate`"  # options that may be
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -123,7 +122,6 @@ class FiniteTrainer(Trainer):
         if self._on_any_rank(not_finite(self._trained_weights())):
             reason = f"Step {step} made weights that are not finite, from a finite loss and a finite gradient."
             raise self.diverged(reason, f"{self._advice()} {STEP_ADVICE}", step - 1)
-        self._checked_step = step
 
     def check_moments(self) -> None:
         """Check the state of the optimiser before it is written into a checkpoint.

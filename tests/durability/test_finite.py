@@ -1,5 +1,6 @@
 """A training whose numbers are not finite ends, and writes nothing over the last good weights."""
 
+import errno
 import math
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from rlhf_recipes.durability import finite
-from rlhf_recipes.durability.checkpoints import checkpoints_by_age, find_defect
+from rlhf_recipes.durability.checkpoints import STAGING, checkpoints_by_age, find_defect
 from rlhf_recipes.durability.finite import DivergedError, all_finite
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.trainers.sft import SFTTrainer
@@ -207,6 +208,58 @@ def test_an_evaluation_that_fails_costs_no_trained_weights(tmp_path, make, only_
     assert all(torch.equal(p, trained[name]) for name, p in again.model.named_parameters())
     assert [entry["step"] for entry in again.state.log_history if "eval_runtime" in entry][-1] == 4
     assert Path(checkpoint).exists()
+
+
+@pytest.mark.parametrize("make", [_sft, _ppo])
+@pytest.mark.parametrize("fault", ["moments", "model"])
+def test_the_error_of_an_evaluation_is_shown_when_its_checkpoint_is_refused_too(tmp_path, make, fault, caplog):
+    options = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    if make is _ppo:
+        options["eval_data"] = tiny.prompts(count=4)
+    trainer = make(tmp_path, **options)
+    loop = trainer.evaluation_loop
+
+    def failing(*args, **kwargs):
+        if trainer.state.global_step == 0:
+            return loop(*args, **kwargs)
+        if fault == "moments":
+            next(iter(trainer.optimizer.state.values()))["exp_avg"].fill_(math.inf)
+        else:
+            _spoil(trainer.model)
+        raise KeyError("a judge")
+
+    trainer.evaluation_loop = failing
+    with pytest.raises(KeyError, match="a judge"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    assert "The evaluation failed, and so did this: " in caplog.text
+
+
+@pytest.mark.parametrize("place", ["save_model", "_complete"])
+def test_a_hang_in_a_checkpoint_names_ddp_timeout_and_no_full_disk(tmp_path, place):
+    trainer = _rm(tmp_path, **SAVING)
+    original = getattr(trainer, place)
+
+    def hanging(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            raise RuntimeError("[gloo] Timed out waiting 8000ms for recv operation to complete")
+        return original(*args, **kwargs)
+
+    setattr(trainer, place, hanging)
+    with pytest.raises(TimeoutError, match="has not answered for 8 s .`ddp_timeout`.") as error:
+        trainer.train()
+    assert "Make room" not in str(error.value)
+    assert [path.name for path in checkpoints_by_age(tmp_path)] == ["checkpoint-1"]
+    assert not list((tmp_path / STAGING).glob("*"))
+
+
+def test_a_file_system_that_does_not_answer_stays_a_checkpoint_that_was_not_written(tmp_path, monkeypatch):
+    trainer = _rm(tmp_path, **SAVING)
+    error = OSError(errno.ETIMEDOUT, "Connection timed out")
+    assert isinstance(error, TimeoutError)
+    monkeypatch.setattr(trainer, "_complete", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="checkpoint-1 could not be written.*Make room"):
+        trainer.train()
 
 
 def test_an_export_of_weights_that_are_not_finite_is_refused(tmp_path):
