@@ -14,11 +14,10 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
 
 from rlhf_recipes.algorithm.distributed import global_max
+from rlhf_recipes.options.refusals import is_refusal, with_option
 
 MAX_OVERFLOWS = 20  # under fp16: the loss scale starts at 2**16, and each overflow halves it
 STEP_ADVICE = "Look at `adam_epsilon`, which must be above 0, and at `weight_decay` and `max_grad_norm`."
-# Words of refusals by PEFT and transformers, which do not name the option of a recipe.
-OPTION_OF = {"arget modules": "lora_target_modules", "purely quantized": "load_in_4bit` without `use_peft"}
 ADVICE = "and train in `bf16` or float32 rather than `fp16` or float16."
 
 
@@ -74,7 +73,7 @@ class FiniteTrainer(Trainer):
     _last_checkpoint: str | None = None  # written by this run, or the one that it resumes
     _overflows = 0  # steps in a row
     _finite_steps = 0
-    _too_large = "`learning_rate`"  # options that may be
+    _too_large = "`learning_rate`"  # options whose value may be too large
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._losses: list[Tensor] = []  # of this optimiser step
@@ -82,8 +81,9 @@ class FiniteTrainer(Trainer):
             super().__init__(*args, **kwargs)
         # TRL refuses options that contradict each other, and options whose package is not installed.
         except (ValueError, NotImplementedError, ImportError) as error:
-            option = next((f" (`{name}`)" for words, name in OPTION_OF.items() if words in str(error)), "")
-            raise ValueError(f"{error}{option}") from error
+            if not is_refusal(error):
+                raise
+            raise ValueError(with_option(error)) from error
         self.callback_handler.callbacks.insert(0, AfterStep(self.check_step))  # the others use what it finds
 
     def check_start(self) -> None:
