@@ -4,9 +4,12 @@ import pytest
 import tiny
 import trl
 
+from rlhf_recipes.options import training
+from rlhf_recipes.options.baselines import DPOConfig
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.recipes import PPOArguments, TrackingArguments
+from rlhf_recipes.options.reward_modeling import RewardModelConfig
 
 CLASSES = (PPOArguments, PPOConfig, trl.ModelConfig, TrackingArguments)
 CPU = ["--output_dir", "out", "--use_cpu", "true"]
@@ -111,3 +114,11 @@ def test_a_learning_rate_may_be_a_whole_number(tmp_path, schedule, rate):
     """A control run has the rate 0. YAML reads it as a whole number."""
     _, config, *_ = _parse(*_file(tmp_path, f"learning_rate: {rate}\nlr_scheduler_type: {schedule}\n"))
     assert config.learning_rate == float(rate)
+
+
+@pytest.mark.parametrize("make", [PPOConfig, RewardModelConfig, trl.SFTConfig, DPOConfig])
+def test_the_schedule_of_a_recipe_is_tried_once_when_it_is_read(make, monkeypatch):
+    tried = []
+    monkeypatch.setattr(training, "_check_schedule", tried.append)
+    RecipeParser(make).parse_args_and_config(CPU)
+    assert len(tried) == 1
