@@ -223,5 +223,8 @@ def _remove(checkpoints: list[Path], staging: Path) -> None:
         try:
             checkpoint.rename(staging / f"removed-{checkpoint.name}")
         except OSError as error:
-            logger.warning(f"{checkpoint} is beyond `save_total_limit` and could not be removed: {error}")
+            logger.warning(
+                f"{checkpoint} is beyond `save_total_limit` and could not be removed: {error}. Delete it by hand when "
+                "the run has ended."
+            )
     shutil.rmtree(staging, ignore_errors=True)
