@@ -124,7 +124,7 @@ def _age(checkpoint: Path) -> tuple[bool, float, float, int]:
     return not is_abandoned(checkpoint), number, written, step
 
 
-def _has_files(checkpoint: Path) -> bool:
+def has_files(checkpoint: Path) -> bool:
     """Return whether a checkpoint has all files with their sizes. This costs less than `find_defect`."""
     manifest = read_manifest(checkpoint)
     try:
@@ -151,7 +151,7 @@ def wished_checkpoint(resume: str | bool | None, output_dir: str) -> Path | None
     if wish != "true":
         return Path(str(resume))
     _finish_publishing(Path(output_dir))  # else the training would resume from a checkpoint that this does not see
-    return ([None, *sorted(checkpoints_by_age(output_dir), key=_has_files)])[-1]
+    return ([None, *sorted(checkpoints_by_age(output_dir), key=has_files)])[-1]
 
 
 def _wish(resume: str | bool | None) -> str:
@@ -204,7 +204,7 @@ def remove_old(
     """
     if not limit:
         return
-    checkpoints = sorted(checkpoints_by_age(output_dir), key=lambda path: (not is_abandoned(path), _has_files(path)))
+    checkpoints = sorted(checkpoints_by_age(output_dir), key=lambda path: (not is_abandoned(path), has_files(path)))
     kept = {Path(path).resolve() for path in keep if path is not None} | {c.resolve() for c in checkpoints[-1:]}
     spare = [checkpoint for checkpoint in checkpoints if checkpoint.resolve() not in kept]
     spare = spare[: max(0, len(checkpoints) - max(limit, len(kept)))]
@@ -224,5 +224,8 @@ def _remove(checkpoints: list[Path], staging: Path) -> None:
         try:
             checkpoint.rename(staging / f"removed-{checkpoint.name}")
         except OSError as error:
-            logger.warning(f"{checkpoint} is beyond `save_total_limit` and could not be removed: {error}")
+            logger.warning(
+                f"{checkpoint} is beyond `save_total_limit` and could not be removed: {error}. Delete it by hand when "
+                "the run has ended."
+            )
     shutil.rmtree(staging, ignore_errors=True)

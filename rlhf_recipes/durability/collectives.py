@@ -36,6 +36,6 @@ def hangs_named() -> Iterator[None]:
             raise
         raise TimeoutError(
             f"Another process has not answered for {int(over[1]) / 1000:g} s (`ddp_timeout`): it hangs, or its work "
-            "takes longer. Look at its last messages, or raise `ddp_timeout`. The last checkpoint is whole: resume "
-            "with `resume_from_checkpoint: true`."
+            "takes longer. Look at its last messages. A training can raise `ddp_timeout`, and its last checkpoint is "
+            "whole: resume it with `resume_from_checkpoint: true`."
         ) from error

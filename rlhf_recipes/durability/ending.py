@@ -6,21 +6,38 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from accelerate import PartialState
+from torch.distributed.distributed_c10d import _get_default_store
 
 from rlhf_recipes.durability.collectives import hangs_named
 from rlhf_recipes.durability.termination import EXIT_CODE, TerminatedError
 
+CLOSED_KEY = "rlhf_recipes/closed"  # in the store of the processes: the first one has closed the record of the run
 GLOO_SECONDS = 0.5  # a thread needs milliseconds for it, even with many more threads than cores
 
 
 def wait_to_end() -> None:
     """Wait for every process, as the last collective of a program.
 
+    The first process may still upload a model, for longer than `ddp_timeout`. The others wait for its word, and not in
+    a collective.
+
     A thread of gloo may still have to release the last tensors. For that it needs the interpreter, and it aborts a
     process whose interpreter is closing (https://github.com/pytorch/pytorch/issues/190489).
     """
-    PartialState().wait_for_everyone()
+    _wait_for_first_process()
+    with hangs_named():
+        PartialState().wait_for_everyone()
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
+        time.sleep(GLOO_SECONDS)
+
+
+def _wait_for_first_process() -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    store = _get_default_store()
+    if PartialState().is_main_process:
+        store.set(CLOSED_KEY, "")
+    while not store.check([CLOSED_KEY]):
         time.sleep(GLOO_SECONDS)
 
 

@@ -29,15 +29,16 @@ def watch_locks() -> None:
 
 
 def acquire_by_name(baton: FileBaton) -> bool | None:
-    """Take a lock as PyTorch does, also from an owner that is gone, and write into it on which machine it is."""
+    """Take a lock as PyTorch does, also from an owner that is gone, and write into it which process has it."""
     lock = Path(baton.lock_file_path)
     taken = _acquire(baton)
     if not taken:
-        with FileLock(f"{lock}.check", timeout=COMPILE_SECONDS):  # one process at a time takes a lock over
+        with _check(lock):
             _remove_left(lock)
             taken = _acquire(baton)
     if taken:
-        lock.write_text(_this_machine(), encoding="utf-8")
+        own = psutil.Process()
+        lock.write_text(f"{_this_machine()} {own.pid} {own.create_time():.0f}", encoding="utf-8")
     return taken
 
 
@@ -52,8 +53,13 @@ def wait_for_owner(baton: FileBaton) -> None:
     if lock.exists():
         logger.warning(f"Another process compiles in {lock.parent}: waiting for it to remove {lock}.")
     while lock.exists():
-        if _remove_left(lock):
-            raise TimeoutError(f"The process that compiled in {lock.parent} was killed. Start the same command again.")
+        with _check(lock):
+            is_left = _remove_left(lock)
+        if is_left:
+            raise TimeoutError(
+                f"The process that compiled in {lock.parent} was killed. Start the same command again when the other "
+                "processes of this run have ended: one of them may compile now."
+            )
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"{lock} has been there for more than {COMPILE_SECONDS:g} s: another process compiles an operator of "
@@ -63,24 +69,44 @@ def wait_for_owner(baton: FileBaton) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def _check(lock: Path) -> FileLock:
+    """Return a lock that lets one process at a time judge another lock, whichever user it belongs to."""
+    return FileLock(f"{lock}.check", timeout=COMPILE_SECONDS, mode=0o666)
+
+
 def _remove_left(lock: Path) -> bool:
-    with suppress(FileNotFoundError):  # its owner has removed it in the meantime
-        if _is_left(lock):
+    # Its owner has removed it in the meantime, or it belongs to another user.
+    with suppress(FileNotFoundError, PermissionError):
+        judged = lock.stat()
+        if _is_left(lock) and _is_same(judged, lock.stat()):  # the judgement may take seconds
             lock.unlink()
             logger.warning(f"The run that compiled in {lock.parent} was killed: its lock {lock} is removed.")
             return True
     return False
 
 
+def _is_same(first: os.stat_result, second: os.stat_result) -> bool:
+    return os.path.samestat(first, second) and first.st_mtime_ns == second.st_mtime_ns
+
+
 def _is_left(lock: Path) -> bool:
-    """Return whether the owner of a lock is gone: it keeps the file open as long as it compiles."""
+    """Return whether the owner of a lock is gone. One without a name keeps the file open as long as it compiles."""
+    *machine, pid, started = ["", "", *lock.read_text(encoding="utf-8").split()]
+    if " ".join(machine[2:]) == _this_machine():
+        return not _lives(int(pid), float(started))
     if any(_opens(process, lock) for process in psutil.process_iter()):
         return False
-    if lock.read_text(encoding="utf-8") == _this_machine():
-        return True
     files = [file for file in lock.parent.iterdir() if file.suffix != ".check"]
     newest = max(file.stat().st_mtime for file in files)
     return time.time() - newest > SILENT_SECONDS
+
+
+def _lives(pid: int, started: float) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        is_same = abs(process.create_time() - started) < 2  # the number may be another process's by now
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _opens(process: psutil.Process, lock: Path) -> bool:

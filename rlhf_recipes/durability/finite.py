@@ -14,11 +14,10 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
 
 from rlhf_recipes.algorithm.distributed import global_max
+from rlhf_recipes.options.refusals import is_refusal, with_option
 
 MAX_OVERFLOWS = 20  # under fp16: the loss scale starts at 2**16, and each overflow halves it
 STEP_ADVICE = "Look at `adam_epsilon`, which must be above 0, and at `weight_decay` and `max_grad_norm`."
-# Words of refusals by PEFT and transformers, which do not name the option of a recipe.
-OPTION_OF = {"arget modules": "lora_target_modules", "purely quantized": "load_in_4bit` without `use_peft"}
 ADVICE = "and train in `bf16` or float32 rather than `fp16` or float16."
 
 
@@ -29,14 +28,25 @@ class DivergedError(ValueError):
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether all numbers are finite, on all ranks. Every rank must make the call.
 
-    Of a weight in shards, each rank looks at its own shard. This reads each number once, and costs one reduction and
-    one wait for the device.
+    This costs one reduction and one wait for the device.
+    """
+    return not global_max(not_finite(tensors)).item()
+
+
+def not_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Return 1 if a number on this rank is not finite, else 0, on the device.
+
+    Of a weight in shards, each rank looks at its own shard. This reads each number once.
     """
     own = [own_part(tensor) for tensor in tensors if tensor.is_floating_point()]
-    own = [tensor for tensor in own if not tensor.is_meta and tensor.numel()]
+    # Numbers of one byte are those of a frozen, quantised base. torch has no norm of them.
+    own = [tensor for tensor in own if tensor.element_size() > 1 and not tensor.is_meta and tensor.numel()]
+    # With ZeRO's offload, weights are on the CPU. There, the extremes cost a twentieth of a norm.
+    here = [tensor for tensor in own if tensor.device.type == "cpu"]
+    is_finite = all(extreme.isfinite().item() for tensor in here for extreme in torch.aminmax(tensor))
     # The largest number does not overflow, as a sum would. DeepSpeed's processes reduce nothing on a CPU beside GPUs.
-    largest = get_total_norm(own, norm_type=math.inf).to(PartialState().device)
-    return not global_max(largest.isfinite().logical_not().int()).item()
+    largest = get_total_norm([tensor for tensor in own if tensor.device.type != "cpu"], norm_type=math.inf)
+    return (largest.to(PartialState().device).isfinite() & is_finite).logical_not().int()
 
 
 def own_part(tensor: Any) -> Tensor:
@@ -63,7 +73,7 @@ class FiniteTrainer(Trainer):
     _last_checkpoint: str | None = None  # written by this run, or the one that it resumes
     _overflows = 0  # steps in a row
     _finite_steps = 0
-    _too_large = "`learning_rate`"  # options that may be
+    _too_large = "`learning_rate`"  # options whose value may be too large
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._losses: list[Tensor] = []  # of this optimiser step
@@ -71,9 +81,10 @@ class FiniteTrainer(Trainer):
             super().__init__(*args, **kwargs)
         # TRL refuses options that contradict each other, and options whose package is not installed.
         except (ValueError, NotImplementedError, ImportError) as error:
-            option = next((f" (`{name}`)" for words, name in OPTION_OF.items() if words in str(error)), "")
-            raise ValueError(f"{error}{option}") from error
-        self.add_callback(AfterStep(self.check_step))
+            if not is_refusal(error):
+                raise
+            raise ValueError(with_option(error)) from error
+        self.callback_handler.callbacks.insert(0, AfterStep(self.check_step))  # the others use what it finds
 
     def check_start(self) -> None:
         """Check the weights that training starts from.
@@ -107,8 +118,8 @@ class FiniteTrainer(Trainer):
         Raises:
             DivergedError: If one is not finite.
         """
-        if not all_finite(self._trained_weights()):
-            step = self.state.global_step
+        step = self.state.global_step
+        if self._on_any_rank(not_finite(self._trained_weights())):
             reason = f"Step {step} made weights that are not finite, from a finite loss and a finite gradient."
             raise self.diverged(reason, f"{self._advice()} {STEP_ADVICE}", step - 1)
 
@@ -133,6 +144,9 @@ class FiniteTrainer(Trainer):
             latest: Last optimiser step whose checkpoint is good.
         """
         return DivergedError(f"{reason} {self._way_back()} {advice}")
+
+    def _on_any_rank(self, flag: Tensor) -> bool:
+        return bool(global_max(flag).item())
 
     def _trained_weights(self) -> Iterator[Tensor]:
         return (weight for weight in self.model.parameters() if weight.requires_grad)

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 LOCK_FILE = "_running.lock"  # a push skips `_*`
+# NFS keeps the lock of a machine that has died for 90 seconds, or until that machine starts again.
+OTHER_HOST_SECONDS = 120.0
+POLL_SECONDS = 2.0
 logger = logging.getLogger(__name__)
 _held: set[tuple[int, Path]] = set()  # processes and their directories: a forked process does not inherit a lock
 
@@ -79,35 +83,60 @@ def _lock(folder: Path) -> int:
 
 def _open_locked(path: Path) -> int:
     """Open and lock a file that stays the file of that name: a run that ends removes its own."""
+    deadline = time.monotonic() + OTHER_HOST_SECONDS
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        _lock_file(descriptor, path)
+        if not _lock_file(descriptor, path):
+            os.close(descriptor)
+            _wait_for_other_host(path, deadline)
+            continue
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         os.close(descriptor)
 
 
-def _lock_file(descriptor: int, path: Path) -> None:
-    """Lock an open file, where the file system can.
-
-    Raises:
-        ValueError: If another process has locked it.
-    """
+def _lock_file(descriptor: int, path: Path) -> bool:
+    """Lock an open file, where the file system can. Return whether no other process has locked it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        owner = path.read_text(encoding="utf-8").strip() or "unknown"
-        os.close(descriptor)
-        raise ValueError(
-            f"`output_dir` {path.parent} is in use by a training that still runs ({owner}). Wait for its end, stop "
-            "it, or choose another `output_dir`."
-        ) from None
+        return False
     except OSError as error:
         logger.warning(
             f"`output_dir` {path.parent} is on a file system without locks ({error.strerror}): take care that no "
             "second run writes to it."
         )
+    return True
+
+
+def _wait_for_other_host(path: Path, deadline: float) -> None:
+    """Wait a moment before another try, if the lock may be one that a machine has left behind.
+
+    Raises:
+        ValueError: If its owner runs on this machine, or the time is over.
+    """
+    try:
+        owner = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:  # the run has just ended
+        return
+    host = _host(owner)
+    is_here = host == socket.gethostname()
+    if is_here or time.monotonic() > deadline:
+        gone = "" if is_here else f" If {host or 'its machine'} is gone, delete {path} and start again."
+        raise ValueError(
+            f"`output_dir` {path.parent} is in use by a training that still runs ({owner or 'unknown'}). Wait for its "
+            f"end, stop it, or choose another `output_dir`.{gone}"
+        )
+    logger.warning(f"{path} is locked ({owner or 'unknown'}): waiting, in case that machine is gone.")
+    time.sleep(POLL_SECONDS)
+
+
+def _host(owner: str) -> str | None:
+    """Return the host in the text of a lock; a run that has just begun has not written it yet."""
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(owner)["host"])
+    return None
 
 
 def check_writable(output_dir: str) -> None:

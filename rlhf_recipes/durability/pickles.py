@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.utils import _create_file_view  # with which torch reads the parts of a shard
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-PICKLES = {".bin", ".ckpt", ".distcp", ".pkl", ".pickle", ".pt", ".pth"}
+ENDINGS = {".bin", ".ckpt", ".distcp", ".pkl", ".pickle", ".pt", ".pth"}
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # an archive of torch, a pickle by itself
 METADATA = ".metadata"  # the end of the name of a list of shards
 SHARD = ".distcp"
@@ -94,7 +94,7 @@ def _check(folder: Path, path: Path) -> None:
         return
     elif path.name.endswith(METADATA):
         _check_shards(path)
-    elif path.suffix != SHARD and (path.suffix in PICKLES or _start(path).startswith(PICKLE_STARTS)):
+    elif path.suffix != SHARD and (path.suffix in ENDINGS or _start(path).startswith(PICKLE_STARTS)):
         with path.open("rb") as file:
             _check_archive(file)
 

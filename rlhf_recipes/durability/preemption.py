@@ -31,13 +31,20 @@ class PreemptionCallback(TrainerCallback, ExportableState):
         preempted: Whether a signal ends the training; `DurableTrainer` then writes a whole checkpoint, also with
             `save_only_model`.
         evaluation_due: Whether the signal has left out an evaluation; see `evaluation_is_due`.
+        agreed: Signal that any rank has received by this step, or 0; `None` if the trainer does not ask for it.
     """
 
     def __init__(self) -> None:
         self.preempted = False
         self.evaluation_due = False
+        self.agreed: int | None = None
         self._received: tuple[int, float] | None = None  # which signal, and when
         self._handlers: dict[int, Any] = {}
+
+    @property
+    def received(self) -> int:
+        """Signal that this process has received, or 0."""
+        return 0 if self._received is None else self._received[0]
 
     def state(self) -> dict[str, Any]:
         """Return the state that transformers keeps in a checkpoint."""
@@ -57,8 +64,18 @@ class PreemptionCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen to signals."""
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other thread
-            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._handlers = {number: self._listen(number) for number in SIGNALS}
         self.evaluation_due = False  # of the run before: the trainer does it next
+
+    def _listen(self, number: int) -> Any:
+        """Listen to a signal, and return the handler to put back at the end."""
+        before = signal.signal(number, self._note)
+        listener = getattr(before, "__self__", None)
+        if not isinstance(listener, PreemptionCallback):
+            return before
+        # A rollback leaves the training without an end, and transformers goes on with another instance.
+        self._received = self._received or listener._received
+        return listener._handlers[number]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         leave_closed_terminal(number)
@@ -69,8 +86,10 @@ class PreemptionCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end of the training, if a signal has reached any rank."""
-        number = 0 if self._received is None else self._received[0]
-        if global_max(torch.tensor(number, device=args.device)).item():
+        if self.agreed is None:
+            self.agreed = int(global_max(torch.tensor(self.received, device=args.device)).item())
+        number, self.agreed = self.agreed, None
+        if number:
             self.preempted = control.should_save = control.should_training_stop = True
             self.evaluation_due, control.should_evaluate = control.should_evaluate, False
 

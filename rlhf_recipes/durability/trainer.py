@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from rlhf_recipes.algorithm.distributed import global_max
 from rlhf_recipes.durability.checkpoints import STAGING, checkpoint_to_resume, publish, remove_old
 from rlhf_recipes.durability.collectives import hangs_named, limit_collectives
 from rlhf_recipes.durability.extensions import watch_locks
@@ -38,7 +40,7 @@ watch_locks()  # DeepSpeed compiles when the options of a run are created, befor
 class DurableTrainer(FiniteTrainer):
     """Write a checkpoint in a folder of its own and rename it when it is whole; resume only from a whole one.
 
-    Never change the options of the user. Some decisions transformers takes by its options alone: for these it gets
+    Never change the options of the user. transformers takes some decisions from its options alone: for these it gets
     other options during one call.
     """
 
@@ -116,9 +118,7 @@ class DurableTrainer(FiniteTrainer):
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
         except Exception:
             if is_alone and self.state.global_step > 0:
-                self._keep_trained(trial)
-            if is_alone and is_last:
-                self.save_model(self.args.output_dir)
+                self._keep_trained(trial, is_last=is_last)
             raise
         # A callback that ends a run for another reason, such as a time limit, does not wait for an evaluation.
         self._has_stopped = self._has_stopped or (self.control.should_training_stop and not was_stopped)
@@ -159,14 +159,16 @@ class DurableTrainer(FiniteTrainer):
         refuse_code(str(self.state.best_model_checkpoint))  # it may come from a resumed checkpoint, as a text
         super()._load_best_model()
 
-    def _keep_trained(self, trial: Any) -> None:
-        """Write a checkpoint after a failed evaluation. A resume from it begins with that evaluation."""
+    def _keep_trained(self, trial: Any, *, is_last: bool) -> None:
+        """Write a checkpoint, and the model of the last step, after a failed evaluation; a resume begins with it."""
         for callback in self._preemption_callbacks():
             callback.evaluation_due = True
         self._has_failed = True
         try:
             self._save_checkpoint(self.model, trial)
-        except OSError as error:
+            if is_last:
+                self.save_model(self.args.output_dir)
+        except Exception as error:  # the run ends with the error of the evaluation
             logger.warning(f"The evaluation failed, and so did this: {error}")
             return
         logger.warning(
@@ -185,7 +187,7 @@ class DurableTrainer(FiniteTrainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.check_trained()
+        self.check_trained()  # also what evaluations and callbacks have done since the step
         self.check_moments()
         run_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = run_dir / STAGING / name, run_dir / name
@@ -197,21 +199,15 @@ class DurableTrainer(FiniteTrainer):
         is_left = self._has_failed or any(callback.preempted for callback in self._preemption_callbacks())
         only_model = self.args.save_only_model and not is_left
         try:
-            with self._options(with_changes(self.args, save_only_model=only_model)):
-                super()._save_checkpoint(model, trial)
-            self._save_progress(staged)
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(final)
-                if self.args.should_save:  # transformers has written the path of the unfinished checkpoint
-                    self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                if self._has_stopped:
-                    (staged / FINISHED_FILE).write_text(f"{self.state.global_step}\n", encoding="utf-8")
-                publish(staged, final)
+            with hangs_named():
+                with self._options(with_changes(self.args, save_only_model=only_model)):
+                    super()._save_checkpoint(model, trial)
+                self._complete(staged, final)
         except Exception as error:  # every library has its own exception for a full disk
             if self.args.should_save:
                 shutil.rmtree(staged.parent, ignore_errors=True)
+            if isinstance(error, TimeoutError) and error.errno is None:  # of `hangs_named`, not of a file
+                raise
             raise OSError(
                 f"Checkpoint {final} could not be written: {error} Those before it are whole. Make room, or keep "
                 "fewer by `save_total_limit`, and resume with `resume_from_checkpoint: true`."
@@ -225,6 +221,28 @@ class DurableTrainer(FiniteTrainer):
             remove_old(run_dir, self.args.save_total_limit, keep, published=final)
         self.accelerator.wait_for_everyone()
 
+    def _complete(self, staged: Path, final: Path) -> None:
+        """Add to a checkpoint what transformers does not save, and give it its final name when all have written."""
+        self._save_progress(staged)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:  # transformers has written the path of the unfinished checkpoint
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self._has_stopped:
+                (staged / FINISHED_FILE).write_text(f"{self.state.global_step}\n", encoding="utf-8")
+            publish(staged, final)
+
+    def _on_any_rank(self, flag: Tensor) -> bool:
+        """Return whether a rank has set the flag, and ask for signals in the same reduction."""
+        callbacks = self._preemption_callbacks()
+        own = flag.new_tensor(max((callback.received for callback in callbacks), default=0))
+        is_set, number = global_max(torch.stack([flag, own])).tolist()
+        for callback in callbacks:
+            callback.agreed = number
+        return bool(is_set)
+
     def _preemption_callbacks(self) -> list[PreemptionCallback]:
         # A restored checkpoint replaces the callback by another instance: look it up each time.
         return [c for c in self.callback_handler.callbacks if isinstance(c, PreemptionCallback)]
@@ -237,18 +255,18 @@ class DurableTrainer(FiniteTrainer):
         """
         if not _internal_call:  # else `_save_checkpoint` has looked at them
             self.check_trained()
-            with self._said_if_full(output_dir or self.args.output_dir):
+            with self._explained_if_full(output_dir or self.args.output_dir):
                 super().save_model(output_dir)
             return
         super().save_model(output_dir, _internal_call)
 
     def save_state(self) -> None:
         """Save the state of the trainer."""
-        with self._said_if_full(self.args.output_dir):
+        with self._explained_if_full(self.args.output_dir):
             super().save_state()
 
     @contextmanager
-    def _said_if_full(self, folder: str) -> Iterator[None]:
+    def _explained_if_full(self, folder: str) -> Iterator[None]:
         """Say in one line that a file of the end could not be written, and what is whole."""
         try:
             yield

@@ -13,6 +13,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
+from rlhf_recipes.options.refusals import is_refusal
+
 PICKLES = {"pytorch_model*.bin": "model*.safetensors", "adapter_model*.bin": "adapter_model*.safetensors"}
 # Ends of the keys of a configuration that choose a program: `attn_implementation`, `_attn_implementation_internal`.
 IMPLEMENTATIONS = ("_implementation", "_implementation_internal")
@@ -55,7 +57,9 @@ def safe_loading(*paths: str) -> Iterator[None]:
         ) from None
     except ValueError as error:
         if "trust_remote_code" not in str(error):
-            raise ValueError(str(error)) from error  # an option of loading that transformers refuses
+            if not is_refusal(error):
+                raise
+            raise ValueError(str(error)) from error
         raise ValueError(
             f"{' or '.join(dict.fromkeys(paths))} brings Python code of its own, which loading would run. It was not "
             "run. Read the code. If you trust it, set `trust_remote_code: true`. Reward models and judges of a run "

@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from rlhf_recipes.options.checks import check_new
+from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.options.training import check_training
 
 
@@ -33,7 +35,8 @@ class RecipeParser(TrlParser):
         except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
             raise ValueError(" ".join(str(error).split())) from error
         for options in parsed:
-            if isinstance(options, TrainingArguments):
+            # These two check themselves when they are constructed.
+            if isinstance(options, TrainingArguments) and not isinstance(options, (PPOConfig, RewardModelConfig)):
                 check_training(options)
         return parsed
 

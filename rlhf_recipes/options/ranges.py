@@ -1,6 +1,6 @@
 """The range of each option that is a number, and the values of each option that is a choice, of all recipes.
 
-The names are those of this library, TRL and transformers. Many of their ranges nobody else checks: a value outside of
+The names are those of this library, TRL and transformers. Nobody else checks many of these ranges. A value outside of
 one fails late, without the name of its option, or trains nothing.
 """
 
@@ -52,7 +52,7 @@ GROUPS = {
         *("dataset_num_proc", "precompute_ref_batch_size", "DPOConfig.beta"),
         *("reward_norm_clip", "target_kl", "kl_horizon", "early_stopping_patience", "cliprange_value"),
         *("critic_epochs", "critic_pairs", "max_update_kl", "max_kl", "max_skipped_steps", "best_of"),
-        *("num_prompts", "num_samples", "max_request_bytes", "max_waiting", "max_tokens", "eval_steps"),
+        *("num_prompts", "num_samples", "max_request_bytes", "max_waiting", "max_tokens"),
     ),
     NOT_NEGATIVE: (
         *("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "epsilon", "epsilon_high", "beta"),
@@ -85,8 +85,8 @@ GROUPS = {
     RANK: ("local_rank",),
 }
 RANGES = {name: group for group, names in GROUPS.items() for name in names}
-# Intervals in steps. Nothing reads one with another strategy, so each value is right then.
 LARGEST = 2**63  # more than torch and Arrow can hold
+# Intervals in steps. Nothing reads one with another strategy, so each value is right then.
 INTERVALS = {"logging_steps": "logging_strategy", "save_steps": "save_strategy", "eval_steps": "eval_strategy"}
 UNBOUNDED = {"max_grad_norm", "off_policy_mask_threshold"}  # infinity: no clipping, and no limit
 

@@ -60,7 +60,7 @@ def _check_schedule(args: Any) -> None:
     except (TypeError, ValueError, ArithmeticError) as error:
         message = f"`lr_scheduler_type: {kind.value}` cannot be used with `lr_scheduler_kwargs` {wish}: {error}"
         raise ValueError(message) from error
-    if not all(isinstance(rate, float) and math.isfinite(rate) and rate >= 0 for rate in rates):
+    if not all(isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0 for rate in rates):
         raise ValueError(
             f"`lr_scheduler_kwargs` {wish} make learning rates that are negative or not finite with "
             f"`lr_scheduler_type: {kind.value}`."

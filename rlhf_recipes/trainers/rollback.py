@@ -1,13 +1,14 @@
 """Go back to an earlier checkpoint of the same run, with a lower learning rate, when the run cannot continue."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers import TrainerCallback
 
-from rlhf_recipes.durability.checkpoints import abandon, checkpoints_by_age, find_defect, is_abandoned
+from rlhf_recipes.durability.checkpoints import abandon, checkpoints_by_age, find_defect, has_files, is_abandoned
 from rlhf_recipes.durability.finite import DivergedError
 from rlhf_recipes.options.baselines import rollout_steps
 from rlhf_recipes.options.ppo import PPOConfig
@@ -58,8 +59,10 @@ class Rollback(TrainerCallback):
             DivergedError: If there is none, or the run has gone back too often.
         """
         args = self.args
-        # One process searches for all.
-        found = self._last_good_checkpoint(error.latest) if self._is_main else None
+        can_go_back = self._is_possible and self.count < args.max_rollbacks
+        # One process searches for all. Hashes of large checkpoints take long, and a message alone does not need them.
+        is_whole = _is_unchanged if can_go_back else has_files
+        found = self._last_good_checkpoint(error.latest, is_whole) if self._is_main else None
         (found,) = broadcast_object_list([found])
         known = "" if found is None else f" The last good checkpoint is {found[1]}."
         if not self._is_possible:
@@ -104,7 +107,7 @@ class Rollback(TrainerCallback):
                 "`save_total_limit`, and `resume_from_checkpoint: true` passes it over."
             )
 
-    def _last_good_checkpoint(self, latest: int) -> tuple[int, str] | None:
+    def _last_good_checkpoint(self, latest: int, is_whole: Callable[[Path], bool]) -> tuple[int, str] | None:
         """Return step and path of the latest whole checkpoint of this run, up to a step.
 
         Pass over one that the run has gone back to before, if it then failed no later than the first time, and if
@@ -114,7 +117,7 @@ class Rollback(TrainerCallback):
         saved = [entry for entry in _checkpoints_in(self.args.output_dir) if entry[0] in self._saved_steps]
         again: tuple[int, str] | None = None
         for step, checkpoint in reversed(self._earlier + saved):
-            if step > latest or is_abandoned(checkpoint) or find_defect(checkpoint) is not None:
+            if step > latest or is_abandoned(checkpoint) or not is_whole(checkpoint):
                 continue
             if latest > self._tried.get(step, -1):
                 return step, str(checkpoint)
@@ -167,3 +170,7 @@ class Rollback(TrainerCallback):
 
 def _checkpoints_in(directory: str | Path) -> list[tuple[int, Path]]:
     return [(int(path.name.rpartition("-")[2]), path) for path in checkpoints_by_age(directory)]
+
+
+def _is_unchanged(checkpoint: Path) -> bool:
+    return find_defect(checkpoint) is None

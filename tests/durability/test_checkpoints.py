@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
 
@@ -165,3 +166,16 @@ def test_without_a_limit_all_stay(tmp_path, limit):
         _write(tmp_path, step)
     remove_old(tmp_path, limit, keep=[])
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_named_with_the_remedy(tmp_path, monkeypatch, caplog):
+    for step in (4, 8):
+        _write(tmp_path, step)
+
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", denied)
+    remove_old(tmp_path, 1, keep=[])
+    assert f"{tmp_path}/checkpoint-4 is beyond `save_total_limit` and could not be removed: " in caplog.text
+    assert "Permission denied. Delete it by hand when the run has ended." in caplog.text

@@ -62,7 +62,9 @@ def _leave(rank, world_size):
 
 
 def test_a_recipe_names_a_process_that_hangs_outside_of_training():
-    assert run_in_processes(_leave, 2)[0].startswith("Another process has not answered for 2 s (`ddp_timeout`)")
+    message = run_in_processes(_leave, 2)[0]
+    assert message.startswith("Another process has not answered for 2 s (`ddp_timeout`)")
+    assert "A training can raise `ddp_timeout`" in message
 
 
 def test_another_error_stays_what_it_is():

@@ -133,3 +133,51 @@ def test_a_plain_run_that_compiles_keeps_its_lock(tmp_path, monkeypatch):
         FileBaton(str(lock)).wait()
     os.close(descriptor)
     assert FileBaton(str(lock)).try_acquire()
+
+
+def test_the_lock_of_another_user_is_left_alone(tmp_path, monkeypatch):
+    """The system hides the open files of another user's processes, and may protect the lock."""
+    monkeypatch.setattr(extensions, "COMPILE_SECONDS", 0.5)
+    monkeypatch.setattr(extensions, "_opens", lambda *_: False)
+    lock = tmp_path / "lock"
+    process = _compiling(lock, 60)
+    assert not FileBaton(str(lock)).try_acquire()
+    process.kill()
+    process.join()
+
+    def denied(path):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(extensions.Path, "unlink", denied)
+    assert not FileBaton(str(lock)).try_acquire()
+    with pytest.raises(TimeoutError, match="delete the file"):
+        FileBaton(str(lock)).wait()
+
+
+@pytest.mark.parametrize("call", ["try_acquire", "wait"])
+def test_a_lock_that_is_new_since_it_was_judged_is_kept(tmp_path, monkeypatch, call):
+    lock = tmp_path / "lock"
+    lock.write_text("left")
+    judgements = []
+
+    def late(path):
+        if not judgements:
+            path.unlink()
+            path.write_text("of a rank that has just taken it")
+            judgements.append(True)
+            return True
+        raise KeyError("it is still there")
+
+    monkeypatch.setattr(extensions, "_is_left", late)
+    if call == "try_acquire":
+        assert not FileBaton(str(lock)).try_acquire()
+    else:
+        with pytest.raises(KeyError):
+            FileBaton(str(lock)).wait()
+    assert "just taken" in lock.read_text()
+
+
+def test_a_number_that_another_process_has_by_now_is_no_owner(tmp_path):
+    lock = tmp_path / "lock"
+    lock.write_text(f"{extensions._this_machine()} {os.getpid()} 1000000")
+    assert FileBaton(str(lock)).try_acquire()

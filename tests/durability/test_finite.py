@@ -1,5 +1,6 @@
 """A training whose numbers are not finite ends, and writes nothing over the last good weights."""
 
+import errno
 import math
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from rlhf_recipes.durability import finite
-from rlhf_recipes.durability.checkpoints import checkpoints_by_age, find_defect
+from rlhf_recipes.durability.checkpoints import STAGING, checkpoints_by_age, find_defect
 from rlhf_recipes.durability.finite import DivergedError, all_finite
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.trainers.sft import SFTTrainer
@@ -120,6 +121,13 @@ def test_frozen_weights_are_not_looked_at_when_an_adapter_is_saved(tmp_path):
         trainer.save_model()
 
 
+def test_a_frozen_base_in_float8_does_not_stop_an_adapter(tmp_path):
+    trainer = tiny.reward_trainer(tmp_path, peft=tiny.lora())
+    frozen = next(p for p in trainer.model.parameters() if not p.requires_grad)
+    frozen.data = frozen.data.to(torch.float8_e4m3fn)
+    trainer.check_start()
+
+
 def test_under_fp16_only_overflows_in_a_row_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(finite, "MAX_OVERFLOWS", 3)
     trainer = _rm(tmp_path)
@@ -152,6 +160,10 @@ def test_a_norm_that_deepspeed_does_not_know_yet_is_no_fault(tmp_path):
         ([torch.ones(2), torch.tensor([1.0, math.inf])], False),
         ([torch.full((2,), 60_000.0, dtype=torch.float16)], True),  # its sum would overflow
         ([torch.tensor(math.nan, dtype=torch.bfloat16)], False),
+        ([torch.tensor([1.0, -math.inf], dtype=torch.float16)], False),
+        ([torch.tensor([1e300], dtype=torch.float64)], True),
+        ([torch.ones(2).to(torch.float8_e4m3fn), torch.ones(2).to(torch.float8_e5m2)], True),
+        ([torch.ones(2).to(torch.float8_e4m3fn), torch.tensor(math.nan)], False),
     ],
 )
 def test_all_finite(tensors, is_finite):
@@ -196,6 +208,58 @@ def test_an_evaluation_that_fails_costs_no_trained_weights(tmp_path, make, only_
     assert all(torch.equal(p, trained[name]) for name, p in again.model.named_parameters())
     assert [entry["step"] for entry in again.state.log_history if "eval_runtime" in entry][-1] == 4
     assert Path(checkpoint).exists()
+
+
+@pytest.mark.parametrize("make", [_sft, _ppo])
+@pytest.mark.parametrize("fault", ["moments", "model"])
+def test_the_error_of_an_evaluation_is_shown_when_its_checkpoint_is_refused_too(tmp_path, make, fault, caplog):
+    options = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    if make is _ppo:
+        options["eval_data"] = tiny.prompts(count=4)
+    trainer = make(tmp_path, **options)
+    loop = trainer.evaluation_loop
+
+    def failing(*args, **kwargs):
+        if trainer.state.global_step == 0:
+            return loop(*args, **kwargs)
+        if fault == "moments":
+            next(iter(trainer.optimizer.state.values()))["exp_avg"].fill_(math.inf)
+        else:
+            _spoil(trainer.model)
+        raise KeyError("a judge")
+
+    trainer.evaluation_loop = failing
+    with pytest.raises(KeyError, match="a judge"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    assert "The evaluation failed, and so did this: " in caplog.text
+
+
+@pytest.mark.parametrize("place", ["save_model", "_complete"])
+def test_a_hang_in_a_checkpoint_names_ddp_timeout_and_no_full_disk(tmp_path, place):
+    trainer = _rm(tmp_path, **SAVING)
+    original = getattr(trainer, place)
+
+    def hanging(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            raise RuntimeError("[gloo] Timed out waiting 8000ms for recv operation to complete")
+        return original(*args, **kwargs)
+
+    setattr(trainer, place, hanging)
+    with pytest.raises(TimeoutError, match="has not answered for 8 s .`ddp_timeout`.") as error:
+        trainer.train()
+    assert "Make room" not in str(error.value)
+    assert [path.name for path in checkpoints_by_age(tmp_path)] == ["checkpoint-1"]
+    assert not list((tmp_path / STAGING).glob("*"))
+
+
+def test_a_file_system_that_does_not_answer_stays_a_checkpoint_that_was_not_written(tmp_path, monkeypatch):
+    trainer = _rm(tmp_path, **SAVING)
+    error = OSError(errno.ETIMEDOUT, "Connection timed out")
+    assert isinstance(error, TimeoutError)
+    monkeypatch.setattr(trainer, "_complete", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="checkpoint-1 could not be written.*Make room"):
+        trainer.train()
 
 
 def test_an_export_of_weights_that_are_not_finite_is_refused(tmp_path):

@@ -105,7 +105,7 @@ def test_a_file_that_its_owner_removes_meanwhile_is_no_lock(tmp_path, hold, monk
         calls.append(path)
         if len(calls) == 1:
             path.unlink()
-        lock(descriptor, path)
+        return lock(descriptor, path)
 
     monkeypatch.setattr(module, "_lock_file", late)
     with occupied(tmp_path):
@@ -115,6 +115,63 @@ def test_a_file_that_its_owner_removes_meanwhile_is_no_lock(tmp_path, hold, monk
         process.start()
         process.join(60)
         assert process.exitcode == 1, "the other process is refused"
+
+
+@pytest.fixture
+def other_host(monkeypatch):
+    """Let locks that are written from now on be those of another machine than this process's."""
+    monkeypatch.setattr(module.socket, "gethostname", lambda: "node7")
+    return lambda: monkeypatch.setattr(module.socket, "gethostname", lambda: "node8")
+
+
+@pytest.mark.parametrize("owner_text", [None, "", "no JSON", "[]"])
+def test_a_lock_of_another_host_is_waited_for_and_the_message_says_what_to_delete(
+    tmp_path, hold, other_host, monkeypatch, owner_text
+):
+    process, _ = hold(tmp_path)
+    other_host()
+    if owner_text is not None:
+        (tmp_path / LOCK_FILE).write_text(owner_text)
+    waits = []
+    monkeypatch.setattr(module.time, "sleep", waits.append)
+    monkeypatch.setattr(module, "OTHER_HOST_SECONDS", 0.2)
+    host = "node7" if owner_text is None else "its machine"
+    with pytest.raises(ValueError, match=rf"in use .* If {host} is gone, delete {tmp_path / LOCK_FILE}"):
+        _enter(occupied, tmp_path)
+    assert waits
+    (tmp_path / LOCK_FILE).unlink()  # as the message says
+    with occupied(tmp_path):
+        assert process.is_alive()
+
+
+def test_a_lock_that_another_host_leaves_behind_is_taken_when_it_ends(tmp_path, hold, other_host, monkeypatch):
+    process, _ = hold(tmp_path)
+    other_host()
+
+    def end(seconds):
+        process.kill()
+        process.join()
+
+    monkeypatch.setattr(module.time, "sleep", end)
+    with occupied(tmp_path):
+        assert '"node8"' in (tmp_path / LOCK_FILE).read_text()
+
+
+def test_a_run_that_ends_while_its_lock_is_read_frees_the_directory(tmp_path, hold, monkeypatch):
+    process, _ = hold(tmp_path)
+    lock = module._lock_file
+
+    def end_after(descriptor, path):
+        is_free = lock(descriptor, path)
+        if not is_free:
+            process.kill()
+            process.join()
+            path.unlink()
+        return is_free
+
+    monkeypatch.setattr(module, "_lock_file", end_after)
+    with occupied(tmp_path):
+        assert str(os.getpid()) in (tmp_path / LOCK_FILE).read_text()
 
 
 @pytest.mark.parametrize("enter", [occupied, check_writable], ids=["training", "other recipes"])

@@ -66,3 +66,26 @@ def test_a_run_without_a_signal_ends_like_any_other(handlers):
     assert not control.should_save
     assert not control.should_training_stop
     assert control.should_evaluate
+
+
+@pytest.mark.parametrize("is_same", [False, True], ids=["another instance", "the same instance"])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_training_that_goes_back_keeps_the_signal_and_puts_back_the_first_handlers(handlers, number, is_same):
+    """A rollback leaves a training without its end. A signal may come in the step that failed, or later."""
+    failed, state = PreemptionCallback(), TrainerState()
+    failed.on_train_begin(ARGS, state, TrainerControl())
+    callback = failed if is_same else PreemptionCallback()
+    callback.on_train_begin(ARGS, state, TrainerControl())
+    callback.on_train_end(ARGS, state, TrainerControl())
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+
+    failed = PreemptionCallback()
+    failed.on_train_begin(ARGS, state, TrainerControl())
+    signal.raise_signal(number)
+    callback, control = failed if is_same else PreemptionCallback(), TrainerControl()
+    callback.on_train_begin(ARGS, state, control)
+    callback.on_step_end(ARGS, state, control)
+    assert control.should_training_stop
+    assert control.should_save
+    with pytest.raises(TerminatedError):
+        callback.on_train_end(ARGS, state, control)

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from processes import run_in_processes
 from transformers import TrainerControl
 
+from rlhf_recipes.durability.collectives import limit_collectives
 from rlhf_recipes.durability.ending import leave_together
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.durability.termination import EXIT_CODE, TerminatedError
@@ -56,3 +57,15 @@ def test_no_rank_leaves_before_the_one_that_has_a_record_to_close():
     """A launcher kills the processes that are left."""
     (done, _), (earlier, left) = run_in_processes(_leave, 2)
     assert earlier < done <= left
+
+
+def _leave_late(rank, world_size):
+    PartialState(cpu=True)
+    limit_collectives(2)
+    with leave_together():
+        time.sleep(6 if rank == 0 else 0)  # uploads a model
+    return True
+
+
+def test_an_upload_at_the_end_may_take_longer_than_ddp_timeout():
+    assert run_in_processes(_leave_late, 2) == [True, True]

@@ -4,9 +4,12 @@ import pytest
 import tiny
 import trl
 
+from rlhf_recipes.options import training
+from rlhf_recipes.options.baselines import DPOConfig
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.recipes import PPOArguments, TrackingArguments
+from rlhf_recipes.options.reward_modeling import RewardModelConfig
 
 CLASSES = (PPOArguments, PPOConfig, trl.ModelConfig, TrackingArguments)
 CPU = ["--output_dir", "out", "--use_cpu", "true"]
@@ -103,3 +106,19 @@ def test_a_user_of_the_library_gets_the_same(tmp_path, make):
     check_training(make(str(tmp_path), **tiny.QUIET, **sampled))
     with pytest.raises(ValueError, match="`adam_beta1` must lie in"):
         check_training(make(str(tmp_path), adam_beta1=1.0, **tiny.QUIET, **sampled))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "constant_with_warmup"])
+@pytest.mark.parametrize("rate", ["0", "1", "0.0"])
+def test_a_learning_rate_may_be_a_whole_number(tmp_path, schedule, rate):
+    """A control run has the rate 0. YAML reads it as a whole number."""
+    _, config, *_ = _parse(*_file(tmp_path, f"learning_rate: {rate}\nlr_scheduler_type: {schedule}\n"))
+    assert config.learning_rate == float(rate)
+
+
+@pytest.mark.parametrize("make", [PPOConfig, RewardModelConfig, trl.SFTConfig, DPOConfig])
+def test_the_schedule_of_a_recipe_is_tried_once_when_it_is_read(make, monkeypatch):
+    tried = []
+    monkeypatch.setattr(training, "_check_schedule", tried.append)
+    RecipeParser(make).parse_args_and_config(CPU)
+    assert len(tried) == 1
