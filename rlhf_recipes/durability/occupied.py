@@ -1,4 +1,4 @@
-"""One training in an output directory at a time: two would write the same checkpoints and delete each other's."""
+"""One training or evaluation in an output directory at a time: two would write the same files and the same note."""
 
 import fcntl
 import json
@@ -20,7 +20,7 @@ _held: set[tuple[int, Path]] = set()  # processes and their directories: a forke
 
 @contextmanager
 def occupied(output_dir: str) -> Iterator[None]:
-    """Hold an output directory for a training. Every rank must make the call; only the first process locks.
+    """Hold an output directory for a run. Every rank must make the call; only the first process locks.
 
     The lock is one of the operating system. It ends with its process, however that ends. A process may hold a
     directory several times.
@@ -100,7 +100,7 @@ def _lock_file(descriptor: int, path: Path) -> None:
         owner = path.read_text(encoding="utf-8").strip() or "unknown"
         os.close(descriptor)
         raise ValueError(
-            f"`output_dir` {path.parent} is in use by a training that still runs ({owner}). Wait for its end, stop "
+            f"`output_dir` {path.parent} is in use by a run that has not ended ({owner}). Wait for its end, stop "
             "it, or choose another `output_dir`."
         ) from None
     except OSError as error:
