@@ -7,6 +7,7 @@ is about to create has no id yet, so it gets a tag whose value is in the note.
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -41,7 +42,8 @@ def note_open(output_dir: str | None, run_id: str) -> None:
 def note_end(output_dir: str | None) -> None:
     """Remove the note of a run that has ended."""
     if output_dir is not None:
-        Path(output_dir, OPEN_FILE).unlink(missing_ok=True)
+        with suppress(OSError):  # the next start sees that the run has ended
+            Path(output_dir, OPEN_FILE).unlink()
 
 
 def _write(output_dir: str | None, note: dict[str, str]) -> None:
