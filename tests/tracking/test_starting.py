@@ -19,7 +19,8 @@ from rlhf_recipes.durability.termination import TerminatedError
 from rlhf_recipes.options.recipes import TrackingArguments
 from rlhf_recipes.tracking import delivery, session, starting, store
 from rlhf_recipes.tracking.lineage import write_run_file
-from rlhf_recipes.tracking.session import log_results, track_pipeline, track_run
+from rlhf_recipes.tracking.pipeline import track_pipeline
+from rlhf_recipes.tracking.session import log_results, track_run
 
 
 @dataclass
