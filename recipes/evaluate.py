@@ -20,7 +20,7 @@ from rlhf_recipes.console import completions_table, print_table, quiet_start
 from rlhf_recipes.data.loading import load_prompts
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering
-from rlhf_recipes.durability.occupied import check_writable
+from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.evaluation.policies import best_of_n, compare_policies, eos_token_ids
 from rlhf_recipes.evaluation.tokenizers import check_baseline
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
@@ -40,8 +40,10 @@ def main(
 ) -> dict[str, float]:
     """Compare two policies, and return the results."""
     set_seed(script_args.seed)
-    check_writable(script_args.output_dir)
-    with track_run(tracking_args, script_args.output_dir, "evaluation", script_args, model_args):
+    with (
+        occupied(script_args.output_dir),
+        track_run(tracking_args, script_args.output_dir, "evaluation", script_args, model_args),
+    ):
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, padding_side="left")
         dataset = load_prompts(script_args, script_args.dataset_test_split)

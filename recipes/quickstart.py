@@ -31,7 +31,7 @@ from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.recipes import TrackingArguments
 from rlhf_recipes.quickstart.build import sample_preferences, write_world
 from rlhf_recipes.quickstart.worlds import WORLDS, World
-from rlhf_recipes.tracking.session import track_pipeline
+from rlhf_recipes.tracking.pipeline import track_pipeline
 from rlhf_recipes.tracking.store import ui_command
 
 RECIPES = Path(__file__).resolve().parent

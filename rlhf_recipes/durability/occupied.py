@@ -1,4 +1,4 @@
-"""One training in an output directory at a time: two would write the same checkpoints and delete each other's."""
+"""One training or evaluation in an output directory at a time: two would write the same files and the same note."""
 
 import fcntl
 import json
@@ -24,7 +24,7 @@ _held: set[tuple[int, Path]] = set()  # processes and their directories: a forke
 
 @contextmanager
 def occupied(output_dir: str) -> Iterator[None]:
-    """Hold an output directory for a training. Every rank must make the call; only the first process locks.
+    """Hold an output directory for a run. Every rank must make the call; only the first process locks.
 
     The lock is one of the operating system. It ends with its process, however that ends. A process may hold a
     directory several times.
@@ -125,7 +125,7 @@ def _wait_for_other_host(path: Path, deadline: float) -> None:
     if is_here or time.monotonic() > deadline:
         gone = "" if is_here else f" If {host or 'its machine'} is gone, delete {path} and start again."
         raise ValueError(
-            f"`output_dir` {path.parent} is in use by a training that still runs ({owner or 'unknown'}). Wait for its "
+            f"`output_dir` {path.parent} is in use by a run that has not ended ({owner or 'unknown'}). Wait for its "
             f"end, stop it, or choose another `output_dir`.{gone}"
         )
     logger.warning(f"{path} is locked ({owner or 'unknown'}): waiting, in case that machine is gone.")

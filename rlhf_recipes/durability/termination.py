@@ -16,6 +16,7 @@ from typing import Any
 _HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, *_HANGUP)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+answered = threading.Event()  # Python has run one of our handlers
 
 
 class TerminatedError(SystemExit):
@@ -33,7 +34,8 @@ def terminate(number: int, frame: FrameType | None) -> None:
 
 
 def leave_closed_terminal(number: int) -> None:
-    """After SIGHUP, write no more to a terminal that was closed: a write fails, and the failure would end the run."""
+    """Note that a handler runs. After SIGHUP, write no more to a closed terminal: a failed write would end the run."""
+    answered.set()
     for descriptor in (1, 2) if number == signal.SIGHUP else ():
         if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
             nothing = os.open(os.devnull, os.O_WRONLY)

@@ -18,7 +18,10 @@ _request = rest_utils._get_http_response_with_retries
 
 
 def limit_requests() -> None:
-    """Let every request of MLflow end in time. Each way of MLflow to a server passes through one function."""
+    """Let every request of MLflow to its server end in time. Each way there passes through one function.
+
+    Files that MLflow sends straight to a cloud storage take another way, which has no limit.
+    """
     rest_utils._get_http_response_with_retries = request_in_time
 
 

@@ -29,7 +29,8 @@ from rlhf_recipes.tracking.deadline import limit_requests
 from rlhf_recipes.tracking.lineage import note_model
 from rlhf_recipes.tracking.logged_model import send_model
 from rlhf_recipes.tracking.names import Names, clean_name
-from rlhf_recipes.tracking.unfinished import note_end, write_whole
+from rlhf_recipes.tracking.notes import write_whole
+from rlhf_recipes.tracking.unfinished import note_end
 
 UNSENT_FILE = "mlflow_unsent.jsonl"
 PAUSE_SECONDS = 60.0  # between two attempts at a store that does not answer

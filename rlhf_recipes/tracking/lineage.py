@@ -1,7 +1,6 @@
 """Find the origin of a run: code, packages, processes, and the runs that made its inputs."""
 
 import importlib.metadata
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 
 from rlhf_recipes.tracking.logged_model import find_model, is_model_uri
-from rlhf_recipes.tracking.unfinished import write_whole
+from rlhf_recipes.tracking.notes import read_note, write_note
 
 RUN_FILE = "mlflow_run.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "rlhf-recipes")
@@ -65,7 +64,7 @@ def write_run_file(output_dir: str | Path, run: dict[str, str]) -> None:
         run: `run_id`, `experiment_id`, `tracking_uri` without credentials, and `model_id` if MLflow has the weights.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    write_whole(Path(output_dir, RUN_FILE), json.dumps(run, indent=2) + "\n")
+    write_note(Path(output_dir, RUN_FILE), run)
 
 
 def note_model(output_dir: str | Path, run_id: str, model_id: str | None) -> None:
@@ -84,11 +83,8 @@ def read_run_file(path: str | Path | None) -> dict[str, str] | None:
         return None
     directory = Path(path)
     for folder in (directory, directory.parent) if directory.name.startswith("checkpoint-") else (directory,):
-        try:
-            note = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # there is none, or a killed process has left a part of it
-            continue
-        if isinstance(note, dict) and "run_id" in note:
+        note = read_note(folder / RUN_FILE)
+        if note is not None and "run_id" in note:
             return note if folder == directory else {name: note[name] for name in note if name != "model_id"}
     return None
 

@@ -7,11 +7,9 @@ continues the interrupted run.
 
 import json
 import logging
-import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -26,8 +24,7 @@ from transformers.integrations import MLflowCallback
 
 from rlhf_recipes.data.digest import dataset_digest
 from rlhf_recipes.durability.ending import leave_together
-from rlhf_recipes.durability.stages import start_method
-from rlhf_recipes.durability.termination import SIGNALS, TerminatedError, signals_held, terminate
+from rlhf_recipes.durability.termination import SIGNALS, TerminatedError, terminate
 from rlhf_recipes.evaluation.alarms import current_alarms
 from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY, tables_of_step, tables_until
 from rlhf_recipes.options.ppo import PPOConfig
@@ -37,7 +34,7 @@ from rlhf_recipes.tracking.delivery import Delivery
 from rlhf_recipes.tracking.lineage import write_run_file
 from rlhf_recipes.tracking.logged_model import describe_model
 from rlhf_recipes.tracking.starting import kept_environment
-from rlhf_recipes.tracking.store import end_run, open_run, system_metrics
+from rlhf_recipes.tracking.store import open_run, system_metrics
 from rlhf_recipes.tracking.stuck import closed_when_stuck
 from rlhf_recipes.tracking.unfinished import note_end
 
@@ -266,53 +263,3 @@ def log_datasets(name: str | None, **datasets: Dataset | None) -> None:
             digest = dataset_digest(dataset)
             run.delivery.set_tags({f"dataset.{context}": digest})
             run.delivery.log_dataset(f"{redact(str(name))}:{dataset.split}", digest, context)
-
-
-@contextmanager
-def track_pipeline(
-    tracking: TrackingArguments, run_name: str, seed: int, output_dir: str | None = None
-) -> Iterator[list[str]]:
-    """Record a parent run of several stages, each of which runs in its own process.
-
-    MLflow also works in its own process, because a forked stage must not inherit an open store.
-
-    Args:
-        tracking: Whether and where to record.
-        run_name: Name in MLflow.
-        seed: Seed of all stages.
-        output_dir: Directory for the note of the open run, by which the next start closes it after a SIGKILL.
-
-    Yields:
-        Command-line options that put the run of a stage under the parent. Empty without tracking.
-    """
-    if not is_recorded(tracking):
-        yield []
-        return
-    status, note = "FAILED", None
-    with signals_as_exceptions():
-        try:
-            with signals_held() as received:  # else a run could be open whose id is not known here
-                note = _in_own_process(_open_pipeline, tracking, run_name, seed, output_dir)
-            if received:
-                terminate(received[0], None)
-            yield ["--parent_run_id", note["run_id"]]
-            status = "FINISHED"
-        except BaseException as error:
-            status = outcome(error)
-            raise
-        finally:
-            if note is not None:
-                with signals_held():
-                    _in_own_process(end_run, tracking, note["run_id"], status, output_dir)
-
-
-def _open_pipeline(tracking: TrackingArguments, run_name: str, seed: int, output_dir: str | None) -> dict[str, str]:
-    return open_run(tracking, run_name, "pipeline", (), output_dir, seed=seed)[0]
-
-
-def _in_own_process(function: Any, *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(start_method())) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except ValueError as error:  # raised here again, so that the recipe shows only the message
-            raise ValueError(str(error)) from None

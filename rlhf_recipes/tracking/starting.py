@@ -59,6 +59,7 @@ def start_run(
 
     A note in `output_dir` names it before it gets a value. A run that a killed process left open there is closed.
     """
+    _send_unsent(output_dir)  # they may hold the end of a run, or figures of the one to continue
     given, noted = _given_run(), _interrupted_run(configs)
     continued = noted if given is None else _part_of(given, noted, stage, configs)
     close_unfinished(output_dir, continued)
@@ -82,6 +83,19 @@ def start_run(
     run = mlflow.start_run(run_name=run_name[:MAX_ENTITY_KEY_LENGTH], **options)
     note_open(output_dir, run.info.run_id)
     return run, True
+
+
+def _send_unsent(output_dir: str | None) -> None:
+    """Send the records that the store did not take from an earlier run of this directory."""
+    path = Path(output_dir or "", UNSENT_FILE)
+    try:
+        if output_dir is not None:
+            send_unsent(path, mlflow.get_tracking_uri())
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":  # else only a record is wrong
+            raise
+        reason = redact(str(error.message)).strip().splitlines()[0][:300]
+        logger.warning(f"MLflow refuses a record in {path}, so none of them is sent: {reason} Delete the file.")
 
 
 def _set_experiment(tracking: TrackingArguments, given: Run | None) -> Experiment:
@@ -162,9 +176,5 @@ def _interrupted_run(configs: tuple[Any, ...]) -> Run | None:
         if run is None:
             logger.warning(f"The run {note['run_id']} of {checkpoint} is not in this store: a new run begins.")
             return None
-        unsent = Path(config.output_dir, UNSENT_FILE)
-        if unsent.exists():
-            send_unsent(unsent, mlflow.get_tracking_uri())
-            run = mlflow.MlflowClient().get_run(note["run_id"])
         return run
     return None

@@ -4,9 +4,8 @@ A note in the output directory names the open run. It is written before the run 
 is about to create has no id yet, so it gets a tag whose value is in the note.
 """
 
-import json
 import logging
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +15,7 @@ from mlflow.entities import LifecycleStage, Run
 from mlflow.exceptions import MlflowException
 
 from rlhf_recipes.options.secrets import without_credentials
+from rlhf_recipes.tracking.notes import read_note, write_note
 
 OPEN_FILE = "_mlflow_open.json"  # a push to the Hub skips `_*`
 START_TAG = "rlhf_recipes.start"
@@ -41,37 +41,27 @@ def note_open(output_dir: str | None, run_id: str) -> None:
 def note_end(output_dir: str | None) -> None:
     """Remove the note of a run that has ended."""
     if output_dir is not None:
-        Path(output_dir, OPEN_FILE).unlink(missing_ok=True)
+        with suppress(OSError):  # the next start sees that the run has ended
+            Path(output_dir, OPEN_FILE).unlink()
 
 
 def _write(output_dir: str | None, note: dict[str, str]) -> None:
     if output_dir is None:
         return
     path = Path(output_dir, OPEN_FILE)
-    text = json.dumps(note | {"tracking_uri": without_credentials(mlflow.get_tracking_uri())}, indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        write_note(path, note | {"tracking_uri": without_credentials(mlflow.get_tracking_uri())})
     except OSError as error:
         raise UnusableRunError(
             f"`output_dir` {output_dir} cannot be written ({error.strerror}): name another one, or make it writable."
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a killed process leaves the old content or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def close_unfinished(output_dir: str | None, continued: Run | None) -> None:
     """Close the run that an earlier process of an output directory left open, unless this process continues it."""
-    note = None if output_dir is None else _read(Path(output_dir, OPEN_FILE))
-    if note is None:
+    note = None if output_dir is None else read_note(Path(output_dir, OPEN_FILE))
+    if note is None or "tracking_uri" not in note or not ("run_id" in note or "start" in note):
         return
     uri = without_credentials(mlflow.get_tracking_uri())
     if note["tracking_uri"] != uri:
@@ -88,15 +78,6 @@ def close_unfinished(output_dir: str | None, continued: Run | None) -> None:
         f"The run {run.info.run_id} of {output_dir} did not end, because its process was killed. It is now KILLED in "
         "MLflow."
     )
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    is_note = isinstance(note, dict) and "tracking_uri" in note and ("run_id" in note or "start" in note)
-    return note if is_note else None
 
 
 def _find(note: dict[str, Any]) -> Run | None:

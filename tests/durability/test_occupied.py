@@ -56,7 +56,7 @@ def test_a_directory_of_a_living_process_is_refused_with_its_host_and_number(tmp
     process, _ = hold(tmp_path)
     owner = rf'"host": "{socket.gethostname()}", "pid": {process.pid}'
     with (
-        pytest.raises(ValueError, match=f"`output_dir` {tmp_path} is in use by a training .*{owner}"),
+        pytest.raises(ValueError, match=f"`output_dir` {tmp_path} is in use by a run .*{owner}"),
         occupied(tmp_path),
     ):
         pass
@@ -220,7 +220,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
 def test_a_user_of_the_library_is_refused_too(tmp_path, hold):
     trainer = tiny.ppo_trainer(tmp_path, max_steps=1)
     process, _ = hold(tmp_path)
-    with pytest.raises(ValueError, match="is in use by a training"):
+    with pytest.raises(ValueError, match="is in use by a run"):
         trainer.train()
     assert trainer.state.global_step == 0
     process.kill()
@@ -231,14 +231,16 @@ def test_a_user_of_the_library_is_refused_too(tmp_path, hold):
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize("recipe", ["sft", "reward_modeling", "ppo", "baseline"])
+@pytest.mark.parametrize("recipe", ["sft", "reward_modeling", "ppo", "baseline", "evaluate"])
 def test_a_recipe_is_refused_before_it_loads_a_model(tmp_path, hold, recipe):
     hold(tmp_path / "out")
-    own = {"sft": (), "reward_modeling": (), "ppo": (), "baseline": ("--method", "rloo")}[recipe]
-    options = ("--model_name_or_path", "nowhere", "--dataset_name", "nowhere", "--use_cpu", "true", "--bf16", "false")
+    options = ("--model_name_or_path", "nowhere", "--dataset_name", "nowhere")
+    trains = ("--use_cpu", "true", "--bf16", "false")
+    judged = ("--baseline_path", "nowhere", "--reward_model_path", "nowhere")
+    own = {"evaluate": judged, "baseline": (*trains, "--method", "rloo")}.get(recipe, trains)
     line = (RECIPES / f"{recipe}.py", *own, *options, "--output_dir", tmp_path / "out")
     ended = processes.run_command(*line, directory=tmp_path)
     assert ended.returncode == 1
-    assert "is in use by a training that still runs" in ended.stderr
+    assert "is in use by a run that has not ended" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "mlflow.db").exists()

@@ -50,7 +50,8 @@ SCRIPT = """
 import sys
 from dataclasses import dataclass
 from rlhf_recipes.options.recipes import TrackingArguments
-from rlhf_recipes.tracking.session import log_results, track_pipeline, track_run
+from rlhf_recipes.tracking.pipeline import track_pipeline
+from rlhf_recipes.tracking.session import log_results, track_run
 
 @dataclass
 class Config:

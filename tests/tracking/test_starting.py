@@ -1,5 +1,6 @@
 """The variables of MLflow decide where a run is recorded, and no run stays RUNNING, whatever is raised."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,16 +8,19 @@ import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlflow
 import pytest
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 
 from rlhf_recipes.durability.termination import TerminatedError
 from rlhf_recipes.options.recipes import TrackingArguments
-from rlhf_recipes.tracking import delivery, session, store
+from rlhf_recipes.tracking import delivery, session, starting, store
 from rlhf_recipes.tracking.lineage import write_run_file
-from rlhf_recipes.tracking.session import log_results, track_pipeline, track_run
+from rlhf_recipes.tracking.pipeline import track_pipeline
+from rlhf_recipes.tracking.session import log_results, track_run
 
 
 @dataclass
@@ -365,3 +369,50 @@ def test_a_pipeline_that_was_killed_is_closed_by_the_next(client, tmp_path):
         assert client.get_run(run_id).info.status == "KILLED"
     assert client.get_run(parent).info.status == "FINISHED"
     assert not (tmp_path / "_mlflow_open.json").exists()
+
+
+def _left_with_unsent_end(client, tmp_path):
+    """Write what a run leaves whose store did not answer at its end. Return its id."""
+    folder = tmp_path / "out" / "sft"
+    folder.mkdir(parents=True)
+    run_id = client.create_run(client.create_experiment("project")).info.run_id
+    origin = {"run_id": run_id, "tracking_uri": client.tracking_uri, "timestamp": 1}
+    (folder / "_mlflow_open.json").write_text(json.dumps(origin))
+    records = [origin | {"metrics": {"loss": 1.0}, "step": 1}, origin | {"status": "FINISHED"}]
+    (folder / "mlflow_unsent.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run_id
+
+
+def test_a_start_first_sends_the_end_that_the_store_did_not_take(client, tmp_path, caplog):
+    """Else a run that FINISHED would be closed as KILLED."""
+    run_id = _left_with_unsent_end(client, tmp_path)
+    _stage("sft", [2.0])
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert _losses(client, run_id) == [1.0]
+    assert not list((tmp_path / "out" / "sft").glob("_mlflow_open.json"))
+    assert not caplog.messages
+
+
+def test_a_record_that_the_store_refuses_stops_no_start(client, tmp_path, caplog, monkeypatch):
+    def refuse(*args):
+        raise MlflowException.invalid_parameter_value("a bad name")
+
+    _left_with_unsent_end(client, tmp_path)
+    monkeypatch.setattr(starting, "send_unsent", refuse)
+    _stage("sft", [2.0])
+    assert "mlflow_unsent.jsonl, so none of them is sent: a bad name" in caplog.text
+
+
+def test_a_note_that_cannot_be_removed_does_not_fail_the_end(client, tmp_path, monkeypatch):
+    """Its directory has become read-only or stale: the run has ended, and the next start sees it."""
+
+    def stale(*args, **kwargs):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stale)
+        _stage("sft", [1.0])
+    (run,) = _runs(client)
+    assert run.info.status == "FINISHED"
+    _stage("sft", [1.0])
+    assert [run.info.status for run in _runs(client)] == ["FINISHED", "FINISHED"]
