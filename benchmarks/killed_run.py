@@ -65,14 +65,15 @@ class Watch:
 
     def __init__(self, kill: Kill | None) -> None:
         self.counts: Counter[str] = Counter()
-        self._kill = kill
+        self._kill, self._process = kill, os.getpid()
         self._phases = ["start"]  # of the main thread
 
     def event(self, phase: str | None = None) -> None:
         """Count an event of a phase; without one, of the phase of the main thread."""
         phase = phase or self._phases[-1]
         self.counts[phase] += 1
-        if self._kill is not None and (phase, self.counts[phase]) == self._kill[:2]:
+        is_own = os.getpid() == self._process  # a worker that loads data is a fork of this process
+        if is_own and self._kill is not None and (phase, self.counts[phase]) == self._kill[:2]:
             if self._kill.delay:
                 threading.Timer(self._kill.delay, _die).start()
             else:
