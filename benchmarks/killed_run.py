@@ -41,6 +41,7 @@ WATCHED = {
 }
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+REACHED = 0.9  # share of the events of a phase; a kill behind the last event would come too late
 LONGEST_DELAY = 0.005  # seconds after an event; enough to cut a write or a commit into two
 
 
@@ -137,7 +138,8 @@ def draw_kill(draw: random.Random, counts: dict[str, int], world_size: int, phas
     """Draw a moment: a phase, one of the events that it had in a run that was left alone, a rank and a delay."""
     phase = draw.choice([phase for phase in phases if counts.get(phase)])
     delay = draw.choice([0.0, draw.uniform(0, LONGEST_DELAY)])
-    return Kill(phase, draw.randint(1, counts[phase]), draw.randrange(world_size), delay)
+    number = draw.randint(1, max(1, int(REACHED * counts[phase])))
+    return Kill(phase, number, draw.randrange(world_size), delay)
 
 
 def run_recipe(job: dict[str, Any], rank: int, world_size: int, port: int, kill: Kill | None) -> None:

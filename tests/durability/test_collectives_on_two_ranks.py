@@ -37,7 +37,11 @@ def _train(rank, world_size, directory, make, options):
 
 
 @pytest.mark.parametrize(
-    ("make", "options"), [("reward_trainer", {}), ("ppo_trainer", {"reward_timeout": 1.0, "reward_retries": 0})]
+    ("make", "options"),
+    [
+        ("reward_trainer", {}),
+        pytest.param("ppo_trainer", {"reward_timeout": 1.0, "reward_retries": 0}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_hangs_is_given_up_after_ddp_timeout(tmp_path, make, options):
     (message, seconds), _ = run_in_processes(_train, 2, str(tmp_path), make, options)

@@ -31,7 +31,10 @@ def world(tmp_path_factory, empty_store):
     return directory
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("ppo one backbone", 1), ("sft lora", 2), ("reward modelling", 4)])
+@pytest.mark.parametrize(
+    ("kind", "seed"),
+    [("ppo one backbone", 1), ("reward modelling", 4), pytest.param("sft lora", 2, marks=pytest.mark.slow)],
+)
 def test_random_kills_change_no_tensor_figure_or_record(world, kind, seed):
     draw = random.Random(seed)
     case = draw_case(draw, kind, world_size=1)

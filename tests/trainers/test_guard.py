@@ -14,6 +14,7 @@ from rlhf_recipes.durability.checkpoints import (
     abandon,
     checkpoints_by_age,
     find_defect,
+    has_files,
     is_abandoned,
     last_checkpoint,
     publish,
@@ -285,7 +286,7 @@ def test_a_run_goes_back_to_nothing_that_it_went_back_from(tmp_path):
     (tmp_path / "staged" / "8").mkdir(parents=True)
     publish(tmp_path / "staged" / "8", tmp_path / "checkpoint-8")
     guard.rollback._saved_steps = {8}
-    assert guard.rollback._last_good_checkpoint(12) == (8, str(tmp_path / "checkpoint-8"))
+    assert guard.rollback._last_good_checkpoint(12, has_files) == (8, str(tmp_path / "checkpoint-8"))
     abandon(tmp_path / "checkpoint-8", "the KL")
     with pytest.raises(DivergedError, match="no checkpoint from before that"):
         guard.roll_back(RollbackError("", "", 12))

@@ -106,6 +106,7 @@ SIGNATURES = {
     (Trainer, "_save_rng_state"): ["self", "output_dir"],
     (MLflowCallback, "setup"): ["self", "args", "state", "model"],
     (ExportableState, "state"): ["self"],
+    (torch.distributed.distributed_c10d, "_get_default_store"): [],
     (torch.distributed.distributed_c10d, "_set_pg_timeout"): ["timeout", "group"],
     (mlflow.utils.rest_utils, "_get_http_response_with_retries"): [
         "method", "url", "max_retries", "backoff_factor", "backoff_jitter", "retry_codes", "raise_on_status",
