@@ -1,5 +1,8 @@
 """Faults that a test builds into a trainer, and records of the steps that follow."""
 
+import os
+import signal
+
 import torch
 from transformers import TrainerCallback
 
@@ -88,3 +91,14 @@ def samplings_of(trainer):
 
     trainer._generate = recorded
     return samplings
+
+
+class SignalAt(TrainerCallback):
+    """Send SIGUSR1 to this process during an optimiser step."""
+
+    def __init__(self, step):
+        self._step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self._step:
+            os.kill(os.getpid(), signal.SIGUSR1)

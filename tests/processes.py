@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -345,6 +345,25 @@ def wait_for_server(process, url, log):
             assert process.is_alive(), log.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+@contextmanager
+def raw_server(answer):
+    """The address of a server in threads of this process: `answer(connection)` answers each client, byte by byte."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer_one(connection):
+        with connection, suppress(OSError):
+            answer(connection)
+
+    def accept():
+        with suppress(OSError):
+            while True:
+                Thread(target=answer_one, args=(listener.accept()[0],), daemon=True).start()
+
+    Thread(target=accept, daemon=True).start()
+    with closing(listener):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 @contextmanager

@@ -160,7 +160,10 @@ class DurableTrainer(FiniteTrainer):
         super()._load_best_model()
 
     def _keep_trained(self, trial: Any, *, is_last: bool) -> None:
-        """Write a checkpoint, and the model of the last step, after a failed evaluation; a resume begins with it."""
+        """After a failed evaluation, write a checkpoint and the model of the last step.
+
+        A resume begins with that evaluation.
+        """
         for callback in self._preemption_callbacks():
             callback.evaluation_due = True
         self._has_failed = True

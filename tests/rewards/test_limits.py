@@ -6,12 +6,12 @@ import resource
 import socket
 import threading
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 
 import pytest
 import requests
 import uvicorn
-from processes import free_port
+from processes import free_port, raw_server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rlhf_recipes.rewards import server, serving
@@ -25,26 +25,16 @@ INFO = json.dumps({"name": "odd", "card": None}).encode()
 ROWS = {"prompts": ["a", "b"], "completions": ["x", "y"]}
 
 
-@contextmanager
-def _raw_server(send):
-    """Answer a GET with a name, and let `send(connection)` answer everything else, byte by byte."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def _reward_server(send):
+    """Answer a GET with a name, and let `send(connection)` answer everything else."""
 
     def answer(connection):
-        with connection, suppress(OSError):
-            if connection.recv(2**16).startswith(b"GET"):
-                connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(INFO) + INFO)
-            else:
-                send(connection)
+        if connection.recv(2**16).startswith(b"GET"):
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(INFO) + INFO)
+        else:
+            send(connection)
 
-    def accept():
-        with suppress(OSError):
-            while True:
-                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    with closing(listener):
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    return raw_server(answer)
 
 
 def _drip(connection, head, part):
@@ -67,7 +57,7 @@ def _drip(connection, head, part):
     ids=["body", "chunks", "headers", "one header", "continue", "refusal"],
 )
 def test_an_answer_that_drips_is_given_up_after_the_time_of_the_whole_call(head, part):
-    with _raw_server(lambda connection: _drip(connection, head, part)) as url:
+    with _reward_server(lambda connection: _drip(connection, head, part)) as url:
         remote = RemoteRewardModel(url, timeout=0.5)
         start = time.monotonic()
         with pytest.raises(RewardCallError, match=r"does not answer \(ReadTimeout: no whole answer in 0.5 s\)"):
@@ -76,7 +66,7 @@ def test_an_answer_that_drips_is_given_up_after_the_time_of_the_whole_call(head,
 
 
 def test_a_thread_that_reads_a_body_ends_with_the_time():
-    with _raw_server(lambda connection: _drip(connection, HEAD + b"Content-Length: 1000\r\n\r\n", b" ")) as url:
+    with _reward_server(lambda connection: _drip(connection, HEAD + b"Content-Length: 1000\r\n\r\n", b" ")) as url:
         remote, before = RemoteRewardModel(url, timeout=0.3), threading.active_count()
         with pytest.raises(RewardCallError):
             remote.prompt_lengths(["a"])
@@ -96,7 +86,7 @@ BOMB = gzip.compress(b" " * 2**28)
 @pytest.mark.parametrize("status", [b"200 OK", b"500 Error"])
 def test_a_gzip_bomb_costs_no_memory(status):
     bomb = _whole(BOMB, b"Content-Encoding: gzip\r\n", status=status)
-    with _raw_server(lambda connection: connection.sendall(bomb)) as url:
+    with _reward_server(lambda connection: connection.sendall(bomb)) as url:
         remote, before = RemoteRewardModel(url), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(RewardCallError, match="more than 1152 bytes|answered 500"):
             remote(**ROWS)
@@ -118,7 +108,7 @@ def test_a_gzip_bomb_costs_no_memory(status):
 )
 def test_an_answer_that_is_no_list_of_scores_is_an_error_of_the_call(body, reason):
     with (
-        _raw_server(lambda connection: connection.sendall(_whole(body.encode()))) as url,
+        _reward_server(lambda connection: connection.sendall(_whole(body.encode()))) as url,
         pytest.raises(RewardCallError, match=reason) as error,
     ):
         RemoteRewardModel(url)(**ROWS)

@@ -1,9 +1,6 @@
 """An MLflow server that keeps a run waiting is given up in time, at the start, during the training and at the end."""
 
-import socket
-import threading
 import time
-from contextlib import closing, contextmanager, suppress
 from types import SimpleNamespace
 
 import mlflow
@@ -11,6 +8,7 @@ import pytest
 import requests
 from mlflow.exceptions import MlflowException
 from mlflow.utils import rest_utils
+from processes import raw_server
 
 from rlhf_recipes.options.recipes import TrackingArguments
 from rlhf_recipes.tracking import delivery
@@ -32,27 +30,16 @@ ANSWERS = {
 LIMIT = 12  # seconds: two attempts of one second, their pause, and a busy machine
 
 
-@contextmanager
 def _server(head, part, seen):
-    listener = socket.create_server(("127.0.0.1", 0))
-
     def answer(connection):
-        with connection, suppress(OSError):
-            while connection.recv(2**16):
-                seen.append(time.monotonic())
-                connection.sendall(head)
-                for _ in range(300 if part or not head else 0):
-                    time.sleep(0.1)
-                    connection.sendall(part or b"")
+        while connection.recv(2**16):
+            seen.append(time.monotonic())
+            connection.sendall(head)
+            for _ in range(300 if part or not head else 0):
+                time.sleep(0.1)
+                connection.sendall(part or b"")
 
-    def accept():
-        with suppress(OSError):
-            while True:
-                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    with closing(listener):
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    return raw_server(answer)
 
 
 @pytest.fixture(params=ANSWERS.values(), ids=ANSWERS)

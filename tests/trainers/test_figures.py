@@ -1,15 +1,12 @@
 """Every logged figure of a resumed run is that of an uninterrupted one, whatever was between two logs at the kill."""
 
-import os
-import signal
-
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
 import torch
+from faults import SignalAt
 from processes import run_in_processes
-from transformers import TrainerCallback
 from trl import SFTConfig
 
 from rlhf_recipes.durability.preemption import PreemptionCallback
@@ -125,15 +122,6 @@ def test_a_kill_between_the_last_step_of_an_epoch_and_its_log(tmp_path, base, ki
     _check_resumes(kind, tmp_path, base, **options)
 
 
-class _SignalAt(TrainerCallback):
-    def __init__(self, step):
-        self._step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self._step:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-
 @pytest.mark.tiny
 @pytest.mark.parametrize(("strategy", "step"), [("steps", 2), ("steps", 3), ("epoch", 2), ("epoch", 6), ("epoch", 12)])
 @pytest.mark.parametrize("kind", ["sft", pytest.param("reward", marks=pytest.mark.slow)])
@@ -144,7 +132,7 @@ def test_a_signal_adds_no_figure_and_takes_none(tmp_path, base, kind, strategy, 
     whole = _make(kind, tmp_path / "whole", base, **options)
     whole.train()
     stopped = _make(kind, tmp_path / "stopped", base, **options)
-    for callback in (PreemptionCallback(), _SignalAt(step)):
+    for callback in (PreemptionCallback(), SignalAt(step)):
         stopped.add_callback(callback)
     with pytest.raises(SystemExit):
         stopped.train()

@@ -1,17 +1,16 @@
 """A resumed run equals an uninterrupted one in every weight and every figure, bit for bit."""
 
 import logging
-import os
 import pickle
 import random
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from faults import SignalAt
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -198,7 +197,7 @@ def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path, named):
 def test_a_signal_gets_a_whole_checkpoint_whatever_else_is_saved(tmp_path):
     options = {"save_steps": 4, "max_steps": 12, "save_only_model": True}
     stopped = _trainer(tmp_path, **options)
-    for callback in (PreemptionCallback(), _SignalAt(6)):
+    for callback in (PreemptionCallback(), SignalAt(6)):
         stopped.add_callback(callback)
     with pytest.raises(SystemExit):
         stopped.train()
@@ -255,7 +254,7 @@ def test_an_evaluation_made_up_for_may_find_the_best_checkpoint(tmp_path, best):
     """The signal comes in the fourth step, at which an evaluation is due. Its checkpoint is written before that."""
     figures = {0: 0.0, 4: 2.0, 8: 2.0 * best / 4 - 1.0, 12: 0.5}
     stopped = _evaluated(tmp_path, figures)
-    stopped.callback_handler.add_callback(_SignalAt(4))
+    stopped.callback_handler.add_callback(SignalAt(4))
     with pytest.raises(SystemExit):
         stopped.train()
     assert checkpoints_by_age(tmp_path) == [tmp_path / "checkpoint-4"]
@@ -268,12 +267,3 @@ def test_an_evaluation_made_up_for_may_find_the_best_checkpoint(tmp_path, best):
     )
     assert torch.equal(resumed.model.state_dict()["model.norm.weight"], kept)
     assert not torch.equal(kept, latest)
-
-
-class _SignalAt(TrainerCallback):
-    def __init__(self, step):
-        self._step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self._step:
-            os.kill(os.getpid(), signal.SIGUSR1)
