@@ -1,4 +1,7 @@
-"""Every test: seeded, offline, network blocked except loopback. `@pytest.mark.gpu` implies the skip without CUDA."""
+"""Every test: seeded, offline, network blocked except loopback. `@pytest.mark.gpu` implies the skip without CUDA.
+
+`pytest --device cuda` runs the tests marked `portable` on a GPU, and those marked `gpu`.
+"""
 
 import gc
 import ipaddress
@@ -70,7 +73,27 @@ def _block_network(event, args):
 sys.addaudithook(_block_network)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the `portable` tests run")
+
+
+def pytest_configure(config):
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no GPU")
+    os.environ["TEST_DEVICE"] = config.getoption("device")  # before `tiny` is imported
+
+
+def _on_gpu(item):
+    """Return whether a test runs with `--device cuda`. Several processes would need several GPUs."""
+    return item.get_closest_marker("gpu") or (
+        item.get_closest_marker("portable") and not item.get_closest_marker("distributed")
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("device") == "cuda":
+        config.hook.pytest_deselected(items=[item for item in items if not _on_gpu(item)])
+        items[:] = filter(_on_gpu, items)
     # The longest files first, or one of them is left to one worker at the end.
     long = {item.path for item in items if any(map(item.get_closest_marker, ("distributed", "recipe", "learning")))}
     items.sort(key=lambda item: item.path not in long)

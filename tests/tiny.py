@@ -1,5 +1,7 @@
 """Tiny models in memory: real classes of transformers, a real BPE tokenizer, a few thousand parameters."""
 
+import os
+
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -8,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from rlhf_recipes import PPOConfig, PPOTrainer, RewardModelConfig, RewardModelTrainer
 
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+"""Where trainers put their models: `--device` of pytest."""
 TEXTS = ["hello world, the fox is red", "the bear eats berries at night", "is the hare in the cave?"] * 4
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
@@ -125,7 +129,7 @@ QUIET = {
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": [],
-    "use_cpu": True,
+    "use_cpu": DEVICE == "cpu",
     "bf16": False,
     "gradient_checkpointing": False,
     "disable_tqdm": True,

@@ -23,6 +23,10 @@ MERGED = {"rtol": 1e-4, "atol": 1e-5}
 """Logits of order 1 in float32, with an adapter beside the weights and added to them."""
 BF16 = {"rtol": 1.6e-2, "atol": 1e-2}
 """Computed in bfloat16 (8 bits of mantissa)."""
+GPU_FP32 = {"rtol": 0.0, "atol": 1e-5}
+"""Norm of the difference over the norm, GPU against CPU, both float32: only the order of the sums differs."""
+GPU_BF16 = {"rtol": 0.0, "atol": 5e-2}
+"""The same with bfloat16 on the GPU: 8 bits of mantissa, through two layers and back."""
 EMA_STREAM = {"rtol": 1e-9, "atol": 1e-9}
 """A float64 recursion of a few hundred steps against exact rationals."""
 FP32_LARGE_MEAN = {"rtol": 5e-3, "atol": 5e-2}
@@ -42,6 +46,6 @@ ALL = {name: value for name, value in globals().items() if name.isupper()}
 
 
 def assert_close(actual, expected, tolerance):
-    """Compare elementwise in float64. Shapes must agree, dtypes need not. NaN equals nothing, not even NaN."""
-    actual, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))
+    """Compare elementwise in float64. Shapes must agree, dtypes and devices need not. NaN equals nothing, not even NaN."""
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (actual, expected))
     torch.testing.assert_close(actual, expected, **tolerance)

@@ -11,7 +11,7 @@ from trl.trainer.utils import _ChunkedLogProbFunction
 from rlhf_recipes.models.forward import CompletionForward
 from rlhf_recipes.trainers.update import group_by_length
 
-pytestmark = pytest.mark.tiny
+pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 
 PROMPTS, COMPLETIONS = (3, 1, 2, 3), (2, 4, 1, 4)
 
@@ -24,7 +24,7 @@ def _batch(prompts, completions, *, prompt_width, completion_width):
     first = prompt_width - torch.tensor(prompts)[:, None]
     end = prompt_width + torch.tensor(completions)[:, None]
     mask = ((columns >= first) & (columns < end)).long()
-    return ids * mask, mask
+    return (ids * mask).to(tiny.DEVICE), mask.to(tiny.DEVICE)
 
 
 def _widths(model):
@@ -83,7 +83,7 @@ def test_log_probabilities_entropies_values_and_gradients_are_those_of_the_padde
     torch.nn.init.normal_(trainer.model.value_head.output.weight)
     ids, mask = _batch(PROMPTS, COMPLETIONS, prompt_width=20, completion_width=30)
     keep = mask[:, -30:]
-    weights = torch.rand(keep.shape) * keep
+    weights = torch.rand_like(keep, dtype=torch.float32) * keep
 
     def gradients(logps, entropies, values):
         trainer.model.zero_grad()
@@ -189,7 +189,7 @@ def test_the_grouping_changes_no_weight(tmp_path, monkeypatch, loss_type):
     monkeypatch.setattr("rlhf_recipes.trainers.ppo.group_by_length", lambda micro_batches, window: micro_batches)
     plain = _grouped_trainer(tmp_path / "plain", loss_type=loss_type)
     plain.train()
-    start = tiny.policy(tiny.tokenizer()).lm_head.weight
+    start = tiny.policy(tiny.tokenizer()).lm_head.weight.to(tiny.DEVICE)
     assert (plain.model.lm_head.weight - start).abs().max() > 1e-3
     for name, parameter in plain.model.named_parameters():
         assert_close(grouped.model.get_parameter(name), parameter, SPLIT)

@@ -12,7 +12,7 @@ from rlhf_recipes.models.quantization import QUANTIZATION_FILE, keep_unpacked, s
 from rlhf_recipes.models.reward_model import load_reward_model
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 
-pytestmark = pytest.mark.tiny
+pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -33,6 +33,11 @@ def base(tmp_path):
 
 def _trainer(model, output_dir, **kwargs):
     return tiny.ppo_trainer(output_dir, model=model, quantization=NF4, **kwargs)
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS.to(model.device)).logits.cpu()
 
 
 def _linears(model):
@@ -105,10 +110,10 @@ def test_adapter_and_head_reload_and_continue(tmp_path, base):
     trainer = _trainer(base, tmp_path / "out", peft=tiny.lora(), max_steps=8, learning_rate=1e-2, vf_coef=1.0)
     trainer.train()
     trainer.save_model()
-    expected = trainer.model.eval()(input_ids=IDS).logits
+    expected = _logits(trainer.model)
     loaded = load_policy(str(tmp_path / "out"), quantization_config=NF4)
     assert isinstance(loaded, PeftModel)
-    assert_close(loaded.eval()(input_ids=IDS).logits, expected, FP32)
+    assert_close(_logits(loaded), expected, FP32)
 
     again = _trainer(str(tmp_path / "out"), tmp_path / "again", vf_coef=1.0)
     head, saved = (
@@ -117,7 +122,7 @@ def test_adapter_and_head_reload_and_continue(tmp_path, base):
     )
     assert saved.output.weight.abs().sum() > 0
     assert_close(head.output.weight, saved.output.weight, EXACT)
-    assert_close(again.model.eval()(input_ids=IDS).logits, expected, FP32)
+    assert_close(_logits(again.model), expected, FP32)
     again.train()
     remembered = tiny.ppo_trainer(tmp_path / "remembered", model=str(tmp_path / "out"))
     assert len(_linears(remembered.model)) == 14, "in 4 bit without being told"
@@ -146,12 +151,12 @@ def test_an_export_is_merged_into_what_the_adapter_was_trained_on(tmp_path, base
     trainer = _trainer(base, tmp_path / "out", peft=tiny.lora(), max_steps=8, learning_rate=1e-2)
     trainer.train()
     trainer.save_model()
-    expected = trainer.model.eval()(input_ids=IDS).logits
+    expected = _logits(trainer.model)
     merged = load_policy(str(tmp_path / "out"))
     assert not _linears(merged)
-    assert_close(merged.eval()(input_ids=IDS).logits, expected, BF16)  # the adapter's precision in training
-    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out").eval()
-    error = (original(input_ids=IDS).logits - expected).abs().max()
+    assert_close(_logits(merged), expected, BF16)  # the adapter's precision in training
+    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    error = (_logits(original) - expected).abs().max()
     assert error > 0.1, "the rounding to 4 bits must be visible, or this proves nothing"
 
 
@@ -159,10 +164,10 @@ def test_the_start_of_a_4bit_policy_is_its_rounded_base(tmp_path, base):
     """With a base in full precision, an evaluation would count the rounding as progress."""
     trainer = _trainer(base, tmp_path / "out", peft=tiny.lora())
     trainer.save_model()
-    policy = load_policy(str(tmp_path / "out")).eval()(input_ids=IDS).logits
-    start = load_policy(base, base_quantization=saved_quantization(tmp_path / "out")).eval()(input_ids=IDS).logits
+    policy = _logits(load_policy(str(tmp_path / "out")))
+    start = _logits(load_policy(base, base_quantization=saved_quantization(tmp_path / "out")))
     assert_close(policy, start, FP32)
-    assert (load_policy(base).eval()(input_ids=IDS).logits - start).abs().max() > 0.01
+    assert (_logits(load_policy(base)) - start).abs().max() > 0.01
 
 
 def test_a_later_run_in_full_precision_forgets_the_quantisation(tmp_path, base):
@@ -212,6 +217,6 @@ def test_a_pipeline_continues_as_the_policy_would(tmp_path, base):
     tiny.tokenizer().save_pretrained(tmp_path / "export")
     generate = pipeline("text-generation", model=str(tmp_path / "export"))
     text = generate("the fox", max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
-    prompt = tiny.tokenizer()("the fox", return_tensors="pt")
+    prompt = tiny.tokenizer()("the fox", return_tensors="pt").to(tiny.DEVICE)
     live = trainer.model.eval().generate(**prompt, max_new_tokens=8, do_sample=False)
     assert text == tiny.tokenizer().decode(live[0, prompt["input_ids"].size(1) :], skip_special_tokens=True)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from rlhf_recipes.rewards.adapter import REWARD_ADAPTER
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 
-pytestmark = pytest.mark.tiny
+pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 
 
 @pytest.fixture(scope="module")

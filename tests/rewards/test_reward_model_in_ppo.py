@@ -11,7 +11,7 @@ from tolerances import FP32, assert_close
 from rlhf_recipes.rewards.card import tokenizer_fingerprint
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 
-pytestmark = pytest.mark.tiny
+pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 
 
 @pytest.fixture
@@ -161,8 +161,8 @@ def test_an_instance_scores_in_float32_under_autocast(tmp_path):
     with pytest.raises(ValueError, match="pass its tokenizer in `reward_processing_classes`"):
         _ppo(tmp_path, model)
     _ppo(tmp_path, model, reward_tok=tok)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.dtype == torch.float32
+    with torch.autocast(tiny.DEVICE, dtype=torch.bfloat16):
+        assert model(input_ids=torch.tensor([[5, 6, 7]], device=tiny.DEVICE)).logits.dtype == torch.float32
 
 
 def test_a_reward_model_with_an_adapter_may_be_given_as_it_is(tmp_path):

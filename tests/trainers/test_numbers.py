@@ -13,7 +13,7 @@ from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.trainers import setup
 
-pytestmark = pytest.mark.tiny
+pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 
 
 def lora(**kwargs):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_recipes.models.critic import trained_value_head
 
-pytestmark = pytest.mark.tiny
+pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 
 CASES = list(itertools.product(("full", "lora"), ("plain", "chat"), (False, True)))
 

@@ -11,7 +11,7 @@ from tolerances import FP32, assert_close
 from rlhf_recipes.rewards.protocol import FunctionScorer
 from rlhf_recipes.trainers.rollout import Rollout
 
-pytestmark = pytest.mark.tiny
+pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 
 
 def _expected(trainer, batch, scores, *, lam=None, bootstrap=None):
@@ -89,7 +89,7 @@ def _ends(trainer, batch):
     """Return for each completion whether its last token is an EOS."""
     lengths = batch["completion_mask"].sum(1)
     last = batch["completion_ids"][torch.arange(len(lengths)), (lengths - 1).clamp(min=0)]
-    return torch.isin(last, torch.tensor(trainer.eos_token_ids))
+    return torch.isin(last, torch.tensor(trainer.eos_token_ids, device=tiny.DEVICE))
 
 
 def _force_stops(trainer, monkeypatch, completions):

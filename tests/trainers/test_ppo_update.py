@@ -9,7 +9,7 @@ import torch
 from tolerances import EXACT, FP32, SPLIT, assert_close
 from trl import GRPOTrainer
 
-pytestmark = pytest.mark.tiny
+pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 
 
 def _loss(trainer, batch, accumulation=1):
@@ -50,7 +50,9 @@ def test_the_trust_region_stops_the_gradient_of_tokens_outside(tmp_path, level):
     logps, mask = tiny.logps(trainer, batch), batch["completion_mask"]
     log_ratio, advantages = logps - batch["old_per_token_logps"], batch["advantages"]
     rows = [x.detach().tolist() for x in (log_ratio, advantages, mask)]
-    inside = torch.tensor(oracles.trust_region(*rows, level=level, epsilon_low=0.1, epsilon_high=0.2))
+    inside = torch.tensor(
+        oracles.trust_region(*rows, level=level, epsilon_low=0.1, epsilon_high=0.2), device=tiny.DEVICE
+    )
     assert 0.05 < inside.sum() / mask.sum() < 0.95
     ratio = log_ratio.exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(0.9, 1.2) * advantages)

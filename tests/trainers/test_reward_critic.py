@@ -17,7 +17,7 @@ from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.rewards.scorer import RewardModelScorer, state_positions
 from rlhf_recipes.trainers.reward_critic import RewardCritic, share_of_own_states
 
-pytestmark = pytest.mark.tiny
+pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 
 
 def _trainer(directory, **kwargs):

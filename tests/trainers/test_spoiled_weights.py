@@ -17,7 +17,7 @@ from rlhf_recipes.durability.state import STATE_FILE, load_ppo_state
 from rlhf_recipes.trainers.rollback import Rollback, RollbackError
 from rlhf_recipes.trainers.sft import SFTTrainer
 
-pytestmark = pytest.mark.tiny
+pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
 
 
