@@ -46,6 +46,6 @@ ALL = {name: value for name, value in globals().items() if name.isupper()}
 
 
 def assert_close(actual, expected, tolerance):
-    """Compare elementwise in float64. Shapes must agree, dtypes and devices need not. NaN equals nothing, not even NaN."""
+    """Compare in float64. Shapes must agree, dtypes and devices need not. NaN equals nothing, not even NaN."""
     actual, expected = (torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (actual, expected))
     torch.testing.assert_close(actual, expected, **tolerance)
