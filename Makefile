@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format learning smollm2 mlflow-ui compat cluster-check lock audit clean
+.PHONY: help install demo test gpu-test check format learning smollm2 mlflow-ui compat cluster-check lock audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test: install ## Run the whole default test suite
 	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 		$(PYTEST_ARGS)
+
+gpu-test: install ## Run the tests that a GPU can run on a GPU
+	HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true \
+		$(BIN)/python -m pytest --device cuda --numprocesses 8 $(PYTEST_ARGS)
 
 check: install ## Lint, check formatting and types, run the fast tests
 	$(BIN)/ruff check .
