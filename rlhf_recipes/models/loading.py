@@ -203,9 +203,14 @@ def position_limit(model: PreTrainedModel | PeftModel) -> int | None:
 
 
 def prepare_frozen(model: PreTrainedModel, accelerator: Accelerator) -> Any:
-    """Prepare a model that is only evaluated. It is sharded like the policy."""
+    """Prepare a model that is only evaluated. It is sharded like the policy.
+
+    It is not compiled, because a policy without gradient is not: compiled code rounds in another way, and the first KL
+    would not be 0.
+    """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         return prepare_fsdp(model, accelerator)
-    return accelerator.prepare_model(model, evaluation_mode=True)
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    return accelerator.unwrap_model(prepared, keep_torch_compile=False)

@@ -105,10 +105,12 @@ def test_policy_critic_reference_and_reward_share_one_4_bit_base(tmp_path, optim
         assert torch.equal(resumed.model.get_parameter(name), parameter), name
 
 
-def test_a_compiled_policy_trains(tmp_path):
-    """Its first KL is not 0: compiled code rounds in another way with a gradient than without."""
+def test_a_compiled_policy_trains(tmp_path, monkeypatch):
+    for name in ("BACKEND", "MODE"):  # transformers passes its choice to accelerate in these
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
     trainer = tiny.ppo_trainer(tmp_path, torch_compile=True, pad_to_multiple_of=8, **BF16)
-    assert_close(_finite(trainer)[0], 0.0, GPU_BF16)
+    assert _finite(trainer)[0] == 0.0
 
 
 def test_an_evaluation_with_a_judge_runs_beside_the_training(tmp_path):
