@@ -23,7 +23,7 @@ from rlhf_recipes.tracking.session import RunCallback
 from rlhf_recipes.trainers.guard import TrainingGuard
 from rlhf_recipes.trainers.rollback import DivergedError, RollbackError
 
-pytestmark = [pytest.mark.tiny, pytest.mark.portable]
+pytestmark = pytest.mark.tiny
 
 PEFT = [pytest.param(False, id="full"), pytest.param(True, id="lora")]
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12}
