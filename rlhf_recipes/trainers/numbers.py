@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -216,11 +216,13 @@ class NumbersCallback(TrainerCallback):
 def given_model(model: Any, prompts: list[list[int]], args: Any) -> tuple[Rows, list[Tensor]] | None:
     """Return a short row, and its log-probabilities by a model to which nothing has been added yet.
 
-    A model whose weights are in shards, or not on the run's device yet, cannot be run before training: the result is
-    then `None`.
+    The model moves to the run's device for this, where the trainer would move it later. A model whose weights will be
+    in shards cannot be run before training: the result is then `None`.
     """
-    if is_deepspeed_zero3_enabled() or next(model.parameters()).device.type != args.device.type:
+    if is_deepspeed_zero3_enabled() or args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
+    if next(model.parameters()).device.type != args.device.type:
+        model.to(args.device)
     row = next((row for row in short_rows(prompts) if len(row) > 1), None)
     if row is None:
         return None

@@ -76,7 +76,7 @@ def _assert_same(left, right, path=""):
         for index, (a, b) in enumerate(zip(left, right, strict=True)):
             _assert_same(a, b, f"{path}/{index}")
     elif isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), path
+        assert torch.equal(left.cpu(), right.cpu()), path
     else:
         assert left == right, path
 
