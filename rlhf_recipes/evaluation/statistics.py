@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import scipy  # it imports `scipy.stats`, which takes a second, at the first call
 from numpy.typing import ArrayLike
-from scipy import stats
 
 Samples = ArrayLike | Sequence[Sequence[float | None]]
 
@@ -40,7 +40,7 @@ def preference_metrics(
     metrics = {
         "accuracy": correct.mean(),
         "calibration_error": _calibration_error(1 / (1 + np.exp(-margin)), correct),
-        "length_correlation": stats.pearsonr(chosen - rejected, length_gap).statistic if varies else 0.0,
+        "length_correlation": scipy.stats.pearsonr(chosen - rejected, length_gap).statistic if varies else 0.0,
         "chosen_score_mean": chosen.mean(),
         "chosen_score_std": chosen.std(),
         "rejected_score_mean": rejected.mean(),
@@ -142,7 +142,7 @@ def _mean_with_interval(name: str, samples: np.ma.MaskedArray, seed: int) -> dic
     values = np.ma.compressed(samples.mean(axis=1))
     mean = low = high = float(values.mean()) if values.size else math.nan
     if values.size > 1 and values.std() > 0:
-        interval = stats.bootstrap(
+        interval = scipy.stats.bootstrap(
             (values,), np.mean, confidence_level=0.95, method="percentile", rng=np.random.default_rng(seed)
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
