@@ -16,7 +16,7 @@ from random_models import (
     write_base,
     write_reward_adapter,
 )
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback
 
 OURS = {
     "ours": "rlhf_recipes PPO",
@@ -119,8 +119,9 @@ def force_lengths(policy: Any, lengths: list[int]) -> None:
 class Builder:
     """Build trainers of one scenario that train for ever, all with the same models, prompts and lengths."""
 
-    def __init__(self, scenario: Scenario, device: str, folder: str) -> None:
+    def __init__(self, scenario: Scenario, device: str, folder: str, *, processes: int = 1) -> None:
         self.scenario, self.device, self.folder = scenario, device, folder
+        self.micro_batches = scenario.rows // (scenario.micro_batch * processes)
         self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.config = scenario.sizes.config(max_position_embeddings=1_024)
         self.tokenizer = word_tokenizer(self.config.vocab_size)
@@ -134,8 +135,8 @@ class Builder:
         if kind in TRL_1_12:
             return self._trl_1_12(kind)
         trainer = self._grpo() if kind == "grpo" else self._ppo(kind)
-        policy = trainer.model.get_base_model()
-        force_lengths(policy, self.scenario.lengths)
+        trainer.remove_callback(PrinterCallback)
+        force_lengths(trainer.model.get_base_model(), self.scenario.lengths)
         watch(trainer, self.clock)
         return trainer
 
@@ -156,7 +157,7 @@ class Builder:
         scenario = self.scenario
         return {
             "output_dir": f"{self.folder}/out", "per_device_train_batch_size": scenario.micro_batch,
-            "gradient_accumulation_steps": scenario.rows // scenario.micro_batch, "learning_rate": 1e-6,
+            "gradient_accumulation_steps": self.micro_batches, "learning_rate": 1e-6,
             "report_to": [], "use_cpu": self.device == "cpu", "bf16": self.device != "cpu",
             "gradient_checkpointing": False, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 10**6,
         }  # fmt: skip
@@ -165,7 +166,7 @@ class Builder:
         """Return the options of trainers on TRL 1.16."""
         scenario = self.scenario
         return self.common | {
-            "max_steps": 10**6, "steps_per_generation": scenario.rows // scenario.micro_batch,
+            "max_steps": 10**6, "steps_per_generation": self.micro_batches,
             "num_iterations": scenario.epochs, "max_completion_length": scenario.completion,
             "model_init_kwargs": {"dtype": str(self.dtype).removeprefix("torch.")} if on_disk else None,
         }  # fmt: skip
