@@ -10,24 +10,24 @@ Every trainer is a process of its own with the same random weights, LoRA, prompt
 micro-batches. The processes start side by side, and then take turns, one iteration each. Every round has another
 order. So a busy machine slows all of them, and the ratios within a round are the result: of CPU seconds on a CPU, of
 seconds on a GPU. Random weights do not change the speed. A logits processor forces the lengths, so that all trainers
-get the same number of tokens. Writes `<scenario>.json` and `.md`; a scenario that has its file already is left out.
+get the same number of tokens. Writes `<scenario>.json`, after each round, and `.md`. The same command continues after
+the last round in the file.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from floors import measure_machine
 from ppo_iteration_report import report
-from ppo_iteration_trainers import SCENARIOS, TRAINERS, TRL_1_12, Builder, Scenario
-from profile_iteration import Profile
-from random_models import folder_for_weights
+from ppo_iteration_trainers import SCENARIOS, TRAINERS, TRL_1_12, Scenario
+from ppo_iteration_worker import work
 
 OVERRIDES = ("rows", "micro_batch", "epochs", "prompt", "completion")
 
@@ -39,53 +39,6 @@ def scenario_of(args: argparse.Namespace, name: str) -> Scenario:
     return replace(SCENARIOS[name], **changes, **switches)
 
 
-def work(kind: str, scenario: Scenario, args: argparse.Namespace) -> None:
-    """Train. After each iteration, send its figures to the driver and wait for the next word."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    import torch
-    from transformers import TrainerCallback
-
-    torch.set_num_threads(args.threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with folder_for_weights(4 * (scenario.sizes.block_weights + 2 * scenario.sizes.embedding)) as folder:
-        builder = Builder(scenario, args.device, folder)
-        trainer, clock = builder.build(kind), builder.clock
-        steps = 1 if kind in TRL_1_12 else scenario.epochs
-        profile = Profile(args.device)
-
-        class TakeTurns(TrainerCallback):
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                self.wait()
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if state.global_step % steps == 0:
-                    clock.lap()
-                    self.answer()
-                    self.wait()
-
-            def answer(self) -> None:
-                used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-                if clock.is_cuda:
-                    used = max(figures["peak"] for figures in clock.figures.values())
-                answers.write(json.dumps({"phases": clock.figures, "peak_bytes": used, **profile.stop()}) + "\n")
-                answers.flush()
-
-            def wait(self) -> None:
-                if clock.is_cuda:
-                    torch.cuda.empty_cache()  # another trainer needs the memory now
-                word = sys.stdin.readline().strip()
-                if word not in ("go", "profile"):
-                    os._exit(0)
-                if word == "profile":
-                    profile.start()
-                clock.reset()
-
-        trainer.add_callback(TakeTurns())
-        answers.write("ready\n")
-        answers.flush()
-        trainer.train()
-
-
 class Worker:
     """A trainer in a process of its own."""
 
@@ -93,7 +46,8 @@ class Worker:
         self.kind, self.log = kind, args.output / f"{name}.{kind}.log"
         threads = {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
         quiet = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        paths = [str(Path(args.trl_1_12).resolve())] if kind in TRL_1_12 else []
+        first = {"before": args.before, **dict.fromkeys(TRL_1_12, args.trl_1_12)}.get(kind)
+        paths = [str(Path(first).resolve())] if first else []
         paths += filter(None, [os.environ.get("PYTHONPATH")])
         environment = {**os.environ, **threads, **quiet, "PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, *sys.argv, "--worker", kind, "--scenarios", name, "--threads", str(args.threads)]
@@ -124,26 +78,32 @@ class Worker:
             self.log.unlink()
 
 
-def measure(name: str, kinds: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Let the trainers take turns for some rounds, after rounds of warm-up."""
+def measure(name: str, kinds: list[str], done: int, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Let the trainers take turns after rounds of warm-up, and yield the figures of each further round.
+
+    Args:
+        name: Scenario.
+        kinds: Trainers.
+        done: Number of rounds that an earlier call has measured.
+        args: Command line.
+    """
     workers = {kind: Worker(kind, name, args) for kind in kinds}
     alive = [kind for kind in kinds if workers[kind].read()]
-    words = ["go"] * (args.warm_up + args.rounds) + ["profile"] * args.profile
-    rows = []
-    for turn, word in enumerate(words):
-        first = turn % max(len(alive), 1)
+    words = ["warm up"] * args.warm_up + ["go"] * (args.rounds - done) + ["profile"] * args.profile
+    for turn, word in enumerate(words, done):
+        first, rows = turn % max(len(alive), 1), []
         for kind in alive[first:] + alive[:first]:
             answer = workers[kind].ask(word)
             if answer is None:
                 alive = [other for other in alive if other != kind]
                 continue
-            wall = sum(figures["wall"] for figures in answer["phases"].values())
-            print(name, kind, word, turn, f"{wall:.1f} s", flush=True)
-            if turn >= args.warm_up:
-                rows.append({"trainer": kind, "round": turn, "profiled": word == "profile", **answer})
+            cpu, wall = (sum(f[unit] for f in answer["phases"].values()) for unit in ("cpu", "wall"))
+            print(name, kind, word, turn, f"{cpu:.1f} CPU s, {wall:.1f} s", flush=True)
+            rows.append({"trainer": kind, "round": turn, "profiled": word == "profile", **answer})
+        if word != "warm up":
+            yield rows
     for worker in workers.values():
         worker.stop()
-    return rows
 
 
 def parse() -> argparse.Namespace:
@@ -153,11 +113,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trl_1_12", help="directory with TRL 1.12.0, whose PPO is then measured too")
     default = [kind for kind in TRAINERS if kind not in ("padded", "reward_critic")]
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=default)
+    parser.add_argument("--before", help="checkout of another commit, whose PPO is then measured too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm_up", type=int, default=1, help="iterations before the first that counts")
     parser.add_argument("--profile", action="store_true", help="profile one more iteration of each trainer")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="threads of a trainer; default: 1 on a CPU, 8 beside a GPU")
+    parser.add_argument("--epochs_run", type=int, help="run so many epochs and scale the update; at least 2")
     for option in OVERRIDES:
         parser.add_argument(f"--{option}", type=int, help="instead of the scenario's")
     parser.add_argument("--quantize", action="store_true", help="put the policy's base into 4 bit")
@@ -173,20 +135,22 @@ def main() -> None:
     """Measure every scenario and write the results."""
     args = parse()
     if args.worker:
-        work(args.worker, scenario_of(args, args.scenarios[0]), args)
+        work(args.worker, scenario_of(args, args.scenarios[0]), args.device, args.threads, args.epochs_run)
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    kinds = [kind for kind in args.trainers if args.trl_1_12 or kind not in TRL_1_12]
+    left_out = {"before": not args.before, **dict.fromkeys(TRL_1_12, not args.trl_1_12)}
+    kinds = [kind for kind in args.trainers if not left_out.get(kind)]
     for name in args.scenarios:
-        path = args.output / f"{name}.json"
+        path, scenario = args.output / f"{name}.json", scenario_of(args, name)
         if path.exists():
-            print(f"{name}: {path} exists")
-            continue
-        scenario = scenario_of(args, name)
-        machine = measure_machine(scenario, args.device, args.threads)
-        rows = measure(name, kinds, args)
-        result = {"scenario": {"name": name, **asdict(scenario)}, "machine": asdict(machine), "rows": rows}
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            result = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            machine = measure_machine(scenario, args.device, args.threads)
+            result = {"scenario": {"name": name, **asdict(scenario)}, "machine": asdict(machine), "rows": []}
+        done = len({row["round"] for row in result["rows"] if not row["profiled"]})
+        for rows in measure(name, kinds, done, args) if done < args.rounds else ():
+            result["rows"] += rows
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         text = report(result)
         path.with_suffix(".md").write_text(text, encoding="utf-8")
         print(text, flush=True)

@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrinterCallback
 
 OURS = {
     "ours": "rlhf_recipes PPO",
+    "before": "rlhf_recipes PPO of another commit",
     "padded": "rlhf_recipes PPO, not trimmed",
     "reward_critic": "rlhf_recipes PPO, critic: reward",
 }
@@ -119,8 +120,11 @@ def force_lengths(policy: Any, lengths: list[int]) -> None:
 class Builder:
     """Build trainers of one scenario that train for ever, all with the same models, prompts and lengths."""
 
-    def __init__(self, scenario: Scenario, device: str, folder: str, *, processes: int = 1) -> None:
+    def __init__(
+        self, scenario: Scenario, device: str, folder: str, *, processes: int = 1, epochs: int | None = None
+    ) -> None:
         self.scenario, self.device, self.folder = scenario, device, folder
+        self.epochs = epochs or scenario.epochs
         self.micro_batches = scenario.rows // (scenario.micro_batch * processes)
         self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.config = scenario.sizes.config(max_position_embeddings=1_024)
@@ -167,7 +171,7 @@ class Builder:
         scenario = self.scenario
         return self.common | {
             "max_steps": 10**6, "steps_per_generation": self.micro_batches,
-            "num_iterations": scenario.epochs, "max_completion_length": scenario.completion,
+            "num_iterations": self.epochs, "max_completion_length": scenario.completion,
             "model_init_kwargs": {"dtype": str(self.dtype).removeprefix("torch.")} if on_disk else None,
         }  # fmt: skip
 
@@ -226,7 +230,7 @@ class Builder:
         force_lengths(policy, scenario.lengths)
         rows = scenario.micro_batch if kind == "trl_1_12" else scenario.rows
         args = PPOConfig(
-            **self.common, num_ppo_epochs=scenario.epochs, num_mini_batches=1, total_episodes=10**6,
+            **self.common, num_ppo_epochs=self.epochs, num_mini_batches=1, total_episodes=10**6,
             response_length=scenario.completion, local_rollout_forward_batch_size=rows, stop_token="eos",
             temperature=1.0, num_sample_generations=0,
         )  # fmt: skip
