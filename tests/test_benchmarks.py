@@ -76,9 +76,9 @@ def test_an_iteration_computes_the_tokens_that_its_forced_lengths_need(tmp_path)
     assert phases["generate"]["forwards"] == longest
     assert phases["update"]["forwards"] == 2 * SCENARIO.epochs
     for name in ("policy forward", "reference forward"):
-        assert tokens <= phases[name]["tokens"] <= 4 * (8 + longest)
+        assert tokens <= phases[name]["tokens"] < 4 * (8 + longest)
         assert phases[name]["forwards"] == 2
-    assert 2 * tokens <= phases["update"]["tokens"] <= 2 * 4 * (8 + longest)
+    assert 2 * tokens <= phases["update"]["tokens"] < 2 * 4 * (8 + longest)
     assert all(phases[name]["cpu"] > 0 for name in ("generate", "score", "update"))
 
 
