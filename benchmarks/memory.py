@@ -3,7 +3,7 @@ r"""Measure the peak memory of one PPO iteration in four set-ups, from full mode
     python benchmarks/memory.py --output runs/benchmark
     python benchmarks/memory.py --sizes smollm2_135m qwen2.5_0.5b --device cuda
     python benchmarks/memory.py --device cuda --sizes llama3.1_8b --computed --setups one_backbone_4bit \
-        --rows 16 256 --micro_batch 2 --prompt 256 --completion 128
+        --rows 16 256 --prompt 256 --completion 128 --checkpointing
 
 Every set-up is a process of its own with random weights of the given shape. The result is the process's peak memory
 minus the memory after the imports (on a GPU: the peak of the allocator, of each phase too). Sizes of `--computed` do
@@ -96,7 +96,7 @@ def work(folder: str, setup: str, rows: int, args: argparse.Namespace) -> None:
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     trainer = make_trainer(folder, setup, rows, args)
     loaded = torch.cuda.max_memory_allocated() if args.device != "cpu" else 0
-    clock, loading = Clock(), time.perf_counter() - start
+    clock, loading = Clock(args.device), time.perf_counter() - start
     watch(trainer, clock)
     clock.reset()
     trainer.train()

@@ -22,8 +22,8 @@ class Clock:
     all backbones; `forwards` of backbones; `peak`, the allocator's peak in bytes on a GPU.
     """
 
-    def __init__(self) -> None:
-        self.is_cuda = torch.cuda.is_available()
+    def __init__(self, device: str = "cpu") -> None:
+        self.is_cuda = device != "cpu"
         self.stack: list[str] = []
         self.reset()
 

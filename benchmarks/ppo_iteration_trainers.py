@@ -108,11 +108,12 @@ class Lengths(LogitsProcessor):
 
 def force_lengths(policy: Any, lengths: list[int]) -> None:
     """Let `policy.generate` give the completions these lengths."""
-    limits, generate = torch.tensor(lengths, device=policy.device), policy.generate
+    limits, generate = torch.tensor(lengths), policy.generate
 
     def with_lengths(*args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        return generate(*args, logits_processor=LogitsProcessorList([Lengths(limits, ids.size(1))]), **kwargs)
+        processor = Lengths(limits.to(ids.device), ids.size(1))
+        return generate(*args, logits_processor=LogitsProcessorList([processor]), **kwargs)
 
     policy.generate = with_lengths
 
@@ -132,7 +133,7 @@ class Builder:
         prompts = [" ".join([f"w{FIRST_TOKEN + i}"] * scenario.prompt) for i in range(scenario.rows)]
         self.dataset = Dataset.from_dict({"prompt": prompts})
         self.lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-        self.clock = Clock()
+        self.clock = Clock(device)
 
     def build(self, kind: str) -> Any:
         """Return a trainer of the kind, measured by `clock`."""
