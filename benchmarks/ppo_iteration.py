@@ -142,11 +142,14 @@ def main() -> None:
     kinds = [kind for kind in args.trainers if not left_out.get(kind)]
     for name in args.scenarios:
         path, scenario = args.output / f"{name}.json", scenario_of(args, name)
+        settings = {"name": name, **asdict(scenario)}
         if path.exists():
             result = json.loads(path.read_text(encoding="utf-8"))
+            if result["scenario"] != settings:
+                raise SystemExit(f"{path} holds {result['scenario']}, not {settings}. Choose another --output.")
         else:
             machine = measure_machine(scenario, args.device, args.threads)
-            result = {"scenario": {"name": name, **asdict(scenario)}, "machine": asdict(machine), "rows": []}
+            result = {"scenario": settings, "machine": asdict(machine), "rows": []}
         done = len({row["round"] for row in result["rows"] if not row["profiled"]})
         for rows in measure(name, kinds, done, args) if done < args.rounds else ():
             result["rows"] += rows
