@@ -4,6 +4,7 @@ Nothing here imports rlhf_recipes, is vectorised or is fast. Arguments are (nest
 practice `tensor.tolist()`. Results are floats or nested lists. Masked cells are never read.
 """
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -220,3 +221,25 @@ def _surrogate(cell, logps, old_logps, advantages, mask):
         for rows in zip(logps, old_logps, advantages, mask, strict=True)
     ]
     return mean_of_sequence_means(per_token, mask)
+
+
+def least_tokens(columns, size):
+    """Return the fewest computed tokens of a cut of neighbours in one of three orders, by trying every cut.
+
+    A cut has the number of micro-batches and at most the largest tile of the cut into `size` rows by total length,
+    which also orders equal rows.
+    """
+
+    def tile(part):
+        return len(part) * sum(max(of_part) for of_part in zip(*part, strict=True))
+
+    by_length = sorted(columns, key=sum)
+    equal = [tile(by_length[i : i + size]) for i in range(0, len(columns), size)]
+    keys = [sum, max, lambda row: row[0]]
+    costs = []
+    for rows in (sorted(by_length, key=key) for key in keys):
+        for inner in itertools.combinations(range(1, len(rows)), len(equal) - 1):
+            ends = (0, *inner, len(rows))
+            tiles = [tile(rows[start:end]) for start, end in itertools.pairwise(ends)]
+            costs.append(sum(tiles) if max(tiles) <= max(equal) else math.inf)
+    return min(costs)

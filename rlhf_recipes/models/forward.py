@@ -18,6 +18,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 from rlhf_recipes.models.critic import VALUE_HEAD_NAME
 
 ROUTER_LOGITS = "output_router_logits"
+# A forward without gradient holds the intermediate results of one layer, 15 H numbers per token. A micro-batch that
+# trains holds 35 H of one layer, and H of each other layer even with gradient checkpointing.
+ROWS_WITHOUT_GRADIENT = 4
 
 
 @dataclass
@@ -92,6 +95,8 @@ class CompletionForward:
         takes_positions: Whether the model gets the position of each token, as in `generate`. Without positions, a
             model with absolute positions would number a row differently in each batch. A model for images counts by
             itself.
+        columns: Number of prompt and completion columns that the rows need, if it is known: then no forward has to
+            wait for the device to tell.
     """
 
     per_token_logps: Tensor
@@ -100,17 +105,32 @@ class CompletionForward:
     """Values, `(B, T + 1)`, after `finish`, if the model has a value head."""
 
     def __init__(
-        self, model: nn.Module, completion_length: int, *, pad_to_multiple_of: int | None, takes_positions: bool
+        self,
+        model: nn.Module,
+        completion_length: int,
+        *,
+        pad_to_multiple_of: int | None,
+        takes_positions: bool,
+        columns: tuple[int, int] | None = None,
     ) -> None:
-        self.model, self.completion_length = model, completion_length
+        self.model, self.completion_length, self.columns = model, completion_length, columns
         self.pad_to_multiple_of, self.takes_positions = pad_to_multiple_of or 1, takes_positions
         self._values: list[Tensor] = []
 
-    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **inputs: Any) -> Any:
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        columns: tuple[int, int] | None = None,
+        **inputs: Any,
+    ) -> Any:
         """Return TRL's output for the completion only, `(B, T)`."""
-        start, end = self._columns(attention_mask)
         width = input_ids.size(1)
         prompt_end = width - self.completion_length
+        prompt, completion = columns or self.columns or self.columns_of(attention_mask).amax(dim=0).tolist()
+        start, end = prompt_end - prompt, prompt_end + completion
         trimmed = {
             name: x[:, start:end] if isinstance(x, Tensor) and x.shape[:2] == input_ids.shape else x
             for name, x in {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}.items()
@@ -126,11 +146,11 @@ class CompletionForward:
             aux_loss=output.aux_loss,
         )
 
-    def finish(self, per_token_logps: Tensor, original: Any) -> Tensor:
-        """Keep the results of all chunks, and return the log-probabilities.
+    def finish(self, per_token_logps: Tensor, original: Any = slice(None)) -> Tensor:
+        """Keep the results of all parts of a batch, and return the log-probabilities.
 
         Args:
-            per_token_logps: Log-probabilities of all chunks, `(B, T)`.
+            per_token_logps: Log-probabilities of all parts, `(B, T)`.
             original: Index that restores the order of the rows in the batch.
         """
         self.per_token_logps = per_token_logps[original]
@@ -138,17 +158,38 @@ class CompletionForward:
             self.state_values = torch.cat(self._values)[original]
         return self.per_token_logps
 
-    def _columns(self, attention_mask: Tensor) -> tuple[int, int]:
-        """Return the range of columns with a token, with at least one of the prompt and one of the completion."""
-        width = attention_mask.size(1)
-        prompt_end = width - self.completion_length
-        used = attention_mask.any(dim=0).int()
-        first, last = torch.stack([used.argmax(), width - used.flip(0).argmax()]).tolist()  # one wait for the device
-        prompt, completion = (self._rounded(max(n, 1)) for n in (prompt_end - first, last - prompt_end))
-        return max(prompt_end - prompt, 0), min(prompt_end + completion, width)
+    def columns_of(self, attention_mask: Tensor) -> Tensor:
+        """Return how many columns each row needs of prompt and completion, `(B, 2)`, at least one of each."""
+        prompt_end = attention_mask.size(1) - self.completion_length
+        return needed_columns(attention_mask[:, :prompt_end], attention_mask[:, prompt_end:], self.pad_to_multiple_of)
 
-    def _rounded(self, columns: int) -> int:
-        return -(-columns // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+def needed_columns(prompt_mask: Tensor, completion_mask: Tensor, multiple: int) -> Tensor:
+    """Return how many columns a forward needs for each row's prompt and completion, `(B, 2)`, at least one of each.
+
+    Args:
+        prompt_mask: 1 = token, `(B, P)`; the last column is the closest to the completion.
+        completion_mask: 1 = token, `(B, T)`.
+        multiple: Number that divides the result, unless there are too few columns.
+    """
+    counted = []
+    for mask in (prompt_mask.flip(1), completion_mask):
+        places = torch.arange(1, mask.size(1) + 1, device=mask.device)
+        needed = (mask * places).amax(dim=1).clamp(min=1)
+        counted.append((-(-needed // multiple) * multiple).clamp(max=mask.size(1)))
+    return torch.stack(counted, dim=1)
+
+
+def rows_without_gradient(micro_batch: int, device: torch.device) -> int:
+    """Return how many rows a forward without gradient may have, beside a micro-batch that trains.
+
+    Few rows leave a GPU idle. A CPU is as fast with few, and its caches are small.
+
+    Args:
+        micro_batch: Number of rows of a micro-batch.
+        device: Device of the forward.
+    """
+    return micro_batch * (ROWS_WITHOUT_GRADIENT if device.type == "cuda" else 1)
 
 
 def sampling_inputs(model: PreTrainedModel) -> dict[str, Any]:
@@ -158,17 +199,6 @@ def sampling_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """
     asks = getattr(model.config.get_text_config(), ROUTER_LOGITS, False)
     return {ROUTER_LOGITS: False} if asks else {}
-
-
-def rows_by_length(attention_mask: Tensor | None) -> tuple[Any, Any]:
-    """Return an index that sorts rows by length, so that chunks need little padding, and the index that undoes it.
-
-    Without a mask both indices leave the order as it is.
-    """
-    if attention_mask is None:
-        return slice(None), slice(None)
-    order = attention_mask.sum(dim=1).argsort()
-    return order, order.argsort()
 
 
 def _widen(x: Tensor, columns: int) -> Tensor:

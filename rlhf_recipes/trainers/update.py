@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from torch import Tensor
 
 from rlhf_recipes.algorithm.distributed import global_means
 from rlhf_recipes.algorithm.kl import estimate_kl
-from rlhf_recipes.algorithm.losses import is_value_clipped, per_token_value_loss
-from rlhf_recipes.models.forward import CompletionForward
+from rlhf_recipes.algorithm.losses import MEANS_OVER_ROWS, is_value_clipped, per_token_value_loss
+from rlhf_recipes.algorithm.micro_batches import cut_together
+from rlhf_recipes.models.forward import CompletionForward, needed_columns
 from rlhf_recipes.options.baselines import rollout_steps
 from rlhf_recipes.trainers.rollout import loss_mask
 
@@ -108,25 +111,43 @@ def weigh_means(metrics: dict[str, list[float]]) -> None:
         metrics[name] = [total / max(sum(count for _, count in known), 1.0) if known else math.nan]
 
 
-def group_by_length(micro_batches: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
-    """Cut the rows of each optimiser step into micro-batches anew, by length, so that each needs little padding.
+def group_by_length(
+    micro_batches: list[dict[str, Any]], window: int, pad_to_multiple_of: int | None = None
+) -> list[dict[str, Any]]:
+    """Cut the rows of each optimiser step into micro-batches anew, so that each needs little padding.
 
-    A step keeps its rows. Its gradient does not depend on the cut: all losses of `PPOConfig` are sums, or means over
-    micro-batches of one size.
+    A step keeps its rows and its number of micro-batches, which differ in their number of rows. On all ranks the same
+    micro-batch has the same number of rows, because TRL gathers its figures by row. The gradient of a step stays the
+    same: `PPOConfig` admits losses that are sums, and means over rows, which `row_share` weighs. The new entries of a
+    micro-batch are Python numbers, so that no forward waits for the device.
 
     Args:
         micro_batches: Micro-batches of one rollout, all of one size, in the order of training.
         window: Number of micro-batches per optimiser step.
+        pad_to_multiple_of: Argument of `CompletionForward`.
     """
-    grouped: list[dict[str, Any]] = []
+    prompts, completions = (torch.cat([x[f"{part}_mask"] for x in micro_batches]) for part in ("prompt", "completion"))
+    state, size = PartialState(), len(micro_batches[0]["completion_mask"])
+    columns = gather(needed_columns(prompts, completions, pad_to_multiple_of or 1)).cpu()  # one wait for the device
+    columns, rank = columns.view(state.num_processes, -1, 2), state.process_index
+    grouped = []
     for start in range(0, len(micro_batches), window):
-        step = micro_batches[start : start + window]
+        step, needed = micro_batches[start : start + window], columns[:, start * size : (start + window) * size]
         names = [name for name, x in step[0].items() if isinstance(x, Tensor) and x.ndim > 0]
         rows = {name: torch.cat([batch[name] for batch in step]) for name in names}
-        order = (rows["prompt_mask"].sum(dim=1) + rows["completion_mask"].sum(dim=1)).argsort()
-        for batch, part in zip(step, order.chunk(len(step)), strict=True):
-            grouped.append({**batch, **{name: x[part] for name, x in rows.items()}})
+        for batch, parts in zip(step, cut_together(needed, size), strict=True):
+            part = parts[rank]
+            own = {"columns": tuple(needed[rank, part].amax(dim=0).tolist()), "row_share": len(part) / size}
+            grouped.append({**batch, **{name: x[part] for name, x in rows.items()}, **own})
     return grouped
+
+
+def row_weight(micro_batch: dict[str, Any], loss_type: str) -> float:
+    """Return the weight of a micro-batch in the loss of its optimiser step.
+
+    A checkpoint of an earlier version holds equal micro-batches, and so does a rollout that is not cut anew.
+    """
+    return micro_batch.get("row_share", 1.0) if loss_type in MEANS_OVER_ROWS else 1.0
 
 
 def episodes(step: int, args: Any) -> int:
