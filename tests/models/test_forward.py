@@ -10,7 +10,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import _ChunkedLogProbFunction
 
 from rlhf_recipes.algorithm.micro_batches import computed_tokens
-from rlhf_recipes.models.forward import CompletionForward
+from rlhf_recipes.models.forward import CompletionForward, rows_without_gradient
 from rlhf_recipes.trainers.update import group_by_length
 
 pytestmark = pytest.mark.tiny
@@ -69,6 +69,10 @@ def test_padding_to_a_multiple_is_kept(multiple):
     assert needed((3, 2), (9, 4)) == ([3, 9] if multiple is None else [8, 16])
     assert needed((19, 2), (30, 4)) == ([19, 30] if multiple is None else [20, 30]), "no more than there are"
     assert needed((3, 2), (0, 0)) == ([3, 1] if multiple is None else [8, 8])
+
+
+def test_a_gpu_gets_more_rows_where_nothing_is_kept_for_a_gradient():
+    assert [rows_without_gradient(3, torch.device(name)) for name in ("cpu", "cuda")] == [3, 12]
 
 
 def _untrimmed(trainer, ids, mask, length):
