@@ -7,17 +7,21 @@ the completion reaches the LM head and the value head. The results are the same.
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import is_triton_available
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf_recipes.models.critic import VALUE_HEAD_NAME
 
 ROUTER_LOGITS = "output_router_logits"
+# Logits that are kept for the gradient: 256 MB in float32. TRL's tiles take about as much, and compute them twice.
+KEPT_LOGITS = 2**26
 # A forward without gradient holds the intermediate results of one layer, 15 H numbers per token. A micro-batch that
 # trains holds 35 H of one layer, and H of each other layer even with gradient checkpointing.
 ROWS_WITHOUT_GRADIENT = 4
@@ -34,16 +38,20 @@ class ActorCriticOutput(FusedCausalLMOutput):
     state_values: Tensor | None = None
 
 
-def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone: bool = False) -> None:
+def add_completion_forward(
+    model: PreTrainedModel, *, temperature: float, value_gradient_to_backbone: bool = False
+) -> None:
     """Let a causal LM take `completion_length=T`: its heads then see the last `T + 1` hidden states only.
 
     The model then returns the log-probabilities of the last T tokens, given as `shift_labels`. If it has a value head,
     it also returns their values, from the same forward of the backbone. With `backbone_only=True` it returns the
     backbone's output, through every wrapper of the model (DDP, FSDP). Every other call stays as it was, also
-    generation. Call this after TRL has added its fused LM head.
+    generation. Call this after TRL has added its fused LM head. Where that head would compute small logits twice, the
+    model's own head computes them once, see `keeps_logits`.
 
     Args:
         model: Causal LM on which TRL's `add_fused_lm_head` was called.
+        temperature: Temperature of that head.
         value_gradient_to_backbone: Whether the value loss may train the backbone, or only the head.
     """
     fused_forward = model.forward
@@ -54,6 +62,7 @@ def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone
         *args: Any,
         completion_length: int | None = None,
         backbone_only: bool = False,
+        with_entropy: bool = True,
         **kwargs: Any,
     ) -> Any:
         if backbone_only:
@@ -67,9 +76,12 @@ def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone
             output.last_hidden_state = states[-1][:, :-1]
             return output
 
+        run = fused_forward
+        if keeps_logits(self, kwargs["shift_labels"]):
+            run = functools.partial(_own_head, fused_forward, temperature=temperature, with_entropy=with_entropy)
         hook = self.base_model.register_forward_hook(keep_completion)
         try:
-            output = fused_forward(*args, **kwargs)
+            output = run(*args, **kwargs)
         finally:
             hook.remove()
         head = getattr(self, VALUE_HEAD_NAME, None)
@@ -80,6 +92,41 @@ def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def keeps_logits(model: PreTrainedModel, labels: Tensor) -> bool:
+    """Return whether the model's own head is the faster one: without Triton, in float32, and for few logits.
+
+    TRL's head computes the logits in tiles, and again for the gradient. In float32 both heads give the same numbers.
+    """
+    device = labels.device.type
+    # OPT's own forward runs the decoder without the backbone around it, where the completion is cut out.
+    if is_triton_available() and device in ("cuda", "xpu") or model.get_decoder() is not model.base_model:
+        return False
+    is_float32 = model.get_output_embeddings().weight.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+    return is_float32 and labels.numel() * model.config.get_text_config().vocab_size <= KEPT_LOGITS
+
+
+def _own_head(
+    forward: Callable[..., Any],
+    *args: Any,
+    shift_labels: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    fused_lm_head: bool,
+    **kwargs: Any,
+) -> FusedCausalLMOutput:
+    """Return the output of TRL's fused head from the logits of the model's own head, `(B, T)`."""
+    output = forward(*args, use_cache=False, **kwargs)
+    log_probs = (output.logits.float() / temperature).log_softmax(dim=-1)
+    counts = shift_labels != -100
+    of_labels = log_probs.gather(-1, shift_labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=-1) if with_entropy else None
+    return FusedCausalLMOutput(
+        log_probs=of_labels.masked_fill(~counts, 0),
+        entropy=None if entropy is None else entropy.masked_fill(~counts, 0),
+        aux_loss=getattr(output, "aux_loss", None),
+    )
 
 
 class CompletionForward:
@@ -124,6 +171,7 @@ class CompletionForward:
         attention_mask: Tensor,
         labels: Tensor,
         columns: tuple[int, int] | None = None,
+        with_entropy: bool = True,
         **inputs: Any,
     ) -> Any:
         """Return TRL's output for the completion only, `(B, T)`."""
@@ -137,7 +185,8 @@ class CompletionForward:
         }
         if self.takes_positions:
             trimmed["position_ids"] = (trimmed["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        output = self.model(**trimmed, shift_labels=labels[:, prompt_end:end], completion_length=end - prompt_end)
+        trimmed |= {"shift_labels": labels[:, prompt_end:end], "with_entropy": with_entropy}
+        output = self.model(**trimmed, completion_length=end - prompt_end)
         if getattr(output, "state_values", None) is not None:
             self._values.append(_widen(output.state_values, width - end))
         return FusedCausalLMOutput(

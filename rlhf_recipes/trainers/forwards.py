@@ -80,7 +80,7 @@ class ForwardTrainer(ValueHeadTrainer):
         parts = cut_rows(columns, rows_without_gradient(batch_size, input_ids.device))
         logps = []
         for rows in parts:
-            of_part = functools.partial(forward, columns=tuple(columns[rows].amax(dim=0).tolist()))
+            of_part = functools.partial(forward, columns=tuple(columns[rows].amax(dim=0).tolist()), with_entropy=False)
             given = (input_ids[rows], attention_mask[rows], logits_to_keep)
             logps.append(super()._get_per_token_logps_and_entropies(of_part, *given, **kwargs)[0])
         return forward.finish(torch.cat(logps), torch.cat(parts).argsort()), None, None

@@ -10,7 +10,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import _ChunkedLogProbFunction
 
 from rlhf_recipes.algorithm.micro_batches import computed_tokens
-from rlhf_recipes.models.forward import CompletionForward, rows_without_gradient
+from rlhf_recipes.models.forward import CompletionForward, keeps_logits, rows_without_gradient
 from rlhf_recipes.trainers.update import group_by_length
 
 pytestmark = pytest.mark.tiny
@@ -110,7 +110,8 @@ def test_log_probabilities_entropies_values_and_gradients_are_those_of_the_padde
         assert_close(gradient, expected[name], SPLIT)
 
 
-def test_only_the_completion_is_projected_to_the_vocabulary(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept", [0, 2**26], ids=["TRL's head", "own head"])
+def test_only_the_completion_is_projected_to_the_vocabulary(tmp_path, monkeypatch, kept):
     trainer = tiny.ppo_trainer(tmp_path)
     positions = []
 
@@ -121,10 +122,48 @@ def test_only_the_completion_is_projected_to_the_vocabulary(tmp_path, monkeypatc
             return _ChunkedLogProbFunction.forward(ctx, hidden_states, *args)
 
     monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", Counted)
+    monkeypatch.setattr("rlhf_recipes.models.forward.KEPT_LOGITS", kept)
     ids, mask = _batch(PROMPTS, COMPLETIONS, prompt_width=20, completion_width=30)
     for model in (trainer.model, trainer.ref_model):
+        if kept:
+            model.lm_head.register_forward_hook(lambda head, inputs, out: positions.append(inputs[0][..., 0].numel()))
         trainer._get_per_token_logps_and_entropies(model, ids, mask, 30)
     assert positions == [len(PROMPTS) * max(COMPLETIONS)] * 2
+
+
+def _entropies_asked_for(trainer):
+    """Return a list that gets for each forward of the policy whether it has a gradient, and whether entropies."""
+    asked, forward = [], trainer.model.forward
+
+    def recorded(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if kwargs.get("completion_length"):
+            asked.append((torch.is_grad_enabled(), output.entropy is not None))
+        return output
+
+    trainer.model.forward = recorded
+    return asked
+
+
+def test_a_rollout_computes_no_entropies(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path, num_iterations=1, max_steps=1, gradient_accumulation_steps=2)
+    asked = _entropies_asked_for(trainer)
+    trainer.train()
+    assert asked == [(False, False)] * 2 + [(True, True)] * 2
+    assert tiny.logged(trainer, "entropy")[1] > 1
+
+
+def test_large_logits_are_not_kept(tmp_path, monkeypatch):
+    trainer = tiny.ppo_trainer(tmp_path)
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    monkeypatch.setattr("rlhf_recipes.models.forward.KEPT_LOGITS", 6 * len(trainer.processing_class))
+    assert keeps_logits(trainer.model, labels)
+    assert not keeps_logits(trainer.model, labels.repeat(2, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not keeps_logits(trainer.model, labels)
+    monkeypatch.setattr("rlhf_recipes.models.forward.is_triton_available", lambda: True)
+    assert keeps_logits(trainer.model, labels), "TRL uses Triton on a GPU only"
+    assert not keeps_logits(trainer.model.bfloat16(), labels)
 
 
 def test_a_model_of_absolute_positions_does_not_depend_on_the_batch(tmp_path):
