@@ -4,7 +4,6 @@ Nothing here imports rlhf_recipes, is vectorised or is fast. Arguments are (nest
 practice `tensor.tolist()`. Results are floats or nested lists. Masked cells are never read.
 """
 
-import itertools
 import math
 from fractions import Fraction
 
@@ -229,17 +228,21 @@ def least_tokens(columns, size):
     A cut has the number of micro-batches and at most the largest tile of the cut into `size` rows by total length,
     which also orders equal rows.
     """
-
-    def tile(part):
-        return len(part) * sum(max(of_part) for of_part in zip(*part, strict=True))
-
     by_length = sorted(columns, key=sum)
-    equal = [tile(by_length[i : i + size]) for i in range(0, len(columns), size)]
-    keys = [sum, max, lambda row: row[0]]
-    costs = []
-    for rows in (sorted(by_length, key=key) for key in keys):
-        for inner in itertools.combinations(range(1, len(rows)), len(equal) - 1):
-            ends = (0, *inner, len(rows))
-            tiles = [tile(rows[start:end]) for start, end in itertools.pairwise(ends)]
-            costs.append(sum(tiles) if max(tiles) <= max(equal) else math.inf)
-    return min(costs)
+    equal = [_tokens(by_length[i : i + size]) for i in range(0, len(columns), size)]
+    orders = (sorted(by_length, key=key) for key in (sum, max, lambda row: row[0]))
+    return min(_least_of_cuts(rows, len(equal), max(equal)) for rows in orders)
+
+
+def _tokens(rows):
+    return len(rows) * sum(max(of_part) for of_part in zip(*rows, strict=True))
+
+
+def _least_of_cuts(rows, parts, limit):
+    if parts == 1:
+        return _tokens(rows) if _tokens(rows) <= limit else math.inf
+    heads = [rows[:end] for end in range(1, len(rows) - parts + 2)]
+    return min(
+        _tokens(head) + _least_of_cuts(rows[len(head) :], parts - 1, limit) if _tokens(head) <= limit else math.inf
+        for head in heads
+    )

@@ -63,6 +63,7 @@ def add_completion_forward(
         completion_length: int | None = None,
         backbone_only: bool = False,
         with_entropy: bool = True,
+        own_head: bool = True,
         **kwargs: Any,
     ) -> Any:
         if backbone_only:
@@ -77,7 +78,7 @@ def add_completion_forward(
             return output
 
         run = fused_forward
-        if keeps_logits(self, kwargs["shift_labels"]):
+        if own_head and keeps_logits(self, kwargs["shift_labels"]):
             run = functools.partial(_own_head, fused_forward, temperature=temperature, with_entropy=with_entropy)
         hook = self.base_model.register_forward_hook(keep_completion)
         try:
@@ -144,6 +145,7 @@ class CompletionForward:
             itself.
         columns: Number of prompt and completion columns that the rows need, if it is known: then no forward has to
             wait for the device to tell.
+        own_head: Whether the model's own head may serve; see `keeps_logits`.
     """
 
     per_token_logps: Tensor
@@ -159,7 +161,9 @@ class CompletionForward:
         pad_to_multiple_of: int | None,
         takes_positions: bool,
         columns: tuple[int, int] | None = None,
+        own_head: bool = True,
     ) -> None:
+        self.own_head = own_head
         self.model, self.completion_length, self.columns = model, completion_length, columns
         self.pad_to_multiple_of, self.takes_positions = pad_to_multiple_of or 1, takes_positions
         self._values: list[Tensor] = []
@@ -185,7 +189,7 @@ class CompletionForward:
         }
         if self.takes_positions:
             trimmed["position_ids"] = (trimmed["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        trimmed |= {"shift_labels": labels[:, prompt_end:end], "with_entropy": with_entropy}
+        trimmed |= {"shift_labels": labels[:, prompt_end:end], "with_entropy": with_entropy, "own_head": self.own_head}
         output = self.model(**trimmed, completion_length=end - prompt_end)
         if getattr(output, "state_values", None) is not None:
             self._values.append(_widen(output.state_values, width - end))

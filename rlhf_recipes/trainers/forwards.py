@@ -86,7 +86,7 @@ class ForwardTrainer(ValueHeadTrainer):
         return forward.finish(torch.cat(logps), torch.cat(parts).argsort()), None, None
 
     def _completion_forward(
-        self, model: Any, completion_length: int, columns: tuple[int, int] | None = None
+        self, model: Any, completion_length: int, columns: tuple[int, int] | None = None, *, own_head: bool = True
     ) -> CompletionForward:
         return CompletionForward(
             model,
@@ -94,6 +94,7 @@ class ForwardTrainer(ValueHeadTrainer):
             pad_to_multiple_of=self.pad_to_multiple_of,
             takes_positions=self._takes_positions,
             columns=columns,
+            own_head=own_head,
         )
 
     def _forward(self, model: Any, batch: dict[str, Any]) -> CompletionForward:
