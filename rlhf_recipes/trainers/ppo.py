@@ -267,7 +267,7 @@ class PPOTrainer(ForwardTrainer):
             inputs = {name: x for name, x in inputs.items() if name != "sampling_per_token_logps"}
         policy_loss = super()._compute_loss(forward, inputs)
         batch = MicroBatch.of(forward, inputs, has_value_head=self.reward_critic is None)
-        value_loss, count, metrics = critic_loss(
+        value_loss, sums = critic_loss(
             batch,
             self._average_like_policy_loss,
             cliprange=self.args.cliprange_value,
@@ -275,10 +275,7 @@ class PPOTrainer(ForwardTrainer):
                 batch.per_token_logps - batch.old_per_token_logps, batch.advantages, batch.mask
             ),
         )
-        self._log_metrics(metrics)
-        self._log_counts(count, metrics)
-        if self.model.training:
-            self.guard.observe_update(count, {name: count * mean for name, mean in metrics.items()})
+        self.note_update(sums)
         if self.model.training and self.state.global_step < self.args.critic_warmup_steps:
             policy_loss = 0 * policy_loss
         return row_weight(inputs, self.loss_type) * (policy_loss + self.args.vf_coef * value_loss)

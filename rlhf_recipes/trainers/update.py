@@ -4,7 +4,7 @@ The policy's loss is TRL's: `PPOTrainer._compute_loss` adds the two. Every rank 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
 
-from rlhf_recipes.algorithm.distributed import global_means
+from rlhf_recipes.algorithm.distributed import global_sum
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.algorithm.losses import MEANS_OVER_ROWS, is_value_clipped, per_token_value_loss
 from rlhf_recipes.algorithm.micro_batches import cut_together
@@ -21,6 +21,8 @@ from rlhf_recipes.models.forward import CompletionForward, needed_columns
 from rlhf_recipes.options.baselines import rollout_steps
 from rlhf_recipes.trainers.rollout import loss_mask
 
+# Means of TRL over the tokens of a micro-batch, if they are logged.
+TOKEN_MEANS = ("entropy", "kl", *(f"clip_ratio/{kind}_mean" for kind in ("low", "high", "region")))
 COUNT_OF = "count of "  # marks the number of tokens or completions behind a mean that waits for the next log
 
 
@@ -72,8 +74,8 @@ def critic_loss(
     *,
     inside: Tensor,
     cliprange: float,
-) -> tuple[Tensor, float, dict[str, float]]:
-    """Return the value loss, and the metrics of the update: means over the tokens of all ranks, after their number.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the value loss, and the metrics of the update: the number of tokens under "", and sums over the tokens.
 
     Args:
         batch: Rows of one process.
@@ -83,6 +85,7 @@ def critic_loss(
     """
     loss = torch.zeros((), device=batch.mask.device)
     measured = {
+        "": torch.ones_like(inside),
         "policy/approx_kl": estimate_kl(batch.old_per_token_logps, batch.per_token_logps, "k3"),
         "policy/clip_fraction": 1 - inside,
     }
@@ -91,8 +94,23 @@ def critic_loss(
         loss = average(token_loss, batch.mask, batch.rollout_tokens)
         clipped = is_value_clipped(batch.values.detach(), batch.old_values, cliprange=cliprange)
         measured |= {"loss/value": token_loss.detach(), "val/clip_fraction": clipped}
-    count, means = global_means(batch.mask, *measured.values())
-    return loss, count, dict(zip(measured, means, strict=True))
+    return loss, {name: torch.where(batch.mask.bool(), x, 0).float().sum() for name, x in measured.items()}
+
+
+def read_means(sums: Sequence[dict[str, Tensor]]) -> list[tuple[float, dict[str, float]]]:
+    """Return for each micro-batch its number of tokens on all ranks, and its means over them.
+
+    This costs one reduction and one wait for the device for all micro-batches together.
+
+    Args:
+        sums: Metrics of each micro-batch on this rank, as `critic_loss` returns them.
+    """
+    totals = global_sum(torch.stack([torch.stack(list(of_batch.values())) for of_batch in sums])).tolist()
+    names = [name for name in sums[0] if name]
+    return [
+        (count, {name: total / max(count, 1.0) for name, total in zip(names, own, strict=True)})
+        for count, *own in totals
+    ]
 
 
 def weigh_means(metrics: dict[str, list[float]]) -> None:

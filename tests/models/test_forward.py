@@ -271,6 +271,6 @@ def test_figures_are_means_over_the_tokens_of_a_rollout(tmp_path):
         trainer.train()
         logs.append([entry for entry in trainer.state.log_history if "policy/approx_kl" in entry])
     for small, large in zip(*logs, strict=True):
-        for name in ("policy/approx_kl", "loss/value", "val/clip_fraction"):
+        for name in ("policy/approx_kl", "loss/value", "val/clip_fraction", "entropy", "clip_ratio/region_mean"):
             assert_close(small[name], large[name], SPLIT)
     assert logs[0][1]["policy/approx_kl"] > 1e-4

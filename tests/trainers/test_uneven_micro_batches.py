@@ -1,5 +1,6 @@
 """Micro-batches of different size train the weights of equal ones, and compute fewer tokens."""
 
+import sys
 from collections import Counter
 
 import pytest
@@ -60,7 +61,7 @@ def trainer_of(directory, *, split=4, rows=8, reads=False, **options):
 
 
 def trained(directory, monkeypatch, cut=None, **options):
-    """Return the trained parameters after four optimiser steps, their start, the gradient norms, and the losses."""
+    """Return the trained parameters after four optimiser steps, their start, and the trainer."""
     with monkeypatch.context() as patch:
         if cut is not None:
             patch.setattr("rlhf_recipes.trainers.ppo.group_by_length", cut)
@@ -92,7 +93,7 @@ def test_four_steps_train_the_weights_of_equal_micro_batches(tmp_path, monkeypat
     assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-3
     for name, weights in expected.items():
         assert_close(actual[name], weights, SPLIT)
-    for name in ("loss", "grad_norm", "policy/approx_kl", "objective/kl"):
+    for name in ("loss", "grad_norm", "policy/approx_kl", "objective/kl", "entropy"):
         for step, value in tiny.logged(equal, name).items():
             assert_close(tiny.logged(uneven, name)[step], value, SPLIT)
 
@@ -161,3 +162,35 @@ def _count(model, name, tokens, forwards):
         forwards[name, torch.is_grad_enabled()] += 1
 
     model.model.embed_tokens.register_forward_hook(counted)
+
+
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
+
+
+def test_an_optimiser_step_waits_once_for_the_device(tmp_path, monkeypatch):
+    """Each of these calls waits on a GPU until all that was asked of it is done. TRL's own calls do not count."""
+    trainer, waits, inside = trainer_of(tmp_path), [], []
+
+    def counting(name):
+        read = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, **kwargs):
+            if inside and "/rlhf_recipes/" in sys._getframe(1).f_code.co_filename:
+                waits.append((trainer.state.global_step, name))
+            return read(tensor, *args, **kwargs)
+
+        return counted
+
+    for name in READS:
+        monkeypatch.setattr(torch.Tensor, name, counting(name))
+    compute = trainer._compute_loss
+
+    def in_update(*args):
+        inside.append(True)
+        loss = compute(*args)
+        inside.clear()
+        return loss
+
+    trainer._compute_loss = in_update
+    trainer.train()
+    assert waits == [(step, "tolist") for step in range(4)]
