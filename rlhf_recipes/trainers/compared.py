@@ -18,6 +18,7 @@ from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, load_ppo_state, save_ppo_state
 from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
 from rlhf_recipes.evaluation.samples import write_table
+from rlhf_recipes.models.forward import rows_without_gradient
 from rlhf_recipes.models.generation import plain_output
 from rlhf_recipes.models.loading import prepare_frozen
 from rlhf_recipes.options.reward_calls import RewardCallConfig
@@ -75,7 +76,7 @@ class ComparedTrainer(SavingTrainer):
         run = ScoringRun(
             policy=self.model,
             policy_eos_token_ids=eos_token_ids,
-            batch_size=self.args.per_device_train_batch_size,
+            batch_size=rows_without_gradient(self.args.per_device_train_batch_size, self.accelerator.device),
             timeout=limits.reward_timeout,
             prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
         )

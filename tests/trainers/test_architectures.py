@@ -10,6 +10,7 @@ import transformers as tf
 from peft import LoraConfig
 from tolerances import FIRST_UPDATE, MERGED, NO_KL, assert_close
 
+from rlhf_recipes.models.forward import keeps_logits
 from rlhf_recipes.models.loading import load_policy
 
 pytestmark = pytest.mark.tiny
@@ -133,3 +134,28 @@ def test_two_rollouts_of_an_architecture(tmp_path, name, adapter):
         ours, plain = trained(input_ids=ids).logits, saved(input_ids=ids).logits
     assert_close(ours, plain, MERGED if adapter else FIRST_UPDATE)
     assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_models_own_head_gives_the_numbers_of_trls(tmp_path, monkeypatch, name):
+    """Log-probabilities, entropies and gradients, at another temperature than 1 and with values beside them."""
+    generator, found = torch.Generator().manual_seed(3), []
+    ids = torch.randint(60, 200, (3, 9), generator=generator)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 0]])
+    weights = torch.rand(3, 5, generator=generator) * mask[:, -5:]
+    for kept in (0, 2**26):
+        monkeypatch.setattr("rlhf_recipes.models.forward.KEPT_LOGITS", kept)
+        tok = tiny.tokenizer()
+        trainer = tiny.ppo_trainer(tmp_path, model=policy(name, tok), tok=tok, temperature=0.7)
+        assert keeps_logits(trainer.model, ids) == (kept > 0 and name != "opt")
+        forward = trainer._completion_forward(trainer.model, 5)
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(forward, ids, mask, 5, compute_entropy=True)
+        ((logps + 0.1 * entropies + forward.state_values[:, :-1]) * weights).sum().backward()
+        gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        found.append(({"logps": logps * weights, "entropies": entropies * weights}, gradients))
+    (fused, expected), (own, actual) = found
+    assert actual.keys() == expected.keys()
+    for part, numbers in fused.items():
+        assert_close(own[part], numbers, FIRST_UPDATE)
+    for part, gradient in expected.items():
+        assert_close(actual[part], gradient, MERGED)
