@@ -35,8 +35,8 @@ def attach_value_head(
     adapter: it is trained, saved and switched with it. Call this before an accelerator wraps the model.
     """
     base = causal_lm(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # `torch.manual_seed` would also seed every GPU
+        torch.default_generator.manual_seed(seed)
         head = ValueHead(base.config.get_text_config().hidden_size, head_size, activation)
     load_value_head(head, directory)
     head.to(base.device)

@@ -81,8 +81,8 @@ def build_base_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForC
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # `torch.manual_seed` would also seed every GPU
+        torch.default_generator.manual_seed(seed)
         return LlamaForCausalLM(config)
 
 

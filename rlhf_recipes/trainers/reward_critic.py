@@ -39,7 +39,7 @@ class RewardCritic:
 
     def __init__(self, args: PPOConfig, hidden_size: int, device: torch.device) -> None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
+            torch.default_generator.manual_seed(args.seed)  # `torch.manual_seed` would also seed every GPU
             head = ValueHead(hidden_size, args.value_head_size, args.value_head_activation)
         self.head, self.epochs = head.to(device), args.critic_epochs
         learning_rate: Any = args.value_head_learning_rate
