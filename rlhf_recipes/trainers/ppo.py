@@ -96,6 +96,7 @@ class PPOTrainer(ForwardTrainer):
         super().__init__(parts.model, parts.reward_funcs, options_for_trl(args), **kwargs)
         own = ("beta", "importance_sampling_level", "off_policy_mask_threshold")
         self.args, self.beta = with_changes(self.args, **{name: getattr(args, name) for name in own}), args.beta
+        self.rows_at_once = self.args.generation_batch_rows
         add_networks(self.model, parts, self.args)
         if parts.reference is not None:
             self.ref_model = prepare_reference(parts.reference, self.args, self.accelerator)
