@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=["even", "long_tail", "large_vocabulary"])
     parser.add_argument("--trl_1_12", help="directory with TRL 1.12.0, whose PPO is then measured too")
-    default = [kind for kind in TRAINERS if kind not in ("padded", "reward_critic")]
+    default = [kind for kind in TRAINERS if kind not in ("padded", "reward_critic", "compiled")]
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=default)
     parser.add_argument("--before", help="checkout of another commit, whose PPO is then measured too")
     parser.add_argument("--rounds", type=int, default=3)

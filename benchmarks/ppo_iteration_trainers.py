@@ -22,6 +22,7 @@ OURS = {
     "ours": "rlhf_recipes PPO",
     "before": "rlhf_recipes PPO of another commit",
     "padded": "rlhf_recipes PPO, not trimmed",
+    "compiled": "rlhf_recipes PPO, cache_implementation: static",
     "reward_critic": "rlhf_recipes PPO, critic: reward",
 }
 TRL_1_12 = {
@@ -93,6 +94,8 @@ SCENARIOS = {
 
 class Lengths(LogitsProcessor):
     """End the completion of prompt i after `limits[i]` tokens, EOS included, and not before."""
+
+    supports_continuous_batching = True  # it keeps nothing of a row
 
     def __init__(self, limits: torch.Tensor, prompt_length: int) -> None:
         self.limits, self.prompt_length = limits, prompt_length
@@ -200,6 +203,7 @@ class Builder:
         options = PPOConfig(
             **self.trl_options(on_disk=on_disk), critic="reward" if kind == "reward_critic" else "policy",
             response_separator="", reward_adapter=adapter, check_numerics=False,
+            cache_implementation="static" if kind == "compiled" else None,
         )  # fmt: skip
         trainer = PPOTrainer(model, reward_model, options, **rewards, **self.data())
         self.clock.count(trainer.model, *([] if reward_model is None else [reward_model]))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from rlhf_recipes.models.critic import causal_lm
+from rlhf_recipes.models.loading import mixed_precision
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,22 @@ def check_generation_kwargs(args: Any) -> None:
             raise ValueError(
                 f"`generation_kwargs` has `{name}: {value}`. Leave it out: it follows from {_SET_BY[name]}."
             )
+
+
+def check_static_cache(model: Any, args: Any) -> None:
+    """Refuse a cache of fixed size that mixed precision would fill with numbers of two types.
+
+    Raises:
+        ValueError: If the weights have another type than autocast.
+    """
+    mixed = mixed_precision(args)
+    if mixed is not None and causal_lm(model).dtype != mixed:
+        name, own = (str(dtype).removeprefix("torch.") for dtype in (mixed, causal_lm(model).dtype))
+        raise ValueError(
+            f"`cache_implementation: {args.cache_implementation}` needs a policy in {name}, because its keys and "
+            f"values have one type. This policy is in {own}. Train an adapter (`use_peft: true`, `dtype: {name}`), "
+            "or leave `cache_implementation` out."
+        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftModel
@@ -35,6 +36,11 @@ from rlhf_recipes.models.vocabulary import fit_to_adapter
 POSITION_TABLES = re.compile(r"\b(wpe|embed_positions|positions_embed|position_embeddings?)$")
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)  # weights are whole only in a forward
+
+
+def mixed_precision(args: Any) -> torch.dtype | None:
+    """Return the precision of autocast in a run; `None` without it."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def load_tokenizer(path: str, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from trl.trainer.utils import RepeatSampler
 
 from rlhf_recipes.console import visible_tables
@@ -19,7 +20,7 @@ from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, l
 from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
 from rlhf_recipes.evaluation.samples import write_table
 from rlhf_recipes.models.forward import rows_without_gradient
-from rlhf_recipes.models.generation import plain_output
+from rlhf_recipes.models.generation import check_static_cache, plain_output
 from rlhf_recipes.models.loading import prepare_frozen
 from rlhf_recipes.models.sampling import thrifty_sampling
 from rlhf_recipes.options.reward_calls import RewardCallConfig
@@ -151,6 +152,9 @@ class RolloutTrainer(ComparedTrainer):
         super().__init__(*args, **kwargs)
         if self.accelerator.is_main_process:
             warn_of_sampling(self)
+        if self.args.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS and not self.use_vllm:
+            check_static_cache(self.model, self.args)
+            self.generation_config.disable_compile = False  # TRL switches it off, and compiling is what pays
 
     def _generate(self, prompts: list[Any]) -> Any:
         policy = self.accelerator.unwrap_model(self.model)

@@ -16,7 +16,7 @@ from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.prompts import first_prompts
 from rlhf_recipes.evaluation.held_out import own_randomness
 from rlhf_recipes.models.critic import causal_lm
-from rlhf_recipes.models.loading import SHARDED
+from rlhf_recipes.models.loading import SHARDED, mixed_precision
 from rlhf_recipes.models.plain import plain_logits, plain_logps
 from rlhf_recipes.preflight.finding import Finding
 from rlhf_recipes.preflight.numerics import (
@@ -231,8 +231,3 @@ def given_model(model: Any, prompts: list[list[int]], args: Any) -> tuple[Rows, 
     mixed = mixed_precision(args)
     with torch.autocast(args.device.type, dtype=mixed, enabled=mixed is not None):
         return rows, plain_rows(model, rows, args.temperature)
-
-
-def mixed_precision(args: Any) -> torch.dtype | None:
-    """Return the precision of autocast in a run; `None` without it."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -115,6 +115,15 @@ def test_a_compiled_policy_trains(tmp_path, monkeypatch):
     assert _finite(trainer)[0] == 0.0
 
 
+def test_a_compiled_decoding_step_samples(tmp_path):
+    base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    options = {"model": base, "peft": tiny.lora(), "model_init_kwargs": {"dtype": "bfloat16"}}
+    trainer = tiny.ppo_trainer(tmp_path / "out", cache_implementation="static", **options, **BF16)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert _finite(trainer)[0] == 0.0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled + 1
+
+
 def test_an_evaluation_with_a_judge_runs_beside_the_training(tmp_path):
     options = {"eval_data": tiny.prompts(), "judges": {"length": tiny.length_reward}}
     trainer = tiny.ppo_trainer(tmp_path, eval_strategy="steps", eval_steps=2, **options, **BF16)

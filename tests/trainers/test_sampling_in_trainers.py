@@ -127,3 +127,19 @@ def test_training_after_autocast_sees_float32_weights(tmp_path):
     assert trainer.optimizer.state[weight]["exp_avg"].abs().sum() > 0
     assert not torch.equal(weight, before)
     assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_a_static_cache_lets_generate_compile(tmp_path):
+    base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    options = {"model": base, "peft": tiny.lora(), "model_init_kwargs": {"dtype": "bfloat16"}, "bf16": True}
+    trainer = tiny.ppo_trainer(tmp_path / "out", cache_implementation="static", **options)
+    assert trainer.generation_config.disable_compile is False
+    trainer.train()
+    assert tiny.logged(trainer, "objective/kl")[1] == 0.0
+    assert tiny.ppo_trainer(tmp_path / "out", **options).generation_config.disable_compile
+
+
+def test_a_static_cache_of_another_type_than_autocast_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`cache_implementation: static` needs a policy in bfloat16"):
+        tiny.ppo_trainer(tmp_path, cache_implementation="static", bf16=True)
+    tiny.ppo_trainer(tmp_path, cache_implementation="static").train()
