@@ -220,3 +220,29 @@ def _surrogate(cell, logps, old_logps, advantages, mask):
         for rows in zip(logps, old_logps, advantages, mask, strict=True)
     ]
     return mean_of_sequence_means(per_token, mask)
+
+
+def least_tokens(columns, size):
+    """Return the fewest computed tokens of a cut of neighbours in one of three orders, by trying every cut.
+
+    A cut has the number of micro-batches and at most the largest tile of the cut into `size` rows by total length,
+    which also orders equal rows.
+    """
+    by_length = sorted(columns, key=sum)
+    equal = [_tokens(by_length[i : i + size]) for i in range(0, len(columns), size)]
+    orders = (sorted(by_length, key=key) for key in (sum, max, lambda row: row[0]))
+    return min(_least_of_cuts(rows, len(equal), max(equal)) for rows in orders)
+
+
+def _tokens(rows):
+    return len(rows) * sum(max(of_part) for of_part in zip(*rows, strict=True))
+
+
+def _least_of_cuts(rows, parts, limit):
+    if parts == 1:
+        return _tokens(rows) if _tokens(rows) <= limit else math.inf
+    heads = [rows[:end] for end in range(1, len(rows) - parts + 2)]
+    return min(
+        _tokens(head) + _least_of_cuts(rows[len(head) :], parts - 1, limit) if _tokens(head) <= limit else math.inf
+        for head in heads
+    )

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rlhf_recipes.algorithm.masked import masked_mean
 
+MEANS_OVER_ROWS = ("grpo", "dr_grpo")  # kinds of average that divide by the number of rows
+
 
 def per_token_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange: float) -> Tensor:
     """Return the clipped squared error of the critic for each element.
@@ -43,7 +45,8 @@ def aggregate_token_loss(
 
     grpo: mean over a sequence's tokens, then over sequences.  dapo: sum over tokens / `num_items`.
     dr_grpo: sum over tokens / (B * `max_completion_length`).
-    None of the three depends on how a batch of whole sequences is cut into equal micro-batches.
+    None of the three depends on how a batch of whole sequences is cut into equal micro-batches. In micro-batches of
+    different size those of `MEANS_OVER_ROWS` need a weight: their number of rows over its mean.
 
     Args:
         per_token_loss: Loss of each token, `(B, T)`.

@@ -7,17 +7,24 @@ the completion reaches the LM head and the value head. The results are the same.
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import is_triton_available
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf_recipes.models.critic import VALUE_HEAD_NAME
 
 ROUTER_LOGITS = "output_router_logits"
+# Logits that are kept for the gradient: 256 MB in float32. TRL's tiles take about as much, and compute them twice.
+KEPT_LOGITS = 2**26
+# A forward without gradient holds the intermediate results of one layer, 15 H numbers per token. A micro-batch that
+# trains holds 35 H of one layer, and H of each other layer even with gradient checkpointing.
+ROWS_WITHOUT_GRADIENT = 4
 
 
 @dataclass
@@ -31,16 +38,20 @@ class ActorCriticOutput(FusedCausalLMOutput):
     state_values: Tensor | None = None
 
 
-def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone: bool = False) -> None:
+def add_completion_forward(
+    model: PreTrainedModel, *, temperature: float, value_gradient_to_backbone: bool = False
+) -> None:
     """Let a causal LM take `completion_length=T`: its heads then see the last `T + 1` hidden states only.
 
     The model then returns the log-probabilities of the last T tokens, given as `shift_labels`. If it has a value head,
     it also returns their values, from the same forward of the backbone. With `backbone_only=True` it returns the
     backbone's output, through every wrapper of the model (DDP, FSDP). Every other call stays as it was, also
-    generation. Call this after TRL has added its fused LM head.
+    generation. Call this after TRL has added its fused LM head. Where that head would compute small logits twice, the
+    model's own head computes them once, see `keeps_logits`.
 
     Args:
         model: Causal LM on which TRL's `add_fused_lm_head` was called.
+        temperature: Temperature of that head.
         value_gradient_to_backbone: Whether the value loss may train the backbone, or only the head.
     """
     fused_forward = model.forward
@@ -51,6 +62,8 @@ def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone
         *args: Any,
         completion_length: int | None = None,
         backbone_only: bool = False,
+        with_entropy: bool = True,
+        own_head: bool = True,
         **kwargs: Any,
     ) -> Any:
         if backbone_only:
@@ -64,9 +77,12 @@ def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone
             output.last_hidden_state = states[-1][:, :-1]
             return output
 
+        run = fused_forward
+        if own_head and keeps_logits(self, kwargs["shift_labels"]):
+            run = functools.partial(_own_head, fused_forward, temperature=temperature, with_entropy=with_entropy)
         hook = self.base_model.register_forward_hook(keep_completion)
         try:
-            output = fused_forward(*args, **kwargs)
+            output = run(*args, **kwargs)
         finally:
             hook.remove()
         head = getattr(self, VALUE_HEAD_NAME, None)
@@ -77,6 +93,41 @@ def add_completion_forward(model: PreTrainedModel, *, value_gradient_to_backbone
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def keeps_logits(model: PreTrainedModel, labels: Tensor) -> bool:
+    """Return whether the model's own head is the faster one: without Triton, in float32, and for few logits.
+
+    TRL's head computes the logits in tiles, and again for the gradient. In float32 both heads give the same numbers.
+    """
+    device = labels.device.type
+    # OPT's own forward runs the decoder without the backbone around it, where the completion is cut out.
+    if is_triton_available() and device in ("cuda", "xpu") or model.get_decoder() is not model.base_model:
+        return False
+    is_float32 = model.get_output_embeddings().weight.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+    return is_float32 and labels.numel() * model.config.get_text_config().vocab_size <= KEPT_LOGITS
+
+
+def _own_head(
+    forward: Callable[..., Any],
+    *args: Any,
+    shift_labels: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    fused_lm_head: bool,
+    **kwargs: Any,
+) -> FusedCausalLMOutput:
+    """Return the output of TRL's fused head from the logits of the model's own head, `(B, T)`."""
+    output = forward(*args, use_cache=False, **kwargs)
+    log_probs = (output.logits.float() / temperature).log_softmax(dim=-1)
+    counts = shift_labels != -100
+    of_labels = log_probs.gather(-1, shift_labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=-1) if with_entropy else None
+    return FusedCausalLMOutput(
+        log_probs=of_labels.masked_fill(~counts, 0),
+        entropy=None if entropy is None else entropy.masked_fill(~counts, 0),
+        aux_loss=getattr(output, "aux_loss", None),
+    )
 
 
 class CompletionForward:
@@ -92,6 +143,9 @@ class CompletionForward:
         takes_positions: Whether the model gets the position of each token, as in `generate`. Without positions, a
             model with absolute positions would number a row differently in each batch. A model for images counts by
             itself.
+        columns: Number of prompt and completion columns that the rows need, if it is known: then no forward has to
+            wait for the device to tell.
+        own_head: Whether the model's own head may serve; see `keeps_logits`.
     """
 
     per_token_logps: Tensor
@@ -100,24 +154,43 @@ class CompletionForward:
     """Values, `(B, T + 1)`, after `finish`, if the model has a value head."""
 
     def __init__(
-        self, model: nn.Module, completion_length: int, *, pad_to_multiple_of: int | None, takes_positions: bool
+        self,
+        model: nn.Module,
+        completion_length: int,
+        *,
+        pad_to_multiple_of: int | None,
+        takes_positions: bool,
+        columns: tuple[int, int] | None = None,
+        own_head: bool = True,
     ) -> None:
-        self.model, self.completion_length = model, completion_length
+        self.own_head = own_head
+        self.model, self.completion_length, self.columns = model, completion_length, columns
         self.pad_to_multiple_of, self.takes_positions = pad_to_multiple_of or 1, takes_positions
         self._values: list[Tensor] = []
 
-    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **inputs: Any) -> Any:
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        columns: tuple[int, int] | None = None,
+        with_entropy: bool = True,
+        **inputs: Any,
+    ) -> Any:
         """Return TRL's output for the completion only, `(B, T)`."""
-        start, end = self._columns(attention_mask)
         width = input_ids.size(1)
         prompt_end = width - self.completion_length
+        prompt, completion = columns or self.columns or self.columns_of(attention_mask).amax(dim=0).tolist()
+        start, end = prompt_end - prompt, prompt_end + completion
         trimmed = {
             name: x[:, start:end] if isinstance(x, Tensor) and x.shape[:2] == input_ids.shape else x
             for name, x in {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}.items()
         }
         if self.takes_positions:
             trimmed["position_ids"] = (trimmed["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        output = self.model(**trimmed, shift_labels=labels[:, prompt_end:end], completion_length=end - prompt_end)
+        trimmed |= {"shift_labels": labels[:, prompt_end:end], "with_entropy": with_entropy, "own_head": self.own_head}
+        output = self.model(**trimmed, completion_length=end - prompt_end)
         if getattr(output, "state_values", None) is not None:
             self._values.append(_widen(output.state_values, width - end))
         return FusedCausalLMOutput(
@@ -126,11 +199,11 @@ class CompletionForward:
             aux_loss=output.aux_loss,
         )
 
-    def finish(self, per_token_logps: Tensor, original: Any) -> Tensor:
-        """Keep the results of all chunks, and return the log-probabilities.
+    def finish(self, per_token_logps: Tensor, original: Any = slice(None)) -> Tensor:
+        """Keep the results of all parts of a batch, and return the log-probabilities.
 
         Args:
-            per_token_logps: Log-probabilities of all chunks, `(B, T)`.
+            per_token_logps: Log-probabilities of all parts, `(B, T)`.
             original: Index that restores the order of the rows in the batch.
         """
         self.per_token_logps = per_token_logps[original]
@@ -138,17 +211,38 @@ class CompletionForward:
             self.state_values = torch.cat(self._values)[original]
         return self.per_token_logps
 
-    def _columns(self, attention_mask: Tensor) -> tuple[int, int]:
-        """Return the range of columns with a token, with at least one of the prompt and one of the completion."""
-        width = attention_mask.size(1)
-        prompt_end = width - self.completion_length
-        used = attention_mask.any(dim=0).int()
-        first, last = torch.stack([used.argmax(), width - used.flip(0).argmax()]).tolist()  # one wait for the device
-        prompt, completion = (self._rounded(max(n, 1)) for n in (prompt_end - first, last - prompt_end))
-        return max(prompt_end - prompt, 0), min(prompt_end + completion, width)
+    def columns_of(self, attention_mask: Tensor) -> Tensor:
+        """Return how many columns each row needs of prompt and completion, `(B, 2)`, at least one of each."""
+        prompt_end = attention_mask.size(1) - self.completion_length
+        return needed_columns(attention_mask[:, :prompt_end], attention_mask[:, prompt_end:], self.pad_to_multiple_of)
 
-    def _rounded(self, columns: int) -> int:
-        return -(-columns // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+def needed_columns(prompt_mask: Tensor, completion_mask: Tensor, multiple: int) -> Tensor:
+    """Return how many columns a forward needs for each row's prompt and completion, `(B, 2)`, at least one of each.
+
+    Args:
+        prompt_mask: 1 = token, `(B, P)`; the last column is the closest to the completion.
+        completion_mask: 1 = token, `(B, T)`.
+        multiple: Number that divides the result, unless there are too few columns.
+    """
+    counted = []
+    for mask in (prompt_mask.flip(1), completion_mask):
+        places = torch.arange(1, mask.size(1) + 1, device=mask.device)
+        needed = (mask * places).amax(dim=1).clamp(min=1)
+        counted.append((-(-needed // multiple) * multiple).clamp(max=mask.size(1)))
+    return torch.stack(counted, dim=1)
+
+
+def rows_without_gradient(micro_batch: int, device: torch.device) -> int:
+    """Return how many rows a forward without gradient may have, beside a micro-batch that trains.
+
+    Few rows leave a GPU idle. A CPU is as fast with few, and its caches are small.
+
+    Args:
+        micro_batch: Number of rows of a micro-batch.
+        device: Device of the forward.
+    """
+    return micro_batch * (ROWS_WITHOUT_GRADIENT if device.type == "cuda" else 1)
 
 
 def sampling_inputs(model: PreTrainedModel) -> dict[str, Any]:
@@ -158,17 +252,6 @@ def sampling_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """
     asks = getattr(model.config.get_text_config(), ROUTER_LOGITS, False)
     return {ROUTER_LOGITS: False} if asks else {}
-
-
-def rows_by_length(attention_mask: Tensor | None) -> tuple[Any, Any]:
-    """Return an index that sorts rows by length, so that chunks need little padding, and the index that undoes it.
-
-    Without a mask both indices leave the order as it is.
-    """
-    if attention_mask is None:
-        return slice(None), slice(None)
-    order = attention_mask.sum(dim=1).argsort()
-    return order, order.argsort()
 
 
 def _widen(x: Tensor, columns: int) -> Tensor:

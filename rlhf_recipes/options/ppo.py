@@ -60,6 +60,13 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
         default=1e-5,
         metadata={"help": "With 1e-8 the policy drifts six times as fast in the first updates (arXiv:2403.17031)."},
     )
+    generation_batch_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions that a process samples at the same time, at most. Default: as many as fit into the "
+            "free memory of its GPU, and on a CPU all of them. vLLM does not need it."
+        },
+    )
     # Advantages.
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
     lam: float = field(default=0.95, metadata={"help": "GAE's lambda for the policy."})

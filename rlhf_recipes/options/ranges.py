@@ -44,6 +44,7 @@ GROUPS = {
     POSITIVE: (
         *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "batch_size"),
         *("steps_per_generation", "generation_batch_size", "num_generations", "num_generations_eval"),
+        "generation_batch_rows",
         *("num_iterations", "max_completion_length", "max_length", "num_train_epochs", "temperature"),
         *("adam_epsilon", "repetition_penalty", "lora_alpha", "delta", "vllm_max_model_length"),
         *("sapo_temperature_neg", "sapo_temperature_pos", "discopop_tau", "ref_model_sync_steps"),

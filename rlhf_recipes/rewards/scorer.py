@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf_recipes.algorithm.micro_batches import cut_rows
 from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.rendering import answered_ids, appended_end, prompt_ids
 from rlhf_recipes.models.critic import causal_lm
@@ -170,15 +171,11 @@ class RewardModelScorer(Scorer):
     def _score_rows(self, token_ids: list[list[int]], kept: list[list[int]]) -> tuple[list[float], list[Tensor]]:
         """Return the scores of rows, and of each row the last hidden states at the positions `kept`, `(.., H)`."""
         token_ids, kept = self._within_limit(token_ids, kept)
-        # Rows of similar length share a batch, so it has little padding.
-        order = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
-        batches = self._batches([len(token_ids[row]) for row in order])
         scores, states = torch.empty(len(token_ids)), [torch.empty(0)] * len(kept)
         outputs: list[Any] = []
         hook = self._backbone().register_forward_hook(lambda *call: outputs.append(call[2])) if kept else None
         try:
-            for batch in batches:
-                rows = order[batch]
+            for rows in self._batches([len(row) for row in token_ids]):
                 scores[rows] = self._forward([token_ids[row] for row in rows])
                 for output in outputs:
                     for row, of_row in zip(rows, output.last_hidden_state, strict=True):
@@ -189,12 +186,14 @@ class RewardModelScorer(Scorer):
                 hook.remove()
         return scores.tolist(), states
 
-    def _batches(self, lengths: list[int]) -> list[slice]:
-        """Return batches of rows that are sorted by length. No rope changes inside a batch, see `short_limit`."""
+    def _batches(self, lengths: list[int]) -> list[list[int]]:
+        """Return batches of rows that need little padding. No rope changes inside a batch, see `short_limit`."""
         size, limit = 1 if self._filler is None else self.batch_size, short_limit(self._classifier())
-        short = 0 if limit is None else sum(length <= limit for length in lengths)
-        parts = (range(0, short, size), range(short, len(lengths), size))
-        return [slice(start, min(start + size, part.stop)) for part in parts for start in part]
+        is_long = torch.tensor([limit is not None and length > limit for length in lengths], dtype=torch.bool)
+        columns, batches = torch.tensor(lengths).unsqueeze(1), []
+        for rows in ((~is_long).nonzero()[:, 0], is_long.nonzero()[:, 0]):
+            batches += [rows[part].tolist() for part in cut_rows(columns[rows], size) if len(part)]
+        return batches
 
     def _within_limit(
         self, token_ids: list[list[int]], kept: list[list[int]]

@@ -236,7 +236,8 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         limits = {"max_completion_length": self.args.max_completion_length}
         batch_size = self.args.per_device_eval_batch_size
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as policy:
-            ids, _, completions = sample_answers(policy, tokenizer, prompts, batch_size=batch_size, **limits)
+            with self.accelerator.autocast():  # same as in the forward of training
+                ids, _, completions = sample_answers(policy, tokenizer, prompts, batch_size=batch_size, **limits)
             logps = completion_logps(policy, tokenizer, prompts, ids, batch_size=batch_size)
             with self._reference(policy) as reference:
                 ref_logps = completion_logps(reference, tokenizer, prompts, ids, batch_size=batch_size)

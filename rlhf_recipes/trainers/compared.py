@@ -18,8 +18,10 @@ from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, load_ppo_state, save_ppo_state
 from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
 from rlhf_recipes.evaluation.samples import write_table
+from rlhf_recipes.models.forward import rows_without_gradient
 from rlhf_recipes.models.generation import plain_output
 from rlhf_recipes.models.loading import prepare_frozen
+from rlhf_recipes.models.sampling import thrifty_sampling
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.preflight.policy import check_ends, warn_of_sampling
 from rlhf_recipes.rewards.calls import RewardCalls
@@ -75,7 +77,7 @@ class ComparedTrainer(SavingTrainer):
         run = ScoringRun(
             policy=self.model,
             policy_eos_token_ids=eos_token_ids,
-            batch_size=self.args.per_device_train_batch_size,
+            batch_size=rows_without_gradient(self.args.per_device_train_batch_size, self.accelerator.device),
             timeout=limits.reward_timeout,
             prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
         )
@@ -133,6 +135,7 @@ class ComparedTrainer(SavingTrainer):
 class RolloutTrainer(ComparedTrainer):
     """Resume inside a rollout, and in later epochs with the same order of the data, which TRL loses."""
 
+    rows_at_once: int | None = None  # completions that are sampled together; `None`: as many as fit
     eos_token_ids: list[int]
     num_iterations: int
     log_completions: bool
@@ -150,7 +153,10 @@ class RolloutTrainer(ComparedTrainer):
             warn_of_sampling(self)
 
     def _generate(self, prompts: list[Any]) -> Any:
-        with plain_output(self.accelerator.unwrap_model(self.model)):
+        policy = self.accelerator.unwrap_model(self.model)
+        # PEFT samples from the model inside, whose forward accelerate has not wrapped.
+        sampling = thrifty_sampling(policy, rows_at_once=self.rows_at_once, precision=self.accelerator.autocast)
+        with plain_output(policy), sampling:
             return super()._generate(prompts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -3,8 +3,8 @@
 Overrides only, on `trl.GRPOTrainer`.
 """
 
+import functools
 import inspect
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from rlhf_recipes.models.forward import CompletionForward, rows_by_length
+from rlhf_recipes.algorithm.micro_batches import cut_rows
+from rlhf_recipes.models.forward import CompletionForward, rows_without_gradient
 from rlhf_recipes.trainers.numbers import NumbersCallback
 from rlhf_recipes.trainers.rollout import Rollout
 from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, takes_positions
@@ -38,7 +39,7 @@ class ForwardTrainer(ValueHeadTrainer):
         self.numbers = NumbersCallback(self, start)
         self.add_callback(self.numbers)
 
-    @cached_property
+    @functools.cached_property
     def _takes_positions(self) -> bool:
         """Return whether the policy gets the position of each token; a model for images counts by itself."""
         return not self._is_vlm and takes_positions(self.model)
@@ -54,19 +55,47 @@ class ForwardTrainer(ValueHeadTrainer):
     ) -> Any:
         """Run TRL's forward through a `CompletionForward`: on the tokens that count, and with the values kept."""
         forward = model if isinstance(model, CompletionForward) else self._completion_forward(model, logits_to_keep)
-        # A micro-batch of the update keeps its order. Images are stored in the order of the rows.
-        order, original = rows_by_length(attention_mask if batch_size and not self._is_vlm else None)
-        per_token_logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-            forward, input_ids[order], attention_mask[order], logits_to_keep, batch_size, **kwargs
-        )
-        per_token_logps = forward.finish(per_token_logps, original)
+        given = (input_ids, attention_mask, logits_to_keep)
+        # A micro-batch of the update is cut already. Images are stored in the order of the rows.
+        if batch_size is None or self._is_vlm:
+            results = super()._get_per_token_logps_and_entropies(forward, *given, batch_size, **kwargs)
+            forward.finish(results[0])
+        else:
+            results = self._forward_in_parts(forward, *given, batch_size, **kwargs)
         if model is self.model and self.rollout is not None and not self.rollout.has("first_forward"):
             self.rollout.first_forward = forward
-        return per_token_logps, None if entropies is None else entropies[original], aux_loss
+        return results
 
-    def _completion_forward(self, model: Any, completion_length: int) -> CompletionForward:
-        padding, positions = self.pad_to_multiple_of, self._takes_positions
-        return CompletionForward(model, completion_length, pad_to_multiple_of=padding, takes_positions=positions)
+    def _forward_in_parts(
+        self,
+        forward: CompletionForward,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None, None]:
+        """Run TRL's forward without gradient in parts that compute little padding. TRL asks for no entropies here."""
+        columns = forward.columns_of(attention_mask).cpu()  # one wait for the device
+        parts = cut_rows(columns, rows_without_gradient(batch_size, input_ids.device))
+        logps = []
+        for rows in parts:
+            of_part = functools.partial(forward, columns=tuple(columns[rows].amax(dim=0).tolist()), with_entropy=False)
+            given = (input_ids[rows], attention_mask[rows], logits_to_keep)
+            logps.append(super()._get_per_token_logps_and_entropies(of_part, *given, **kwargs)[0])
+        return forward.finish(torch.cat(logps), torch.cat(parts).argsort()), None, None
+
+    def _completion_forward(
+        self, model: Any, completion_length: int, columns: tuple[int, int] | None = None, *, own_head: bool = True
+    ) -> CompletionForward:
+        return CompletionForward(
+            model,
+            completion_length,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            takes_positions=self._takes_positions,
+            columns=columns,
+            own_head=own_head,
+        )
 
     def _forward(self, model: Any, batch: dict[str, Any]) -> CompletionForward:
         """Run a model over a whole rollout, without gradient, as TRL does."""

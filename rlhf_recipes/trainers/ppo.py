@@ -29,7 +29,7 @@ from rlhf_recipes.trainers.rollout import MEANS_OVER_COMPLETIONS, Rollout, rollo
 from rlhf_recipes.trainers.run_identity import RunIdentity
 from rlhf_recipes.trainers.saving import revision_of
 from rlhf_recipes.trainers.setup import add_networks, options_for_trl, prepare_parts, prepare_reference
-from rlhf_recipes.trainers.update import MicroBatch, critic_loss, group_by_length
+from rlhf_recipes.trainers.update import MicroBatch, critic_loss, group_by_length, row_weight
 
 
 class PPOTrainer(ForwardTrainer):
@@ -96,6 +96,7 @@ class PPOTrainer(ForwardTrainer):
         super().__init__(parts.model, parts.reward_funcs, options_for_trl(args), **kwargs)
         own = ("beta", "importance_sampling_level", "off_policy_mask_threshold")
         self.args, self.beta = with_changes(self.args, **{name: getattr(args, name) for name in own}), args.beta
+        self.rows_at_once = self.args.generation_batch_rows
         add_networks(self.model, parts, self.args)
         if parts.reference is not None:
             self.ref_model = prepare_reference(parts.reference, self.args, self.accelerator)
@@ -179,7 +180,8 @@ class PPOTrainer(ForwardTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training or self._buffered_inputs is before or not self._may_regroup:
             return inputs
-        self._buffered_inputs = group_by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
+        window, multiple = self.args.gradient_accumulation_steps, self.pad_to_multiple_of
+        self._buffered_inputs = group_by_length(self._buffered_inputs, window, multiple)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
@@ -260,13 +262,13 @@ class PPOTrainer(ForwardTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Return TRL's policy loss plus the weighted value loss, from one forward."""
-        forward = self._completion_forward(model, inputs["completion_ids"].size(1))
+        forward = self._completion_forward(model, inputs["completion_ids"].size(1), inputs.get("columns"))
         if self.args.importance_sampling_level != "token":
             # `get_off_policy_mask` compares with the policy of the rollout.
             inputs = {name: x for name, x in inputs.items() if name != "sampling_per_token_logps"}
         policy_loss = super()._compute_loss(forward, inputs)
         batch = MicroBatch.of(forward, inputs, has_value_head=self.reward_critic is None)
-        value_loss, count, metrics = critic_loss(
+        value_loss, sums = critic_loss(
             batch,
             self._average_like_policy_loss,
             cliprange=self.args.cliprange_value,
@@ -274,13 +276,10 @@ class PPOTrainer(ForwardTrainer):
                 batch.per_token_logps - batch.old_per_token_logps, batch.advantages, batch.mask
             ),
         )
-        self._log_metrics(metrics)
-        self._log_counts(count, metrics)
-        if self.model.training:
-            self.guard.observe_update(count, {name: count * mean for name, mean in metrics.items()})
+        self.note_update(sums)
         if self.model.training and self.state.global_step < self.args.critic_warmup_steps:
             policy_loss = 0 * policy_loss
-        return policy_loss + self.args.vf_coef * value_loss
+        return row_weight(inputs, self.loss_type) * (policy_loss + self.args.vf_coef * value_loss)
 
     def get_off_policy_mask(
         self,

@@ -4,20 +4,25 @@ The policy's loss is TRL's: `PPOTrainer._compute_loss` adds the two. Every rank 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from torch import Tensor
 
-from rlhf_recipes.algorithm.distributed import global_means
+from rlhf_recipes.algorithm.distributed import global_sum
 from rlhf_recipes.algorithm.kl import estimate_kl
-from rlhf_recipes.algorithm.losses import is_value_clipped, per_token_value_loss
-from rlhf_recipes.models.forward import CompletionForward
+from rlhf_recipes.algorithm.losses import MEANS_OVER_ROWS, is_value_clipped, per_token_value_loss
+from rlhf_recipes.algorithm.micro_batches import cut_together
+from rlhf_recipes.models.forward import CompletionForward, needed_columns
 from rlhf_recipes.options.baselines import rollout_steps
 from rlhf_recipes.trainers.rollout import loss_mask
 
+# Means of TRL over the tokens of a micro-batch, if they are logged.
+TOKEN_MEANS = ("entropy", "kl", *(f"clip_ratio/{kind}_mean" for kind in ("low", "high", "region")))
 COUNT_OF = "count of "  # marks the number of tokens or completions behind a mean that waits for the next log
 
 
@@ -69,8 +74,8 @@ def critic_loss(
     *,
     inside: Tensor,
     cliprange: float,
-) -> tuple[Tensor, float, dict[str, float]]:
-    """Return the value loss, and the metrics of the update: means over the tokens of all ranks, after their number.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the value loss, and the metrics of the update: the number of tokens under "", and sums over the tokens.
 
     Args:
         batch: Rows of one process.
@@ -80,6 +85,7 @@ def critic_loss(
     """
     loss = torch.zeros((), device=batch.mask.device)
     measured = {
+        "": torch.ones_like(inside),
         "policy/approx_kl": estimate_kl(batch.old_per_token_logps, batch.per_token_logps, "k3"),
         "policy/clip_fraction": 1 - inside,
     }
@@ -88,8 +94,23 @@ def critic_loss(
         loss = average(token_loss, batch.mask, batch.rollout_tokens)
         clipped = is_value_clipped(batch.values.detach(), batch.old_values, cliprange=cliprange)
         measured |= {"loss/value": token_loss.detach(), "val/clip_fraction": clipped}
-    count, means = global_means(batch.mask, *measured.values())
-    return loss, count, dict(zip(measured, means, strict=True))
+    return loss, {name: torch.where(batch.mask.bool(), x, 0).float().sum() for name, x in measured.items()}
+
+
+def read_means(sums: Sequence[dict[str, Tensor]]) -> list[tuple[float, dict[str, float]]]:
+    """Return for each micro-batch its number of tokens on all ranks, and its means over them.
+
+    This costs one reduction and one wait for the device for all micro-batches together.
+
+    Args:
+        sums: Metrics of each micro-batch on this rank, as `critic_loss` returns them.
+    """
+    totals = global_sum(torch.stack([torch.stack(list(of_batch.values())) for of_batch in sums])).tolist()
+    names = [name for name in sums[0] if name]
+    return [
+        (count, {name: total / max(count, 1.0) for name, total in zip(names, own, strict=True)})
+        for count, *own in totals
+    ]
 
 
 def weigh_means(metrics: dict[str, list[float]]) -> None:
@@ -108,25 +129,43 @@ def weigh_means(metrics: dict[str, list[float]]) -> None:
         metrics[name] = [total / max(sum(count for _, count in known), 1.0) if known else math.nan]
 
 
-def group_by_length(micro_batches: list[dict[str, Any]], window: int) -> list[dict[str, Any]]:
-    """Cut the rows of each optimiser step into micro-batches anew, by length, so that each needs little padding.
+def group_by_length(
+    micro_batches: list[dict[str, Any]], window: int, pad_to_multiple_of: int | None = None
+) -> list[dict[str, Any]]:
+    """Cut the rows of each optimiser step into micro-batches anew, so that each needs little padding.
 
-    A step keeps its rows. Its gradient does not depend on the cut: all losses of `PPOConfig` are sums, or means over
-    micro-batches of one size.
+    A step keeps its rows and its number of micro-batches, which differ in their number of rows. On all ranks the same
+    micro-batch has the same number of rows, because TRL gathers its figures by row. The gradient of a step stays the
+    same: `PPOConfig` admits losses that are sums, and means over rows, which `row_share` weighs. The new entries of a
+    micro-batch are Python numbers, so that no forward waits for the device.
 
     Args:
         micro_batches: Micro-batches of one rollout, all of one size, in the order of training.
         window: Number of micro-batches per optimiser step.
+        pad_to_multiple_of: Argument of `CompletionForward`.
     """
-    grouped: list[dict[str, Any]] = []
+    prompts, completions = (torch.cat([x[f"{part}_mask"] for x in micro_batches]) for part in ("prompt", "completion"))
+    state, size = PartialState(), len(micro_batches[0]["completion_mask"])
+    columns = gather(needed_columns(prompts, completions, pad_to_multiple_of or 1)).cpu()  # one wait for the device
+    columns, rank = columns.view(state.num_processes, -1, 2), state.process_index
+    grouped = []
     for start in range(0, len(micro_batches), window):
-        step = micro_batches[start : start + window]
+        step, needed = micro_batches[start : start + window], columns[:, start * size : (start + window) * size]
         names = [name for name, x in step[0].items() if isinstance(x, Tensor) and x.ndim > 0]
         rows = {name: torch.cat([batch[name] for batch in step]) for name in names}
-        order = (rows["prompt_mask"].sum(dim=1) + rows["completion_mask"].sum(dim=1)).argsort()
-        for batch, part in zip(step, order.chunk(len(step)), strict=True):
-            grouped.append({**batch, **{name: x[part] for name, x in rows.items()}})
+        for batch, parts in zip(step, cut_together(needed, size), strict=True):
+            part = parts[rank]
+            own = {"columns": tuple(needed[rank, part].amax(dim=0).tolist()), "row_share": len(part) / size}
+            grouped.append({**batch, **{name: x[part] for name, x in rows.items()}, **own})
     return grouped
+
+
+def row_weight(micro_batch: dict[str, Any], loss_type: str) -> float:
+    """Return the weight of a micro-batch in the loss of its optimiser step.
+
+    A checkpoint of an earlier version holds equal micro-batches, and so does a rollout that is not cut anew.
+    """
+    return micro_batch.get("row_share", 1.0) if loss_type in MEANS_OVER_ROWS else 1.0
 
 
 def episodes(step: int, args: Any) -> int:

@@ -18,6 +18,7 @@ from rlhf_recipes.models.loading import only_active_adapter
 from rlhf_recipes.trainers.compared import RolloutTrainer
 from rlhf_recipes.trainers.guard import TrainingGuard
 from rlhf_recipes.trainers.rollback import RollbackError
+from rlhf_recipes.trainers.update import TOKEN_MEANS, read_means
 
 
 def set_learning_rate(optimizer: Optimizer, head: ValueHead, learning_rate: float) -> None:
@@ -40,6 +41,7 @@ class ValueHeadTrainer(RolloutTrainer, GRPOTrainer):
     """
 
     guard: TrainingGuard
+    _unread: tuple[dict[str, torch.Tensor], ...] = ()  # metrics of the micro-batches of this optimiser step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does. After a `RollbackError`, go back to a checkpoint and train again from there."""
@@ -49,7 +51,7 @@ class ValueHeadTrainer(RolloutTrainer, GRPOTrainer):
             except RollbackError as error:
                 reason = error.with_traceback(None)  # the traceback holds the tensors of the attempt
             resume_from_checkpoint = self.guard.roll_back(reason)
-            self._step, self._buffered_inputs = 0, None
+            self._step, self._buffered_inputs, self._unread = 0, None, ()
             self._metrics["train"].clear()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -62,6 +64,24 @@ class ValueHeadTrainer(RolloutTrainer, GRPOTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         self._step += 1
         return torch.zeros((), device=self.args.device)
+
+    def note_update(self, sums: dict[str, torch.Tensor]) -> None:
+        """Note the metrics of a micro-batch, and log those of a whole optimiser step with one wait for the device.
+
+        Args:
+            sums: Metrics as `critic_loss` returns them.
+        """
+        self._unread = (*self._unread, sums)
+        is_training = self.model.training
+        if is_training and not self.accelerator.sync_gradients:
+            return
+        unread, self._unread = self._unread, ()
+        own = [name for name in TOKEN_MEANS if name in self._metrics["train" if is_training else "eval"]]
+        for count, means in read_means(unread):
+            self._log_metrics(means)
+            self._log_counts(count, [*means, *own])
+            if is_training:
+                self.guard.observe_update(count, {name: count * mean for name, mean in means.items()})
 
     def finish_step(self, model: nn.Module, grad_norm: Any) -> None:
         """Let the guard decide on an optimiser step. It leaves out more steps, and can go back."""

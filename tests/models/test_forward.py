@@ -1,5 +1,6 @@
 """A forward gets no needless padding, and its results are those of the whole padded batch."""
 
+import oracles
 import pytest
 import tiny
 import torch
@@ -8,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from trl import GRPOTrainer
 from trl.trainer.utils import _ChunkedLogProbFunction
 
-from rlhf_recipes.models.forward import CompletionForward
+from rlhf_recipes.algorithm.micro_batches import computed_tokens
+from rlhf_recipes.models.forward import CompletionForward, keeps_logits, rows_without_gradient
 from rlhf_recipes.trainers.update import group_by_length
 
 pytestmark = [pytest.mark.tiny, pytest.mark.portable]
@@ -46,7 +48,7 @@ def test_the_rollout_runs_rows_of_one_length_together(tmp_path):
     trainer = tiny.ppo_trainer(tmp_path)
     torch.nn.init.normal_(trainer.model.value_head.output.weight)
     seen = _widths(trainer.model)
-    ids, mask = _batch((1, 9, 1, 9), (2, 20, 2, 20), prompt_width=20, completion_width=30)
+    ids, mask = _batch((1, 9, 9, 1), (2, 20, 20, 2), prompt_width=20, completion_width=30)
     grouped, together = (trainer._completion_forward(trainer.model, 30) for _ in range(2))
     trainer._get_per_token_logps_and_entropies(grouped, ids, mask, 30, batch_size=2)
     assert seen == [(2, 3), (2, 29)]
@@ -59,12 +61,18 @@ def test_the_rollout_runs_rows_of_one_length_together(tmp_path):
 @pytest.mark.parametrize("multiple", [None, 8])
 def test_padding_to_a_multiple_is_kept(multiple):
     forward = CompletionForward(None, 30, pad_to_multiple_of=multiple, takes_positions=False)
-    _, mask = _batch((3, 2), (9, 4), prompt_width=20, completion_width=30)
-    assert forward._columns(mask) == ((17, 29) if multiple is None else (12, 36))
-    _, mask = _batch((19, 2), (30, 4), prompt_width=20, completion_width=30)
-    assert forward._columns(mask) == ((1, 50) if multiple is None else (0, 50)), "no more columns than there are"
-    _, mask = _batch((3, 2), (0, 0), prompt_width=20, completion_width=30)
-    assert forward._columns(mask) == ((17, 21) if multiple is None else (12, 28))
+
+    def needed(prompts, completions):
+        _, mask = _batch(prompts, completions, prompt_width=20, completion_width=30)
+        return forward.columns_of(mask).amax(dim=0).tolist()
+
+    assert needed((3, 2), (9, 4)) == ([3, 9] if multiple is None else [8, 16])
+    assert needed((19, 2), (30, 4)) == ([19, 30] if multiple is None else [20, 30]), "no more than there are"
+    assert needed((3, 2), (0, 0)) == ([3, 1] if multiple is None else [8, 8])
+
+
+def test_a_gpu_gets_more_rows_where_nothing_is_kept_for_a_gradient():
+    assert [rows_without_gradient(3, torch.device(name)) for name in ("cpu", "cuda")] == [3, 12]
 
 
 def _untrimmed(trainer, ids, mask, length):
@@ -102,7 +110,8 @@ def test_log_probabilities_entropies_values_and_gradients_are_those_of_the_padde
         assert_close(gradient, expected[name], SPLIT)
 
 
-def test_only_the_completion_is_projected_to_the_vocabulary(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept", [0, 2**26], ids=["TRL's head", "own head"])
+def test_only_the_completion_is_projected_to_the_vocabulary(tmp_path, monkeypatch, kept):
     trainer = tiny.ppo_trainer(tmp_path)
     positions = []
 
@@ -113,11 +122,49 @@ def test_only_the_completion_is_projected_to_the_vocabulary(tmp_path, monkeypatc
             return _ChunkedLogProbFunction.forward(ctx, hidden_states, *args)
 
     monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", Counted)
+    monkeypatch.setattr("rlhf_recipes.models.forward.KEPT_LOGITS", kept)
     ids, mask = _batch(PROMPTS, COMPLETIONS, prompt_width=20, completion_width=30)
     for model in (trainer.model, trainer.ref_model):
+        if kept:
+            model.lm_head.register_forward_hook(lambda head, inputs, out: positions.append(inputs[0][..., 0].numel()))
         trainer._get_per_token_logps_and_entropies(model, ids, mask, 30)
     without_triton = len(PROMPTS) * max(COMPLETIONS)  # with it, TRL leaves the padding out
     assert positions == [{"cpu": without_triton, "cuda": sum(COMPLETIONS)}[tiny.DEVICE]] * 2
+
+
+def _entropies_asked_for(trainer):
+    """Return a list that gets for each forward of the policy whether it has a gradient, and whether entropies."""
+    asked, forward = [], trainer.model.forward
+
+    def recorded(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if kwargs.get("completion_length"):
+            asked.append((torch.is_grad_enabled(), output.entropy is not None))
+        return output
+
+    trainer.model.forward = recorded
+    return asked
+
+
+def test_a_rollout_computes_no_entropies(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path, num_iterations=1, max_steps=1, gradient_accumulation_steps=2)
+    asked = _entropies_asked_for(trainer)
+    trainer.train()
+    assert asked == [(False, False)] * 2 + [(True, True)] * 2
+    assert tiny.logged(trainer, "entropy")[1] > 1
+
+
+def test_large_logits_are_not_kept(tmp_path, monkeypatch):
+    trainer = tiny.ppo_trainer(tmp_path)
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    monkeypatch.setattr("rlhf_recipes.models.forward.KEPT_LOGITS", 6 * len(trainer.processing_class))
+    assert keeps_logits(trainer.model, labels)
+    assert not keeps_logits(trainer.model, labels.repeat(2, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not keeps_logits(trainer.model, labels)
+    monkeypatch.setattr("rlhf_recipes.models.forward.is_triton_available", lambda: True)
+    assert keeps_logits(trainer.model, labels), "TRL uses Triton on a GPU only"
+    assert not keeps_logits(trainer.model.bfloat16(), labels)
 
 
 def test_a_model_of_absolute_positions_does_not_depend_on_the_batch(tmp_path):
@@ -159,8 +206,8 @@ def _grouped_trainer(tmp_path, **kwargs):
 def test_rows_of_one_step_are_grouped_by_length(tmp_path, monkeypatch):
     cut = []
 
-    def recorded(micro_batches, window):
-        cut.append((micro_batches, group_by_length(micro_batches, window)))
+    def recorded(micro_batches, *args):
+        cut.append((micro_batches, group_by_length(micro_batches, *args)))
         return cut[-1][1]
 
     monkeypatch.setattr("rlhf_recipes.trainers.ppo.group_by_length", recorded)
@@ -173,13 +220,15 @@ def test_rows_of_one_step_are_grouped_by_length(tmp_path, monkeypatch):
             sorted(
                 tuple(batch[name][row].tolist() for name in ("completion_ids", "advantages", "returns"))
                 for batch in batches[step]
-                for row in range(2)
+                for row in range(len(batch["advantages"]))
             )
             for batches in (before, after)
         ]
         assert rows[0] == rows[1], "a step keeps its rows, and a row its tensors"
-        lengths = [(b["prompt_mask"].sum(1) + b["completion_mask"].sum(1)).tolist() for b in after[step]]
-        assert sum(lengths, []) == sorted(sum(lengths, []))
+        lengths = [torch.stack([b[f"{p}_mask"].sum(1) for p in ("prompt", "completion")], 1) for b in after[step]]
+        assert [b["columns"] for b in after[step]] == [tuple(x.amax(dim=0).tolist()) for x in lengths]
+        assert [b["row_share"] for b in after[step]] == [len(x) / 2 for x in lengths]
+        assert sum(map(computed_tokens, lengths)) == oracles.least_tokens(torch.cat(lengths).tolist(), 2)
     assert [b["completion_ids"].tolist() for b in before] != [b["completion_ids"].tolist() for b in after]
 
 
@@ -187,7 +236,7 @@ def test_rows_of_one_step_are_grouped_by_length(tmp_path, monkeypatch):
 def test_the_grouping_changes_no_weight(tmp_path, monkeypatch, loss_type):
     grouped = _grouped_trainer(tmp_path / "grouped", loss_type=loss_type)
     grouped.train()
-    monkeypatch.setattr("rlhf_recipes.trainers.ppo.group_by_length", lambda micro_batches, window: micro_batches)
+    monkeypatch.setattr("rlhf_recipes.trainers.ppo.group_by_length", lambda micro_batches, *args: micro_batches)
     plain = _grouped_trainer(tmp_path / "plain", loss_type=loss_type)
     plain.train()
     start = tiny.policy(tiny.tokenizer()).lm_head.weight.to(tiny.DEVICE)
@@ -223,6 +272,6 @@ def test_figures_are_means_over_the_tokens_of_a_rollout(tmp_path):
         trainer.train()
         logs.append([entry for entry in trainer.state.log_history if "policy/approx_kl" in entry])
     for small, large in zip(*logs, strict=True):
-        for name in ("policy/approx_kl", "loss/value", "val/clip_fraction"):
+        for name in ("policy/approx_kl", "loss/value", "val/clip_fraction", "entropy", "clip_ratio/region_mean"):
             assert_close(small[name], large[name], SPLIT)
     assert logs[0][1]["policy/approx_kl"] > 1e-4

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from tokenizers.processors import TemplateProcessing
-from tolerances import FP32, assert_close
+from tolerances import FP32, SCORES, assert_close
 
 from rlhf_recipes.rewards.card import tokenizer_fingerprint
 from rlhf_recipes.rewards.scorer import RewardModelScorer
@@ -70,6 +70,20 @@ def test_scores_do_not_depend_on_the_batch(trained):
     alone = [scorer([prompt], [completion])[0] for prompt, completion in zip(*rows, strict=True)]
     assert len(set(alone)) == len(alone)
     assert_close(scorer(*rows), alone, FP32)
+
+
+def test_a_long_row_does_not_widen_short_ones():
+    """Two forwards of 12 x 5 and 2 x 50 tokens; batches of 7 rows would compute 7 x 5 and 7 x 50."""
+    tok = tiny.tokenizer()
+    scorer = RewardModelScorer(tiny.reward_model(tok), tok)
+    rows = [list(range(60, 60 + length)) for length in [5] * 6 + [50] + [5] * 6 + [50]]
+    alone = [scorer.score_token_ids([row])[0] for row in rows]
+    seen = []
+    scorer.model.model.embed_tokens.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].shape))
+    scorer.batch_size = 7
+    assert_close(scorer.score_token_ids(rows), alone, SCORES)
+    assert seen == [(12, 5), (2, 50)]
+    assert scorer.score_token_ids([]) == []
 
 
 def test_the_normaliser_starts_at_the_cards_statistics(tmp_path, trained):

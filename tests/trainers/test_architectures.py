@@ -1,6 +1,7 @@
 """Two rollouts on 41 configurations: exact at the start, and saved as plain transformers loads them.
 
-Every trainer also runs its own check of the numbers, which must raise no false alarm.
+Every trainer also runs its own check of the numbers, which must raise no false alarm. Greedy answers are the same
+with rows that leave the batch.
 """
 
 import pytest
@@ -10,7 +11,10 @@ import transformers as tf
 from peft import LoraConfig
 from tolerances import FIRST_UPDATE, MERGED, NO_KL, assert_close
 
+from rlhf_recipes.models.forward import keeps_logits, sampling_inputs
 from rlhf_recipes.models.loading import load_policy
+from rlhf_recipes.models.rope import use_long_factors
+from rlhf_recipes.models.sampling import sample_without_ended
 
 pytestmark = pytest.mark.tiny
 
@@ -133,3 +137,53 @@ def test_two_rollouts_of_an_architecture(tmp_path, name, adapter):
         ours, plain = trained(input_ids=ids).logits, saved(input_ids=ids).logits
     assert_close(ours, plain, MERGED if adapter else FIRST_UPDATE)
     assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_models_own_head_gives_the_numbers_of_trls(tmp_path, monkeypatch, name):
+    """Log-probabilities, entropies and gradients, at another temperature than 1 and with values beside them."""
+    generator, found = torch.Generator().manual_seed(3), []
+    ids = torch.randint(60, 200, (3, 9), generator=generator)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 0]])
+    weights = torch.rand(3, 5, generator=generator) * mask[:, -5:]
+    for kept in (0, 2**26):
+        monkeypatch.setattr("rlhf_recipes.models.forward.KEPT_LOGITS", kept)
+        tok = tiny.tokenizer()
+        trainer = tiny.ppo_trainer(tmp_path, model=policy(name, tok), tok=tok, temperature=0.7)
+        assert keeps_logits(trainer.model, ids) == (kept > 0 and name != "opt")
+        forward = trainer._completion_forward(trainer.model, 5)
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(forward, ids, mask, 5, compute_entropy=True)
+        ((logps + 0.1 * entropies + forward.state_values[:, :-1]) * weights).sum().backward()
+        gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        found.append(({"logps": logps * weights, "entropies": entropies * weights}, gradients))
+    (fused, expected), (own, actual) = found
+    assert actual.keys() == expected.keys()
+    for part, numbers in fused.items():
+        assert_close(own[part], numbers, FIRST_UPDATE)
+    for part, gradient in expected.items():
+        assert_close(actual[part], gradient, MERGED)
+
+
+# Mamba's cache has no keys and values to select from. MPT samples without a cache.
+KEEP_ROWS = {"mamba", "mpt"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_answers_without_the_rows_that_have_ended(name):
+    tok = tiny.tokenizer()
+    model = policy(name, tok).eval()
+    use_long_factors(model)  # else the longest row of a batch chooses the rope
+    encoded = tok(tiny.PROMPTS, return_tensors="pt", padding=True, padding_side="left")
+    inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")} | sampling_inputs(model)
+    width = inputs["input_ids"].size(1)
+    settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": tok.pad_token_id}
+    model.generation_config.eos_token_id = None
+    endless = model.generate(**inputs, **settings)[:, width:]
+    ends = [int(endless[row, 4 * row]) for row in range(5)]  # they end different rows at different steps
+    plain = model.generate(**inputs, **settings, eos_token_id=ends)
+    rows = []
+    model.register_forward_pre_hook(lambda *call: rows.append(len(call[2]["input_ids"])), with_kwargs=True)
+    answers = model.generate(**inputs, **settings, eos_token_id=ends, custom_generate=sample_without_ended)
+    assert torch.equal(plain, answers)
+    assert len(rows) == plain.size(1) - width
+    assert (min(rows) == 8) is (name in KEEP_ROWS)

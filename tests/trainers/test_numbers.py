@@ -191,7 +191,9 @@ def test_a_rope_that_changes_inside_a_batch_is_named(tmp_path, monkeypatch):
 def test_a_value_loss_that_reaches_the_policy_is_named(tmp_path, monkeypatch):
     forward = setup.add_completion_forward
     monkeypatch.setattr(
-        setup, "add_completion_forward", lambda model, **kwargs: forward(model, value_gradient_to_backbone=True)
+        setup,
+        "add_completion_forward",
+        lambda model, **kwargs: forward(model, **kwargs | {"value_gradient_to_backbone": True}),
     )
     assert "The value loss would train" in message(tmp_path, llama(), max_steps=1)
     trainer(tmp_path / "asked", llama(), value_gradient_to_backbone=True).train()

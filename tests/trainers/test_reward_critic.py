@@ -12,8 +12,9 @@ from processes import run_in_processes
 from tolerances import EXACT, FIRST_UPDATE, FP32, MERGED, SPLIT, assert_close
 
 from rlhf_recipes.algorithm.advantages import explained_variance
-from rlhf_recipes.models.critic import VALUE_HEAD_FILE
+from rlhf_recipes.models.critic import VALUE_HEAD_FILE, attach_value_head
 from rlhf_recipes.options.changes import with_changes
+from rlhf_recipes.quickstart.build import build_base_model
 from rlhf_recipes.rewards.scorer import RewardModelScorer, state_positions
 from rlhf_recipes.trainers.reward_critic import RewardCritic, share_of_own_states
 
@@ -248,3 +249,21 @@ def test_answers_have_the_scale_of_the_returns(tmp_path, weight, mean, std):
     assert_close(trainer._scale_of_returns(scores), math.copysign(1, weight) * expected, FP32)
     trainer.args, trainer.num_generations = with_changes(trainer.args, reward_norm=False), 2
     assert_close(trainer._scale_of_returns(scores), weight * torch.tensor([-4.0, 4.0, -4.0, 4.0]), FP32)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda policy: attach_value_head(policy, "", head_size=4, activation="silu", seed=3),
+        lambda policy: build_base_model(tiny.tokenizer(), seed=3),
+        lambda policy: RewardCritic(tiny.ppo_config("out", value_head_learning_rate=0.1), 8, torch.device("cpu")),
+    ],
+    ids=["value head", "base model", "reward critic"],
+)
+def test_new_weights_leave_the_random_numbers_of_the_gpus_alone(monkeypatch, build):
+    policy, state, touched = tiny.policy(tiny.tokenizer()), torch.get_rng_state(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", touched.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: touched.append("all devices") or 0)
+    build(policy)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not touched

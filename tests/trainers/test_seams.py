@@ -20,7 +20,7 @@ import torch.distributed.checkpoint.utils
 import trl
 from mlflow.entities import RunData
 from packaging.version import Version
-from transformers import PretrainedConfig, Trainer
+from transformers import GenerationMixin, PretrainedConfig, Trainer
 from transformers.integrations import MLflowCallback
 from transformers.trainer_callback import ExportableState
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
@@ -118,6 +118,13 @@ SIGNATURES = {
     (models_utils, "disable_gradient_checkpointing"): ["model", "gradient_checkpointing_kwargs"],
     (models_utils, "prepare_deepspeed"): ["model", "accelerator"],
     (models_utils, "prepare_fsdp"): ["model", "accelerator"],
+    (GenerationMixin, "_sample"): [
+        "self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer",
+        "model_kwargs",
+    ],
+    (GenerationMixin, "_update_model_kwargs_for_generation"): [
+        "self", "outputs", "model_kwargs", "is_encoder_decoder", "num_new_tokens",
+    ],
     (models_utils, "unwrap_model_for_generation"): [
         "model", "accelerator", "gather_deepspeed3_params", "generation_kwargs", "gradient_checkpointing_kwargs",
     ],
