@@ -17,6 +17,7 @@ from trl import is_conversational
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.durability.ending import wait_to_end
 from rlhf_recipes.models.loading import SHARDED
+from rlhf_recipes.models.memory import free_memory, rows_that_fit, sampling_bytes
 from rlhf_recipes.models.vocabulary import inner_tokenizer
 from rlhf_recipes.options.baselines import samples_rollouts
 from rlhf_recipes.options.paths import is_address
@@ -37,11 +38,9 @@ from rlhf_recipes.preflight.policy import (
 )
 from rlhf_recipes.preflight.resources import (
     activation_bytes,
-    cache_bytes,
     checkpoint_bytes,
     disk_findings,
     free_disk,
-    free_memory,
     gigabytes,
     memory_findings,
     memory_to_come,
@@ -264,26 +263,36 @@ def _check_memory(report: Report, trainer: Any, train: Dataset) -> None:
     frozen = [m for m in (getattr(trainer, "ref_model", None), *scorers) if m is not None]
     width = 2 if args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16) else 4
     sequence, rows, generation = _longest(trainer, train), args.per_device_train_batch_size, 0
+    spread = {"processes": args.world_size, "sharded": trainer.accelerator.distributed_type in SHARDED}
+    sizes = training_sizes(model, args, adapter=False)
+    free = free_memory(device) // (args.world_size if device.type == "cpu" else 1)
     if samples_rollouts(args):
+        row = sampling_bytes(config, sequence, args.max_completion_length, width=width)
+        left = free - memory_to_come(sizes, 0, 0, **spread)
+        generation = row * _sampled_at_once(report, trainer, row, left)
         sequence += args.max_completion_length
-        sampled = 0 if args.use_vllm else rows * args.steps_per_generation
-        generation = cache_bytes(config, sampled * sequence, width=width) + 4 * sampled * config.vocab_size
     elif "chosen" in train.column_names:
         rows *= 2
     activations = activation_bytes(config, rows * sequence, width=width, checkpointing=args.gradient_checkpointing)
-    to_come = memory_to_come(
-        training_sizes(model, args, adapter=False),
-        activations,
-        generation,
-        processes=args.world_size,
-        sharded=trainer.accelerator.distributed_type in SHARDED,
-    )
-    free = free_memory(device) // (args.world_size if device.type == "cpu" else 1)
+    to_come = memory_to_come(sizes, activations, generation, **spread)
     report.lines["memory"] = (
         f"{gigabytes(parameter_bytes([model, *frozen]))} of weights loaded, about {gigabytes(to_come)} to come, "
         f"{gigabytes(free)} free (estimate)"
     )
     report.findings += memory_findings(to_come, free, str(device))
+
+
+def _sampled_at_once(report: Report, trainer: Any, row_bytes: int, free: int) -> int:
+    """Return how many completions a process samples at the same time, and report it if these are not all of them."""
+    args = trainer.args
+    sampled = 0 if args.use_vllm else args.per_device_train_batch_size * args.steps_per_generation
+    if trainer.rows_at_once is not None:
+        at_once = min(trainer.rows_at_once, sampled)
+    else:
+        at_once = sampled if args.device.type == "cpu" else rows_that_fit(sampled, row_bytes, free)
+    if at_once < sampled:
+        report.lines["sampling"] = f"{at_once:,} of {sampled:,} completions of a process at a time"
+    return at_once
 
 
 def _longest(trainer: Any, train: Dataset) -> int:

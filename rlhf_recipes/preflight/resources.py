@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
+from rlhf_recipes.models.memory import layer_width
 from rlhf_recipes.preflight.finding import Finding
 
 # Bytes of a checkpoint beside its weights: tokenizer, configurations, random states, logs, tables.
 SMALL_FILES = 20_000_000
-CONTAINER_LIMIT, CONTAINER_USE = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"
 
 
 @dataclass(frozen=True)
@@ -110,32 +108,17 @@ def disk_findings(directory: str, free: int, one: int, planned: int) -> list[Fin
 def activation_bytes(config: Any, tokens: int, *, width: int, checkpointing: bool) -> int:
     """Return the bytes that a forward pass keeps for its backward pass.
 
-    Each token keeps in each layer: the inputs of norms, query, key, value, attention and residual, and four vectors of
-    the MLP. With `checkpointing` it keeps one vector per layer, and all of these in one layer. SDPA and flash
-    attention keep no attention matrices.
+    Each token keeps `layer_width` numbers in each layer. With `checkpointing` it keeps one vector per layer, and all
+    of these numbers in one layer.
 
     Args:
         config: Configuration of the text model.
         tokens: Tokens of one micro-batch, with padding.
         width: Bytes per activation.
         checkpointing: Whether activations are computed twice.
-
-    Source: counted as in Korthikanti et al. 2022, arXiv:2205.05198, section 4.1.
     """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    layer = 6 * hidden + 2 * _key_width(config) + 4 * (getattr(config, "intermediate_size", None) or 4 * hidden)
-    return tokens * width * (layers * hidden + layer if checkpointing else layers * layer)
-
-
-def cache_bytes(config: Any, tokens: int, *, width: int) -> int:
-    """Return the bytes of the keys and values of `tokens` tokens in all layers, during generation."""
-    return 2 * tokens * width * config.num_hidden_layers * _key_width(config)
-
-
-def _key_width(config: Any) -> int:
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int((getattr(config, "num_key_value_heads", None) or heads) * head)
+    layers, layer = config.num_hidden_layers, layer_width(config)
+    return int(tokens * width * (layers * config.hidden_size + layer if checkpointing else layers * layer))
 
 
 def memory_to_come(sizes: Sizes, activations: int, generation: int, *, processes: int, sharded: bool) -> int:
@@ -150,19 +133,6 @@ def memory_to_come(sizes: Sizes, activations: int, generation: int, *, processes
     """
     shards = processes if sharded else 1
     return (sizes.gradients + sizes.optimizer) // shards + max(activations, generation)
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a device: on a GPU with torch's unused memory, else within the container's limit."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + unused)
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = (Path(path).read_text(encoding="utf-8").strip() for path in (CONTAINER_LIMIT, CONTAINER_USE))
-        return free if limit == "max" else max(min(free, int(limit) - int(used)), 0)
-    except (OSError, ValueError):  # there is no container, or its limit is hidden
-        return int(free)
 
 
 def memory_findings(to_come: int, free: int, device: str) -> list[Finding]:

@@ -158,6 +158,29 @@ def test_too_little_memory_is_a_warning(tmp_path, capsys, monkeypatch):
     assert warning.startswith("Warning: Training may need")
 
 
+def test_chunks_need_less_memory(tmp_path, capsys):
+    """The estimate counts the completions that are sampled together."""
+    lines, needs = [], []
+    for rows in (None, 128, 8):
+        options = {"max_completion_length": 100, "per_device_train_batch_size": 1, "steps_per_generation": 128}
+        trainer = tiny.ppo_trainer(
+            tmp_path / str(rows), data=tiny.prompts(count=128), generation_batch_rows=rows, **options
+        )
+        said = _say(trainer, capsys)
+        lines.append([line.split(maxsplit=1)[1] for line in said if line.split()[:1] == ["sampling"]])
+        needs.append(float(next(line for line in said if "to come" in line).split("about ")[1].split()[0]))
+    assert lines == [[], [], ["8 of 128 completions of a process at a time"]]
+    assert needs[0] == needs[1] > needs[2]
+
+
+def test_chunks_on_a_gpu_follow_from_the_memory_that_the_rest_leaves(tmp_path, monkeypatch):
+    trainer, report = tiny.ppo_trainer(tmp_path), preflight.Report()
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda", 0))
+    assert preflight._sampled_at_once(report, trainer, row_bytes=10, free=1_000) == 8
+    assert preflight._sampled_at_once(report, trainer, row_bytes=10, free=60) == 4
+    assert report.lines["sampling"] == "4 of 8 completions of a process at a time"
+
+
 def test_what_a_model_suppresses_is_found_and_true(tmp_path, capsys):
     """TRL's sampler overrides the `repetition_penalty` of a model, but it silently keeps its `min_new_tokens`."""
     tok = tiny.tokenizer()

@@ -1,6 +1,5 @@
 """The disk and memory of a run, against sums by hand and the figures of a machine."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +12,9 @@ from rlhf_recipes.preflight import resources
 from rlhf_recipes.preflight.resources import (
     SMALL_FILES,
     activation_bytes,
-    cache_bytes,
     checkpoint_bytes,
     disk_findings,
     free_disk,
-    free_memory,
     gigabytes,
     memory_findings,
     memory_to_come,
@@ -100,11 +97,10 @@ CONFIG = SimpleNamespace(
 )
 
 
-def test_activations_and_cache():
+def test_activations():
     layer = 6 * 8 + 2 * 4 + 4 * 16
     assert activation_bytes(CONFIG, 10, width=2, checkpointing=False) == 10 * 2 * 3 * layer
     assert activation_bytes(CONFIG, 10, width=2, checkpointing=True) == 10 * 2 * (3 * 8 + layer)
-    assert cache_bytes(CONFIG, 10, width=4) == 10 * 4 * 2 * 3 * 4
 
 
 def test_activations_are_about_what_autograd_keeps():
@@ -137,17 +133,6 @@ def test_memory_is_a_warning_and_never_more():
     (finding,) = memory_findings(2_000_000_000, 1_500_000_000, "cuda:0")
     assert finding.level == "warning"
     assert "2.0 GB more on cuda:0, which has 1.5 GB free (estimate)" in finding.message
-
-
-@pytest.mark.parametrize(("limit", "free"), [("max", 1_000), ("600", 500), ("5000", 1_000), ("50", 0), (None, 1_000)])
-def test_a_container_has_less_than_its_machine(tmp_path, monkeypatch, limit, free):
-    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: SimpleNamespace(available=1_000))
-    monkeypatch.setattr(resources, "CONTAINER_LIMIT", str(tmp_path / "limit"))
-    monkeypatch.setattr(resources, "CONTAINER_USE", str(tmp_path / "use"))
-    if limit is not None:
-        Path(tmp_path, "limit").write_text(limit + "\n")
-        Path(tmp_path, "use").write_text("100\n")
-    assert free_memory(torch.device("cpu")) == free
 
 
 @pytest.mark.parametrize(("count", "text"), [(8_400_000, "8 MB"), (1_250_000_000, "1.2 GB"), (2.5e12, "2,500.0 GB")])
