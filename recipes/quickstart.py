@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import set_seed
 
@@ -65,7 +64,6 @@ def write_pairs(world: World, run: Path, split: str, count: int, seed: int, poli
 def run_stage(stage: str, name: str, seed: int, num_pairs: int, parent: list[str]) -> None:
     """Run one stage as its own command would."""
     quiet_start()  # a spawned process starts without it
-    torch.set_num_threads(1)  # with more, products of small matrices wait for each other, long on a busy machine
     world, run = WORLDS[name], Path("runs", name)
     try:
         if stage == "world":

@@ -17,7 +17,7 @@ def start_method() -> str:
 
 
 def run_stages(stages: Iterable[str], run: Callable[..., None], *arguments: Any) -> None:
-    """Run stages one after the other, and exit after the first that fails.
+    """Run stages one after the other, each in one thread, and exit after the first that fails.
 
     Args:
         stages: Names.
@@ -26,7 +26,7 @@ def run_stages(stages: Iterable[str], run: Callable[..., None], *arguments: Any)
     """
     context: Any = multiprocessing.get_context(start_method())
     for stage in stages:
-        process = context.Process(target=run, args=(stage, *arguments))
+        process = context.Process(target=_run_in_one_thread, args=(run, stage, *arguments))
         process.start()
         try:
             process.join()
@@ -34,3 +34,9 @@ def run_stages(stages: Iterable[str], run: Callable[..., None], *arguments: Any)
             process.terminate()
         if process.exitcode:
             sys.exit(f"The stage `{stage}` failed; its message is above.")
+
+
+def _run_in_one_thread(run: Callable[..., None], *arguments: Any) -> None:
+    # With more, products of small matrices wait for each other. On a busy machine they take several times as long.
+    torch.set_num_threads(1)
+    run(*arguments)

@@ -282,21 +282,14 @@ def _check_memory(report: Report, trainer: Any, train: Dataset) -> None:
     report.findings += memory_findings(to_come, free, str(device))
 
 
-def _sampled_at_once(report: Report, trainer: Any, row: int, left: int) -> int:
-    """Return how many completions a process samples at the same time, and report it if these are not all of them.
-
-    Args:
-        report: Report of the run.
-        trainer: Trainer that samples.
-        row: Bytes of one completion.
-        left: Bytes that the rest of the run leaves free.
-    """
+def _sampled_at_once(report: Report, trainer: Any, row_bytes: int, free: int) -> int:
+    """Return how many completions a process samples at the same time, and report it if these are not all of them."""
     args = trainer.args
     sampled = 0 if args.use_vllm else args.per_device_train_batch_size * args.steps_per_generation
     if trainer.rows_at_once is not None:
         at_once = min(trainer.rows_at_once, sampled)
     else:
-        at_once = sampled if args.device.type == "cpu" else rows_that_fit(sampled, row, left)
+        at_once = sampled if args.device.type == "cpu" else rows_that_fit(sampled, row_bytes, free)
     if at_once < sampled:
         report.lines["sampling"] = f"{at_once:,} of {sampled:,} completions of a process at a time"
     return at_once

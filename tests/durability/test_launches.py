@@ -249,7 +249,13 @@ def test_zero3_trains_a_reward_model(directory):
     assert json.loads((directory / "rm_lora" / "reward_model_card.json").read_text())["score_std"] > 0
 
 
-@pytest.mark.parametrize("peft", [{}, LORA], ids=["full", "lora"])
+FULL_IN_BF16 = "ZeRO-3 trains whole models in float32 above, and bfloat16 with LoRA shards whole models too"
+
+
+@pytest.mark.parametrize(
+    "peft",
+    [pytest.param({}, id="full", marks=pytest.mark.slow(reason=FULL_IN_BF16)), pytest.param(LORA, id="lora")],
+)
 def test_zero3_in_bfloat16(directory, peft):
     """As on a GPU. With LoRA, the reward model is an adapter on the same shards."""
     options = {**PPO, **peft, "bf16": True, "dtype": "bfloat16"}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from processes import run_command
 
-from rlhf_recipes.durability.stages import start_method
+from rlhf_recipes.durability import stages
+from rlhf_recipes.durability.stages import run_stages, start_method
 
 ROOT = Path(__file__).parents[2]
 SPAWNED = """
@@ -24,13 +25,28 @@ def test_a_stage_is_forked_only_where_there_is_no_cuda_device(monkeypatch, has_d
     assert start_method() == expected
 
 
+def _note_threads(stage, path):
+    path.write_text(str(torch.get_num_threads()))
+
+
+def test_a_stage_has_one_thread_whatever_its_parent_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "start_method", lambda: "fork")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run_stages(["stage"], _note_threads, tmp_path / "threads")
+    finally:
+        torch.set_num_threads(before)
+    assert (tmp_path / "threads").read_text() == "1"
+
+
 @pytest.mark.recipe
 def test_a_spawned_stage_runs_and_fails_as_a_forked_one(tmp_path):
     """This stage needs the output of an earlier one, which is missing."""
     script = tmp_path / "spawned.py"
     script.write_text(SPAWNED)
-    stages = ("--start", "preferences", "--until", "preferences", "--directory", "here")
-    result = run_command(script, ROOT / "recipes" / "quickstart.py", *stages, directory=tmp_path)
+    options = ("--start", "preferences", "--until", "preferences", "--directory", "here")
+    result = run_command(script, ROOT / "recipes" / "quickstart.py", *options, directory=tmp_path)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-2:] == [

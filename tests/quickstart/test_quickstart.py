@@ -2,14 +2,11 @@
 
 import functools
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import mlflow
 import pytest
-import torch
 from processes import LAUNCHER, free_port, run_command, run_fresh, run_launch
 
 pytestmark = pytest.mark.recipe
@@ -66,19 +63,6 @@ def pipeline(tmp_path_factory):
             held_out = directory / "runs/quickstart/prompts/test.jsonl"
             held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:HELD_OUT]))
     return directory, reports
-
-
-def test_a_stage_has_one_thread(monkeypatch):
-    run_stage = runpy.run_path(str(RECIPES / "quickstart.py"))["run_stage"]
-    before, seen = torch.get_num_threads(), []
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setitem(run_stage.__globals__, "write_world", lambda *_: seen.append(torch.get_num_threads()))
-    torch.set_num_threads(2)
-    try:
-        run_stage("world", "quickstart", 0, 8, [])
-    finally:
-        torch.set_num_threads(before)
-    assert seen == [1]
 
 
 def test_artifacts(pipeline):
