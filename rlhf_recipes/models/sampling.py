@@ -20,7 +20,6 @@ from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.memory import free_memory, rows_that_fit, sampling_bytes
 from rlhf_recipes.models.rope import short_limit
 
-SHORT_ANSWERS = 64  # tokens; up to this length rows stay, and answers draw the random numbers of one batch
 LEAVING_SHARE = 8  # one in so many rows must have ended before a batch gets smaller
 OWN_INPUTS = {"input_ids", "attention_mask"}
 
@@ -115,10 +114,7 @@ def _steps_with_others(model: Any) -> bool:
 
 
 def _rows_may_leave(model: Any, config: GenerationConfig, prompt: int) -> bool:
-    """Return whether rows may leave the batch, as far as a model and its settings decide it.
-
-    Rows of short answers stay, so that short runs draw the same random numbers as without this module.
-    """
+    """Return whether rows may leave the batch, as far as a model and its settings decide it."""
     adapter = model.active_peft_config if isinstance(model, PeftModel) else None
     # Such an adapter keeps something of each row in hooks on the forward.
     fixed_rows = adapter is not None and (
@@ -126,8 +122,7 @@ def _rows_may_leave(model: Any, config: GenerationConfig, prompt: int) -> bool:
     )
     completion, limit = config.max_new_tokens or 0, short_limit(model)
     return (
-        completion > SHORT_ANSWERS
-        and (limit is None or prompt + completion <= limit)  # else the longest row changes the rope of the others
+        (limit is None or prompt + completion <= limit)  # else the longest row changes the rope of the others
         and config.get_generation_mode() in ("sample", "greedy_search")
         and config.cache_implementation is None
         and not config.return_dict_in_generate

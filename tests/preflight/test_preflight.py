@@ -176,13 +176,8 @@ def test_chunks_need_less_memory(tmp_path, capsys):
 def test_chunks_on_a_gpu_follow_from_the_memory_that_the_rest_leaves(tmp_path, monkeypatch):
     trainer, report = tiny.ppo_trainer(tmp_path), preflight.Report()
     monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda", 0))
-<<<<<<< .merge_file_kgO97J
-    assert preflight._sampled_at_once(report, trainer, row=10, left=1_000) == 8
-    assert preflight._sampled_at_once(report, trainer, row=10, left=60) == 4
-=======
     assert preflight._sampled_at_once(report, trainer, row_bytes=10, free=1_000) == 8
     assert preflight._sampled_at_once(report, trainer, row_bytes=10, free=60) == 4
->>>>>>> .merge_file_Oov5bL
     assert report.lines["sampling"] == "4 of 8 completions of a process at a time"
 
 

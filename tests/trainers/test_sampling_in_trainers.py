@@ -7,12 +7,12 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_recipes.models.sampling import SHORT_ANSWERS, thrifty_sampling
+from rlhf_recipes.models.sampling import thrifty_sampling
 from rlhf_recipes.trainers import compared
 
 pytestmark = pytest.mark.tiny
 
-LONG = SHORT_ANSWERS + 6
+LONG = 70
 GREEDY = {"generation_kwargs": {"do_sample": False}}
 
 
@@ -78,6 +78,7 @@ def test_lora_samples_in_the_precision_of_the_update(tmp_path):
 def test_lora_samples_from_the_policy_that_trains(tmp_path, monkeypatch):
     """Autocast brings the log-probabilities of sampling nearer to those of the rollout's forward."""
     errors = []
+    monkeypatch.setattr("rlhf_recipes.models.sampling._rows_may_leave", lambda *_: False)
     for autocast in (True, False):
         if not autocast:
             without_autocast(monkeypatch)
