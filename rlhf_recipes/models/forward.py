@@ -74,7 +74,8 @@ def add_completion_forward(
 
         def keep_completion(module: nn.Module, inputs: Any, output: Any) -> Any:
             states.append(output.last_hidden_state[:, -completion_length - 1 :])
-            output.last_hidden_state = states[-1][:, :-1]
+            # Without the copy torch multiplies frozen weights by another kernel than trained ones: a KL that is not 0.
+            output.last_hidden_state = states[-1][:, :-1].contiguous()
             return output
 
         run = fused_forward

@@ -90,6 +90,7 @@ def test_four_steps_train_the_weights_of_equal_micro_batches(tmp_path, monkeypat
     actual, _, uneven = trained(tmp_path / "uneven", monkeypatch, **options)
     sizes = {len(batch["advantages"]) for batch in uneven._buffered_inputs}
     assert (len(sizes) > 1) == (split in (2, 4)), "the cut must be uneven"
+    assert tiny.logged(uneven, "objective/kl")[1] == 0, "policy and reference must run in the same way"
     assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-3
     for name, weights in expected.items():
         assert_close(actual[name], weights, SPLIT)
