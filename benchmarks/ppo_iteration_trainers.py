@@ -206,7 +206,8 @@ class Builder:
             cache_implementation="static" if kind == "compiled" else None,
         )  # fmt: skip
         trainer = PPOTrainer(model, reward_model, options, **rewards, **self.data())
-        self.clock.count(trainer.model, *([] if reward_model is None else [reward_model]))
+        counted = [] if kind == "compiled" else [trainer.model]  # a compiler would compile each count anew
+        self.clock.count(*counted, *([] if reward_model is None else [reward_model]))
         return trainer
 
     def _write_adapter(self, folder: str, base: str) -> None:
