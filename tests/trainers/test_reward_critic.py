@@ -70,7 +70,7 @@ def test_values_are_the_head_on_the_reward_model_by_itself(tmp_path):
                 expected = head(states[:, -1])
             assert_close(values[row, t], expected[0], FP32)
             compared += 1
-    assert compared > 5
+    assert compared > {"cpu": 10, "cuda": 5}[tiny.DEVICE]  # a GPU samples other answers
 
 
 def test_the_reward_model_reads_each_completion_once(tmp_path):
