@@ -109,20 +109,26 @@ def measure_machine(scenario: Scenario, device: str, threads: int) -> Machine:
         _flop_per_second(*sizes, device, dtype)
         for sizes in ((n, n, n), (scenario.micro_batch * columns, shape.hidden, shape.mlp))
     ]
+    bandwidth = measured_bandwidth(device)
+    torch.set_num_threads(before)
+    if is_cuda:
+        torch.cuda.empty_cache()  # the trainers need the memory
+        name = f"{torch.cuda.get_device_name()}, bfloat16"
+    else:
+        name = f"{os.cpu_count()} cores, {platform.machine()}, float32, {threads} thread(s)"
+    return Machine(name, "wall" if is_cuda else "cpu", *rates, bandwidth)
+
+
+def measured_bandwidth(device: str) -> float:
+    """Return the bytes per second of a copy, read and written, or of a product with a vector, the larger."""
+    is_cuda = device != "cpu"
+    dtype = torch.bfloat16 if is_cuda else torch.float32
     source = torch.zeros(2**29 if is_cuda else 2**26, device=device, dtype=dtype)
     target = torch.empty_like(source)
     size = source.numel() * source.element_size()
     matrix, vector = source.view(-1, 4_096), source[:4_096]
     copied = 2 * size / _seconds(lambda: target.copy_(source), is_cuda)
-    read = size / _seconds(lambda: matrix @ vector, is_cuda)
-    torch.set_num_threads(before)
-    if is_cuda:
-        del source, target, matrix, vector
-        torch.cuda.empty_cache()  # the trainers need the memory
-        name = f"{torch.cuda.get_device_name()}, bfloat16"
-    else:
-        name = f"{os.cpu_count()} cores, {platform.machine()}, float32, {threads} thread(s)"
-    return Machine(name, "wall" if is_cuda else "cpu", *rates, max(copied, read))
+    return max(copied, size / _seconds(lambda: matrix @ vector, is_cuda))
 
 
 def _flop_per_second(rows: int, inner: int, columns: int, device: str, dtype: torch.dtype) -> float:

@@ -191,7 +191,12 @@ class Builder:
         from rlhf_recipes.models.forward import CompletionForward
 
         if kind == "padded":
-            CompletionForward._columns = lambda self, attention_mask: (0, attention_mask.size(1))
+
+            def all_columns(self: Any, *, input_ids: torch.Tensor, columns: Any = None, **inputs: Any) -> Any:
+                rest = (input_ids.size(1) - self.completion_length, self.completion_length)
+                return trimmed(self, input_ids=input_ids, columns=rest, **inputs)
+
+            trimmed, CompletionForward.__call__ = CompletionForward.__call__, all_columns
         scenario = self.scenario
         on_disk = scenario.one_backbone or scenario.quantize
         model, adapter, rewards = self.policy(on_disk=on_disk), None, {}
