@@ -5,8 +5,8 @@
     python benchmarks/decoding.py --shape tiny --rows 4
 
 The model has random weights in bfloat16 and LoRA of rank 16 on all linear layers. A step computes one token of each
-row. The forward of the prompt is left out: (time of `--tokens` - time of 4) / (`--tokens` - 4). The floor is the time to
-read all weights, keys and values once. Prints one JSON line per way.
+row. The forward of the prompt is left out: (time of `--tokens` - time of 4) / (`--tokens` - 4). The floor is the time
+to read all weights, keys and values once. Prints one JSON line per way.
 """
 
 import argparse
