@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Return the sum of the cells whose mask is 1; the arguments are those of `masked_mean`."""
+    kept = torch.where(mask.bool(), values, 0)
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Return the mean of the cells whose mask is 1.
 
@@ -21,10 +27,8 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     Returns:
         A scalar, or `values` without `dim`.
     """
-    mask = mask.bool()
-    total = torch.where(mask, values, 0).sum() if dim is None else torch.where(mask, values, 0).sum(dim)
-    count = mask.sum() if dim is None else mask.sum(dim)
-    return total / count.clamp(min=1)
+    count = mask.bool().sum() if dim is None else mask.bool().sum(dim)
+    return masked_sum(values, mask, dim) / count.clamp(min=1)
 
 
 def masked_var(values: Tensor, mask: Tensor) -> Tensor:

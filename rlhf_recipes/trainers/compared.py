@@ -140,6 +140,8 @@ class RolloutTrainer(ComparedTrainer):
     eos_token_ids: list[int]
     num_iterations: int
     log_completions: bool
+    use_vllm: bool  # TRL's
+    generation_config: Any  # TRL's, without vLLM
     _logs: Any  # TRL's
     chat_template_kwargs: dict[str, Any]  # TRL's
     _buffered_inputs: Any  # TRL's: the micro-batches of the current rollout

@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_recipes.algorithm.distributed import global_sum
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.algorithm.losses import MEANS_OVER_ROWS, is_value_clipped, per_token_value_loss
+from rlhf_recipes.algorithm.masked import masked_sum
 from rlhf_recipes.algorithm.micro_batches import cut_together
 from rlhf_recipes.models.forward import CompletionForward, needed_columns
 from rlhf_recipes.options.baselines import rollout_steps
@@ -94,7 +95,7 @@ def critic_loss(
         loss = average(token_loss, batch.mask, batch.rollout_tokens)
         clipped = is_value_clipped(batch.values.detach(), batch.old_values, cliprange=cliprange)
         measured |= {"loss/value": token_loss.detach(), "val/clip_fraction": clipped}
-    return loss, {name: torch.where(batch.mask.bool(), x, 0).float().sum() for name, x in measured.items()}
+    return loss, {name: masked_sum(x.float(), batch.mask) for name, x in measured.items()}
 
 
 def read_means(sums: Sequence[dict[str, Tensor]]) -> list[tuple[float, dict[str, float]]]:

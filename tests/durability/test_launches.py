@@ -68,6 +68,7 @@ PPO = {
     "steps_per_generation": 2,
     "num_iterations": 2,
     "max_completion_length": 10,
+    "generation_kwargs": {"do_sample": False},  # rows leave a batch only where weights are whole: other random numbers
     "vf_coef": 0.5,
     "save_steps": 4,
 }

@@ -35,14 +35,16 @@ def _logged(output_dir, name, **kwargs):
     return [*tiny.logged(trainer, name).values()]
 
 
-def _scores(output_dir, **kwargs):
-    scores = _logged(output_dir, "objective/scores", max_steps=120, learning_rate=3e-3, kl_coef=0.01, **kwargs)
+def _scores(output_dir, learning_rate=3e-3, **kwargs):
+    scores = _logged(
+        output_dir, "objective/scores", max_steps=120, learning_rate=learning_rate, kl_coef=0.01, **kwargs
+    )
     return sum(scores[:5]) / 5, sum(scores[-5:]) / 5
 
 
-@pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["full", "lora"])
-def test_the_score_rises(tmp_path, peft):
-    first, last = _scores(tmp_path, peft=peft)
+@pytest.mark.parametrize(("peft", "learning_rate"), [(None, 3e-3), (tiny.lora(), 1e-2)], ids=["full", "lora"])
+def test_the_score_rises(tmp_path, peft, learning_rate):
+    first, last = _scores(tmp_path, learning_rate=learning_rate, peft=peft)
     assert last > first + 0.2
 
 
