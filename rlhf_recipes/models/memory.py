@@ -1,5 +1,6 @@
 """Estimate the memory that sampling needs, and read the free memory of a device."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ USED_SHARE = 0.8  # of the free memory; the estimate is rough, and freed blocks 
 
 
 def layer_width(config: Any) -> int:
-    """Return how many numbers a token has in one layer, in a forward pass.
+    """Return how many numbers a token has in one layer, in a forward pass; in the widest one if layers differ.
 
     They are the inputs of norms, query, key, value, attention and residual, and four vectors of the MLP. SDPA and
     flash attention keep no attention matrices.
@@ -23,24 +24,28 @@ def layer_width(config: Any) -> int:
 
     Source: counted as in Korthikanti et al. 2022, arXiv:2205.05198, section 4.1.
     """
-    hidden = config.hidden_size
-    return int(6 * hidden + 2 * _key_width(config) + 4 * (getattr(config, "intermediate_size", None) or 4 * hidden))
+    return max(6 * x.hidden_size + 2 * _key_width(x) + 4 * _mlp_width(x) for x in config.per_layer_config)
 
 
 def cache_bytes(config: Any, tokens: int, *, width: int) -> int:
     """Return the bytes of the keys and values of one row in all layers, during generation.
 
-    A layer with a sliding window keeps the tokens of its window, and a layer without attention keeps none.
+    A layer with a sliding window keeps the tokens of its window, and a layer without attention keeps none. The result
+    is too large where layers share keys and values, or where all heads of a layer have one (Gemma 3n, Falcon), and
+    where the cache is compressed (DeepSeek).
 
     Args:
         config: Configuration of the text model.
         tokens: Tokens of the row.
         width: Bytes per number.
     """
-    layers = [layer for layer in DynamicCache(config=config).layers if layer.is_croppable]
-    windows = [layer.get_max_length() for layer in layers]  # -1: all tokens
-    kept = sum(min(tokens, window) if window > 0 else tokens for window in windows)
-    return 2 * kept * width * _key_width(config)
+    numbers = 0
+    # The cache may have fewer layers than the model, because the last ones read those of others.
+    for layer, of_layer in zip(DynamicCache(config=config).layers, config.per_layer_config, strict=False):
+        if layer.is_croppable:
+            window = layer.get_max_length()  # -1: all tokens
+            numbers += (min(tokens, window) if window > 0 else tokens) * _key_width(of_layer)
+    return 2 * numbers * width
 
 
 def _key_width(config: Any) -> int:
@@ -51,10 +56,16 @@ def _key_width(config: Any) -> int:
     return int((getattr(config, "num_key_value_heads", None) or heads) * head)
 
 
+def _mlp_width(config: Any) -> int:
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return int(max(width) if isinstance(width, Sequence) else width)  # Gemma 3n lists the widths of all layers
+
+
 def sampling_bytes(config: Any, prompt: int, completion: int, *, width: int) -> int:
     """Return the bytes that one row needs while it is sampled, beside the weights.
 
-    They are its keys and values, the activations of its prompt in one layer, and its scores of the vocabulary.
+    They are its keys and values, the activations of its prompt in one layer, and its scores of the vocabulary. A model
+    of several networks has no layers of its own (BLT); only the scores are counted there.
 
     Args:
         config: Configuration of the text model.
@@ -62,8 +73,11 @@ def sampling_bytes(config: Any, prompt: int, completion: int, *, width: int) -> 
         completion: Tokens of the completion, at most.
         width: Bytes per number.
     """
+    scores = LOGIT_BYTES * int(getattr(config, "vocab_size", None) or 0)
+    if not hasattr(config, "num_hidden_layers"):
+        return scores
     activations = prompt * width * layer_width(config)
-    return cache_bytes(config, prompt + completion, width=width) + activations + LOGIT_BYTES * int(config.vocab_size)
+    return cache_bytes(config, prompt + completion, width=width) + activations + scores
 
 
 def rows_that_fit(rows: int, row_bytes: int, free: int) -> int:

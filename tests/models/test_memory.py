@@ -18,6 +18,7 @@ SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50,
 }  # fmt: skip
+LAYERED = {**SIZES, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
 def test_one_row_by_hand():
@@ -40,6 +41,14 @@ def test_the_keys_and_values_of_an_8b_model():
         tf.LlamaConfig(**SIZES),
         tf.MistralConfig(**SIZES, sliding_window=8),
         tf.Gemma3TextConfig(**SIZES, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2),
+        tf.Gemma3nTextConfig(**LAYERED, num_kv_shared_layers=0, vocab_size_per_layer_input=50),
+        tf.Gemma4TextConfig(
+            **LAYERED,
+            num_kv_shared_layers=0,
+            global_head_dim=32,
+            num_global_key_value_heads=1,
+            vocab_size_per_layer_input=50,
+        ),
         tf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"] * 2, pad_token_id=0),
         tf.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=50),
     ],
@@ -55,6 +64,17 @@ def test_keys_and_values_are_those_of_a_cache(config):
     window = 2 * 2 * 16 * 4  # a sliding layer keeps its window less the token to come
     sliding = sum(layer.get_max_length() > 0 for layer in cache.layers)
     assert cache_bytes(config, 20, width=4) == sum(x.nbytes for x in held) + sliding * window
+
+
+def test_layers_of_several_widths():
+    config = tf.Gemma4TextConfig(**LAYERED, global_head_dim=32, num_global_key_value_heads=2)
+    assert layer_width(config) == 6 * 32 + 2 * 2 * 32 + 4 * 48  # of a global layer
+    config = tf.Gemma3nTextConfig(**{**LAYERED, "intermediate_size": [48, 64, 16, 48]})
+    assert layer_width(config) == 6 * 32 + 2 * 2 * 16 + 4 * 64
+
+
+def test_a_model_of_several_networks_counts_its_scores():
+    assert sampling_bytes(tf.BltConfig(vocab_size=260), 6, 4, width=4) == 20 * 260
 
 
 @pytest.mark.parametrize(
