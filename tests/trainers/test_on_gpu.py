@@ -5,6 +5,7 @@ import math
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from tolerances import GPU_BF16, GPU_FP32, assert_close
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BitsAndBytesConfig
@@ -24,7 +25,6 @@ def _results(directory, kernel=SDPBackend.MATH, padded=True, **options):
     """Return log-probabilities, entropies and values of one batch, and the gradients of a loss of all of them."""
     trainer = tiny.ppo_trainer(directory, **options)
     generator = torch.Generator().manual_seed(4)
-    torch.nn.init.normal_(trainer.model.value_head.output.weight)
     with torch.no_grad():
         head = trainer.model.value_head.output.weight
         head.copy_(torch.randn(head.shape, generator=generator))
@@ -67,8 +67,8 @@ def test_log_probabilities_entropies_values_and_gradients_are_those_of_the_cpu(
     _assert_agree(_results(tmp_path, kernel, padded, **{"use_cpu": False, **options}), expected, tolerance)
 
 
-def _finite(trainer):
-    """Train, and return the logged KL, after a test that every loss is a number and every step went on."""
+def _trained_kl(trainer):
+    """Train, check that no step is missing and that each loss is a number, and return the logged KL."""
     trainer.train()
     assert trainer.state.global_step == trainer.args.max_steps
     assert all(math.isfinite(x) for x in tiny.logged(trainer, "loss").values())
@@ -80,7 +80,7 @@ def test_a_lora_on_a_bf16_base_starts_without_kl_and_keeps_its_precision(tmp_pat
     base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
     options = {"model": base, "peft": tiny.lora(), "model_init_kwargs": {"dtype": "bfloat16"}, "check_numerics": True}
     trainer = tiny.ppo_trainer(tmp_path / "out", **options, **BF16)
-    assert _finite(trainer)[0] == 0.0
+    assert _trained_kl(trainer)[0] == 0.0
     # PEFT keeps an unused copy of the new value head.
     parameters = [(n, p) for n, p in trainer.model.named_parameters() if "original_module" not in n]
     dtypes = {p.requires_grad: p.dtype for _, p in parameters}
@@ -100,7 +100,7 @@ def test_policy_critic_reference_and_reward_share_one_4_bit_base(tmp_path, optim
         return tiny.ppo_trainer(directory, **{**options, **bf16, **kwargs})
 
     whole = make(tmp_path / "whole", save_strategy="steps", save_steps=3)
-    assert _finite(whole)[0] == 0.0
+    assert _trained_kl(whole)[0] == 0.0
     resumed = make(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for name, parameter in whole.model.named_parameters():
@@ -112,22 +112,27 @@ def test_a_compiled_policy_trains(tmp_path, monkeypatch):
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
         monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
     trainer = tiny.ppo_trainer(tmp_path, torch_compile=True, pad_to_multiple_of=8, **BF16)
-    assert _finite(trainer)[0] == 0.0
+    assert _trained_kl(trainer)[0] == 0.0
 
 
-def test_a_compiled_decoding_step_samples(tmp_path):
+@pytest.mark.parametrize(("padding", "graphs"), [(None, 2), (64, 1)])
+def test_a_compiled_decoding_step_samples(tmp_path, padding, graphs):
+    """A second width of the prompts compiles it again, for all widths. With padding there is one width."""
     base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
     options = {"model": base, "peft": tiny.lora(), "model_init_kwargs": {"dtype": "bfloat16"}}
+    data = Dataset.from_dict({"prompt": [" ".join(["red"] * words) for words in (1, 4, 8) for _ in range(8)]})
+    options |= {"data": data, "shuffle_dataset": False, "max_steps": 12, "pad_to_multiple_of": padding}
     trainer = tiny.ppo_trainer(tmp_path / "out", cache_implementation="static", **options, **BF16)
+    torch._dynamo.reset()
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert _finite(trainer)[0] == 0.0
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled + 1
+    assert _trained_kl(trainer)[0] == 0.0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled + graphs
 
 
 def test_an_evaluation_with_a_judge_runs_beside_the_training(tmp_path):
     options = {"eval_data": tiny.prompts(), "judges": {"length": tiny.length_reward}}
     trainer = tiny.ppo_trainer(tmp_path, eval_strategy="steps", eval_steps=2, **options, **BF16)
-    _finite(trainer)
+    _trained_kl(trainer)
     assert any("win_rate" in name for entry in trainer.state.log_history for name in entry)
 
 
@@ -140,5 +145,5 @@ def test_memory_does_not_grow(tmp_path):
         return rollout(inputs)
 
     trainer._generate_and_score_completions = measured
-    _finite(trainer)
+    _trained_kl(trainer)
     assert max(seen[3:]) <= max(seen[1:3]), "the first rollout comes before the optimiser's state"
