@@ -64,7 +64,8 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
         default=None,
         metadata={
             "help": "Completions that a process samples at the same time, at most. Default: as many as fit into the "
-            "free memory of its GPU, and on a CPU all of them. vLLM does not need it."
+            "free memory of its GPU, and on a CPU all of them. Batches with images are not cut. vLLM and continuous "
+            "batching do not need it."
         },
     )
     # Advantages.

@@ -24,7 +24,8 @@ CLASSES = {
         *("label_names", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
         *("early_stopping_patience", "stop_on_decline"),
     ),
-    # How the work is spread over devices and processes, and how long a reward may take.
+    # How the work is spread over devices and processes, and how long a reward may take. `generation_batch_rows`
+    # changes the random numbers, too, but a run that had too little memory must be able to go on with fewer rows.
     "execution": (
         *("accelerator_config", "dataloader_*", "ddp_*", "deepspeed", "ds3_*", "fsdp*", "local_rank"),
         *("activation_checkpointing*", "gradient_checkpointing*", "torch_empty_cache_steps", "trust_remote_code"),

@@ -286,12 +286,16 @@ def _sampled_at_once(report: Report, trainer: Any, row_bytes: int, free: int) ->
     """Return how many completions a process samples at the same time, and report it if these are not all of them."""
     args = trainer.args
     sampled = 0 if args.use_vllm else args.per_device_train_batch_size * args.steps_per_generation
-    if trainer.rows_at_once is not None:
-        at_once = min(trainer.rows_at_once, sampled)
+    chosen = trainer.rows_at_once
+    if {"image", "images"} & {*trainer.train_dataset.column_names}:
+        at_once = sampled  # such a batch is not cut
+    elif chosen is not None:
+        at_once = min(chosen, sampled)
     else:
         at_once = sampled if args.device.type == "cpu" else rows_that_fit(sampled, row_bytes, free)
-    if at_once < sampled:
-        report.lines["sampling"] = f"{at_once:,} of {sampled:,} completions of a process at a time"
+    if at_once < sampled:  # the free memory differs between now and the rollouts
+        rows = f"{at_once:,}" if chosen is not None else f"about {at_once:,}"
+        report.lines["sampling"] = f"{rows} of {sampled:,} completions of a process at a time"
     return at_once
 
 

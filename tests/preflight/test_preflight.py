@@ -178,7 +178,10 @@ def test_chunks_on_a_gpu_follow_from_the_memory_that_the_rest_leaves(tmp_path, m
     monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda", 0))
     assert preflight._sampled_at_once(report, trainer, row_bytes=10, free=1_000) == 8
     assert preflight._sampled_at_once(report, trainer, row_bytes=10, free=60) == 4
-    assert report.lines["sampling"] == "4 of 8 completions of a process at a time"
+    assert report.lines["sampling"] == "about 4 of 8 completions of a process at a time"
+    trainer.rows_at_once = 2
+    trainer.train_dataset = trainer.train_dataset.add_column("image", [None] * 8)
+    assert preflight._sampled_at_once(report, trainer, row_bytes=10, free=60) == 8, "images are not cut"
 
 
 def test_what_a_model_suppresses_is_found_and_true(tmp_path, capsys):
