@@ -109,6 +109,20 @@ def keeps_logits(model: PreTrainedModel, labels: Tensor) -> bool:
     return is_float32 and labels.numel() * model.config.get_text_config().vocab_size <= KEPT_LOGITS
 
 
+def keep_out_of_autocast(head: Any) -> None:
+    """Let a head that TRL has cast to float32 multiply in float32 while answers are sampled, too.
+
+    TRL's fused head of the update switches autocast off. The forward of its float32 head does not.
+    """
+    forward = head.forward
+
+    def outside_autocast(hidden_states: Tensor) -> Any:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return forward(hidden_states)
+
+    head.forward = outside_autocast
+
+
 def _own_head(
     forward: Callable[..., Any],
     *args: Any,

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from rlhf_recipes.models.critic import causal_lm
-from rlhf_recipes.models.loading import mixed_precision
 
 logger = logging.getLogger(__name__)
 
@@ -124,20 +125,36 @@ def check_generation_kwargs(args: Any) -> None:
             )
 
 
-def check_static_cache(model: Any, args: Any) -> None:
+def merged_config(model: Any, given: GenerationConfig | None) -> GenerationConfig:
+    """Return the settings of a call of `generate`: those of the call, and the model's own where it has none."""
+    config = copy.deepcopy(given) if given is not None else GenerationConfig()
+    config.update(**causal_lm(model).generation_config.to_dict(), defaults_only=True)
+    if config.cache_implementation == "hybrid":  # in files on the Hub (Gemma 3), and ignored by transformers
+        config.update(cache_implementation=None)
+    return config
+
+
+def check_static_cache(model: Any, cache: str, mixed: torch.dtype | None) -> None:
     """Refuse a cache of fixed size that mixed precision would fill with numbers of two types.
+
+    Args:
+        model: Policy.
+        cache: Name of the cache.
+        mixed: Precision of autocast. `None` stands for no autocast.
 
     Raises:
         ValueError: If the weights have another type than autocast.
     """
-    mixed = mixed_precision(args)
-    if mixed is not None and causal_lm(model).dtype != mixed:
-        name, own = (str(dtype).removeprefix("torch.") for dtype in (mixed, causal_lm(model).dtype))
-        raise ValueError(
-            f"`cache_implementation: {args.cache_implementation}` needs a policy in {name}, because its keys and "
-            f"values have one type. This policy is in {own}. Train an adapter (`use_peft: true`, `dtype: {name}`), "
-            "or leave `cache_implementation` out."
-        )
+    policy = causal_lm(model)
+    if mixed is None or policy.dtype == mixed:
+        return
+    name, own = (str(dtype).removeprefix("torch.") for dtype in (mixed, policy.dtype))
+    is_adapter = policy is not model
+    advice = f"Set `dtype: {name}`" if is_adapter else f"Train an adapter (`use_peft: true`, `dtype: {name}`)"
+    raise ValueError(
+        f"`cache_implementation: {cache}` needs a policy in {name}, because its keys and values have one type. This "
+        f"policy is in {own}. {advice}, or leave `cache_implementation` out."
+    )
 
 
 @contextmanager

@@ -1,10 +1,9 @@
 """Sample with less work and less memory than one call of `generate` for all rows.
 
-All sampling is transformers' own. Rows that have ended leave the batch, and a batch that does not fit into the memory
-of a GPU is sampled in chunks.
+All sampling is transformers' own. In a rollout, rows that have ended leave the batch, and a batch that does not
+fit into the memory of a GPU is sampled in chunks.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,11 +16,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_manage
 
 from rlhf_recipes.algorithm.distributed import global_max
 from rlhf_recipes.models.critic import causal_lm
+from rlhf_recipes.models.generation import merged_config
 from rlhf_recipes.models.memory import free_memory, rows_that_fit, sampling_bytes
 from rlhf_recipes.models.rope import short_limit
 
 LEAVING_SHARE = 8  # one in so many rows must have ended before a batch gets smaller
-OWN_INPUTS = {"input_ids", "attention_mask"}
 
 
 @contextmanager
@@ -29,6 +28,7 @@ def thrifty_sampling(
     model: PreTrainedModel | PeftModel,
     *,
     rows_at_once: int | None = None,
+    fixed_draws: bool = False,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[None]:
     """Let `generate` of a model sample in chunks that fit, without the rows that have ended, in the given precision.
@@ -36,6 +36,8 @@ def thrifty_sampling(
     Args:
         model: Policy, on which `generate` is called.
         rows_at_once: Rows of a chunk, at most. Default: as many as fit into the free memory of a GPU, or all on a CPU.
+        fixed_draws: Whether a row draws the random numbers that it would draw for any other policy. This makes a
+            comparison of two policies less noisy. No row leaves then, and the free memory makes no chunks.
         precision: Context of the forward passes. It is entered once per call of `generate`: autocast then casts each
             trained weight once, and not once per token.
     """
@@ -43,7 +45,7 @@ def thrifty_sampling(
 
     def generate(**inputs: Any) -> Tensor:
         with precision():
-            return _in_chunks(model, plain, inputs, rows_at_once)
+            return _in_chunks(model, plain, inputs, rows_at_once, fixed_draws)
 
     model.generate = generate
     try:
@@ -54,47 +56,50 @@ def thrifty_sampling(
             model.generate = own
 
 
-def _in_chunks(model: Any, plain: Callable[..., Tensor], inputs: dict[str, Any], rows_at_once: int | None) -> Tensor:
-    config = _merged_config(model, inputs.get("generation_config"))
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if ids is not None and _rows_may_leave(model, config, ids.size(1)):
-        inputs = {**inputs, "custom_generate": sample_without_ended}
-    # Other tensors (images) are stored in the order of the rows, but not by row.
-    if ids is None or mask is None or {name for name, x in inputs.items() if isinstance(x, Tensor)} != OWN_INPUTS:
+def _in_chunks(
+    model: Any, plain: Callable[..., Tensor], inputs: dict[str, Any], rows_at_once: int | None, fixed_draws: bool
+) -> Tensor:
+    config, ids = merged_config(model, inputs.get("generation_config")), inputs.get("input_ids")
+    if ids is None:
         return plain(**inputs)
-    chunks = _chunks(model, ids, config, rows_at_once)
+    if not fixed_draws and _rows_may_leave(model, config, ids.size(1)):
+        inputs = {**inputs, "custom_generate": sample_without_ended}
+    if rows_at_once is None:
+        fits_all = fixed_draws or model.device.type == "cpu"
+        rows_at_once = ids.size(0) if fits_all else _rows_that_fit(model, ids, config.max_new_tokens or 0)
+    # Tensors of another shape (images) are stored in the order of the rows, but not by row.
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    can_cut = "attention_mask" in tensors and all(x.shape == ids.shape for x in tensors.values())
+    chunks = _chunks(model, ids, rows_at_once, can_cut)
     if chunks == 1:
         return plain(**inputs)
-    lengths = mask.sum(dim=1)
+    lengths = tensors["attention_mask"].sum(dim=1)
     order = lengths.argsort(stable=True)  # a chunk of short prompts needs little padding
     answers = []
     for rows in order.tensor_split(chunks):
-        columns = slice(ids.size(1) - int(lengths[rows].max()), None)
-        part = {"input_ids": ids[rows, columns], "attention_mask": mask[rows, columns]}
-        answers.append(plain(**{**inputs, **part})[:, part["input_ids"].size(1) :])
+        asked = rows if len(rows) else order[:1]  # the other ranks make a call, so this one does
+        width = max(1, int(lengths[asked].max()))
+        part = {name: x[asked, -width:] for name, x in tensors.items()}
+        answers.append(plain(**{**inputs, **part})[: len(rows), width:])
     width = max(answer.size(1) for answer in answers)
-    padded = [nn.functional.pad(x, (0, width - x.size(1)), value=config.pad_token_id) for x in answers]
+    padded = [nn.functional.pad(x, (0, width - x.size(1)), value=_pad_token(config)) for x in answers]
     return torch.cat([ids, torch.cat(padded)[order.argsort()]], dim=1)
 
 
-def _merged_config(model: Any, given: GenerationConfig | None) -> GenerationConfig:
-    """Return the settings of a call of `generate`: those of the call, and the model's own where it has none."""
-    config = copy.deepcopy(given) if given is not None else GenerationConfig()
-    config.update(**causal_lm(model).generation_config.to_dict(), defaults_only=True)
-    return config
+def _pad_token(config: GenerationConfig) -> int:
+    """Return the token behind the end of a row, which transformers chooses in the same way."""
+    ends = config.eos_token_id
+    first = ends[0] if isinstance(ends, list) else ends
+    return next((token for token in (config.pad_token_id, first) if token is not None), 0)
 
 
-def _chunks(model: Any, ids: Tensor, config: GenerationConfig, rows_at_once: int | None) -> int:
-    """Return the number of chunks of a batch."""
-    rows = ids.size(0)
-    if rows_at_once is not None:
-        return -(-rows // rows_at_once)
-    if model.device.type == "cpu":
-        return 1
-    chunks = -(-rows // _rows_that_fit(model, ids, config.max_new_tokens or 0))
-    if _steps_with_others(model):  # each rank must make the same calls
-        chunks = int(global_max(torch.tensor(chunks, device=ids.device)))
-    return min(chunks, rows)
+def _chunks(model: Any, ids: Tensor, rows_at_once: int, can_cut: bool) -> int:
+    """Return the number of chunks of a batch, which is the same on all ranks if these step together."""
+    chunks = max(1, -(-ids.size(0) // max(1, rows_at_once))) if can_cut else 1
+    if not _steps_with_others(model):
+        return chunks
+    most, is_whole = global_max(torch.tensor([chunks, not can_cut], device=ids.device)).tolist()
+    return 1 if is_whole else int(most)
 
 
 def _rows_that_fit(model: Any, ids: Tensor, completion: int) -> int:
@@ -102,8 +107,9 @@ def _rows_that_fit(model: Any, ids: Tensor, completion: int) -> int:
     free, dtype = free_memory(device), owner.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-        cast = (p for p in model.parameters() if p.requires_grad and p.dtype == torch.float32)
-        free -= sum(p.numel() for p in cast) * dtype.itemsize  # autocast keeps a copy of each trained weight
+        if not _steps_with_others(model):  # FSDP casts its shards itself, one layer at a time
+            cast = (p for p in model.parameters() if p.requires_grad and p.dtype == torch.float32)
+            free -= sum(p.numel() for p in cast) * dtype.itemsize  # autocast keeps a copy of each trained weight
     row = sampling_bytes(owner.config.get_text_config(), ids.size(1), completion, width=dtype.itemsize)
     return rows_that_fit(ids.size(0), row, free)
 
@@ -172,7 +178,7 @@ def sample_without_ended(
             model_kwargs["attention_mask"] = torch.ones_like(input_ids)
         model_kwargs["past_key_values"].batch_select_indices(kept)
     width = max(ids.size(1) for _, ids in answers)
-    result = input_ids.new_full((sum(len(ids) for ids, _ in answers), width), generation_config.pad_token_id)
+    result = input_ids.new_full((sum(len(ids) for ids, _ in answers), width), _pad_token(generation_config))
     for of_rows, ids in answers:
         result[of_rows, : ids.size(1)] = ids
     return result

@@ -19,9 +19,10 @@ from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, load_ppo_state, save_ppo_state
 from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
 from rlhf_recipes.evaluation.samples import write_table
-from rlhf_recipes.models.forward import rows_without_gradient
-from rlhf_recipes.models.generation import check_static_cache, plain_output
-from rlhf_recipes.models.loading import prepare_frozen
+from rlhf_recipes.models.critic import causal_lm
+from rlhf_recipes.models.forward import keep_out_of_autocast, rows_without_gradient
+from rlhf_recipes.models.generation import check_static_cache, merged_config, plain_output
+from rlhf_recipes.models.loading import mixed_precision, prepare_frozen
 from rlhf_recipes.models.sampling import thrifty_sampling
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.preflight.policy import check_ends, warn_of_sampling
@@ -154,14 +155,26 @@ class RolloutTrainer(ComparedTrainer):
         super().__init__(*args, **kwargs)
         if self.accelerator.is_main_process:
             warn_of_sampling(self)
-        if self.args.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS and not self.use_vllm:
-            check_static_cache(self.model, self.args)
+        if getattr(self.args, "cast_lm_head_to_fp32", False):  # RLOO has no such option
+            keep_out_of_autocast(causal_lm(self.model).lm_head)
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        """Let `generate` compile if its cache has a fixed size, wherever that is set. vLLM has a cache of its own."""
+        cache = None if self.use_vllm else merged_config(self.model, self.generation_config).cache_implementation
+        if cache is not None and cache in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+            check_static_cache(self.model, cache, mixed_precision(self.args) if self.accelerator.native_amp else None)
             self.generation_config.disable_compile = False  # TRL switches it off, and compiling is what pays
 
     def _generate(self, prompts: list[Any]) -> Any:
         policy = self.accelerator.unwrap_model(self.model)
         # PEFT samples from the model inside, whose forward accelerate has not wrapped.
-        sampling = thrifty_sampling(policy, rows_at_once=self.rows_at_once, precision=self.accelerator.autocast)
+        sampling = thrifty_sampling(
+            policy,
+            rows_at_once=self.rows_at_once,
+            fixed_draws=not self.model.training,  # an evaluation is compared with that of the start
+            precision=self.accelerator.autocast,
+        )
         with plain_output(policy), sampling:
             return super()._generate(prompts)
 

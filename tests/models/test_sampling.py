@@ -15,7 +15,6 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from rlhf_recipes.evaluation.policies import generate_completions
 from rlhf_recipes.models import sampling
 from rlhf_recipes.models.sampling import sample_without_ended, thrifty_sampling
 
@@ -170,6 +169,15 @@ def test_rows_stay_with_the_beams_of_the_model():
     assert before == after
 
 
+def test_rows_leave_with_the_cache_that_files_of_gemma_name():
+    """transformers ignores the name."""
+    model = tiny.policy(tiny.tokenizer()).eval()
+    model.generation_config.cache_implementation = "hybrid"
+    plain, answers, before, after = both(model, batch(), config())
+    assert torch.equal(plain, answers)
+    assert before != after
+
+
 def test_rows_stay_in_a_cache_of_more_than_keys_and_values():
     """Half of the layers keep the inputs of a convolution."""
     torch.manual_seed(0)
@@ -211,19 +219,31 @@ def test_chunks_give_the_same_answers(limit, adapter):
     assert [width for _, width in prompts] == lengths[ends - 1].tolist()
 
 
-def test_images_are_not_cut():
-    calls = []
+def calls(inputs, **thrift):
+    """Return the tensors of the calls of `generate` for one batch."""
+    made = []
 
-    def fake(**inputs):
-        calls.append(inputs)
+    def fake(generation_config, custom_generate=None, **inputs):
+        made.append(inputs)
         return inputs["input_ids"]
 
     model = tiny.policy(tiny.tokenizer())
     model.generate = fake
-    with thrifty_sampling(model, rows_at_once=2):
-        model.generate(**batch(), pixel_values=torch.ones(5, 3), generation_config=config(max_new_tokens=4))
-    assert len(calls) == 1
+    with thrifty_sampling(model, **thrift):
+        model.generate(**inputs, generation_config=config(max_new_tokens=4))
     assert model.generate is fake
+    return made
+
+
+def test_images_are_not_cut():
+    assert len(calls({**batch(), "pixel_values": torch.ones(5, 3)}, rows_at_once=2)) == 1
+
+
+def test_a_tensor_of_the_shape_of_the_tokens_is_cut():
+    inputs = batch()
+    parts = calls({**inputs, "token_type_ids": 2 * inputs["input_ids"]}, rows_at_once=4)
+    assert [len(part["input_ids"]) for part in parts] == [4] * 4
+    assert all(torch.equal(part["token_type_ids"], 2 * part["input_ids"]) for part in parts)
 
 
 @contextmanager
@@ -274,8 +294,34 @@ def test_without_the_option_the_free_memory_of_the_gpu_decides(monkeypatch, free
 def test_with_weights_in_shards_all_ranks_make_the_same_calls(monkeypatch):
     monkeypatch.setattr(sampling, "free_memory", lambda device: 1e9)
     monkeypatch.setattr(sampling, "is_deepspeed_zero3_enabled", lambda: True)
-    monkeypatch.setattr(sampling, "global_max", lambda chunks: 4 * chunks)  # another rank has less memory
+    monkeypatch.setattr(sampling, "global_max", lambda most: most * torch.tensor([4, 1]))  # less memory elsewhere
     assert len(calls_on_gpu(batch())[0]) == 4
+    few = batch(2)
+    made, answers = calls_on_gpu(few)  # fewer rows here
+    assert [len(ids) for ids in made] == [1] * 4
+    firsts = few["attention_mask"].argmax(dim=1, keepdim=True)
+    assert torch.equal(answers, few["input_ids"].gather(1, firsts).repeat(1, 2))
+    monkeypatch.setattr(sampling, "global_max", lambda most: most.maximum(torch.tensor([4, 1])))  # images elsewhere
+    assert len(calls_on_gpu(batch(), rows_at_once=2)[0]) == 1
+
+
+def test_a_rank_with_images_tells_the_others(monkeypatch):
+    told = []
+
+    def note(most):
+        told.append(most.tolist())
+        return most.maximum(torch.tensor([4, 0]))
+
+    monkeypatch.setattr(sampling, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(sampling, "global_max", note)
+    assert len(calls({**batch(), "pixel_values": torch.ones(5, 3)})) == 1
+    assert told == [[1, 1]]
+
+
+def test_under_fsdp_autocast_keeps_no_copy_of_the_weights(monkeypatch):
+    monkeypatch.setattr(sampling, "free_memory", lambda device: 1.29e6)
+    monkeypatch.setattr(sampling, "is_fsdp_managed_module", lambda model: True)
+    assert len(calls_on_gpu(batch(), precision=autocast_on_gpu)[0]) == 1
 
 
 def test_rows_stay_with_weights_in_shards(monkeypatch):
@@ -300,13 +346,37 @@ def test_rows_stay_if_the_longest_row_chooses_the_rope(limit, leave):
     assert (before != after) is leave
 
 
-def test_an_evaluation_computes_only_answers_that_go_on():
-    tok = tiny.tokenizer()
-    model = tiny.policy(tok).eval()
-    with watched(model) as shapes:
-        ids = generate_completions(model, tok, tiny.PROMPTS, max_completion_length=LONG, temperature=0, batch_size=8)
-    counted = sum(map(len, ids))
-    assert counted <= sum(n for n, _ in shapes) < 1.5 * counted < 8 * max(map(len, ids))
+@pytest.mark.parametrize("weights", ["whole", "shards"])
+def test_fixed_draws_keep_all_rows_and_only_the_option_cuts(monkeypatch, weights):
+    monkeypatch.setattr(sampling, "free_memory", lambda device: 0)
+    monkeypatch.setattr(sampling, "is_deepspeed_zero3_enabled", lambda: weights == "shards")
+    plain, answers, before, after = both(tiny.policy(tiny.tokenizer()).eval(), batch(), config(), fixed_draws=True)
+    assert torch.equal(plain, answers)
+    assert before == after
+    assert len(calls_on_gpu(batch(), fixed_draws=True)[0]) == 1
+    assert len(calls_on_gpu(batch(), fixed_draws=True, rows_at_once=6)[0]) == 3
+
+
+@pytest.mark.parametrize("rows_at_once", [None, 2])
+def test_rows_without_a_token_for_padding(rows_at_once):
+    """transformers pads with the first end."""
+    model, settings = tiny.policy(tiny.tokenizer()).eval(), config(eos_token_id=ENDS[1:], pad_token_id=None)
+    model.generation_config.pad_token_id = None
+    plain, answers, _, _ = both(model, batch(), settings, rows_at_once=rows_at_once)
+    assert torch.equal(plain, answers)
+
+
+def test_a_chunk_of_empty_prompts():
+    model, inputs, settings = (
+        tiny.policy(tiny.tokenizer()).eval(),
+        batch(),
+        config(max_new_tokens=5, eos_token_id=None),
+    )
+    model.generation_config.eos_token_id = None
+    inputs["attention_mask"][:2] = 0
+    plain, answers, _, shapes = both(model, inputs, settings, rows_at_once=2)
+    assert shapes[0] == (2, 1)
+    assert torch.equal(plain[2:], answers[2:])
 
 
 def test_a_call_through_the_hook_of_transformers():

@@ -59,11 +59,21 @@ def test_rows_leave_a_rollout_of_long_answers(tmp_path):
     assert counted <= sum(n for n, _ in shapes) < 1.5 * counted < batch["completion_mask"].numel()
 
 
-def lora_trainer(directory):
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_leave_in_rollouts_and_not_in_evaluations(tmp_path, training):
+    """Answers of two policies are compared, so the ends of one must not change the random numbers of the other."""
+    trainer = tiny.ppo_trainer(tmp_path, max_completion_length=LONG, eval_data=tiny.prompts(), **GREEDY)
+    trainer.model.train(training)
+    with sampled(trainer) as (shapes, _):
+        trainer._generate([row["prompt"] for row in trainer.train_dataset])
+    assert ({n for n, _ in shapes} == {8}) is not training
+
+
+def lora_trainer(directory, **options):
     """Return a trainer of float32 LoRA weights on a bfloat16 base."""
     torch.manual_seed(0)
     model = tiny.sft_adapter(tiny.policy(tiny.tokenizer()).to(torch.bfloat16))
-    return tiny.ppo_trainer(directory, model=model, bf16=True)
+    return tiny.ppo_trainer(directory, model=model, bf16=True, **options)
 
 
 def test_lora_samples_in_the_precision_of_the_update(tmp_path):
@@ -75,14 +85,15 @@ def test_lora_samples_in_the_precision_of_the_update(tmp_path):
     assert set(kinds) == {torch.bfloat16}
 
 
-def test_lora_samples_from_the_policy_that_trains(tmp_path, monkeypatch):
+@pytest.mark.parametrize("float32_head", [False, True])
+def test_lora_samples_from_the_policy_that_trains(tmp_path, monkeypatch, float32_head):
     """Autocast brings the log-probabilities of sampling nearer to those of the rollout's forward."""
     errors = []
     monkeypatch.setattr("rlhf_recipes.models.sampling._rows_may_leave", lambda *_: False)
     for autocast in (True, False):
         if not autocast:
             without_autocast(monkeypatch)
-        trainer = lora_trainer(tmp_path / str(autocast))
+        trainer = lora_trainer(tmp_path / str(autocast), cast_lm_head_to_fp32=float32_head)
         with sampled(trainer) as (_, logits):
             batch = tiny.rollout(trainer)
         ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
@@ -138,9 +149,31 @@ def test_a_static_cache_lets_generate_compile(tmp_path):
     trainer.train()
     assert tiny.logged(trainer, "objective/kl")[1] == 0.0
     assert tiny.ppo_trainer(tmp_path / "out", **options).generation_config.disable_compile
+    trainer = tiny.ppo_trainer(tmp_path / "out", generation_kwargs={"cache_implementation": "static"}, **options)
+    assert trainer.generation_config.disable_compile is False
 
 
 def test_a_static_cache_of_another_type_than_autocast_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`cache_implementation: static` needs a policy in bfloat16"):
         tiny.ppo_trainer(tmp_path, cache_implementation="static", bf16=True)
     tiny.ppo_trainer(tmp_path, cache_implementation="static").train()
+
+
+@pytest.mark.parametrize("place", ["generation_kwargs", "generation config of the model"])
+def test_a_static_cache_is_found_wherever_it_is_set(tmp_path, place):
+    model, options = tiny.policy(tiny.tokenizer()), {"bf16": True}
+    if place == "generation_kwargs":
+        options["generation_kwargs"] = {"cache_implementation": "static"}
+    else:
+        model.generation_config.cache_implementation = "static"
+    with pytest.raises(ValueError, match="This policy is in float32. Set `dtype: bfloat16`, or"):
+        tiny.ppo_trainer(tmp_path, model=tiny.sft_adapter(model), **options)
+
+
+def test_without_autocast_a_static_cache_is_not_refused(tmp_path):
+    """DeepSpeed stores the weights in `bf16`, but only after they were loaded."""
+    trainer = tiny.ppo_trainer(tmp_path, bf16=True)
+    trainer.accelerator.native_amp = False
+    trainer.generation_config.cache_implementation = "static"
+    trainer._check_cache()
+    assert trainer.generation_config.disable_compile is False
