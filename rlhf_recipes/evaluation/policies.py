@@ -19,7 +19,6 @@ from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.forward import sampling_inputs
-from rlhf_recipes.models.sampling import thrifty_sampling
 
 MAX_LOGITS = 2**27  # per forward that only measures: half a gigabyte in float32
 
@@ -60,11 +59,10 @@ def generate_completions(
     original, owner.generation_config = owner.generation_config, config
     completions: list[list[int]] = []
     try:
-        with thrifty_sampling(model, rows_at_once=batch_size):
-            for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):
-                batch = _tokenize_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
-                output = model.generate(**batch, **sampling_inputs(model))[:, batch["input_ids"].size(1) :]
-                completions += [_cut_after_eos(row, end_ids) for row in output.tolist()]
+        for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):
+            batch = _tokenize_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
+            output = model.generate(**batch, **sampling_inputs(model))[:, batch["input_ids"].size(1) :]
+            completions += [_cut_after_eos(row, end_ids) for row in output.tolist()]
     finally:
         owner.generation_config = original
     return completions

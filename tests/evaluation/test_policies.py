@@ -30,7 +30,7 @@ def tok():
 
 def _sample(model, tok, prompts=PROMPTS, **kwargs):
     torch.manual_seed(0)
-    return generate_completions(model.eval(), tok, prompts, max_completion_length=12, **kwargs)
+    return generate_completions(model.eval(), tok, prompts, **{"max_completion_length": 12, **kwargs})
 
 
 def test_completions_end_at_the_first_eos(tok):
@@ -40,6 +40,18 @@ def test_completions_end_at_the_first_eos(tok):
         assert not any(token in ends for token in ids[:-1])
         assert ids[-1] in ends or len(ids) == 12
     assert {ids[-1] in ends for ids in completions} == {True, False}
+
+
+def test_two_policies_draw_the_same_random_numbers(tok):
+    """A policy with more ends gives the same answers up to the first of them: its ended rows move no other row."""
+    prompts, sizes = PROMPTS * 4, {"max_completion_length": 40, "batch_size": 12}
+    model, ends = tiny.policy(tok), [tok.eos_token_id, *range(20, 40)]
+    model.generation_config.eos_token_id = tok.eos_token_id
+    longer = _sample(model, tok, prompts, **sizes)
+    model.generation_config.eos_token_id = ends
+    shorter = _sample(model, tok, prompts, **sizes)
+    assert shorter == [ids[: len(own)] for ids, own in zip(longer, shorter, strict=True)]
+    assert sum(map(len, shorter)) < 0.8 * sum(map(len, longer))
 
 
 def test_processors_of_the_generation_config_do_not_shape_samples(tok):
