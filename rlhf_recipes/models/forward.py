@@ -39,7 +39,11 @@ class ActorCriticOutput(FusedCausalLMOutput):
 
 
 def add_completion_forward(
-    model: PreTrainedModel, *, temperature: float, value_gradient_to_backbone: bool = False
+    model: PreTrainedModel,
+    *,
+    temperature: float,
+    cast_lm_head_to_fp32: bool = False,
+    value_gradient_to_backbone: bool = False,
 ) -> None:
     """Let a causal LM take `completion_length=T`: its heads then see the last `T + 1` hidden states only.
 
@@ -52,6 +56,8 @@ def add_completion_forward(
     Args:
         model: Causal LM on which TRL's `add_fused_lm_head` was called.
         temperature: Temperature of that head.
+        cast_lm_head_to_fp32: Whether that head computes in float32. The own head of a policy would do so too, but the
+            reference's would not, and their first KL would not be 0.
         value_gradient_to_backbone: Whether the value loss may train the backbone, or only the head.
     """
     fused_forward = model.forward
@@ -79,7 +85,7 @@ def add_completion_forward(
             return output
 
         run = fused_forward
-        if own_head and keeps_logits(self, kwargs["shift_labels"]):
+        if own_head and not cast_lm_head_to_fp32 and keeps_logits(self, kwargs["shift_labels"]):
             run = functools.partial(_own_head, fused_forward, temperature=temperature, with_entropy=with_entropy)
         hook = self.base_model.register_forward_hook(keep_completion)
         try:
