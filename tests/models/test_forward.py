@@ -273,6 +273,11 @@ def test_terms_that_depend_on_the_cut_keep_it(tmp_path, monkeypatch, options):
     _grouped_trainer(tmp_path, **options).train()
 
 
+def test_a_compiled_policy_gets_one_number_of_rows(tmp_path):
+    assert tiny.ppo_trainer(tmp_path / "eager")._may_regroup
+    assert not tiny.ppo_trainer(tmp_path / "compiled", torch_compile=True)._may_regroup
+
+
 def test_figures_are_means_over_the_tokens_of_a_rollout(tmp_path):
     """The cut of the rows does not count. With one step per epoch, both runs log the same rollout twice."""
     logs = []
