@@ -22,8 +22,9 @@ def cut_together(columns: Tensor, size: int) -> list[Tensor]:
     A forward of r rows computes r * sum_k max_i columns[i, k] tokens: each part of the row, such as prompt and
     completion, is padded to the longest of the micro-batch. The cut has the smallest sum of tokens among the cuts into
     neighbours, in three orders of the rows: by sum, longest part and first part. It has as many micro-batches as the
-    equal cut into `size` rows each. None computes more tokens than the largest of these on any process, nor more of the
-    last part, which alone is projected to the vocabulary: so the peak of memory stays. More than `BLOCK` rows are cut block by block, in the order of their length.
+    equal cut into `size` rows each. None computes more tokens than the largest of these on any process, nor more of
+    the last part, which alone is projected to the vocabulary: so the peak of memory stays. More than `BLOCK` rows are
+    cut block by block, in the order of their length.
 
     Args:
         columns: Number of columns that each part of a row needs, >= 0, `(R, N, K)`, on the CPU.

@@ -63,7 +63,7 @@ class RewardModelScorer(Scorer):
     tokenizer: PreTrainedTokenizerBase
     gives_states = True
     source: Any = None  # the path or the model that became this scorer
-    batch_size: int = 8  # completions per forward pass
+    batch_size: int = 8  # completions per forward pass of equal rows; more of the short ones share one
     pad_token_id: int | None = None  # the score is read at the last token that is not this
     policy_eos_token_ids: list[int] | None = None  # end a completion; without them, every completion has ended
     take_states: Callable[[list[Tensor]], None] | None = None  # gets the hidden states of every call, if there is one

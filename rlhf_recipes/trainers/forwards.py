@@ -56,7 +56,8 @@ class ForwardTrainer(ValueHeadTrainer):
         """Run TRL's forward through a `CompletionForward`: on the tokens that count, and with the values kept."""
         forward = model if isinstance(model, CompletionForward) else self._completion_forward(model, logits_to_keep)
         given = (input_ids, attention_mask, logits_to_keep)
-        # A micro-batch of the update is cut already. Images are stored in the order of the rows. Parts have no entropies.
+        # A micro-batch of the update is cut already. Images are stored in the order of the rows. Parts give no
+        # entropies; TRL asks for none in a rollout.
         if batch_size is None or self._is_vlm or kwargs.get("compute_entropy"):
             results = super()._get_per_token_logps_and_entropies(forward, *given, batch_size, **kwargs)
             forward.finish(results[0])
