@@ -99,6 +99,9 @@ def in_children(call: Callable[..., Any], *args: Any, processes: int = 1) -> Any
     """Return the result of a call in the first of some new processes, which know each other by gloo.
 
     A child of this process need not import anything, and it has the memory of a process without a trainer.
+
+    Raises:
+        EOFError: If the first process ends without a result. The others end with this process.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -112,14 +115,16 @@ def in_children(call: Callable[..., Any], *args: Any, processes: int = 1) -> Any
             os.environ.update(
                 {name: str(value) for name, value in (ranks | {"RANK": rank, "LOCAL_RANK": rank}).items()}
             )
+        if rank > 0:
+            sender.close()
         result = call(*args)
         if rank == 0:
             sender.send(result)
 
-    children = [context.Process(target=run, args=(rank,)) for rank in range(processes)]
+    children = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(processes)]
     for child in children:
         child.start()
-    sender.close()  # if the first child ends without a result, `recv` then raises an error
+    sender.close()  # only the first child has it now: if it ends, `recv` raises the error
     result = receiver.recv()
     for child in children:
         child.join()

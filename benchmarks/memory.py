@@ -117,7 +117,8 @@ def compute(setup: str, size: str, bytes_per_weight: int) -> float:
     learns = (shape.block_weights + embeddings if setup == "full" else adapter) + head
     models = {"full": 3, "lora": 2, "one_backbone": 1, "one_backbone_4bit": 1}[setup]
     block_bytes = 0.5 + 4 / 64 / 8 if setup == "one_backbone_4bit" else bytes_per_weight
-    weights = models * (shape.block_weights * block_bytes + embeddings * bytes_per_weight) + 2 * adapter * 4
+    adapters = {"full": 0, "lora": 1}.get(setup, 2)  # with one backbone, the reward model is an adapter too
+    weights = models * (shape.block_weights * block_bytes + embeddings * bytes_per_weight) + adapters * adapter * 4
     return (weights + learns * (4 + 8)) / 1e9
 
 

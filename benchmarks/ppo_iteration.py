@@ -10,8 +10,9 @@ Every trainer is a process of its own with the same random weights, LoRA, prompt
 micro-batches. The processes start side by side, and then take turns, one iteration each. Every round has another
 order. So a busy machine slows all of them, and the ratios within a round are the result: of CPU seconds on a CPU, of
 seconds on a GPU. Random weights do not change the speed. A logits processor forces the lengths, so that all trainers
-get the same number of tokens. Writes `<scenario>.json`, after each round, and `.md`. The same command continues after
-the last round in the file.
+get the same number of tokens. Writes `<scenario>.json`, after each round, and `.md`. The same command, on the same
+commit, continues after the last round in the file. Several trainers give the memory of a GPU back after each
+iteration, and allocate it anew in the next: for the fastest iteration and its MFU, run one trainer.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from ppo_iteration_report import report
 from ppo_iteration_trainers import SCENARIOS, TRAINERS, TRL_1_12, Scenario
 from ppo_iteration_worker import work
 
+from rlhf_recipes.tracking.lineage import git_tags
+
 OVERRIDES = ("rows", "micro_batch", "epochs", "prompt", "completion")
 
 
@@ -37,6 +40,19 @@ def scenario_of(args: argparse.Namespace, name: str) -> Scenario:
     changes = {option: getattr(args, option) for option in OVERRIDES if getattr(args, option) is not None}
     switches = {option: True for option in ("quantize", "one_backbone") if getattr(args, option)}
     return replace(SCENARIOS[name], **changes, **switches)
+
+
+def trainers_of(args: argparse.Namespace) -> list[str]:
+    """Return the trainers of the command line, without those whose code was not given."""
+    left_out = {"before": not args.before, **dict.fromkeys(TRL_1_12, not args.trl_1_12)}
+    return [kind for kind in args.trainers if not left_out.get(kind)]
+
+
+def facts_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what must be the same in all rounds of a file, beside the scenario."""
+    names = ("device", "threads", "epochs_run", "before", "trl_1_12")
+    facts = {name: getattr(args, name) for name in names}
+    return {**facts, "trainers": trainers_of(args), "commit": git_tags().get("git.commit")}
 
 
 class Worker:
@@ -89,8 +105,9 @@ def measure(name: str, kinds: list[str], done: int, args: argparse.Namespace) ->
     """
     workers = {kind: Worker(kind, name, args) for kind in kinds}
     alive = [kind for kind in kinds if workers[kind].read()]
-    words = ["warm up"] * args.warm_up + ["go"] * (args.rounds - done) + ["profile"] * args.profile
-    for turn, word in enumerate(words, done):
+    turns = [("warm up", done)] * args.warm_up + [("go", number) for number in range(done, args.rounds)]
+    turns += [("profile", args.rounds)] * args.profile
+    for turn, (word, number) in enumerate(turns, done):
         first, rows = turn % max(len(alive), 1), []
         for kind in alive[first:] + alive[:first]:
             answer = workers[kind].ask(word)
@@ -98,8 +115,8 @@ def measure(name: str, kinds: list[str], done: int, args: argparse.Namespace) ->
                 alive = [other for other in alive if other != kind]
                 continue
             cpu, wall = (sum(f[unit] for f in answer["phases"].values()) for unit in ("cpu", "wall"))
-            print(name, kind, word, turn, f"{cpu:.1f} CPU s, {wall:.1f} s", flush=True)
-            rows.append({"trainer": kind, "round": turn, "profiled": word == "profile", **answer})
+            print(name, kind, word, number, f"{cpu:.1f} CPU s, {wall:.1f} s", flush=True)
+            rows.append({"trainer": kind, "round": number, "profiled": word == "profile", **answer})
         if word != "warm up":
             yield rows
     for worker in workers.values():
@@ -135,22 +152,22 @@ def main() -> None:
     """Measure every scenario and write the results."""
     args = parse()
     if args.worker:
-        work(args.worker, scenario_of(args, args.scenarios[0]), args.device, args.threads, args.epochs_run)
+        scenario, shares_memory = scenario_of(args, args.scenarios[0]), len(trainers_of(args)) > 1
+        work(args.worker, scenario, args.device, args.threads, args.epochs_run, shares_memory=shares_memory)
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    left_out = {"before": not args.before, **dict.fromkeys(TRL_1_12, not args.trl_1_12)}
-    kinds = [kind for kind in args.trainers if not left_out.get(kind)]
+    kinds, facts = trainers_of(args), facts_of(args)
     for name in args.scenarios:
         path, scenario = args.output / f"{name}.json", scenario_of(args, name)
         settings = {"name": name, **asdict(scenario)}
         if path.exists():
             result = json.loads(path.read_text(encoding="utf-8"))
-            if result["scenario"] != settings:
-                raise SystemExit(f"{path} holds {result['scenario']}, not {settings}. Choose another --output.")
+            if (found := {**result["scenario"], **result.get("facts", {})}) != {**settings, **facts}:
+                raise SystemExit(f"{path} holds {found}, not {settings | facts}. Choose another --output.")
         else:
             machine = measure_machine(scenario, args.device, args.threads)
-            result = {"scenario": settings, "machine": asdict(machine), "rows": []}
-        done = len({row["round"] for row in result["rows"] if not row["profiled"]})
+            result = {"scenario": settings, "facts": facts, "machine": asdict(machine), "rows": []}
+        done = max((row["round"] + 1 for row in result["rows"] if not row["profiled"]), default=0)
         for rows in measure(name, kinds, done, args) if done < args.rounds else ():
             result["rows"] += rows
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -22,10 +22,14 @@ class Turns(TrainerCallback):
         steps: Optimiser steps per iteration.
         answers: File that the driver reads.
         clean: Called before the process ends.
+        shares_memory: Whether other trainers need the memory of the GPU between two iterations.
     """
 
-    def __init__(self, builder: Builder, steps: int, answers: TextIO, clean: Callable[[], None]) -> None:
+    def __init__(
+        self, builder: Builder, steps: int, answers: TextIO, clean: Callable[[], None], *, shares_memory: bool
+    ) -> None:
         self.builder, self.steps, self.answers, self.clean = builder, steps, answers, clean
+        self.shares_memory = shares_memory
         self.clock, self.profile = builder.clock, Profile(builder.device)
         self.memory_before = resident_peak()
 
@@ -53,8 +57,8 @@ class Turns(TrainerCallback):
     def wait(self) -> None:
         """Wait for a word; any but three, and the end of the driver, end the process."""
         self.answers.flush()
-        if self.clock.is_cuda:
-            torch.cuda.empty_cache()  # another trainer needs the memory now
+        if self.clock.is_cuda and self.shares_memory:
+            torch.cuda.empty_cache()
         word = sys.stdin.readline().strip()
         if word not in ("warm up", "go", "profile"):
             self.clean()
@@ -69,7 +73,7 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def work(kind: str, scenario: Scenario, device: str, threads: int, epochs: int | None) -> None:
+def work(kind: str, scenario: Scenario, device: str, threads: int, epochs: int | None, *, shares_memory: bool) -> None:
     """Train until the driver ends it.
 
     Args:
@@ -78,13 +82,15 @@ def work(kind: str, scenario: Scenario, device: str, threads: int, epochs: int |
         device: `cpu` or `cuda`.
         threads: Threads of this process.
         epochs: Number of epochs to run, instead of the scenario's.
+        shares_memory: Whether other trainers need the memory of the GPU between two iterations.
     """
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(threads)
     folder = folder_for_weights(4 * (scenario.sizes.block_weights + 2 * scenario.sizes.embedding))
     with folder:
         builder = Builder(scenario, device, folder.name, epochs=epochs)
-        turns = Turns(builder, 1 if kind in TRL_1_12 else builder.epochs, answers, folder.cleanup)
+        steps = 1 if kind in TRL_1_12 else builder.epochs
+        turns = Turns(builder, steps, answers, folder.cleanup, shares_memory=shares_memory)
         trainer = builder.build(kind)
         trainer.add_callback(turns)
         trainer.train()

@@ -226,23 +226,29 @@ def least_tokens(columns, size):
     """Return the fewest computed tokens of a cut of neighbours in one of three orders, by trying every cut.
 
     A cut has the number of micro-batches and at most the largest tile of the cut into `size` rows by total length,
-    which also orders equal rows.
+    which also orders equal rows. The same is true of the last part by itself.
     """
     by_length = sorted(columns, key=sum)
-    equal = [_tokens(by_length[i : i + size]) for i in range(0, len(columns), size)]
+    equal = [by_length[i : i + size] for i in range(0, len(columns), size)]
+    limits = max(map(_tokens, equal)), max(map(_last_tokens, equal))
     orders = (sorted(by_length, key=key) for key in (sum, max, lambda row: row[0]))
-    return min(_least_of_cuts(rows, len(equal), max(equal)) for rows in orders)
+    return min(_least_of_cuts(rows, len(equal), limits) for rows in orders)
 
 
 def _tokens(rows):
     return len(rows) * sum(max(of_part) for of_part in zip(*rows, strict=True))
 
 
-def _least_of_cuts(rows, parts, limit):
+def _last_tokens(rows):
+    return _tokens([row[-1:] for row in rows])
+
+
+def _least_of_cuts(rows, parts, limits):
     if parts == 1:
-        return _tokens(rows) if _tokens(rows) <= limit else math.inf
+        return _cost(rows, limits)
     heads = [rows[:end] for end in range(1, len(rows) - parts + 2)]
-    return min(
-        _tokens(head) + _least_of_cuts(rows[len(head) :], parts - 1, limit) if _tokens(head) <= limit else math.inf
-        for head in heads
-    )
+    return min(_cost(head, limits) + _least_of_cuts(rows[len(head) :], parts - 1, limits) for head in heads)
+
+
+def _cost(rows, limits):
+    return _tokens(rows) if _tokens(rows) <= limits[0] and _last_tokens(rows) <= limits[1] else math.inf

@@ -1,6 +1,11 @@
 """What `benchmarks/ppo_iteration.py` counts: needed work by hand, computed tokens of a real iteration, a profile."""
 
+import json
+import multiprocessing
+import os
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +17,10 @@ from transformers import TrainerCallback
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from floors import Machine, needed_work  # noqa: E402
+from growth import in_children  # noqa: E402
+from memory import compute  # noqa: E402
 from phases import Clock  # noqa: E402
+from ppo_iteration import main, measure  # noqa: E402
 from ppo_iteration_trainers import RANK, Builder, Scenario  # noqa: E402
 from profile_iteration import summary  # noqa: E402
 from random_models import SHAPES, random_model  # noqa: E402
@@ -119,3 +127,76 @@ def test_a_profile_gives_kernels_and_waits_to_their_phase_and_overlap_counts_onc
     assert found["phases"]["generate"] == {"kernels": 2, "busy": pytest.approx(6e-8), "cudaStreamSynchronize": 1}
     assert found["phases"]["update"] == {"kernels": 1, "busy": pytest.approx(1e-8), "aten::item": 1, "launches": 1}
     assert found["top"][0] == {"name": "kernel a", "seconds": pytest.approx(5e-8), "count": 2}
+
+
+def _fail_first(path):
+    if os.environ["RANK"] == "0":
+        raise ValueError("on purpose")
+    time.sleep(20)
+    path.touch()
+
+
+def test_the_end_of_the_first_process_is_seen_while_others_wait(tmp_path):
+    with pytest.raises(EOFError):
+        in_children(_fail_first, tmp_path / "waited", processes=2)
+    for child in multiprocessing.active_children():
+        child.kill()
+    assert not (tmp_path / "waited").exists()
+
+
+@pytest.mark.parametrize(("setup", "models", "adapters"), [("full", 3, 0), ("lora", 2, 1), ("one_backbone", 1, 2)])
+def test_memory_counts_the_adapters_that_there_are(setup, models, adapters):
+    shape = SHAPES["tiny"]
+    embedding = shape.embedding * (1 if shape.tied else 2)
+    base, adapter, head = shape.block_weights + embedding, shape.adapter_weights(RANK), shape.hidden**2
+    learns = (base if setup == "full" else adapter) + head
+    assert compute(setup, "tiny", 2) == pytest.approx((2 * models * base + 4 * adapters * adapter + 12 * learns) / 1e9)
+
+
+class _Worker:
+    """Answers at once, with the figures of no phase."""
+
+    def __init__(self, kind, name, args):
+        self.kind = kind
+
+    def read(self):
+        return "ready"
+
+    def ask(self, word):
+        return {"phases": {}}
+
+    def stop(self):
+        pass
+
+
+def test_rounds_are_numbered_without_warm_up(monkeypatch):
+    monkeypatch.setattr("ppo_iteration.Worker", _Worker)
+
+    def numbers(done, rounds, warm_up):
+        args = SimpleNamespace(warm_up=warm_up, rounds=rounds, profile=False)
+        return [row["round"] for rows in measure("tiny", ["ours", "grpo"], done, args) for row in rows]
+
+    assert numbers(0, 2, 1) + numbers(2, 3, 0) + numbers(3, 4, 2) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_another_command_does_not_continue(tmp_path, monkeypatch):
+    """Its figures would be mixed with those of another device, other threads or another commit."""
+    command = ["ppo_iteration.py", "--output", str(tmp_path), "--scenarios", "even", "--rounds", "1", "--warm_up", "0"]
+    machine = Machine("", "cpu", square=1e9, own=1e9, bandwidth=1e9)
+    monkeypatch.setattr("ppo_iteration.Worker", _Worker)
+    monkeypatch.setattr("ppo_iteration.measure_machine", lambda *args: machine)
+    monkeypatch.setattr("ppo_iteration.report", lambda result: "")
+    for more in ([], ["--rounds", "2"]):
+        monkeypatch.setattr(sys, "argv", [*command, "--trainers", "ours", *more])
+        main()
+    result = json.loads((tmp_path / "even.json").read_text())
+    assert [row["round"] for row in result["rows"]] == [0, 1]
+    assert result["machine"] == asdict(machine)
+    for more in (["--device", "cuda"], ["--threads", "2"], ["--epochs_run", "2"], ["--trainers", "ours", "grpo"]):
+        monkeypatch.setattr(sys, "argv", [*command, "--trainers", "ours", *more])
+        with pytest.raises(SystemExit, match="Choose another --output"):
+            main()
+    monkeypatch.setattr(sys, "argv", [*command, "--trainers", "ours"])
+    monkeypatch.setattr("ppo_iteration.git_tags", lambda: {"git.commit": "another"})
+    with pytest.raises(SystemExit, match="Choose another --output"):
+        main()

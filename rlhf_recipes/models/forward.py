@@ -7,7 +7,7 @@ the completion reaches the LM head and the value head. The results are the same.
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 from rlhf_recipes.models.critic import VALUE_HEAD_NAME
 
 ROUTER_LOGITS = "output_router_logits"
-# Logits that are kept for the gradient: 256 MB in float32. TRL's tiles take about as much, and compute them twice.
+# Logits of one forward: 256 MB in float32. The own head holds 4 times as much with its gradient (with a vocabulary of
+# 32,768), and TRL's tiles 8 times, as they compute everything twice.
 KEPT_LOGITS = 2**26
 # A forward without gradient holds the intermediate results of one layer, 15 H numbers per token. A micro-batch that
 # trains holds 35 H of one layer, and H of each other layer even with gradient checkpointing.
@@ -39,7 +40,11 @@ class ActorCriticOutput(FusedCausalLMOutput):
 
 
 def add_completion_forward(
-    model: PreTrainedModel, *, temperature: float, value_gradient_to_backbone: bool = False
+    model: PreTrainedModel,
+    *,
+    temperature: float,
+    cast_lm_head_to_fp32: bool = False,
+    value_gradient_to_backbone: bool = False,
 ) -> None:
     """Let a causal LM take `completion_length=T`: its heads then see the last `T + 1` hidden states only.
 
@@ -52,6 +57,8 @@ def add_completion_forward(
     Args:
         model: Causal LM on which TRL's `add_fused_lm_head` was called.
         temperature: Temperature of that head.
+        cast_lm_head_to_fp32: Whether that head computes in float32. The own head of a policy would do so too, but the
+            reference's would not, and their first KL would not be 0.
         value_gradient_to_backbone: Whether the value loss may train the backbone, or only the head.
     """
     fused_forward = model.forward
@@ -79,7 +86,7 @@ def add_completion_forward(
             return output
 
         run = fused_forward
-        if own_head and keeps_logits(self, kwargs["shift_labels"]):
+        if own_head and not cast_lm_head_to_fp32 and keeps_logits(self, kwargs["shift_labels"]):
             run = functools.partial(_own_head, fused_forward, temperature=temperature, with_entropy=with_entropy)
         hook = self.base_model.register_forward_hook(keep_completion)
         try:
@@ -161,8 +168,12 @@ class CompletionForward:
         columns: Number of prompt and completion columns that the rows need, if it is known: then no forward has to
             wait for the device to tell.
         own_head: Whether the model's own head may serve; see `keeps_logits`.
+
+    A caller that runs a batch in parts sets `columns` before each part.
     """
 
+    with_entropy: bool = True
+    """Whether the model's own head computes entropies. TRL's head always does."""
     per_token_logps: Tensor
     """Log-probabilities, `(B, T)`, after `finish`."""
     state_values: Tensor
@@ -175,7 +186,7 @@ class CompletionForward:
         *,
         pad_to_multiple_of: int | None,
         takes_positions: bool,
-        columns: tuple[int, int] | None = None,
+        columns: Sequence[int] | None = None,
         own_head: bool = True,
     ) -> None:
         self.own_head = own_head
@@ -183,20 +194,11 @@ class CompletionForward:
         self.pad_to_multiple_of, self.takes_positions = pad_to_multiple_of or 1, takes_positions
         self._values: list[Tensor] = []
 
-    def __call__(
-        self,
-        *,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        columns: tuple[int, int] | None = None,
-        with_entropy: bool = True,
-        **inputs: Any,
-    ) -> Any:
+    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **inputs: Any) -> Any:
         """Return TRL's output for the completion only, `(B, T)`."""
         width = input_ids.size(1)
         prompt_end = width - self.completion_length
-        prompt, completion = columns or self.columns or self.columns_of(attention_mask).amax(dim=0).tolist()
+        prompt, completion = self.columns or self.columns_of(attention_mask).amax(dim=0).tolist()
         start, end = prompt_end - prompt, prompt_end + completion
         trimmed = {
             name: x[:, start:end] if isinstance(x, Tensor) and x.shape[:2] == input_ids.shape else x
@@ -204,7 +206,8 @@ class CompletionForward:
         }
         if self.takes_positions:
             trimmed["position_ids"] = (trimmed["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        trimmed |= {"shift_labels": labels[:, prompt_end:end], "with_entropy": with_entropy, "own_head": self.own_head}
+        trimmed |= {"shift_labels": labels[:, prompt_end:end]}
+        trimmed |= {"with_entropy": self.with_entropy, "own_head": self.own_head}
         output = self.model(**trimmed, completion_length=end - prompt_end)
         if getattr(output, "state_values", None) is not None:
             self._values.append(_widen(output.state_values, width - end))
@@ -233,7 +236,7 @@ class CompletionForward:
 
 
 def needed_columns(prompt_mask: Tensor, completion_mask: Tensor, multiple: int) -> Tensor:
-    """Return how many columns a forward needs for each row's prompt and completion, `(B, 2)`, at least one of each.
+    """Return how many columns a forward needs for each row's prompt and completion, `(B, 2)`, one if no token counts.
 
     Args:
         prompt_mask: 1 = token, `(B, P)`; the last column is the closest to the completion.
@@ -243,7 +246,7 @@ def needed_columns(prompt_mask: Tensor, completion_mask: Tensor, multiple: int) 
     counted = []
     for mask in (prompt_mask.flip(1), completion_mask):
         places = torch.arange(1, mask.size(1) + 1, device=mask.device)
-        needed = (mask * places).amax(dim=1).clamp(min=1)
+        needed = nn.functional.pad(mask * places, (0, 1)).amax(dim=1).clamp(min=1)  # a mask may have no column
         counted.append((-(-needed // multiple) * multiple).clamp(max=mask.size(1)))
     return torch.stack(counted, dim=1)
 

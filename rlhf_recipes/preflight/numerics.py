@@ -192,6 +192,9 @@ def check_numbers(
     findings: dict[str, Finding] = {}  # one per usual cause: the first difference brings the next
     allowed, another = tolerance(plain, numbers.precision), causes_of_another_start(model)
     is_quiet = difference(training, again) <= allowed * SAME_BATCH
+    if is_quiet:  # a rollout may run another head of the model than `policy`
+        message = "A rollout gives other log-probabilities than the model"
+        compared.append((policy, training, False, message, other_logits))
     if from_start and is_quiet:  # noise would make the reference differ too
         message = "The reference is not the policy that training starts from"
         compared.append((policy, reference, True, message, another))

@@ -16,6 +16,7 @@ from trl import is_conversational
 
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.durability.ending import wait_to_end
+from rlhf_recipes.models.forward import rows_without_gradient
 from rlhf_recipes.models.loading import SHARDED
 from rlhf_recipes.models.memory import free_memory, rows_that_fit, sampling_bytes
 from rlhf_recipes.models.vocabulary import inner_tokenizer
@@ -42,6 +43,7 @@ from rlhf_recipes.preflight.resources import (
     disk_findings,
     free_disk,
     gigabytes,
+    layer_bytes,
     memory_findings,
     memory_to_come,
     parameter_bytes,
@@ -271,6 +273,7 @@ def _check_memory(report: Report, trainer: Any, train: Dataset) -> None:
         left = free - memory_to_come(sizes, 0, 0, **spread)
         generation = row * _sampled_at_once(report, trainer, row, left)
         sequence += args.max_completion_length
+        generation = max(generation, layer_bytes(config, rows_without_gradient(rows, device) * sequence, width=width))
     elif "chosen" in train.column_names:
         rows *= 2
     activations = activation_bytes(config, rows * sequence, width=width, checkpointing=args.gradient_checkpointing)

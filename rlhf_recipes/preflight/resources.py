@@ -117,8 +117,13 @@ def activation_bytes(config: Any, tokens: int, *, width: int, checkpointing: boo
         width: Bytes per activation.
         checkpointing: Whether activations are computed twice.
     """
-    layers, layer = config.num_hidden_layers, layer_width(config)
-    return int(tokens * width * (layers * config.hidden_size + layer if checkpointing else layers * layer))
+    layers, layer = config.num_hidden_layers, layer_bytes(config, tokens, width=width)
+    return int(tokens * width * layers * config.hidden_size + layer if checkpointing else layers * layer)
+
+
+def layer_bytes(config: Any, tokens: int, *, width: int) -> int:
+    """Return the bytes of all numbers of one layer: a forward without gradient keeps no more."""
+    return tokens * width * layer_width(config)
 
 
 def memory_to_come(sizes: Sizes, activations: int, generation: int, *, processes: int, sharded: bool) -> int:
@@ -127,7 +132,8 @@ def memory_to_come(sizes: Sizes, activations: int, generation: int, *, processes
     Args:
         sizes: Sizes of the trained model.
         activations: Bytes of the activations of one micro-batch.
-        generation: Bytes of the cache and logits of one rollout. They are free before the activations need memory.
+        generation: Bytes of one rollout: cache and logits, or a forward without gradient. They are free before the
+            activations need memory.
         processes: Number of processes.
         sharded: Whether gradients and optimiser state are in shards (ZeRO, FSDP).
     """

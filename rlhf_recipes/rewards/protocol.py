@@ -22,7 +22,8 @@ class ScoringRun:
     Args:
         policy: Model in training. A reward adapter joins it.
         policy_eos_token_ids: Ids that end a completion.
-        batch_size: Completions per forward pass.
+        batch_size: Completions per forward pass if all are equally long. More of the short ones share one, within the
+            tokens of the longest. On a GPU this is a multiple of the micro-batch.
         timeout: Seconds for one request; `None` sets no limit.
         prepare_frozen: Function that puts a model without gradients on the devices of the run.
     """

@@ -63,7 +63,7 @@ class RewardModelScorer(Scorer):
     tokenizer: PreTrainedTokenizerBase
     gives_states = True
     source: Any = None  # the path or the model that became this scorer
-    batch_size: int = 8  # completions per forward pass
+    batch_size: int = 8  # completions per forward pass of equal rows; more of the short ones share one
     pad_token_id: int | None = None  # the score is read at the last token that is not this
     policy_eos_token_ids: list[int] | None = None  # end a completion; without them, every completion has ended
     take_states: Callable[[list[Tensor]], None] | None = None  # gets the hidden states of every call, if there is one
@@ -218,6 +218,11 @@ class RewardModelScorer(Scorer):
         """Return the width of the hidden states, H."""
         return int(self._classifier().config.get_text_config().hidden_size)
 
+    def _without_cache(self) -> dict[str, bool]:
+        """Return the input that keeps a model from storing keys and values of all layers. Some encoders take none."""
+        stores = getattr(self._classifier().config.get_text_config(), "use_cache", False)
+        return {"use_cache": False} if stores else {}
+
     def _classifier(self) -> Any:
         """Return the model without DeepSpeed's engine and without PEFT around it."""
         return causal_lm(getattr(self.model, "module", self.model))
@@ -234,7 +239,7 @@ class RewardModelScorer(Scorer):
         return self._score({name: x.to(self.model.device) for name, x in batch.items()}, token_ids).float().cpu()
 
     def _score(self, batch: dict[str, Tensor], token_ids: list[list[int]]) -> Tensor:
-        logits = self.model(**batch).logits
+        logits = self.model(**batch, **self._without_cache()).logits
         if logits.shape != (len(token_ids), 1):
             raise ValueError(
                 f"The reward model {self.__name__} gives numbers of shape {tuple(logits.shape)} for {len(token_ids)} "

@@ -56,8 +56,9 @@ class ForwardTrainer(ValueHeadTrainer):
         """Run TRL's forward through a `CompletionForward`: on the tokens that count, and with the values kept."""
         forward = model if isinstance(model, CompletionForward) else self._completion_forward(model, logits_to_keep)
         given = (input_ids, attention_mask, logits_to_keep)
-        # A micro-batch of the update is cut already. Images are stored in the order of the rows.
-        if batch_size is None or self._is_vlm:
+        # A micro-batch of the update is cut already. Images are stored in the order of the rows. Parts give no
+        # entropies; TRL asks for none in a rollout.
+        if batch_size is None or self._is_vlm or kwargs.get("compute_entropy"):
             results = super()._get_per_token_logps_and_entropies(forward, *given, batch_size, **kwargs)
             forward.finish(results[0])
         else:
@@ -75,14 +76,14 @@ class ForwardTrainer(ValueHeadTrainer):
         batch_size: int,
         **kwargs: Any,
     ) -> tuple[Tensor, None, None]:
-        """Run TRL's forward without gradient in parts that compute little padding. TRL asks for no entropies here."""
+        """Run TRL's forward without gradient and entropies, in parts that compute little padding."""
         columns = forward.columns_of(attention_mask).cpu()  # one wait for the device
         parts = cut_rows(columns, rows_without_gradient(batch_size, input_ids.device))
-        logps = []
+        logps, forward.with_entropy = [], False
         for rows in parts:
-            of_part = functools.partial(forward, columns=tuple(columns[rows].amax(dim=0).tolist()), with_entropy=False)
+            forward.columns = columns[rows].amax(dim=0).tolist()
             given = (input_ids[rows], attention_mask[rows], logits_to_keep)
-            logps.append(super()._get_per_token_logps_and_entropies(of_part, *given, **kwargs)[0])
+            logps.append(super()._get_per_token_logps_and_entropies(forward, *given, **kwargs)[0])
         return forward.finish(torch.cat(logps), torch.cat(parts).argsort()), None, None
 
     def _completion_forward(

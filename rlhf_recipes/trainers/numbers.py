@@ -96,7 +96,8 @@ class RunNumbers:
         batch = self._batch(rows)
         length = batch["completion_ids"].size(1)
         ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
-        # TRL's head serves long rows: these short ones would go through the model's own head, as plain ones do.
+        # TRL's head serves long rows. These short ones would go through the model's own head, as those of
+        # `policy_and_reference` do: so the check compares both heads.
         forward = self._trainer._completion_forward(self.model, length, own_head=False)
         with self._trainer.accelerator.autocast():
             self._trainer._get_per_token_logps_and_entropies(forward, ids, mask, length)

@@ -100,9 +100,9 @@ class PPOTrainer(ForwardTrainer):
         add_networks(self.model, parts, self.args)
         if parts.reference is not None:
             self.ref_model = prepare_reference(parts.reference, self.args, self.accelerator)
-        # Regrouping cannot move images. These loss terms couple the rows of a micro-batch.
+        # Regrouping cannot move images, and each number of rows is compiled anew. These terms couple the rows.
         couples_rows = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
-        self._may_regroup = not (self._is_vlm or couples_rows)
+        self._may_regroup = not (self._is_vlm or couples_rows or self.args.torch_compile)
         self.critic_dataset = parts.critic_dataset
         self._build_rewards(judges, pairwise_judges)
         self._build_control(parts.facts)

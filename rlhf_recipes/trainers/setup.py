@@ -277,8 +277,9 @@ def add_networks(policy: PreTrainedModel | PeftModel, parts: Parts, args: PPOCon
     if args.critic == "policy":
         size, activation = args.value_head_size, args.value_head_activation
         attach_value_head(policy, parts.directory, head_size=size, activation=activation, seed=args.seed)
+    head = {"temperature": args.temperature, "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32}
     into_backbone = args.value_gradient_to_backbone
-    add_completion_forward(causal_lm(policy), temperature=args.temperature, value_gradient_to_backbone=into_backbone)
+    add_completion_forward(causal_lm(policy), **head, value_gradient_to_backbone=into_backbone)
 
 
 def give_bias_to_wrapped_head(policy: PreTrainedModel | PeftModel) -> None:
@@ -291,8 +292,9 @@ def give_bias_to_wrapped_head(policy: PreTrainedModel | PeftModel) -> None:
 def prepare_reference(reference: PreTrainedModel, args: PPOConfig, accelerator: Accelerator) -> Any:
     """Give a frozen copy of the policy the same forward, and put it on the devices of the run."""
     reference.eval()  # no dropout: an instance may come in training mode
-    add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
-    add_completion_forward(reference, temperature=args.temperature)
+    head = {"temperature": args.temperature, "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32}
+    add_fused_lm_head(reference, **head)
+    add_completion_forward(reference, **head)
     return prepare_frozen(reference, accelerator)
 
 

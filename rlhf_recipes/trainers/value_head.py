@@ -46,12 +46,13 @@ class ValueHeadTrainer(RolloutTrainer, GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does. After a `RollbackError`, go back to a checkpoint and train again from there."""
         while True:
+            self._unread = ()  # an interrupted step leaves its figures
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             except RollbackError as error:
                 reason = error.with_traceback(None)  # the traceback holds the tensors of the attempt
             resume_from_checkpoint = self.guard.roll_back(reason)
-            self._step, self._buffered_inputs, self._unread = 0, None, ()
+            self._step, self._buffered_inputs = 0, None
             self._metrics["train"].clear()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -68,14 +69,17 @@ class ValueHeadTrainer(RolloutTrainer, GRPOTrainer):
     def note_update(self, sums: dict[str, torch.Tensor]) -> None:
         """Note the metrics of a micro-batch, and log those of a whole optimiser step with one wait for the device.
 
+        TRL's own figures wait for the device in every micro-batch (`GRPOTrainer._compute_loss`).
+
         Args:
             sums: Metrics as `critic_loss` returns them.
         """
-        self._unread = (*self._unread, sums)
         is_training = self.model.training
-        if is_training and not self.accelerator.sync_gradients:
-            return
-        unread, self._unread = self._unread, ()
+        unread = (*self._unread, sums) if is_training else (sums,)
+        if is_training:
+            self._unread = () if self.accelerator.sync_gradients else unread
+            if self._unread:
+                return
         own = [name for name in TOKEN_MEANS if name in self._metrics["train" if is_training else "eval"]]
         for count, means in read_means(unread):
             self._log_metrics(means)

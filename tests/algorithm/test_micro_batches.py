@@ -49,6 +49,13 @@ def test_memory_does_not_rise():
     _check(columns, 8)
 
 
+def test_logits_do_not_rise():
+    """By tokens alone, the eight short prompts would share a micro-batch of 8 x 250 logits instead of 4 x 250."""
+    columns = torch.tensor([[10, 250]] * 8 + [[1000, 10], [900, 10], [500, 10], [400, 10]])
+    assert max(len(part) * int(columns[part, 1].max()) for part in cut_rows(columns, 4)) <= 4 * 250
+    _check(columns, 4)
+
+
 def test_rows_of_one_length_keep_the_equal_cut():
     assert [part.tolist() for part in cut_rows(torch.full((6, 2), 7), 2)] == [[0, 1], [2, 3], [4, 5]]
 

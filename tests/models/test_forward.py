@@ -10,7 +10,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import _ChunkedLogProbFunction
 
 from rlhf_recipes.algorithm.micro_batches import computed_tokens
-from rlhf_recipes.models.forward import CompletionForward, keeps_logits, rows_without_gradient
+from rlhf_recipes.models.forward import CompletionForward, keeps_logits, needed_columns, rows_without_gradient
 from rlhf_recipes.trainers.update import group_by_length
 
 pytestmark = [pytest.mark.tiny, pytest.mark.portable]
@@ -44,7 +44,8 @@ def test_columns_without_a_token_do_not_reach_the_model(tmp_path):
     assert seen == [(4, max(PROMPTS) + max(COMPLETIONS))]
 
 
-def test_the_rollout_runs_rows_of_one_length_together(tmp_path):
+def test_the_rollout_runs_rows_of_one_length_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf_recipes.models.forward.ROWS_WITHOUT_GRADIENT", 1)
     trainer = tiny.ppo_trainer(tmp_path)
     torch.nn.init.normal_(trainer.model.value_head.output.weight)
     seen = _widths(trainer.model)
@@ -71,8 +72,25 @@ def test_padding_to_a_multiple_is_kept(multiple):
     assert needed((3, 2), (0, 0)) == ([3, 1] if multiple is None else [8, 8])
 
 
+def test_a_mask_without_a_column_needs_none():
+    assert needed_columns(torch.ones(2, 3), torch.ones(2, 0), 8).tolist() == [[3, 0], [3, 0]]
+
+
 def test_a_gpu_gets_more_rows_where_nothing_is_kept_for_a_gradient():
     assert [rows_without_gradient(3, torch.device(name)) for name in ("cpu", "cuda")] == [3, 12]
+
+
+@pytest.mark.parametrize("kept", [0, 2**26], ids=["TRL's head", "own head"])
+def test_a_batch_in_parts_has_entropies_if_they_are_asked_for(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr("rlhf_recipes.models.forward.KEPT_LOGITS", kept)
+    trainer = tiny.ppo_trainer(tmp_path)
+    ids, mask = _batch(PROMPTS, COMPLETIONS, prompt_width=20, completion_width=30)
+    keep, found = mask[:, -30:], []
+    for batch_size in (2, None):
+        call = (trainer.model, ids, mask, 30, batch_size)
+        found.append(trainer._get_per_token_logps_and_entropies(*call, compute_entropy=True)[:2])
+    for in_parts, together in zip(*found, strict=True):
+        assert_close(in_parts * keep, together * keep, FIRST_UPDATE)
 
 
 def _untrimmed(trainer, ids, mask, length):
@@ -146,7 +164,9 @@ def _entropies_asked_for(trainer):
     return asked
 
 
-def test_a_rollout_computes_no_entropies(tmp_path):
+def test_a_rollout_computes_no_entropies(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf_recipes.models.forward.ROWS_WITHOUT_GRADIENT", 1)
+    monkeypatch.setattr("rlhf_recipes.models.forward.is_triton_available", lambda: False)  # TRL's head always does
     trainer = tiny.ppo_trainer(tmp_path, num_iterations=1, max_steps=1, gradient_accumulation_steps=2)
     asked = _entropies_asked_for(trainer)
     trainer.train()
@@ -251,6 +271,11 @@ def test_the_grouping_changes_no_weight(tmp_path, monkeypatch, loss_type):
 def test_terms_that_depend_on_the_cut_keep_it(tmp_path, monkeypatch, options):
     monkeypatch.setattr("rlhf_recipes.trainers.ppo.group_by_length", lambda *args: pytest.fail("regrouped"))
     _grouped_trainer(tmp_path, **options).train()
+
+
+def test_a_compiled_policy_gets_one_number_of_rows(tmp_path):
+    assert tiny.ppo_trainer(tmp_path / "eager")._may_regroup
+    assert not tiny.ppo_trainer(tmp_path / "compiled", torch_compile=True)._may_regroup
 
 
 def test_figures_are_means_over_the_tokens_of_a_rollout(tmp_path):

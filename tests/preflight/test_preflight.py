@@ -173,6 +173,22 @@ def test_chunks_need_less_memory(tmp_path, capsys):
     assert needs[0] == needs[1] > needs[2]
 
 
+def test_the_rows_without_gradient_of_a_gpu_are_counted(tmp_path, monkeypatch):
+    """With checkpoints of activations, a forward of four times the rows holds more than a micro-batch that trains."""
+    options = {"gradient_checkpointing": True, "generation_batch_rows": 1, "max_completion_length": 100}
+    trainer, rollouts, rows = tiny.ppo_trainer(tmp_path, **options), [], []
+    monkeypatch.setattr(
+        preflight, "memory_to_come", lambda sizes, kept, rollout, **spread: rollouts.append(rollout) or 0
+    )
+    monkeypatch.setattr(preflight, "layer_bytes", lambda config, tokens, width: rows.append(tokens) or 10**12)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(preflight, "free_memory", lambda device: 10**15)
+        monkeypatch.setattr(type(trainer.args), "device", torch.device(device))
+        preflight._check_memory(preflight.Report(), trainer, trainer.train_dataset)
+    assert rows[1] == 4 * rows[0]
+    assert rollouts == [0, 10**12] * 2
+
+
 def test_chunks_on_a_gpu_follow_from_the_memory_that_the_rest_leaves(tmp_path, monkeypatch):
     trainer, report = tiny.ppo_trainer(tmp_path), preflight.Report()
     monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda", 0))

@@ -16,6 +16,7 @@ from rlhf_recipes.preflight.resources import (
     disk_findings,
     free_disk,
     gigabytes,
+    layer_bytes,
     memory_findings,
     memory_to_come,
     parameter_bytes,
@@ -101,6 +102,10 @@ def test_activations():
     layer = 6 * 8 + 2 * 4 + 4 * 16
     assert activation_bytes(CONFIG, 10, width=2, checkpointing=False) == 10 * 2 * 3 * layer
     assert activation_bytes(CONFIG, 10, width=2, checkpointing=True) == 10 * 2 * (3 * 8 + layer)
+
+
+def test_a_forward_without_gradient_keeps_one_layer():
+    assert layer_bytes(CONFIG, 10, width=2) == 10 * 2 * (6 * 8 + 2 * 4 + 4 * 16)
 
 
 def test_activations_are_about_what_autograd_keeps():

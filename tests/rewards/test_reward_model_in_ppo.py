@@ -86,6 +86,14 @@ def test_a_long_row_does_not_widen_short_ones():
     assert scorer.score_token_ids([]) == []
 
 
+def test_scoring_stores_no_keys_and_values():
+    tok = tiny.tokenizer()
+    model, caches = tiny.reward_model(tok), []
+    model.model.register_forward_hook(lambda module, inputs, output: caches.append(output.past_key_values))
+    RewardModelScorer(model, tok).score_token_ids([[60, 61], [62]])
+    assert caches == [None]
+
+
 def test_the_normaliser_starts_at_the_cards_statistics(tmp_path, trained):
     path = trained()
     card = json.loads((tmp_path / "rm" / "reward_model_card.json").read_text())

@@ -339,6 +339,35 @@ def test_the_rest_of_a_rollout_is_left_out_beyond_the_update_kl(tmp_path, peft, 
     assert len([m for m in caplog.messages if "`max_update_kl`" in m]) == 1
 
 
+def test_figures_of_an_interrupted_step_are_not_counted(tmp_path):
+    """A call of `train` ends after one of two micro-batches. An evaluation and the next call see their own tokens."""
+    options = {"steps_per_generation": 2, "gradient_accumulation_steps": 2, "num_iterations": 1, **SMALL}
+    trainer = _trainer(tmp_path, max_steps=1, **options)
+    note, noted, logged, observed = trainer.note_update, [], [], []
+
+    def interrupted(sums):
+        note(sums)
+        raise KeyboardInterrupt
+
+    def counted(sums):
+        noted.append(float(sums[""]))
+        note(sums)
+
+    trainer.note_update = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.note_update = counted
+    trainer._log_counts = lambda count, names: logged.append(count)
+    trainer.model.eval()
+    trainer._compute_loss(trainer.model, trainer._buffered_inputs[0])
+    assert logged == noted
+    noted.clear()
+    trainer.guard.observe_update = lambda count, means: observed.append(count)
+    trainer.train()
+    assert len(noted) == 2
+    assert observed == noted
+
+
 def test_no_half_optimiser_step_is_taken(tmp_path):
     options = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_update_kl": 0.05, **SMALL}
     trainer = _trainer(tmp_path, **options)

@@ -8,7 +8,7 @@ from tolerances import EXACT, MERGED, assert_close
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, PhimoeConfig, PhimoeForCausalLM
 
-from rlhf_recipes.models import dropout
+from rlhf_recipes.models import dropout, forward
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.trainers import setup
@@ -188,12 +188,24 @@ def test_a_rope_that_changes_inside_a_batch_is_named(tmp_path, monkeypatch):
     assert "rope changes at 12 tokens" in message(tmp_path, llama(rope_parameters=rope), data=data)
 
 
+def test_a_head_of_the_rollout_that_errs_is_named(tmp_path, monkeypatch):
+    """Policy and reference share it, so their KL of 0 does not show it."""
+
+    def without_temperature(*args, **kwargs):
+        return own_head(*args, **kwargs | {"temperature": 1.0})
+
+    own_head = forward._own_head
+    monkeypatch.setattr(forward, "is_triton_available", lambda: False)
+    monkeypatch.setattr(forward, "_own_head", without_temperature)
+    assert "A rollout gives other log-probabilities than the model" in message(tmp_path, llama(), temperature=0.5)
+
+
 def test_a_value_loss_that_reaches_the_policy_is_named(tmp_path, monkeypatch):
-    forward = setup.add_completion_forward
+    add_forward = setup.add_completion_forward
     monkeypatch.setattr(
         setup,
         "add_completion_forward",
-        lambda model, **kwargs: forward(model, **kwargs | {"value_gradient_to_backbone": True}),
+        lambda model, **kwargs: add_forward(model, **kwargs | {"value_gradient_to_backbone": True}),
     )
     assert "The value loss would train" in message(tmp_path, llama(), max_steps=1)
     trainer(tmp_path / "asked", llama(), value_gradient_to_backbone=True).train()

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from tolerances import FIRST_UPDATE, FP32, NO_KL, assert_close
+from tolerances import EXACT, FIRST_UPDATE, FP32, NO_KL, assert_close
 from transformers import AutoModelForCausalLM
 
 from rlhf_recipes.models.critic import trained_value_head
@@ -44,6 +44,15 @@ def test_ratio_is_one_and_kl_is_zero(tmp_path, peft, chat, pad_is_eos):
     metrics = trainer._metrics["train"]
     assert abs(metrics["objective/kl"][0]) < NO_KL["atol"]
     assert abs(metrics["policy/approx_kl"][0]) < NO_KL["atol"]
+
+
+def test_kl_is_zero_with_a_head_in_float32(tmp_path):
+    """TRL casts the policy's head, and not the reference's."""
+    tok = tiny.tokenizer()
+    model = tiny.policy(tok).bfloat16()
+    batch = tiny.rollout(tiny.ppo_trainer(tmp_path, model=model, tok=tok, cast_lm_head_to_fp32=True))
+    kl = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
+    assert_close(kl, torch.zeros_like(kl), EXACT)
 
 
 def test_the_reference_of_an_instance_in_training_mode_drops_nothing(tmp_path):

@@ -192,8 +192,9 @@ def test_one_reference_serves_both_kl_terms(tmp_path, peft, num_iterations):
 
 @pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["full", "lora"])
 @pytest.mark.parametrize("num_iterations", [1, 2])
-def test_a_rollout_costs_one_policy_and_one_reference_forward(tmp_path, peft, num_iterations):
+def test_a_rollout_costs_one_policy_and_one_reference_forward(tmp_path, monkeypatch, peft, num_iterations):
     """The counts are per micro-batch, without generation. TRL makes the policy's forward only with several epochs."""
+    monkeypatch.setattr("rlhf_recipes.models.forward.ROWS_WITHOUT_GRADIENT", 1)
     trainer = tiny.ppo_trainer(tmp_path, peft=peft, num_iterations=num_iterations, gradient_accumulation_steps=2)
     calls = Counter()
 
