@@ -4,9 +4,10 @@
     python benchmarks/decoding.py --device cuda --compile
     python benchmarks/decoding.py --shape tiny --rows 4
 
-The model has random weights in bfloat16 and LoRA of rank 16 on all linear layers. A step computes one token of each
-row. The forward of the prompt is left out: (time of `--tokens` - time of 4) / (`--tokens` - 4). The floor is the time
-to read all weights, keys and values once. Prints one JSON line per way.
+The models have random weights: in bfloat16 with LoRA of rank 16 on all linear layers, and in float32 without. A step
+computes one token of each row. The forward of the prompt is left out: (time of `--tokens` - time of 4) / (`--tokens`
+- 4). `busy_ms` is the time of the GPU's kernels in a step. The floor is the time to read all weights, keys and values
+once, in bfloat16. Prints one JSON line per way.
 """
 
 import argparse
@@ -50,6 +51,22 @@ def merged(model: Any) -> Iterator[None]:
         model.unmerge_adapter()
 
 
+@contextlib.contextmanager
+def autocast_at_each_step(model: Any, device: str) -> Iterator[None]:
+    """Enter autocast in each forward, as accelerate does, so that it casts the weights each time."""
+    inner = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with autocast(device):
+            return inner(*args, **kwargs)
+
+    model.forward = functools.update_wrapper(forward, inner)
+    try:
+        yield
+    finally:
+        model.forward = inner
+
+
 def seconds(call: Callable[[], Any], device: str) -> float:
     """Return the time of a call, with the work that it leaves to a GPU."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -60,8 +77,8 @@ def seconds(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def seconds_per_step(model: Any, args: argparse.Namespace, rows: int, **settings: Any) -> tuple[float, float]:
-    """Return the time of one step, and that of the first call."""
+def measure(model: Any, args: argparse.Namespace, rows: int, **settings: Any) -> dict[str, float | None]:
+    """Return the time of one step, that of its kernels on a GPU, and that of the first call."""
     ids = torch.randint(2, model.config.vocab_size, (rows, args.prompt), device=args.device)
     rest = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "eos_token_id": None, "disable_compile": True}
 
@@ -70,9 +87,23 @@ def seconds_per_step(model: Any, args: argparse.Namespace, rows: int, **settings
         with torch.no_grad():
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
 
-    first = seconds(functools.partial(sample, args.tokens), args.device)
-    whole, few = (seconds(functools.partial(sample, n), args.device) for n in (args.tokens, FEW))
-    return (whole - few) / (args.tokens - FEW), first
+    calls = {n: functools.partial(sample, n) for n in (FEW, args.tokens)}
+    first, few, whole = (seconds(calls[n], args.device) for n in (args.tokens, FEW, args.tokens))
+    per_step = 1e3 / (args.tokens - FEW)
+    busy = [kernel_seconds(call) for call in calls.values()] if args.device == "cuda" else None
+    return {
+        "ms_per_step": round(per_step * (whole - few), 2),
+        "busy_ms": round(per_step * (busy[1] - busy[0]), 2) if busy else None,
+        "first_call_s": round(first, 1),
+    }
+
+
+def kernel_seconds(call: Callable[[], Any]) -> float:
+    """Return the time of a GPU's kernels in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
 
 
 def floor(shape: Shape, args: argparse.Namespace, rows: int, bandwidth: float) -> float:
@@ -92,25 +123,32 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also compile a step, which takes about a minute")
     args = parser.parse_args()
     bandwidth, shape = measured_bandwidth(args.device), SHAPES[args.shape]
-    model = with_adapter(random_model(shape.config(), args.device, torch.bfloat16)).eval()
-    precision = functools.partial(autocast, args.device)
-    static = {"cache_implementation": "static"}
-    ways: list[tuple[str, Callable[[], Any], dict[str, Any]]] = [
-        ("without the adapter", model.disable_adapter, {}),
-        ("without the adapter, static cache", model.disable_adapter, static),
-        ("LoRA in float32", contextlib.nullcontext, {}),
-        ("LoRA under autocast", precision, {}),
-        ("LoRA merged", functools.partial(merged, model), {}),
-    ]
-    if args.compile:
-        ways.append(("LoRA under autocast, static cache, compiled", precision, {**static, "disable_compile": False}))
-    for rows in args.rows:
-        least = floor(shape, args, rows, bandwidth)
-        for name, context, settings in ways:
-            with context():
-                step, first = seconds_per_step(model, args, rows, **settings)
-            line = {"way": name, "rows": rows, "ms_per_step": round(1e3 * step, 2), "floor_ms": round(1e3 * least, 2)}
-            print(json.dumps(line | {"first_call_s": round(first, 1)}), flush=True)
+    precision, static = functools.partial(autocast, args.device), {"cache_implementation": "static"}
+    compiled = {**static, "disable_compile": False}
+    for full in (False, True):
+        model = random_model(shape.config(), args.device, torch.float32 if full else torch.bfloat16).eval()
+        ways: list[tuple[str, Callable[[], Any], dict[str, Any]]]
+        if full:
+            each = functools.partial(autocast_at_each_step, model, args.device)
+            ways = [("float32, autocast at each step", each, {}), ("float32, autocast around all", precision, {})]
+        else:
+            model = with_adapter(model)
+            ways = [
+                ("without LoRA", model.disable_adapter, {}),
+                ("without LoRA, static cache", model.disable_adapter, static),
+                ("LoRA in float32", contextlib.nullcontext, {}),
+                ("LoRA under autocast", precision, {}),
+                ("LoRA merged", functools.partial(merged, model), {}),
+            ]
+        if args.compile and not full:
+            ways.append(("LoRA under autocast, static cache, compiled", precision, compiled))
+            ways.append(("without LoRA, static cache, compiled", model.disable_adapter, compiled))
+        for rows in args.rows:
+            least = round(1e3 * floor(shape, args, rows, bandwidth), 2)
+            for way, context, settings in ways:
+                with context():
+                    figures = measure(model, args, rows, **settings)
+                print(json.dumps({"way": way, "rows": rows, **figures, "floor_ms": least}), flush=True)
 
 
 if __name__ == "__main__":
