@@ -208,6 +208,7 @@ def test_a_second_signal_ends_the_process_at_once(directory):
     assert process.exitcode == 143
 
 
+@pytest.mark.slow(reason="with several processes the launcher passes the same signals, which the default run tests")
 def test_a_launcher_of_one_process_passes_the_signal_and_the_exit_code_on(directory):
     """`accelerate launch` would end at the signal, without a signal to the recipe, and always with 1."""
     config = _config(directory, reward_functions=["my_rewards:slow"])

@@ -33,7 +33,11 @@ def world(tmp_path_factory, empty_store):
 
 @pytest.mark.parametrize(
     ("kind", "seed"),
-    [("ppo one backbone", 1), ("reward modelling", 4), pytest.param("sft lora", 2, marks=pytest.mark.slow)],
+    [
+        ("reward modelling", 4),
+        pytest.param("ppo one backbone", 1, marks=pytest.mark.slow(reason="the same driver on more kinds of runs")),
+        pytest.param("sft lora", 2, marks=pytest.mark.slow(reason="the same")),
+    ],
 )
 def test_random_kills_change_no_tensor_figure_or_record(world, kind, seed):
     draw = random.Random(seed)
