@@ -290,12 +290,9 @@ def _sampled_at_once(report: Report, trainer: Any, row_bytes: int, free: int) ->
     args = trainer.args
     sampled = 0 if args.use_vllm else args.per_device_train_batch_size * args.steps_per_generation
     chosen = trainer.rows_at_once
-    if {"image", "images"} & {*trainer.train_dataset.column_names}:
-        at_once = sampled  # such a batch is not cut
-    elif chosen is not None:
-        at_once = min(chosen, sampled)
-    else:
-        at_once = sampled if args.device.type == "cpu" else rows_that_fit(sampled, row_bytes, free)
+    fit = sampled if args.device.type == "cpu" else rows_that_fit(sampled, row_bytes, free)
+    has_images = bool({"image", "images"} & {*trainer.train_dataset.column_names})  # such a batch is not cut
+    at_once = sampled if has_images else min(sampled, chosen or fit)
     if at_once < sampled:  # the free memory differs between now and the rollouts
         rows = f"{at_once:,}" if chosen is not None else f"about {at_once:,}"
         report.lines["sampling"] = f"{rows} of {sampled:,} completions of a process at a time"

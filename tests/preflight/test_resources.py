@@ -7,6 +7,7 @@ import tiny
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import LlamaConfig
 
 from rlhf_recipes.preflight import resources
 from rlhf_recipes.preflight.resources import (
@@ -93,7 +94,7 @@ def test_free_disk_of_a_directory_that_is_yet_to_be_made(tmp_path, monkeypatch):
     assert asked == [tmp_path]
 
 
-CONFIG = SimpleNamespace(
+CONFIG = LlamaConfig(
     hidden_size=8, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=16
 )
 
