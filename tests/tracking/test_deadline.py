@@ -65,6 +65,16 @@ def test_a_run_is_not_opened_there_and_says_so_in_time(store):
     assert store.seen
 
 
+@pytest.mark.parametrize(
+    "store",
+    [
+        pytest.param(
+            answer, id=name, marks=() if name == "dripping body" else pytest.mark.slow(reason="waits for 10 s")
+        )
+        for name, answer in ANSWERS.items()
+    ],
+    indirect=True,
+)
 def test_a_training_goes_on_and_closes_in_time_with_its_records_kept(store, tmp_path):
     configure_mlflow()
     mlflow.set_tracking_uri(store.url)

@@ -115,7 +115,15 @@ EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "logging_strategy": "epoch", "
 
 
 @pytest.mark.tiny
-@pytest.mark.parametrize(("kind", "steps"), [("sft", -1), ("sft", 4), ("reward", -1), ("ppo", -1)])
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        ("sft", -1),
+        ("sft", 4),
+        ("reward", -1),
+        pytest.param("ppo", -1, marks=pytest.mark.slow(reason="the code of the other trainers, on a longer run")),
+    ],
+)
 def test_a_kill_between_the_last_step_of_an_epoch_and_its_log(tmp_path, base, kind, steps):
     """The checkpoint of the last step is written before the log and the evaluation of its epoch."""
     options = EPOCHS | {"max_steps": steps, "save_steps": 1, "per_device_train_batch_size": 8}
