@@ -65,14 +65,12 @@ def test_a_run_is_not_opened_there_and_says_so_in_time(store):
     assert store.seen
 
 
+SLOW = pytest.mark.slow(reason="each answer takes ten seconds")
+
+
 @pytest.mark.parametrize(
     "store",
-    [
-        pytest.param(
-            answer, id=name, marks=() if name == "dripping body" else pytest.mark.slow(reason="waits for 10 s")
-        )
-        for name, answer in ANSWERS.items()
-    ],
+    [pytest.param(x, id=name, marks=() if name == "dripping body" else SLOW) for name, x in ANSWERS.items()],
     indirect=True,
 )
 def test_a_training_goes_on_and_closes_in_time_with_its_records_kept(store, tmp_path):
