@@ -161,7 +161,8 @@ class RolloutTrainer(ComparedTrainer):
 
     def _check_cache(self) -> None:
         """Let `generate` compile if its cache has a fixed size, wherever that is set. vLLM has a cache of its own."""
-        cache = None if self.use_vllm else merged_config(self.model, self.generation_config).cache_implementation
+        with plain_output(self.model):
+            cache = None if self.use_vllm else merged_config(self.model, self.generation_config).cache_implementation
         if cache is not None and cache in ALL_STATIC_CACHE_IMPLEMENTATIONS:
             check_static_cache(self.model, cache, mixed_precision(self.args) if self.accelerator.native_amp else None)
             self.generation_config.disable_compile = False  # TRL switches it off, and compiling is what pays

@@ -279,7 +279,8 @@ class PPOTrainer(ForwardTrainer):
         self.note_update(sums)
         if self.model.training and self.state.global_step < self.args.critic_warmup_steps:
             policy_loss = 0 * policy_loss
-        return row_weight(inputs, self.loss_type) * (policy_loss + self.args.vf_coef * value_loss)
+        weight = row_weight(inputs, self.loss_type, self.args.gradient_accumulation_steps)
+        return weight * (policy_loss + self.args.vf_coef * value_loss)
 
     def get_off_policy_mask(
         self,

@@ -156,17 +156,25 @@ def group_by_length(
         rows = {name: torch.cat([batch[name] for batch in step]) for name in names}
         for batch, parts in zip(step, cut_together(needed, size), strict=True):
             part = parts[rank]
-            own = {"columns": tuple(needed[rank, part].amax(dim=0).tolist()), "row_share": len(part) / size}
+            longest = tuple(needed[rank, part].amax(dim=0).tolist())
+            own = {"columns": longest, "row_share": len(part) / size, "window": window}
             grouped.append({**batch, **{name: x[part] for name, x in rows.items()}, **own})
     return grouped
 
 
-def row_weight(micro_batch: dict[str, Any], loss_type: str) -> float:
+def row_weight(micro_batch: dict[str, Any], loss_type: str, window: int) -> float:
     """Return the weight of a micro-batch in the loss of its optimiser step.
 
-    A checkpoint of an earlier version holds equal micro-batches, and so does a rollout that is not cut anew.
+    A checkpoint of an earlier version holds equal micro-batches, and so does a rollout that is not cut anew. After a
+    resume with another number of micro-batches per step, the steps have other rows, and all of these count the same.
+
+    Args:
+        micro_batch: Micro-batch of `group_by_length`, or of TRL.
+        loss_type: Kind of average.
+        window: Number of micro-batches per optimiser step.
     """
-    return micro_batch.get("row_share", 1.0) if loss_type in MEANS_OVER_ROWS else 1.0
+    is_cut = loss_type in MEANS_OVER_ROWS and micro_batch.get("window") == window
+    return micro_batch["row_share"] if is_cut else 1.0
 
 
 def episodes(step: int, args: Any) -> int:

@@ -177,3 +177,12 @@ def test_without_autocast_a_static_cache_is_not_refused(tmp_path):
     trainer.generation_config.cache_implementation = "static"
     trainer._check_cache()
     assert trainer.generation_config.disable_compile is False
+
+
+def test_a_policy_that_asks_for_several_answers_samples_greedily(tmp_path):
+    """transformers validates the settings of model and run together, and greedy decoding has one answer."""
+    policy = tiny.policy(tiny.tokenizer())
+    policy.generation_config.num_return_sequences = 3
+    trainer = tiny.ppo_trainer(tmp_path, model=policy, **GREEDY)
+    trainer.train()
+    assert policy.generation_config.num_return_sequences == 3

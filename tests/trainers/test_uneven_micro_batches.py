@@ -9,6 +9,8 @@ import torch
 from processes import run_in_processes
 from tolerances import SPLIT, assert_close
 
+from rlhf_recipes.trainers.update import row_weight
+
 pytestmark = pytest.mark.tiny
 
 LENGTHS = (2, 1, 2, 40, 3, 2, 5, 1)
@@ -195,3 +197,10 @@ def test_an_optimiser_step_waits_once_for_the_device(tmp_path, monkeypatch):
     trainer._compute_loss = in_update
     trainer.train()
     assert waits == [(step, "tolist") for step in range(4)]
+
+
+@pytest.mark.parametrize(("loss_type", "window", "weight"), [("grpo", 2, 0.75), ("dapo", 2, 1.0), ("grpo", 1, 1.0)])
+def test_a_micro_batch_weighs_its_rows_in_its_own_window_only(loss_type, window, weight):
+    """After a resume with another number of micro-batches per step, each step has other rows than its cut had."""
+    assert row_weight({"row_share": 0.75, "window": 2}, loss_type, window) == weight
+    assert row_weight({}, loss_type, window) == 1.0
