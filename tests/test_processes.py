@@ -50,6 +50,7 @@ def fresh_state(tmp_path_factory):
 
 
 @pytest.mark.recipe
+@pytest.mark.slow(reason="checks how the tests start recipes, and no code of the package")
 def test_a_fork_starts_with_the_state_of_a_fresh_interpreter(fresh_state):
     script, fresh = fresh_state
     fork = run_command(script, "--option", "1", directory=script.parent, OMP_NUM_THREADS="1")
@@ -89,6 +90,7 @@ def test_a_fork_ends_as_a_fresh_interpreter_does(tmp_path, end, code):
 
 
 @pytest.mark.recipe
+@pytest.mark.slow(reason="checks how the tests start recipes, and no code of the package")
 def test_a_recipe_says_in_a_fork_what_it_says_alone(tmp_path, fresh_state):
     command = (RECIPES / "ppo.py", "--no_such_option", "1")
     fork, fresh = run_command(*command, directory=tmp_path), run_fresh(*command, directory=tmp_path)
