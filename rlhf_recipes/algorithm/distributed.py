@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf_recipes.algorithm.masked import masked_sum
+
 
 def global_sum(values: Tensor) -> Tensor:
     """Return the elementwise sum of `values` over all ranks. Without a process group, return a copy."""
@@ -58,6 +60,6 @@ def global_means(mask: Tensor, *values: Tensor) -> tuple[float, list[float]]:
         mask: Mask, 1 = counts.
         values: Tensors of the mask's shape.
     """
-    totals = [torch.where(mask.bool(), value, 0).float().sum() for value in values]
+    totals = [masked_sum(value.float(), mask) for value in values]
     count, *sums = global_sum(torch.stack([mask.sum().float(), *totals])).tolist()
     return count, [total / max(count, 1.0) for total in sums]

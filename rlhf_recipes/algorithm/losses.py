@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_recipes.algorithm.masked import masked_mean
+from rlhf_recipes.algorithm.masked import masked_mean, masked_sum
 
 MEANS_OVER_ROWS = ("grpo", "dr_grpo")  # kinds of average that divide by the number of rows
 
@@ -62,7 +62,7 @@ def aggregate_token_loss(
     """
     if loss_type == "grpo":
         return masked_mean(per_token_loss, mask, dim=1).mean()
-    total = torch.where(mask.bool(), per_token_loss, 0).sum()
+    total = masked_sum(per_token_loss, mask)
     if loss_type == "dapo" and num_items is not None:
         return total / torch.as_tensor(num_items, device=total.device).clamp(min=1)
     if loss_type == "dr_grpo" and max_completion_length is not None:
