@@ -2,6 +2,7 @@
 
     python benchmarks/league.py --world quickstart --directory runs/league
     python benchmarks/league.py --world quickstart --methods ppo rloo --seeds 0 1 2 --jobs 2
+    pip install --no-deps --target build/trl-1.12 trl==1.12.0
 
 Each seed has its own SFT policy, preferences and reward model, built by the recipe of the quickstart. Every method has
 the same number of completions and of optimiser steps, and is tuned over the same number of settings, on seeds that are
@@ -10,7 +11,9 @@ After each quarter of a run the policy is measured on held-out prompts, by the s
 score of the reward model, KL to the SFT policy on fresh samples, length, and win rate over the SFT policy.
 
 A run whose `result.json` exists is not repeated, so the command goes on where it was stopped. Every run is tracked in
-`mlflow.db` in the directory: `recipes/compare.py` ranks them. Writes `league.json`, `league.md` and `league.png`.
+`mlflow.db` in the directory: `recipes/compare.py` ranks those of the recipes. The PPO that TRL had until 1.12 runs in
+processes of its own, from the directory `--trl_1_12`. Without it the method is left out. Writes `league.json`,
+`league.md` and `league.png`.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import os
 import resource
 import runpy
 import shutil
+import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
@@ -30,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from league_methods import METHODS, WORLDS, Method, World
+from league_methods import METHODS, TRL_1_12, WORLDS, Method, World
 from league_report import gold_at, write_report
 
 from rlhf_recipes.algorithm.best_of_n import best_of_n_weights
@@ -54,6 +58,7 @@ class Cell:
     setting: int
     seed: int
     root: Path
+    trl_1_12: Path = Path("build", "trl-1.12")
 
     @property
     def base(self) -> Path:
@@ -117,10 +122,8 @@ class Judge:
         return means | {"kl": sequence_kl(policy, self.sft, self.tokenizer, asked, ids)}
 
 
-def run_recipe(cell: Cell) -> None:
-    """Train by the method's recipe, as its own command would."""
-    name = cell.method.recipe
-    config = RECIPES / "configs" / "quickstart" / cell.method.config
+def arguments_of(cell: Cell) -> list[str]:
+    """Return the command line that every method understands."""
     options: dict[str, Any] = {
         "model_name_or_path": cell.base / "sft",
         "output_dir": cell.folder / "run",
@@ -128,15 +131,33 @@ def run_recipe(cell: Cell) -> None:
         "seed": cell.seed,
         "max_steps": cell.world.steps,
         "save_steps": cell.world.steps // 4,
-        "save_total_limit": 4,
-        "eval_strategy": "no",
         "max_completion_length": cell.world.max_completion_length,
-        "log_model": False,
     }
     options |= cell.method.paths(cell.base) | cell.world.options | cell.method.settings[cell.setting]
-    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    sys.argv = [f"{name}.py", *cell.method.arguments, "--config", str(config), *arguments]
+    return [text for key, value in options.items() for text in (f"--{key}", str(value))]
+
+
+def run_recipe(cell: Cell) -> None:
+    """Train by the method's recipe, as its own command would."""
+    name = cell.method.recipe
+    config = RECIPES / "configs" / "quickstart" / cell.method.config
+    rest = ["--save_total_limit", "4", "--eval_strategy", "no", "--log_model", "False"]
+    sys.argv = [f"{name}.py", *cell.method.arguments, "--config", str(config), *arguments_of(cell), *rest]
     runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+
+
+def run_trl_1_12(cell: Cell) -> None:
+    """Train by TRL 1.12, which needs a process of its own: this one has imported another TRL."""
+    paths = [str(cell.trl_1_12), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRL_EXPERIMENTAL_SILENCE": "1"}
+    script = Path(__file__).with_name("league_trl_1_12.py")
+    subprocess.run([sys.executable, str(script), *arguments_of(cell)], env=environment, check=True)
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def run_cell(cell: Cell) -> str:
@@ -150,12 +171,9 @@ def run_cell(cell: Cell) -> str:
         try:
             torch.set_num_threads(1)
             quiet_start()
-            run_recipe(cell)
-            seconds = resource.getrusage(resource.RUSAGE_SELF)
-            result = {
-                "setting": cell.method.settings[cell.setting],
-                "cpu_seconds": seconds.ru_utime + seconds.ru_stime,
-            }
+            train = run_trl_1_12 if cell.method.name == TRL_1_12 else run_recipe
+            train(cell)
+            result = {"setting": cell.method.settings[cell.setting], "cpu_seconds": cpu_seconds()}
             result |= measure_path(cell)
         except BaseException:
             traceback.print_exc()
@@ -224,6 +242,14 @@ def best_setting(cells: list[Cell]) -> int:
     return max(sorted({cell.setting for cell in cells}), key=merit)
 
 
+def methods_of(names: list[str], trl_1_12: Path) -> list[str]:
+    """Return the methods that can run: that of TRL 1.12 needs its directory."""
+    if TRL_1_12 not in names or (trl_1_12 / "trl" / "experimental" / "ppo").is_dir():
+        return names
+    print(f"{TRL_1_12} is left out, because {trl_1_12} does not hold TRL 1.12.")
+    return [name for name in names if name != TRL_1_12]
+
+
 def main() -> None:
     """Tune, test and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -233,12 +259,16 @@ def main() -> None:
     parser.add_argument("--tuning_seeds", type=int, nargs="*", default=[10, 11])
     parser.add_argument("--directory", type=Path, default=Path("runs", "league"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--trl_1_12", type=Path, default=Cell.trl_1_12, help="directory with TRL 1.12")
     args = parser.parse_args()
+    args.methods = methods_of(args.methods, args.trl_1_12)
+    if not args.methods:
+        return
     world, root = WORLDS[args.world], args.directory.resolve()
     (root / world.name / "bases").mkdir(parents=True, exist_ok=True)
 
     def cell(method: str, setting: int, seed: int) -> Cell:
-        return Cell(world, METHODS[method], setting, seed, root)
+        return Cell(world, METHODS[method], setting, seed, root, args.trl_1_12.resolve())
 
     for seed in (*args.tuning_seeds, *args.seeds):
         build_base(cell(args.methods[0], 0, seed))

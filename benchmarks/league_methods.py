@@ -42,7 +42,7 @@ class Method:
 
     Args:
         name: Name.
-        recipe: Recipe that trains, without `.py`.
+        recipe: Recipe that trains, without `.py`; TRL 1.12 has none.
         config: Configuration: a path, or a name in the folder of the quickstart.
         settings: Settings to tune over: options of the recipe.
         arguments: First arguments of the recipe.
@@ -71,6 +71,7 @@ WORLDS = {
     for each in (World("quickstart", steps=60, budgets=(2.0, 3.0)), World("report", steps=60, budgets=(2.0, 4.0)))
 }
 
+TRL_1_12 = "ppo-trl-1.12"  # by league_trl_1_12.py
 METHODS = {
     each.name: each
     for each in (
@@ -85,5 +86,6 @@ METHODS = {
         ),
         Method("ppo-as-it-was", "ppo", str(HERE / "ppo_as_it_was.yaml"), [{"target_kl": x} for x in (3.5, 2.5)]),
         Method("ppo", "ppo", "ppo.yaml", [{"kl_coef": x} for x in (0.1, 0.15)], reads_preferences=True),
+        Method(TRL_1_12, "", "", [{"kl_coef": x} for x in (0.1, 0.15)]),
     )
 }
