@@ -199,7 +199,7 @@ class PPOTrainer(ForwardTrainer):
         rollout.normalize_scores(normalizer, update=self.model.training)
         group_size = self.num_generations if self.model.training else 1
         rollout.estimate_advantages(self.args, kl_coef=self.kl_controller.kl_coef, group_size=group_size)
-        self._report(rollout)
+        self._report(rollout, group_size)
         if self.reward_critic is not None and self.model.training:
             place = {"first_row": self.accelerator.process_index * len(rollout.mask), "step": self.state.global_step}
             self.reward_critic.fit(rollout.critic_states, rollout.returns, rollout.mask, **place)
@@ -241,9 +241,9 @@ class PPOTrainer(ForwardTrainer):
         self.rollout.take_answers(prompts, completions, completion_ids_list, rewards, scores)
         return rewards_per_func
 
-    def _report(self, rollout: Rollout) -> None:
+    def _report(self, rollout: Rollout, group_size: int) -> None:
         """Let guard and controller look at a rollout, log its figures, and keep or judge its completions."""
-        count, metrics = rollout_metrics(rollout)
+        count, metrics = rollout_metrics(rollout, group_size)
         if self.model.training:
             self.guard.observe_rollout(metrics["objective/kl"], self.state.global_step)
         if self.args.reward_norm:

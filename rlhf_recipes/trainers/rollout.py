@@ -244,17 +244,27 @@ MEANS_OVER_COMPLETIONS = ["objective/kl", "objective/rlhf_reward", "objective/no
 MEANS_OVER_COMPLETIONS += ["completions/repeated_ngrams"]
 
 
-def rollout_metrics(rollout: Rollout) -> tuple[int, dict[str, float]]:
-    """Return how many completions of all ranks train, and the figures of the rollout. Glossary: `docs/metrics.md`."""
+def rollout_metrics(rollout: Rollout, group_size: int) -> tuple[int, dict[str, float]]:
+    """Return how many completions of all ranks train, and the figures of the rollout. Glossary: `docs/metrics.md`.
+
+    Args:
+        rollout: Rollout with advantages.
+        group_size: Completions per prompt.
+    """
     mask, scores = rollout.mask, rollout.scores
     sums = (x.sum(dim=1) for x in (rollout.k1, rollout.kl, rollout.rewards))  # 0 outside of the mask
     repeated = repeated_ngrams(rollout.completion_ids, rollout.completion_mask)
     count, (mean_k1, paid, rlhf_reward, repetition) = global_means(mask.any(dim=1), *sums, repeated)
     explained = {"": (rollout.returns, mask), "_mc": (rollout.mc_returns, mask)}
     explained |= {f"_mc_q{i}": (rollout.mc_returns, quarter) for i, quarter in enumerate(quarters(mask), start=1)}
+    known = scores.isfinite()
+    prompts = {}
+    if group_size > 1:
+        others = leave_one_out_means(scores, group_size)
+        prompts["val/explained_variance_prompt"] = explained_variance(others, scores, known).item()
     return int(count), {
         "objective/kl": mean_k1,
-        "objective/scores": scores[scores.isfinite()].mean().item(),
+        "objective/scores": scores[known].mean().item(),
         "objective/rlhf_reward": rlhf_reward,
         "objective/non_score_reward": -rollout.kl_coef * paid,
         "objective/excluded": 1 - count / scores.numel(),
@@ -263,4 +273,4 @@ def rollout_metrics(rollout: Rollout) -> tuple[int, dict[str, float]]:
     } | {
         f"val/explained_variance{name}": explained_variance(rollout.old_values, *target, variance=global_var).item()
         for name, target in explained.items()
-    }
+    } | prompts
