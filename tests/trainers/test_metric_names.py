@@ -49,6 +49,7 @@ def _ppo(directory):
         eval_data=tiny.prompts(),
         judges={"judge": tiny.length_reward},
         pairwise_judges={"pairs": lambda prompts, **kwargs: [0.5] * len(prompts)},
+        num_generations=2,
         **EVALUATED,
     )
     trainer.train()

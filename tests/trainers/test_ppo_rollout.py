@@ -1,6 +1,7 @@
 """The contents of a rollout, compared with the float64 definitions of `oracles.py`."""
 
 import math
+import statistics
 
 import oracles
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tolerances import FP32, assert_close
 
 from rlhf_recipes.rewards.protocol import FunctionScorer
-from rlhf_recipes.trainers.rollout import Rollout
+from rlhf_recipes.trainers.rollout import Rollout, rollout_metrics
 
 pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 
@@ -232,6 +233,26 @@ def test_several_generations_per_prompt(tmp_path):
     trainer = tiny.ppo_trainer(tmp_path, num_generations=4)
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("unknown", [[], [1]])
+def test_the_share_that_a_prompt_explains_is_that_of_its_other_answers(tmp_path, unknown):
+    trainer = tiny.ppo_trainer(tmp_path, num_generations=4)
+    tiny.rollout(trainer)
+    rollout = trainer.rollout
+    rollout.scores[unknown] = torch.nan
+    _, metrics = rollout_metrics(rollout, group_size=4)
+    groups = [[x for x in group if not math.isnan(x)] for group in rollout.scores.view(-1, 4).double().tolist()]
+    scores = [x for group in groups for x in group]
+    others = [(sum(group) - x) / (len(group) - 1) for group in groups for x in group]
+    rest = statistics.pvariance([x - b for x, b in zip(scores, others, strict=True)])
+    assert_close(metrics["val/explained_variance_prompt"], 1 - rest / statistics.pvariance(scores), FP32)
+
+
+def test_one_answer_per_prompt_leaves_nothing_to_compare(tmp_path):
+    trainer = tiny.ppo_trainer(tmp_path)
+    tiny.rollout(trainer)
+    assert "val/explained_variance_prompt" not in trainer._metrics["train"]
 
 
 def test_completion_log_holds_the_advantages_of_ppo(tmp_path):
