@@ -2,9 +2,12 @@
 
     python benchmarks/league.py --world quickstart --directory runs/league
     python benchmarks/league.py --world quickstart --methods ppo rloo --seeds 0 1 2 --jobs 2
+    python benchmarks/league.py --world instructions --methods ppo rloo grpo dpo --seeds 0 1 2 --tuning_seeds 10 \
+        --model runs/smollm2_135m/base --data DIRECTORY
     pip install --no-deps --target build/trl-1.12 trl==1.12.0
 
-Each seed has its own SFT policy, preferences and reward model, built by the recipe of the quickstart. Every method has
+In the worlds of the quickstart each seed has its own SFT policy, preferences and reward model, built by its recipe. In
+the world of instructions all seeds share them: the SFT policy is the chat model that `--model` names. Every method has
 the same number of completions and of optimiser steps, and is tuned over the same number of settings, on seeds that are
 not tested on.
 After each quarter of a run the policy is measured on held-out prompts, by the same code for all methods: gold score,
@@ -33,19 +36,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset
-from league_methods import METHODS, TRL_1_12, WORLDS, Method, World
+from league_methods import METHODS, RECIPES, TRL_1_12, WORLDS, Method, World
 from league_report import gold_at, write_report
 
 from rlhf_recipes.algorithm.best_of_n import best_of_n_weights
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.prompts import add_separator
-from rlhf_recipes.evaluation.policies import eos_token_ids, generate_completions, sequence_kl
+from rlhf_recipes.evaluation.policies import eos_token_ids, sample_answers, sequence_kl
 from rlhf_recipes.evaluation.statistics import compare_scores
 from rlhf_recipes.models.loading import load_policy, load_tokenizer
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -63,12 +66,17 @@ class Cell:
     @property
     def base(self) -> Path:
         """Return the folder of the seed's SFT policy, reward model and data."""
-        return self.root / self.world.name / "bases" / f"seed-{self.seed}"
+        return self.root / self.world.name / "bases" / (f"seed-{self.seed}" if self.world.own_bases else "shared")
 
     @property
     def folder(self) -> Path:
         """Return the folder of the run."""
         return self.root / self.world.name / f"{self.method.name}-{self.setting}" / f"seed-{self.seed}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options that this run is tuned by."""
+        return self.world.settings_of(self.method)[self.setting]
 
     def result(self) -> dict[str, Any] | None:
         """Return the result, or `None` if the run has not ended."""
@@ -82,24 +90,25 @@ class Judge:
     def __init__(self, world: World, base: Path) -> None:
         self.world = world
         self.tokenizer = load_tokenizer(str(base / "sft"), padding_side="left")
-        self.sft = load_policy(str(base / "sft")).eval()
-        self.gold = world.gold
-        self.reward_model = RewardModelScorer.from_pretrained(str(base / "reward_modeling"))
-        self.reward_model.batch_size = 64
-        self.reward_model.policy_eos_token_ids = eos_token_ids(self.sft, self.tokenizer)
+        self.sft = load_policy(str(base / "sft"), dtype=world.dtype).eval()
+        self.reward_model: Any = None  # the true score is the reward
+        if world.has_reward_model:
+            self.reward_model = RewardModelScorer.from_pretrained(str(base / "reward_modeling"), dtype=world.dtype)
+            self.reward_model.batch_size = 64
+            self.reward_model.policy_eos_token_ids = eos_token_ids(self.sft, self.tokenizer)
         prompts = Dataset.from_json(str(base / "prompts" / "test.jsonl"))
         self.prompts = list(add_separator(prompts, world.separator)["prompt"])
 
-    def sample(self, policy: Any, count: int, seed: int) -> tuple[list[str], list[list[int]], dict[str, np.ndarray]]:
+    def sample(self, policy: Any, count: int, seed: int) -> tuple[list[Any], list[list[int]], dict[str, np.ndarray]]:
         """Return `count` completions of each prompt, and their figures, each `(prompts, count)`."""
         torch.manual_seed(seed)
         asked = [prompt for prompt in self.prompts for _ in range(count)]
-        length = self.world.max_completion_length
-        ids = generate_completions(policy, self.tokenizer, asked, max_completion_length=length, batch_size=160)
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        options = {"max_completion_length": self.world.max_completion_length, "temperature": self.world.temperature}
+        ids, _, answers = sample_answers(policy, self.tokenizer, asked, batch_size=160, **options)
+        gold = self.world.gold(prompts=asked, completions=answers)
         figures = {
-            "gold": self.gold(prompts=asked, completions=texts),
-            "proxy": self.reward_model(asked, texts, completion_ids=ids),
+            "gold": gold,
+            "proxy": self.reward_model(asked, answers, completion_ids=ids) if self.reward_model else gold,
             "length": [len(row) for row in ids],
         }
         return asked, ids, {name: np.reshape(values, (-1, count)) for name, values in figures.items()}
@@ -119,11 +128,11 @@ class Judge:
             "win_rate": outcome["win_rate"],
             "gold_se": float(figures["gold"].mean(axis=1).std() / len(theirs) ** 0.5),
         }
-        return means | {"kl": sequence_kl(policy, self.sft, self.tokenizer, asked, ids)}
+        return means | {"kl": sequence_kl(policy, self.sft, self.tokenizer, asked, ids, self.world.temperature)}
 
 
-def arguments_of(cell: Cell) -> list[str]:
-    """Return the command line that every method understands."""
+def options_of(cell: Cell) -> dict[str, Any]:
+    """Return the options that this run has beside those of its configuration; `None` takes one away."""
     options: dict[str, Any] = {
         "model_name_or_path": cell.base / "sft",
         "output_dir": cell.folder / "run",
@@ -133,17 +142,26 @@ def arguments_of(cell: Cell) -> list[str]:
         "save_steps": cell.world.steps // 4,
         "max_completion_length": cell.world.max_completion_length,
     }
-    options |= cell.method.paths(cell.base) | cell.world.options | cell.method.settings[cell.setting]
-    return [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    sampling = cell.world.sampling if cell.method.samples else {}
+    options |= cell.method.paths(cell.base) | cell.world.options | sampling | cell.options
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
 def run_recipe(cell: Cell) -> None:
     """Train by the method's recipe, as its own command would."""
-    name = cell.method.recipe
-    config = RECIPES / "configs" / "quickstart" / cell.method.config
-    rest = ["--save_total_limit", "4", "--eval_strategy", "no", "--log_model", "False"]
-    sys.argv = [f"{name}.py", *cell.method.arguments, "--config", str(config), *arguments_of(cell), *rest]
+    name, file = cell.method.recipe, cell.folder / "config.yaml"
+    options = yaml.safe_load((RECIPES / "configs" / "quickstart" / cell.method.config).read_text(encoding="utf-8"))
+    options |= {"save_total_limit": 4, "eval_strategy": "no", "log_model": False} | options_of(cell)
+    given = {name: value for name, value in options.items() if value is not None}
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(given), encoding="utf-8")
+    sys.argv = [f"{name}.py", *cell.method.arguments, "--config", str(file)]
     runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+
+
+def arguments_of(cell: Cell) -> list[str]:
+    """Return the options of a run as a command line."""
+    return [text for key, value in options_of(cell).items() for text in (f"--{key}", str(value))]
 
 
 def run_trl_1_12(cell: Cell) -> None:
@@ -173,7 +191,7 @@ def run_cell(cell: Cell) -> str:
             quiet_start()
             train = run_trl_1_12 if cell.method.name == TRL_1_12 else run_recipe
             train(cell)
-            result = {"setting": cell.method.settings[cell.setting], "cpu_seconds": cpu_seconds()}
+            result = {"setting": cell.options, "cpu_seconds": cpu_seconds()}
             result |= measure_path(cell)
         except BaseException:
             traceback.print_exc()
@@ -190,8 +208,9 @@ def measure_path(cell: Cell) -> dict[str, Any]:
     theirs, path = np.asarray(base["gold"]), []
     for quarter in range(1, 5):
         step = quarter * cell.world.steps // 4
-        policy = load_policy(str(cell.folder / "run" / f"checkpoint-{step}")).eval()
-        path.append({"step": step, **judge.measure(policy, 12 if quarter == 4 else 4, theirs)})
+        policy = load_policy(str(cell.folder / "run" / f"checkpoint-{step}"), dtype=cell.world.dtype).eval()
+        count = cell.world.samples[quarter == 4]
+        path.append({"step": step, **judge.measure(policy, count, theirs)})
     return {"sft": {"gold": float(theirs.mean()), "proxy": base["proxy_mean"], "length": base["length"]}, "path": path}
 
 
@@ -200,9 +219,13 @@ def measure_base(cell: Cell) -> dict[str, Any]:
     file = cell.base / "sft.json"
     if not file.exists():
         judge = Judge(cell.world, cell.base)
-        _, _, figures = judge.sample(judge.sft, max(BEST_OF), seed=0)
+        _, _, figures = judge.sample(judge.sft, cell.world.best_of, seed=0)
         proxy, gold = (torch.tensor(figures[name]) for name in ("proxy", "gold"))
-        curve = {n: (best_of_n_weights(proxy, n) * gold).sum(dim=1).mean().item() for n in BEST_OF}
+        curve = {
+            n: (best_of_n_weights(proxy, n) * gold).sum(dim=1).mean().item()
+            for n in BEST_OF
+            if n <= cell.world.best_of
+        }
         content = {"gold": figures["gold"].tolist(), "proxy_mean": float(figures["proxy"].mean())}
         content |= {"length": float(figures["length"].mean()), "best_of": curve}
         scratch = file.with_suffix(f".{os.getpid()}")
@@ -211,17 +234,12 @@ def measure_base(cell: Cell) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def build_base(cell: Cell) -> None:
+def build_base(cell: Cell, model: Path | None, data: Path | None) -> None:
     """Build the SFT policy, the preferences and the reward model of a seed."""
-    if cell.base.exists():
-        return
-    scratch = cell.root / cell.world.name / "bases" / f"building-{cell.seed}"
-    sys.argv = ["quickstart.py", "--world", cell.world.name, "--until", "reward_modeling", "--seed", str(cell.seed)]
-    sys.argv += ["--directory", str(scratch)]
-    here = Path.cwd()
-    runpy.run_path(str(RECIPES / "quickstart.py"), run_name="__main__")
-    os.chdir(here)
-    (scratch / "runs" / cell.world.name).rename(cell.base)
+    if not cell.base.exists():
+        scratch = cell.base.with_name(f"building-{cell.base.name}")
+        cell.world.build(scratch, cell.seed, model, data)
+        scratch.rename(cell.base)
 
 
 def run_cells(cells: list[Cell], jobs: int) -> None:
@@ -256,8 +274,10 @@ def main() -> None:
     parser.add_argument("--world", choices=list(WORLDS), default="quickstart")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4, 5], help="test seeds")
-    parser.add_argument("--tuning_seeds", type=int, nargs="*", default=[10, 11])
+    parser.add_argument("--tuning_seeds", type=int, nargs="*", default=[10, 11], help="none: the first setting")
     parser.add_argument("--directory", type=Path, default=Path("runs", "league"))
+    parser.add_argument("--model", type=Path, help="chat model of the world of instructions")
+    parser.add_argument("--data", type=Path, help="directory with `train.jsonl` and `eval.jsonl`, for its questions")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--trl_1_12", type=Path, default=Cell.trl_1_12, help="directory with TRL 1.12")
     args = parser.parse_args()
@@ -271,21 +291,25 @@ def main() -> None:
         return Cell(world, METHODS[method], setting, seed, root, args.trl_1_12.resolve())
 
     for seed in (*args.tuning_seeds, *args.seeds):
-        build_base(cell(args.methods[0], 0, seed))
+        build_base(cell(args.methods[0], 0, seed), args.model, args.data)
     tuning = {
-        name: [cell(name, i, seed) for i in range(len(METHODS[name].settings)) for seed in args.tuning_seeds]
+        name: [cell(name, i, seed) for i in range(len(world.settings_of(METHODS[name]))) for seed in args.tuning_seeds]
         for name in args.methods
     }
     run_cells([each for cells in zip_longest(*tuning.values()) for each in cells if each], args.jobs)
     if not args.seeds:
         return
-    chosen = {name: best_setting(cells) for name, cells in tuning.items()}
+    chosen = {name: best_setting(cells) if cells else 0 for name, cells in tuning.items()}
     tests = {name: [cell(name, setting, seed) for seed in args.seeds] for name, setting in chosen.items()}
     run_cells([each for cells in zip(*tests.values(), strict=True) for each in cells], args.jobs)
     results = {name: {each.seed: each.result() for each in cells if each.result()} for name, cells in tests.items()}
     curves = [measure_base(cell(args.methods[0], 0, seed))["best_of"] for seed in args.seeds]
     write_report(
-        root / world.name, world, results, curves, {name: METHODS[name].settings[i] for name, i in chosen.items()}
+        root / world.name,
+        world,
+        results,
+        curves,
+        {name: world.settings_of(METHODS[name])[i] for name, i in chosen.items()},
     )
 
 

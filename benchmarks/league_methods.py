@@ -1,39 +1,65 @@
 """The worlds and the methods of the league, and the settings over which each method is tuned."""
 
+import os
+import runpy
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from instruction_base import LORA, Sizes
+from instruction_base import build_base as build_instructions
+from instructions import instruction_score
+
 from rlhf_recipes.quickstart.worlds import WORLDS as BUILT
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 @dataclass(frozen=True)
 class World:
-    """A world of `recipes/quickstart.py`, and the budget of every run in it.
+    """A world, and the budget of every run in it.
 
     Args:
         name: Name.
         steps: Optimiser steps, a multiple of four.
         budgets: KL at which methods are compared, nats.
-        separator: Text between prompt and answer.
+        gold: True score, a function of TRL's signature.
+        max_completion_length: Tokens of an answer, at most.
+        build: Function that builds a base, of a folder, a seed, and the model and the data that the user names.
+        separator: Text between prompt and answer; chats have none.
+        has_reward_model: Whether a learned reward model is between the true score and the training.
+        own_bases: Whether each seed has a base of its own. One base for all costs less, and shows less.
+        samples: Answers to a held-out prompt, along the run and at its end.
+        best_of: Largest n of best-of-n.
+        temperature: Temperature of sampling.
+        dtype: Precision of the models.
         options: Options of every recipe.
+        sampling: Options of the recipes that sample from the policy.
+        settings: Settings of methods that differ here, by method.
     """
 
     name: str
     steps: int
     budgets: tuple[float, ...]
+    gold: Callable[..., Any]
+    max_completion_length: int
+    build: Callable[[Path, int, Path | None, Path | None], None]
     separator: str = "\n"
+    has_reward_model: bool = True
+    own_bases: bool = True
+    samples: tuple[int, int] = (4, 12)
+    best_of: int = 64
+    temperature: float = 1.0
+    dtype: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    @property
-    def gold(self) -> Any:
-        """Return the true score, a function of TRL's signature."""
-        return BUILT[self.name].gold_score
-
-    @property
-    def max_completion_length(self) -> int:
-        """Return the number of tokens that an answer may have."""
-        return BUILT[self.name].max_completion_length
+    def settings_of(self, method: "Method") -> list[dict[str, Any]]:
+        """Return the settings over which a method is tuned here."""
+        return self.settings.get(method.name, method.settings)
 
 
 @dataclass(frozen=True)
@@ -56,19 +82,97 @@ class Method:
     arguments: tuple[str, ...] = ()
     reads_preferences: bool = False
 
+    @property
+    def samples(self) -> bool:
+        """Return whether the method samples from its policy."""
+        return self.name != "dpo"
+
     def paths(self, base: Path) -> dict[str, Path]:
         """Return the options that name the data and the reward model of a base."""
-        data = "preferences" if self.name == "dpo" else "prompts"
+        data = "prompts" if self.samples else "preferences"
         paths = {"dataset_name": base / data, "reward_model_path": base / "reward_modeling"}
         if self.reads_preferences:
             paths["critic_dataset_name"] = base / "preferences"
         return paths
 
 
+def quickstart(name: str, steps: int, budgets: tuple[float, ...], until: str, **changes: Any) -> World:
+    """Return a world of `recipes/quickstart.py`, which builds the bases up to the stage `until`."""
+
+    def build(folder: Path, seed: int, model: Path | None, data: Path | None) -> None:
+        scratch, here = folder.parent / f"quickstart-{seed}", Path.cwd()
+        sys.argv = ["quickstart.py", "--world", name, "--until", until, "--seed", str(seed)]
+        sys.argv += ["--directory", str(scratch)]
+        runpy.run_path(str(RECIPES / "quickstart.py"), run_name="__main__")
+        os.chdir(here)
+        (scratch / "runs" / name).rename(folder)
+
+    built = BUILT[name]
+    return World(name, steps, budgets, built.gold_score, built.max_completion_length, build, **changes)
+
+
+def report(steps: int, **changes: Any) -> World:
+    """Return the world of reports. Its true score is the reward, as a program's verdict can be.
+
+    The answers have 75 tokens, so there is much credit to spread. RLOO's `beta` prices a nat in the scores' own unit,
+    three of which are about a standard deviation; PPO's `kl_coef` prices it in standard deviations.
+    """
+    score = ["rlhf_recipes.quickstart.report_world:report_score"]
+    no_model = {"reward_model_path": None, "critic": None, "critic_dataset_name": None}
+    given: dict[str, Any] = {
+        "has_reward_model": False,
+        "own_bases": False,
+        "samples": (4, 8),
+        "best_of": 16,
+        "options": {**no_model, "reward_functions": score, "judge_functions": score},
+        "settings": {
+            "ppo": [{"kl_coef": 0.05, "lam": x} for x in (0.98, 0.95)],
+            "rloo": [{"beta": x} for x in (0.3, 0.15)],
+        },
+    }
+    return quickstart("report", steps, (1.0, 2.0), "sft", **(given | changes))
+
+
+def instructions(sizes: Sizes, steps: int, **changes: Any) -> World:
+    """Return the world of a chat model and instructions that a program checks. It needs a model and questions.
+
+    The runs use LoRA in bfloat16, and each rollout once.
+    """
+
+    def build(folder: Path, seed: int, model: Path | None, data: Path | None) -> None:
+        if model is None or data is None:
+            raise SystemExit("This world needs `--model` and `--data`.")
+        batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 8}
+        build_instructions(folder, seed, model.resolve(), data.resolve(), sizes, batch)
+
+    given: dict[str, Any] = {
+        "own_bases": False,
+        "samples": (1, 4),
+        "best_of": 16,
+        "temperature": sizes.temperature,
+        "dtype": LORA["dtype"],
+        "options": {**LORA, "learning_rate": 3e-4, "per_device_train_batch_size": 16},
+        # 64 completions per rollout, one epoch of 4 mini-batches
+        "sampling": {"steps_per_generation": 4, "num_iterations": 1, "temperature": sizes.temperature},
+        "settings": {
+            "ppo": [{"kl_coef": x, "critic_pairs": 200} for x in (0.05, 0.1)],
+            "rloo": [{"beta": x} for x in (0.05, 0.1)],
+            "grpo": [{"beta": x} for x in (0.1, 0.2)],
+            "dpo": [{"learning_rate": x, "beta": 0.1} for x in (3e-4, 1e-4)],
+        },
+    }
+    length = sizes.max_completion_length
+    return World("instructions", steps, (1.0, 2.0), instruction_score, length, build, **(given | changes))
+
+
 HERE = Path(__file__).resolve().parent
 WORLDS = {
     each.name: each
-    for each in (World("quickstart", steps=60, budgets=(2.0, 3.0)), World("report", steps=60, budgets=(2.0, 4.0)))
+    for each in (
+        quickstart("quickstart", 60, (2.0, 3.0), "reward_modeling"),
+        report(steps=60),
+        instructions(Sizes(), steps=48),
+    )
 }
 
 TRL_1_12 = "ppo-trl-1.12"  # by league_trl_1_12.py

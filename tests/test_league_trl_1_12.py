@@ -45,9 +45,8 @@ def test_options_that_look_equal_have_another_budget():
     assert budget(**options | {"gradient_accumulation_steps": 2})[1] == 30
 
 
-@pytest.mark.parametrize("name", ["quickstart", "report"])
-def test_trl_1_12_understands_the_options_of_the_league(name, tmp_path):
-    world, method = WORLDS[name], METHODS[TRL_1_12]
+def test_trl_1_12_understands_the_options_of_the_league(tmp_path):
+    world, method = WORLDS["quickstart"], METHODS[TRL_1_12]
     cell = Cell(world, method, 1, 3, tmp_path, tmp_path / "trl")
     (run,) = HfArgumentParser(Run).parse_args_into_dataclasses(arguments_of(cell))
     assert run.model_name_or_path == str(cell.base / "sft")

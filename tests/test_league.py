@@ -1,0 +1,120 @@
+"""The league of `benchmarks/league.py` in its world of instructions, on a tiny chat model."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import instruction_base  # noqa: E402
+from instruction_base import Sizes, differing_pairs, questions  # noqa: E402
+from league import Cell, build_base, measure_base, measure_path, run_recipe  # noqa: E402
+from league_methods import METHODS, instructions  # noqa: E402
+
+SIZES = Sizes(answered=8, held_out_answered=2, max_completion_length=6)
+
+
+def chat(text):
+    return [{"role": "user", "content": "hello"}, {"role": "user", "content": text}]
+
+
+def write_questions(folder, train, held_out):
+    folder.mkdir()
+    for name, asked in (("train", train), ("eval", held_out)):
+        lines = [json.dumps({"prompt": chat(text)}) + "\n" for text in asked]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_questions_are_short_last_turns_each_once(tmp_path):
+    asked = ["is the fox red?", "is the fox red?", "short", "two\nlines of text", "a" * 61, "  where is the bear? "]
+    folder = write_questions(tmp_path / "data", asked, [])
+    assert questions(folder / "train.jsonl", longest=60) == ["is the fox red?", "where is the bear?"]
+
+
+def test_pairs_differ_in_score_and_share_no_answer():
+    scores = [0.5, 0.5, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+    texts = ["a"] * 9 + ["", "b", "c"]
+    assert differing_pairs(scores, texts) == [(0, 2), (1, 3), (8, 10)]
+
+
+def words_of(prompts, completions, **kwargs):
+    return [float(len(set(str(each)))) for each in completions]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Build the base of a tiny world."""
+    folder = tmp_path_factory.mktemp("league")
+    tok = tiny.tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tok),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+        bos_token_id=None,
+    )
+    model = Path(tiny.save(LlamaForCausalLM(config), folder / "model"))
+    train = [f"is the fox red in cave {number}?" for number in range(16)]
+    data = write_questions(folder / "data", train, [train[0], *(f"where is the bear {n}?" for n in range(4))])
+    world = instructions(SIZES, steps=4, best_of=4, settings={})
+    options = {**world.options, "per_device_train_batch_size": 8, "tracking": False}
+    sampling = {**world.sampling, "steps_per_generation": 2}
+    world = replace(world, gold=words_of, options=options, sampling=sampling)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instruction_base, "instruction_score", words_of)
+        patch.setattr(sys, "argv", [])
+        cell = Cell(world, METHODS["rloo"], 0, 0, folder)
+        cell.base.parent.mkdir(parents=True)
+        build_base(cell, model, data)
+    return cell
+
+
+def test_a_base_has_no_held_out_question_in_training(base):
+    prompts = {
+        split: [json.loads(line)["prompt"][0]["content"] for line in file.read_text().splitlines()]
+        for split in ("train", "test")
+        for file in [base.base / "prompts" / f"{split}.jsonl"]
+    }
+    asked = {split: {text.split("\n\n")[0] for text in texts} for split, texts in prompts.items()}
+    assert (len(prompts["train"]), len(prompts["test"])) == (16, 4)
+    assert not asked["train"] & asked["test"]
+    assert (base.base / "reward_modeling" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("method", ["ppo", "rloo", "grpo", "dpo"])
+def test_each_method_is_trained_and_measured(base, method, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    cell = replace(base, method=METHODS[method])
+    run_recipe(cell)
+    result = measure_path(cell)
+    assert [point["step"] for point in result["path"]] == [1, 2, 3, 4]
+    assert result["path"][0]["kl"] == pytest.approx(0, abs=0.5)
+    assert result["sft"]["gold"] > 0
+    assert set(measure_base(cell)["best_of"]) == {"1", "2", "4"}
+
+
+def test_the_true_score_can_be_the_reward(base, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [])
+    rewards = {"reward_model_path": None, "critic": None, "critic_dataset_name": None}
+    rewards |= {"reward_functions": ["tiny:length_reward"], "judge_functions": []}
+    settings = {"ppo": [{"kl_coef": 0.1}]}
+    world = replace(base.world, name="rewarded", has_reward_model=False, settings=settings)
+    world = replace(world, options=world.options | rewards)
+    (base.root / "rewarded" / "bases").mkdir(parents=True)
+    (base.root / "rewarded" / "bases" / "shared").symlink_to(base.base)
+    (base.base / "sft.json").unlink(missing_ok=True)
+    cell = replace(base, world=world, method=METHODS["ppo"])
+    run_recipe(cell)
+    end = measure_path(cell)["path"][-1]
+    assert end["proxy"] == end["gold"] > 0
