@@ -126,7 +126,7 @@ def report(steps: int, **changes: Any) -> World:
         "best_of": 16,
         "options": {**no_model, "reward_functions": score, "judge_functions": score},
         "settings": {
-            "ppo": [{"kl_coef": 0.05, "lam": x} for x in (0.98, 0.95)],
+            "ppo": [{"kl_coef": kl_coef, "lam": lam} for kl_coef, lam in ((0.03, 0.95), (0.05, 0.98))],
             "rloo": [{"beta": x} for x in (0.3, 0.15)],
         },
     }
