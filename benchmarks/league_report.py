@@ -22,17 +22,18 @@ RIVAL = "rloo"
 
 
 def gold_at(result: dict[str, Any], budget: float) -> float:
-    """Return the gold score that a run reaches for at most `budget` nats.
+    """Return the gold score that a run has when its KL is `budget` nats for the last time.
 
     The path is linear in the square root of the KL between the points where it was measured, and starts at the SFT
-    policy. A run that never spends the budget counts with its end.
+    policy. A run that ends below the budget counts with its end.
     """
-    points = [(0.0, result["sft"]["gold"]), *((x["kl"], x["gold"]) for x in result["path"])]
-    for (kl, gold), (next_kl, next_gold) in zip(points, points[1:], strict=False):
-        if next_kl >= budget:
-            share = (budget**0.5 - max(kl, 0.0) ** 0.5) / (next_kl**0.5 - max(kl, 0.0) ** 0.5)
-            return float(gold + share * (next_gold - gold))
-    return float(points[-1][1])
+    points = [(0.0, result["sft"]["gold"]), *((max(x["kl"], 0.0), x["gold"]) for x in result["path"])]
+    if points[-1][0] <= budget:
+        return float(points[-1][1])
+    segments = list(zip(points, points[1:], strict=False))
+    (kl, gold), (next_kl, next_gold) = next(pair for pair in reversed(segments) if pair[0][0] <= budget < pair[1][0])
+    share = (budget**0.5 - kl**0.5) / (next_kl**0.5 - kl**0.5)
+    return float(gold + share * (next_gold - gold))
 
 
 def figures(result: dict[str, Any], budgets: tuple[float, ...]) -> dict[str, float]:

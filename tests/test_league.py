@@ -15,6 +15,7 @@ import instruction_base  # noqa: E402
 from instruction_base import Sizes, differing_pairs, questions  # noqa: E402
 from league import Cell, build_base, measure_base, measure_path, run_recipe  # noqa: E402
 from league_methods import METHODS, instructions  # noqa: E402
+from league_report import gold_at  # noqa: E402
 
 SIZES = Sizes(answered=8, held_out_answered=2, max_completion_length=6)
 
@@ -118,3 +119,17 @@ def test_the_true_score_can_be_the_reward(base, monkeypatch, tmp_path):
     run_recipe(cell)
     end = measure_path(cell)["path"][-1]
     assert end["proxy"] == end["gold"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ([(1.0, 2.0)], 2.0),  # the budget is never spent
+        ([(1.0, 2.0), (9.0, 4.0)], 3.0),  # halfway by the square root: 2 of 1 to 3
+        ([(9.0, 4.0), (1.0, 2.0), (9.0, 6.0)], 4.0),  # the last time
+        ([(9.0, 4.0), (-0.1, 1.0)], 1.0),  # back below the budget
+    ],
+)
+def test_gold_at_a_budget(path, expected):
+    result = {"sft": {"gold": 0.0}, "path": [{"kl": kl, "gold": gold} for kl, gold in path]}
+    assert gold_at(result, budget=4.0) == pytest.approx(expected)
