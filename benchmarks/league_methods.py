@@ -5,6 +5,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +99,17 @@ class Method:
 
 def quickstart(name: str, steps: int, budgets: tuple[float, ...], until: str, **changes: Any) -> World:
     """Return a world of `recipes/quickstart.py`, which builds the bases up to the stage `until`."""
-
-    def build(folder: Path, seed: int, model: Path | None, data: Path | None) -> None:
-        scratch, here = folder.parent / f"quickstart-{seed}", Path.cwd()
-        sys.argv = ["quickstart.py", "--world", name, "--until", until, "--seed", str(seed)]
-        sys.argv += ["--directory", str(scratch)]
-        runpy.run_path(str(RECIPES / "quickstart.py"), run_name="__main__")
-        os.chdir(here)
-        (scratch / "runs" / name).rename(folder)
-
-    built = BUILT[name]
+    built, build = BUILT[name], partial(build_quickstart, name, until)
     return World(name, steps, budgets, built.gold_score, built.max_completion_length, build, **changes)
+
+
+def build_quickstart(name: str, until: str, folder: Path, seed: int, model: Path | None, data: Path | None) -> None:
+    """Build the base of a seed by the recipe of the quickstart, which needs neither a model nor data."""
+    scratch, here = folder.parent / f"quickstart-{seed}", Path.cwd()
+    sys.argv = ["quickstart.py", "--world", name, "--until", until, "--seed", str(seed), "--directory", str(scratch)]
+    runpy.run_path(str(RECIPES / "quickstart.py"), run_name="__main__")
+    os.chdir(here)
+    (scratch / "runs" / name).rename(folder)
 
 
 def report(steps: int, **changes: Any) -> World:
@@ -138,13 +139,6 @@ def instructions(sizes: Sizes, steps: int, **changes: Any) -> World:
 
     The runs use LoRA in bfloat16, and each rollout once.
     """
-
-    def build(folder: Path, seed: int, model: Path | None, data: Path | None) -> None:
-        if model is None or data is None:
-            raise SystemExit("This world needs `--model` and `--data`.")
-        batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 8}
-        build_instructions(folder, seed, model.resolve(), data.resolve(), sizes, batch)
-
     given: dict[str, Any] = {
         "own_bases": False,
         "samples": (1, 4),
@@ -162,7 +156,16 @@ def instructions(sizes: Sizes, steps: int, **changes: Any) -> World:
         },
     }
     length = sizes.max_completion_length
+    build = partial(build_chat, sizes)
     return World("instructions", steps, (1.0, 2.0), instruction_score, length, build, **(given | changes))
+
+
+def build_chat(sizes: Sizes, folder: Path, seed: int, model: Path | None, data: Path | None) -> None:
+    """Build the base of the world of instructions from a chat model and a data set with questions."""
+    if model is None or data is None:
+        raise SystemExit("This world needs `--model` and `--data`.")
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 8}
+    build_instructions(folder, seed, model.resolve(), data.resolve(), sizes, batch)
 
 
 HERE = Path(__file__).resolve().parent

@@ -1,6 +1,7 @@
 """The league of `benchmarks/league.py` in its world of instructions, on a tiny chat model."""
 
 import json
+import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import instruction_base  # noqa: E402
 from instruction_base import Sizes, differing_pairs, questions  # noqa: E402
 from league import Cell, build_base, measure_base, measure_path, run_recipe  # noqa: E402
-from league_methods import METHODS, instructions  # noqa: E402
+from league_methods import METHODS, WORLDS, instructions  # noqa: E402
 from league_report import gold_at  # noqa: E402
 
 SIZES = Sizes(answered=8, held_out_answered=2, max_completion_length=6)
@@ -133,3 +134,9 @@ def test_the_true_score_can_be_the_reward(base, monkeypatch, tmp_path):
 def test_gold_at_a_budget(path, expected):
     result = {"sft": {"gold": 0.0}, "path": [{"kl": kl, "gold": gold} for kl, gold in path]}
     assert gold_at(result, budget=4.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_a_run_can_be_sent_to_its_process(world):
+    cell = Cell(world, METHODS["ppo"], 0, 0, Path())
+    assert pickle.loads(pickle.dumps(cell)).folder == cell.folder
