@@ -215,7 +215,7 @@ def measure_path(cell: Cell) -> dict[str, Any]:
 
 
 def measure_base(cell: Cell) -> dict[str, Any]:
-    """Return gold and proxy scores of the SFT policy, and the curve of best-of-n by the reward model."""
+    """Return what answers of the SFT policy score, and the curve of best-of-n by the reward model."""
     file = cell.base / "sft.json"
     if not file.exists():
         judge = Judge(cell.world, cell.base)
@@ -226,7 +226,8 @@ def measure_base(cell: Cell) -> dict[str, Any]:
             for n in BEST_OF
             if n <= cell.world.best_of
         }
-        content = {"gold": figures["gold"].tolist(), "proxy_mean": float(figures["proxy"].mean())}
+        content = {"gold": figures["gold"].tolist(), "proxy": figures["proxy"].tolist()}
+        content |= {"proxy_mean": float(figures["proxy"].mean())}
         content |= {"length": float(figures["length"].mean()), "best_of": curve}
         scratch = file.with_suffix(f".{os.getpid()}")
         scratch.write_text(json.dumps(content), encoding="utf-8")
@@ -303,12 +304,12 @@ def main() -> None:
     tests = {name: [cell(name, setting, seed) for seed in args.seeds] for name, setting in chosen.items()}
     run_cells([each for cells in zip(*tests.values(), strict=True) for each in cells], args.jobs)
     results = {name: {each.seed: each.result() for each in cells if each.result()} for name, cells in tests.items()}
-    curves = [measure_base(cell(args.methods[0], 0, seed))["best_of"] for seed in args.seeds]
+    bases = [measure_base(cell(args.methods[0], 0, seed)) for seed in args.seeds]
     write_report(
         root / world.name,
         world,
         results,
-        curves,
+        bases,
         {name: world.settings_of(METHODS[name])[i] for name, i in chosen.items()},
     )
 

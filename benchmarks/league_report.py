@@ -44,23 +44,56 @@ def figures(result: dict[str, Any], budgets: tuple[float, ...]) -> dict[str, flo
     return {name: end[name] for name in names} | at | {"cpu_seconds": result["cpu_seconds"]}
 
 
-def write_report(folder: Path, world: Any, results: Results, curves: list[Any], settings: dict[str, Any]) -> None:
-    """Write `league.json`, `league.md` and `league.png`."""
+def best_policies(base: dict[str, Any]) -> list[tuple[float, float]]:
+    """Return KL and gold score of the policies that have the most reward for their KL, for several prices of a nat.
+
+    With r the score that is trained on, such a policy is proportional to pi_SFT(y) exp(r(y) / price). The SFT policy's
+    answers, weighted by the softmax of r / price for each prompt, are a sample of it: an estimate that is close while
+    exp(KL) is far below the number of answers.
+    """
+    proxy, gold = (np.asarray(base[name], dtype=float) for name in ("proxy", "gold"))
+    points = []
+    for price in proxy.std(axis=1).mean() * np.geomspace(8, 0.25, 21):
+        odds = np.exp((proxy - proxy.max(axis=1, keepdims=True)) / price)
+        weights = odds / odds.sum(axis=1, keepdims=True)
+        kl = np.sum(weights * np.log(np.maximum(weights * proxy.shape[1], 1e-300)), axis=1)
+        points.append((float(kl.mean()), float(np.sum(weights * gold, axis=1).mean())))
+    return points
+
+
+def write_report(folder: Path, world: Any, results: Results, bases: list[Any], settings: dict[str, Any]) -> None:
+    """Write `league.json`, `league.md` and `league.png`.
+
+    Args:
+        folder: Folder that gets them.
+        world: World.
+        results: Results by method and seed.
+        bases: What the SFT policy's answers score, for each seed.
+        settings: Chosen setting by method.
+    """
     rows = {
         method: {seed: figures(result, world.budgets) for seed, result in by_seed.items()}
         for method, by_seed in results.items()
         if by_seed
     }
-    best_of = {int(n): float(np.mean([curve[n] for curve in curves])) for n in curves[0]}
-    content = {"settings": settings, "rows": rows, "best_of": best_of}
+    best_of = {int(n): float(np.mean([base["best_of"][n] for base in bases])) for n in bases[0]["best_of"]}
+    best = np.mean([best_policies(base) for base in bases], axis=0).tolist()
+    content = {"settings": settings, "rows": rows, "best_of": best_of, "best_policies": best}
     (folder / "league.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    text = table(rows, world.budgets, best_of, settings)
+    at = {budget: float(np.interp(budget, *zip(*best, strict=True))) for budget in world.budgets}
+    text = table(rows, world.budgets, best_of, at, settings)
     (folder / "league.md").write_text(text, encoding="utf-8")
     print(text)
-    draw(folder / "league.png", results, best_of)
+    draw(folder / "league.png", results, best_of, best)
 
 
-def table(rows: Any, budgets: tuple[float, ...], best_of: dict[int, float], settings: dict[str, Any]) -> str:
+def table(
+    rows: Any,
+    budgets: tuple[float, ...],
+    best_of: dict[int, float],
+    best: dict[float, float],
+    settings: dict[str, Any],
+) -> str:
     """Return the table, with paired differences from the rival."""
     columns = [f"gold@{budget:g}" for budget in budgets]
     head = ["method", "n", "held-out gold ± sd", "KL", "win rate", *columns, "reward model", "length", "CPU s"]
@@ -86,6 +119,8 @@ def table(rows: Any, budgets: tuple[float, ...], best_of: dict[int, float], sett
         lines.append(f"| {method} | {' | '.join(cells)} |")
     curve = ", ".join(f"{gold:.2f} @ {best_of_n_kl_bound(n):.2f}" for n, gold in best_of.items())
     lines += ["", f"Best of {', '.join(map(str, best_of))}: gold @ bound of the KL: {curve}.", ""]
+    curve = ", ".join(f"{gold:.2f} @ {kl:g}" for kl, gold in best.items())
+    lines += [f"Policy with the most reward for its KL, estimated: gold @ KL: {curve}.", ""]
     lines += [
         f"{method}: {', '.join(f'{k} {v}' for k, v in setting.items())}." for method, setting in settings.items()
     ]
@@ -93,8 +128,8 @@ def table(rows: Any, budgets: tuple[float, ...], best_of: dict[int, float], sett
     return "\n".join([*lines, "", machine, ""])
 
 
-def draw(file: Path, results: Results, best_of: dict[int, float]) -> None:
-    """Draw gold against KL: the path of each run, and the curve of best-of-n."""
+def draw(file: Path, results: Results, best_of: dict[int, float], best: list[list[float]]) -> None:
+    """Draw gold against KL: the path of each run, the curve of best-of-n, and that of the best policies."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for number, (method, by_seed) in enumerate(results.items()):
         for count, result in enumerate(by_seed.values()):
@@ -104,6 +139,7 @@ def draw(file: Path, results: Results, best_of: dict[int, float]) -> None:
             axes.plot(np.sqrt(kl), gold, marker="o", markersize=3, linewidth=0.9, color=f"C{number}", label=label)
     line = [np.sqrt(best_of_n_kl_bound(n)) for n in best_of]
     axes.plot(line, list(best_of.values()), color="black", linestyle="--", label="best of n (bound of the KL)")
+    axes.plot(*(np.sqrt([kl for kl, _ in best]), [gold for _, gold in best]), color="gray", label="most reward per KL")
     axes.set(xlabel="square root of the KL to the SFT policy (nats)", ylabel="gold score on held-out prompts")
     axes.legend()
     figure.savefig(file, dpi=90)
