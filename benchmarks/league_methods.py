@@ -123,7 +123,7 @@ def report(steps: int, **changes: Any) -> World:
     given: dict[str, Any] = {
         "has_reward_model": False,
         "own_bases": False,
-        "samples": (4, 8),
+        "samples": (3, 8),
         "best_of": 16,
         "options": {**no_model, "reward_functions": score, "judge_functions": score},
         "settings": {
@@ -192,7 +192,7 @@ METHODS = {
             ("--method", "dpo"),
         ),
         Method("ppo-as-it-was", "ppo", str(HERE / "ppo_as_it_was.yaml"), [{"target_kl": x} for x in (3.5, 2.5)]),
-        Method("ppo", "ppo", "ppo.yaml", [{"kl_coef": x} for x in (0.1, 0.15)], reads_preferences=True),
+        Method("ppo", "ppo", "ppo.yaml", [{"adam_epsilon": x} for x in (1e-5, 1e-8)], reads_preferences=True),
         Method(TRL_1_12, "", "", [{"kl_coef": x} for x in (0.1, 0.15)]),
     )
 }
