@@ -291,10 +291,9 @@ def _launcher_main(arguments, directory, environment, stdout, stderr, path):
 def _launched_main(*job):
     os.setsid()  # torchrun ends a group
     if job[2].get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.comm.torch
-
         # It would compile an operator for its collectives on CPUs, which takes a minute. Without it, it uses gloo.
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        # `deepspeed.comm.torch` would be torch itself: an import with a star hides the module of that name.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     Thread(target=_end_with_parent, daemon=True).start()
     _script_main(*job)
 
