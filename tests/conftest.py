@@ -95,8 +95,11 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=[item for item in items if not _on_gpu(item)])
         items[:] = filter(_on_gpu, items)
     # The longest files first, or one of them is left to one worker at the end.
-    long = {item.path for item in items if any(map(item.get_closest_marker, ("distributed", "recipe", "learning")))}
-    items.sort(key=lambda item: item.path not in long)
+    long, middle = (
+        {item.path for item in items if any(map(item.get_closest_marker, kinds))}
+        for kinds in (("distributed", "recipe", "learning"), ("tiny",))
+    )
+    items.sort(key=lambda item: (item.path not in long, item.path not in middle))
     if torch.cuda.is_available():
         return
     for item in items:

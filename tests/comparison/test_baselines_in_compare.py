@@ -1,6 +1,7 @@
 """Runs of stock trainers and of PPO are ranked on one page."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,10 @@ def _run(directory, stage, **options):
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def directory(empty_store, tmp_path_factory):
     """Train with each method, recorded in one store."""
     directory, tok = tmp_path_factory.mktemp("baselines"), tiny.tokenizer()
+    shutil.copy(empty_store, directory)
     tiny.save(tiny.policy(tok), directory / "policy")
     tiny.save(tiny.reward_model(tok), directory / "rm")
     tiny.write_splits(tiny.preferences(), directory / "pairs")

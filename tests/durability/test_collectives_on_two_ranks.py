@@ -1,38 +1,44 @@
 """A process that hangs keeps the others no longer than `ddp_timeout`, and they say why they end."""
 
 import time
+from pathlib import Path
 
 import pytest
 import tiny
 from accelerate import PartialState
-from processes import run_in_processes
+from processes import run_in_processes, wait_for
 from transformers import TrainerCallback
 
 from rlhf_recipes.durability.collectives import hangs_named, limit_collectives
 from rlhf_recipes.durability.ending import leave_together
 
 pytestmark = pytest.mark.distributed
-SLEEP = 16
 
 
 class _Hang(TrainerCallback):
+    def __init__(self, end):
+        self.end = end
+
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:
-            time.sleep(SLEEP)
+            wait_for(self.end)
+            raise RuntimeError("the other rank has given this one up")
 
 
 def _train(rank, world_size, directory, make, options):
     """Return how long the first rank has waited for the second one, and what it said."""
+    given_up = Path(directory, "given_up")
     options = options | ({"data": tiny.prompts(count=32)} if make == "ppo_trainer" else {})
     trainer = getattr(tiny, make)(directory, max_steps=3, ddp_timeout=8, use_cpu=True, **options)
     if rank == 1:
-        trainer.add_callback(_Hang())
+        trainer.add_callback(_Hang(given_up))
     start = time.monotonic()
     try:
         trainer.train()
     except (TimeoutError, RuntimeError) as error:
-        time.sleep(SLEEP - 2 if rank == 0 else 0)  # the second rank must not see the first one leave
-        return f"{type(error).__name__}: {error}", time.monotonic() - start
+        seconds = time.monotonic() - start
+        given_up.touch()
+        return f"{type(error).__name__}: {error}", seconds
     return None
 
 

@@ -13,7 +13,7 @@ from torch.utils.file_baton import FileBaton
 import rlhf_recipes.durability.trainer  # noqa: F401  (it watches the locks)
 from rlhf_recipes.durability import extensions
 
-spawn = multiprocessing.get_context("spawn")
+forkserver = multiprocessing.get_context("forkserver")  # has imported the libraries: see `processes.py`
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,6 @@ def _quick(monkeypatch):
 
 
 def _compile(lock, seconds):
-
     baton = FileBaton(lock)
     assert baton.try_acquire()
     time.sleep(seconds)
@@ -30,7 +29,7 @@ def _compile(lock, seconds):
 
 
 def _compiling(lock, seconds):
-    process = spawn.Process(target=_compile, args=(str(lock), seconds), daemon=True)
+    process = forkserver.Process(target=_compile, args=(str(lock), seconds), daemon=True)
     process.start()
     deadline = time.monotonic() + 60
     while not (lock.exists() and lock.read_text()):
@@ -60,7 +59,6 @@ def test_the_lock_of_a_killed_run_is_taken_over_and_named(tmp_path, caplog):
 
 
 def _race(lock, gate, taken):
-
     baton = FileBaton(lock)
     gate.wait()
     taken.put(baton.try_acquire())
@@ -72,8 +70,8 @@ def test_one_of_several_ranks_takes_a_lock_over(tmp_path):
     process = _compiling(lock, 60)
     process.kill()
     process.join()
-    gate, taken = spawn.Barrier(3), spawn.Queue()
-    ranks = [spawn.Process(target=_race, args=(str(lock), gate, taken), daemon=True) for _ in range(3)]
+    gate, taken = forkserver.Barrier(3), forkserver.Queue()
+    ranks = [forkserver.Process(target=_race, args=(str(lock), gate, taken), daemon=True) for _ in range(3)]
     for rank in ranks:
         rank.start()
     assert sorted(bool(taken.get(timeout=90)) for _ in ranks) == [False, False, True]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from processes import LAUNCHER, free_port, run_command, run_fresh, run_launch
+from processes import free_port, run_command, run_launch
 
 pytestmark = pytest.mark.recipe
 
@@ -45,20 +45,17 @@ def _on_two_processes(*arguments):
 def pipeline(tmp_path_factory):
     """Run every stage for a few steps. Return the directory, and the reports of the recipes by stage.
 
-    Three stages are fresh interpreters by the documented commands. Together they import every library.
+    SFT is a fresh interpreter, started by accelerate's launcher of one process. PPO starts so on two processes in
+    `test_preemption_of_recipes.py`.
     """
     directory = tmp_path_factory.mktemp("quickstart")
-    fresh = {
-        "world": run_fresh,
-        "sft": functools.partial(run_fresh, "-m", LAUNCHER),
-        "ppo": functools.partial(run_fresh, "-m", LAUNCHER, *_on_two_processes()),
-    }
+    launched = {"sft": run_launch, "ppo": functools.partial(run_launch, *_on_two_processes())}
     reports = {}
     for stage in ("world", "sft", "preferences", "reward_modeling", "ppo", "evaluate"):
         command = (RECIPES / f"{stage}.py", "--config", CONFIGS / f"{stage}.yaml", *SHORT.get(stage, ()))
         if stage in ("world", "preferences"):
             command = (RECIPES / "quickstart.py", "--start", stage, "--until", stage, "--num_pairs", "48")
-        reports[stage] = _run(fresh.get(stage, run_command), *command, directory=directory)
+        reports[stage] = _run(launched.get(stage, run_command), *command, directory=directory)
         if stage == "world":
             held_out = directory / "runs/quickstart/prompts/test.jsonl"
             held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:HELD_OUT]))

@@ -42,9 +42,10 @@ def _recipe(world, recipe, **options):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(empty_store, tmp_path_factory):
     """Start a server with a LoRA reward model and a LoRA policy in its registry."""
     directory, port = tmp_path_factory.mktemp("registry"), free_port()
+    shutil.copy(empty_store, directory)
     world = SimpleNamespace(directory=directory, uri=f"http://127.0.0.1:{port}")
     world.base = tiny.save(tiny.policy(tiny.tokenizer()), directory / "base")
     for name, data in (("prompts", tiny.prompts()), ("pairs", tiny.preferences())):
