@@ -30,7 +30,6 @@ class Sizes:
 
     Args:
         answered: Prompts whose answers are compared.
-        held_out: Prompts on which policies are measured.
         held_out_answered: Held-out prompts of the pairs that test the reward model.
         longest: Characters of a question, at most.
         max_completion_length: Tokens of an answer.
@@ -39,7 +38,6 @@ class Sizes:
     """
 
     answered: int = 400
-    held_out: int = 48
     held_out_answered: int = 64
     longest: int = 60
     max_completion_length: int = 40

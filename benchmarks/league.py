@@ -97,7 +97,7 @@ class Judge:
             self.reward_model.batch_size = 64
             self.reward_model.policy_eos_token_ids = eos_token_ids(self.sft, self.tokenizer)
         prompts = Dataset.from_json(str(base / "prompts" / "test.jsonl"))
-        self.prompts = list(add_separator(prompts, world.separator)["prompt"])
+        self.prompts = list(add_separator(prompts, world.separator)["prompt"])[: world.held_out]
 
     def sample(self, policy: Any, count: int, seed: int) -> tuple[list[Any], list[list[int]], dict[str, np.ndarray]]:
         """Return `count` completions of each prompt, and their figures, each `(prompts, count)`."""

@@ -71,7 +71,7 @@ def base(tmp_path_factory):
     model = Path(tiny.save(LlamaForCausalLM(config), folder / "model"))
     train = [f"is the fox red in cave {number}?" for number in range(16)]
     data = write_questions(folder / "data", train, [train[0], *(f"where is the bear {n}?" for n in range(4))])
-    world = instructions(SIZES, steps=4, best_of=4, settings={})
+    world = instructions(SIZES, steps=4, best_of=4)
     options = {**world.options, "per_device_train_batch_size": 8, "tracking": False}
     sampling = {**world.sampling, "steps_per_generation": 2}
     world = replace(world, gold=words_of, options=options, sampling=sampling)
