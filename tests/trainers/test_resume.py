@@ -60,7 +60,7 @@ def _everything(trainer):
         "scheduler": trainer.lr_scheduler.state_dict(),
         "state": {name: part.state_dict() for name, part in trainer._stateful.items()},
         "history": _history(trainer),
-        "critic": trainer.reward_critic and trainer.reward_critic.state_dict(),
+        "critic": trainer.critic and trainer.critic.state_dict(),
         "tokens": trainer.state.num_input_tokens_seen,
         "flos": trainer.state.total_flos,
     }

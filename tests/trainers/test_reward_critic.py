@@ -50,7 +50,7 @@ def test_values_are_the_head_on_the_reward_model_by_itself(tmp_path):
     """Each completion alone, through plain transformers: its values depend neither on padding nor on later tokens."""
     trainer = _trainer(tmp_path, max_steps=8, data=tiny.prompts(count=32), per_device_train_batch_size=16)
     trainer.train()
-    head = copy.deepcopy(trainer.reward_critic.head)  # the rollout ends with a fit
+    head = copy.deepcopy(trainer.critic.head)  # the rollout ends with a fit
     batch = tiny.rollout(trainer)
     values, model = trainer.rollout.state_values, trainer.scorers[0].model
     assert values.std() > 0
