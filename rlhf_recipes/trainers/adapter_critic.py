@@ -65,24 +65,25 @@ class AdapterCritic(FittedCritic):
     kind = "adapter"
 
     def __init__(self, args: PPOConfig, policy: PeftModel, tokenizer: Any, device: torch.device) -> None:
-        self._policy, self._tokenizer, self._micro_batch = policy, tokenizer, args.per_device_train_batch_size
+        self._policy, self.tokenizer, self._micro_batch = policy, tokenizer, args.per_device_train_batch_size
         self._checkpoints = args.gradient_checkpointing
         hidden_size = causal_lm(policy).config.get_text_config().hidden_size
         super().__init__(args, hidden_size, device, adapter=add_critic_adapter(policy, args.seed))
 
     def rows(self, rollout: Rollout, batch: dict[str, Any]) -> list[TokenRow]:
         """Return the tokens of each prompt and its completion."""
-        prompts = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
-        pairs = zip((ids[mask].tolist() for ids, mask in prompts), rollout.completion_id_lists, strict=True)
+        masked = zip(batch["prompt_ids"].tolist(), batch["prompt_mask"].tolist(), strict=True)
+        prompts = [[token for token, counts in zip(*row, strict=True) if counts] for row in masked]
+        pairs = zip(prompts, rollout.completion_id_lists, strict=True)
         return [TokenRow(prompt + completion, len(prompt)) for prompt, completion in pairs]
 
     def read_answers(self, scorer: Any, prompts: list[Any], answers: list[Any]) -> tuple[list[float], list[TokenRow]]:
         """Return the scores of finished answers, and their tokens, as far as the policy has positions for them."""
-        end, limit = len(appended_end(self._tokenizer)), position_limit(self._policy)
+        end, limit = len(appended_end(self.tokenizer)), position_limit(self._policy)
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            ids = answered_ids(self._tokenizer, prompt, answer, True, appended=end)[:limit]
-            rows.append(TokenRow(ids, max(shared_length(ids, prompt_ids(self._tokenizer, [prompt])[0]), 1)))
+            ids = answered_ids(self.tokenizer, prompt, answer, True, appended=end)[:limit]
+            rows.append(TokenRow(ids, max(shared_length(ids, prompt_ids(self.tokenizer, [prompt])[0]), 1)))
         return scorer.score_token_ids(scorer.token_ids(prompts, answers, [True] * len(prompts))), rows
 
     def _values(self, rows: list[TokenRow]) -> list[Tensor]:

@@ -62,6 +62,7 @@ class FittedCritic(ABC):
     """
 
     kind: ClassVar[str]  # value of `critic`
+    bytes_per_token: int = 0  # memory of what it keeps of a rollout until it is fitted
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ class RewardCritic(FittedCritic):
 
     def __init__(self, args: PPOConfig, hidden_size: int, device: torch.device, *, reads: str = "") -> None:
         super().__init__(args, hidden_size, device, reads=reads)
+        self.bytes_per_token = 4 * hidden_size
 
     def rows(self, rollout: Rollout, batch: dict[str, Any]) -> list[Tensor]:
         """Return the states that the reward model has given to the rollout."""

@@ -34,9 +34,9 @@ def _reward(completions, **kwargs):
 
 
 def _trainer(directory, kind="full", **kwargs):
-    peft, tok = kind == "lora", tiny.tokenizer()
-    if kind == "reward critic":
-        kwargs = {"critic": "reward", **kwargs}
+    peft, tok = kind in ("lora", "adapter critic"), tiny.tokenizer()
+    if kind.endswith("critic"):
+        kwargs = {"critic": kind.split()[0], **kwargs}
     return tiny.ppo_trainer(
         directory,
         tok=tok,
@@ -86,7 +86,8 @@ MOMENTS = (1, 4, 6, 8, 11, 19)  # in a rollout, at its end, at an epoch's end, b
 
 @pytest.mark.parametrize(
     ("kind", "moments"),
-    [("full", MOMENTS), ("lora", (1, 11)), ("reward critic", (4, 11, 19))],  # other weights, not other moments
+    # Other weights, not other moments.
+    [("full", MOMENTS), ("lora", (1, 11)), ("reward critic", (4, 11, 19)), ("adapter critic", (4, 11))],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind, moments):

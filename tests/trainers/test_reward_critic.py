@@ -131,6 +131,26 @@ def test_it_is_fitted_before_the_first_rollout_if_it_gets_answers(tmp_path):
     assert [len(of_row) for of_row in states] == first
 
 
+def test_a_later_run_with_the_same_reward_model_starts_with_it(tmp_path):
+    """It is not fitted to answers again: it knows more."""
+    trainer = _trainer(tmp_path / "first")
+    tiny.rollout(trainer)
+    trainer.save_model()
+    expected = trainer.critic.head.state_dict()
+    assert expected["output.weight"].abs().max() > 0
+    for seed, is_same in ((1, True), (2, False)):
+        policy, tok = tiny.policy(tiny.tokenizer()), tiny.tokenizer()
+        policy.config._name_or_path = str(tmp_path / "first")
+        options = {"model": policy, "rewards": tiny.reward_model(tok, seed=seed)}
+        later = _trainer(tmp_path / "later", critic_dataset=tiny.preferences(count=4), **options)
+        if is_same:
+            later.restore_progress()
+            for name, weight in expected.items():
+                assert_close(later.critic.head.state_dict()[name], weight, EXACT)
+        else:
+            assert not later.critic.head.state_dict()["output.weight"].any()
+
+
 def read_length(scorer, text):
     """Return the number of states around the tokens of an answer that ends with EOS."""
     prompt = text[: text.index("\n\n") + 2]
