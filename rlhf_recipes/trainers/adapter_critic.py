@@ -60,15 +60,18 @@ class AdapterCritic(FittedCritic):
         policy: Policy, which gets the adapter.
         tokenizer: The policy's.
         device: Device of the head.
+        rewards: Identity of the rewards.
     """
 
     kind = "adapter"
 
-    def __init__(self, args: PPOConfig, policy: PeftModel, tokenizer: Any, device: torch.device) -> None:
+    def __init__(
+        self, args: PPOConfig, policy: PeftModel, tokenizer: Any, device: torch.device, *, rewards: str = ""
+    ) -> None:
         self._policy, self.tokenizer, self._micro_batch = policy, tokenizer, args.per_device_train_batch_size
         self._checkpoints = args.gradient_checkpointing
         hidden_size = causal_lm(policy).config.get_text_config().hidden_size
-        super().__init__(args, hidden_size, device, adapter=add_critic_adapter(policy, args.seed))
+        super().__init__(args, hidden_size, device, adapter=add_critic_adapter(policy, args.seed), rewards=rewards)
 
     def rows(self, rollout: Rollout, batch: dict[str, Any]) -> list[TokenRow]:
         """Return the tokens of each prompt and its completion."""

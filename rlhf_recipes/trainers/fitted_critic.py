@@ -58,7 +58,7 @@ class FittedCritic(ABC):
         hidden_size: Width of the states, H.
         device: Device of the head.
         adapter: Other weights that it trains, by name.
-        reads: Identity of the network whose states a head alone reads. A saved head is of no use for another one.
+        rewards: Identity of the rewards. A critic that was saved with others does not fit.
     """
 
     kind: ClassVar[str]  # value of `critic`
@@ -71,12 +71,12 @@ class FittedCritic(ABC):
         device: torch.device,
         *,
         adapter: Mapping[str, nn.Parameter] = MappingProxyType({}),
-        reads: str = "",
+        rewards: str = "",
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(args.seed)  # `torch.manual_seed` would also seed every GPU
             head = ValueHead(hidden_size, args.value_head_size, args.value_head_activation)
-        self.head, self.adapter, self.epochs, self.reads = head.to(device), adapter, args.critic_epochs, reads
+        self.head, self.adapter, self.epochs, self.rewards = head.to(device), adapter, args.critic_epochs, rewards
         rate: Any = args.value_head_learning_rate
         groups = [{"params": list(self.head.parameters()), "lr": rate}]
         if adapter:
@@ -243,10 +243,10 @@ class FittedCritic(ABC):
         """Write the weights beside a policy, for a later run."""
         parts = {"head": self.head.state_dict(), "adapter": self.adapter}
         named = {f"{part}.{name}": x.detach().contiguous() for part, own in parts.items() for name, x in own.items()}
-        save_file(named, self._file(directory), metadata={"reads": self.reads})
+        save_file(named, self._file(directory), metadata={"rewards": self.rewards})
 
     def load(self, directory: str) -> bool:
-        """Load what `save` wrote, and return whether there was a critic of this kind that reads the same network.
+        """Load what `save` wrote, and return whether there was a critic of this kind for the same rewards.
 
         Raises:
             ValueError: If it has another shape.
@@ -254,7 +254,7 @@ class FittedCritic(ABC):
         if not directory or not (path := self._file(directory)).is_file():
             return False
         with safe_open(path, "pt", device=str(self.weights[0].device)) as file:
-            if (file.metadata() or {}).get("reads") != self.reads:
+            if (file.metadata() or {}).get("rewards") != self.rewards:
                 return False
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         own = {f"head.{name}": x for name, x in self.head.state_dict().items()}

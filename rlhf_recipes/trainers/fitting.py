@@ -3,7 +3,7 @@
 Overrides only, on `trl.GRPOTrainer`.
 """
 
-import logging
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +19,7 @@ from rlhf_recipes.trainers.forwards import ForwardTrainer
 from rlhf_recipes.trainers.reward_critic import RewardCritic, scorer_with_states, scores_all
 from rlhf_recipes.trainers.rollout import Rollout
 
-logger = logging.getLogger(__name__)
+FACTS_OF_REWARDS = ("the rewards", "the reward adapter")
 
 
 class FittingTrainer(ForwardTrainer):
@@ -33,19 +33,21 @@ class FittingTrainer(ForwardTrainer):
     reward_normalizer: RewardNormalizer
     _starts_with_critic = False  # whether the policy's directory had one
 
-    def build_critic(self, directory: str) -> None:
+    def build_critic(self, directory: str, facts: dict[str, Any]) -> None:
         """Build the critic that the options name, from the weights beside the policy if there are some.
 
         Args:
             directory: Directory of the policy that training starts from, or "".
+            facts: Result of `facts_of_run`.
         """
-        device = self.accelerator.device
+        device, rewards = self.accelerator.device, json.dumps([facts.get(name) for name in FACTS_OF_REWARDS])
         if self.args.critic == "reward":
             scorer = scorer_with_states(self.scorers)
-            self.critic = RewardCritic(self.args, scorer.hidden_size, device, reads=scorer.identity())
+            self.critic = RewardCritic(self.args, scorer.hidden_size, device, rewards=rewards)
         elif self.args.critic == "adapter":
             check_weights_are_whole(self.accelerator.distributed_type)
-            self.critic = AdapterCritic(self.args, self.model, inner_tokenizer(self.processing_class), device)
+            tokenizer = inner_tokenizer(self.processing_class)
+            self.critic = AdapterCritic(self.args, self.model, tokenizer, device, rewards=rewards)
         if self.critic is not None:
             self._starts_with_critic = self.critic.load(directory)
 

@@ -102,7 +102,7 @@ class PPOTrainer(FittingTrainer):
         self._may_regroup = not (self._is_vlm or couples_rows or self.args.torch_compile)
         self.critic_dataset = parts.critic_dataset
         self._build_rewards(judges, pairwise_judges)
-        self.build_critic(parts.directory)
+        self.build_critic(parts.directory, parts.facts)
         self._build_control(parts.facts)
         if args.check_numerics and not self._is_vlm:
             self.watch_numbers(parts.start)

@@ -30,13 +30,13 @@ class RewardCritic(FittedCritic):
         args: Options.
         hidden_size: Width of the reward model's states, H.
         device: Device of the head.
-        reads: Identity of the reward model.
+        rewards: Identity of the rewards.
     """
 
     kind = "reward"
 
-    def __init__(self, args: PPOConfig, hidden_size: int, device: torch.device, *, reads: str = "") -> None:
-        super().__init__(args, hidden_size, device, reads=reads)
+    def __init__(self, args: PPOConfig, hidden_size: int, device: torch.device, *, rewards: str = "") -> None:
+        super().__init__(args, hidden_size, device, rewards=rewards)
         self.bytes_per_token = 4 * hidden_size
 
     def rows(self, rollout: Rollout, batch: dict[str, Any]) -> list[Tensor]:

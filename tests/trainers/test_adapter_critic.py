@@ -181,6 +181,7 @@ def test_policy_reference_and_reward_model_are_those_without_it(tmp_path, shared
 def test_its_weights_are_not_the_policys_and_start_a_later_run(tmp_path):
     trainer = _trainer(tmp_path / "first", max_steps=4)
     assert all(not weight.any() for name, weight in trainer.critic.adapter.items() if "lora_B" in name)
+    assert not any(weight.requires_grad for weight in trainer.critic.adapter.values())
     batch = tiny.rollout(trainer)
     trainer.current_gradient_accumulation_steps = 1
     log_ratio = (tiny.logps(trainer, batch) - batch["old_per_token_logps"]) * batch["completion_mask"]

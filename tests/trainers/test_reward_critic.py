@@ -131,7 +131,7 @@ def test_it_is_fitted_before_the_first_rollout_if_it_gets_answers(tmp_path):
     assert [len(of_row) for of_row in states] == first
 
 
-def test_a_later_run_with_the_same_reward_model_starts_with_it(tmp_path):
+def test_a_later_run_with_the_same_rewards_starts_with_it(tmp_path):
     """It is not fitted to answers again: it knows more."""
     trainer = _trainer(tmp_path / "first")
     tiny.rollout(trainer)
