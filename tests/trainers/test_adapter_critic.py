@@ -330,7 +330,7 @@ def _train(rank, world_size, directory):
 def test_two_ranks_train_policy_and_critic_of_one(tmp_path):
     """A resume is bit-exact on both ranks, although one of them has written the critic."""
     one, two = _train(0, 1, str(tmp_path)), run_in_processes(_train, 2, str(tmp_path))
-    assert max(x.abs().max() for name, x in one[0]["critic"].items() if "lora_B" in name) > 1e-3
+    assert max(x.abs().max() for name, x in one[0]["critic"].items() if "lora_B" in name) > 100 * SPLIT["atol"]
     for whole, resumed in (one, *two):
         for part, weights in whole.items():
             for name, weight in weights.items():
