@@ -3,9 +3,11 @@
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from rlhf_recipes.algorithm.micro_batches import cut_rows
 from rlhf_recipes.models.critic import causal_lm
 
 logger = logging.getLogger(__name__)
@@ -18,6 +20,21 @@ def short_limit(model: Any) -> int | None:
     """
     limits = [entry["original_max_position_embeddings"] for entry in _long_ropes(model).values()]
     return min(limits, default=None)
+
+
+def cut_by_length(model: Any, lengths: list[int], size: int) -> list[list[int]]:
+    """Return batches of rows that need little padding. No rope changes inside a batch, see `short_limit`.
+
+    Args:
+        model: Model that reads them.
+        lengths: Number of tokens of each row.
+        size: Number of rows per batch if all are equally long.
+    """
+    limit, columns, batches = short_limit(model), torch.tensor(lengths).unsqueeze(1), []
+    is_long = torch.tensor([limit is not None and length > limit for length in lengths], dtype=torch.bool)
+    for rows in ((~is_long).nonzero()[:, 0], is_long.nonzero()[:, 0]):
+        batches += [rows[part].tolist() for part in cut_rows(columns[rows], size) if len(part)]
+    return batches
 
 
 def use_one_rope(networks: list[Any], longest: float) -> None:

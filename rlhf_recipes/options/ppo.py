@@ -216,6 +216,13 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
             raise ValueError("`stop_on_decline` needs evaluations: set `eval_strategy: steps` and `eval_steps`.")
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError("`kl_coef` must be positive with `kl_controller: adaptive`, which scales it.")
+        if self.critic == "adapter" and self.fp16:
+            raise ValueError("`critic: adapter` has no loss scale, which `fp16` needs: train in `bf16` or float32.")
+        if self.critic == "adapter" and not self.disable_dropout:
+            raise ValueError(
+                "`critic: adapter` shares the policy's backbone and has no dropout: leave out "
+                "`disable_dropout: false`."
+            )
         if self.missing_eos_penalty is not None and self.truncated_completions != "terminal":
             raise ValueError(
                 f"`missing_eos_penalty` needs `truncated_completions: terminal`, got {self.truncated_completions!r}: "

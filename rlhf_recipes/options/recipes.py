@@ -83,8 +83,8 @@ class PPOArguments(RewardArguments):
     critic_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Preferences, usually those of the reward model, for `critic: reward`: it is fitted to the reward "
-            "model's scores of their answers before the first rollout."
+            "help": "Preferences, usually those of the reward model, for `critic: reward` or `adapter`: it is fitted "
+            "to the reward model's scores of their answers before the first rollout."
         },
     )
     critic_pairs: int = field(default=800, metadata={"help": "Number of those pairs, from the first."})

@@ -43,11 +43,11 @@ from rlhf_recipes.preflight.resources import (
     disk_findings,
     free_disk,
     gigabytes,
-    layer_bytes,
     memory_findings,
     memory_to_come,
     parameter_bytes,
     planned_bytes,
+    scoring_bytes,
     training_sizes,
 )
 from rlhf_recipes.preflight.schedule import (
@@ -246,8 +246,8 @@ def _describe(name: str, scorer: Scorer, tokenizer: Any) -> str:
 
 
 def _check_disk(report: Report, trainer: Any, schedule: Schedule, tracking: TrackingArguments) -> None:
-    args = trainer.args
-    sizes = training_sizes(trainer.model, args, adapter=isinstance(trainer.model, PeftModel))
+    args, critic = trainer.args, getattr(trainer, "critic", None)
+    sizes = training_sizes(trainer.model, args, adapter=isinstance(trainer.model, PeftModel), critic=critic)
     one = checkpoint_bytes(sizes, only_model=args.save_only_model)
     final = checkpoint_bytes(sizes, only_model=True)
     keeps_copy = is_recorded(tracking) and tracking.log_model and not is_address(tracking_uri(tracking))
@@ -259,21 +259,22 @@ def _check_disk(report: Report, trainer: Any, schedule: Schedule, tracking: Trac
 
 
 def _check_memory(report: Report, trainer: Any, train: Dataset) -> None:
-    args, model = trainer.args, trainer.model
+    args, model, critic = trainer.args, trainer.model, getattr(trainer, "critic", None)
     config, device = model.config.get_text_config(), args.device
     scorers = [scorer.model for scorer in getattr(trainer, "scorers", ())]
     frozen = [m for m in (getattr(trainer, "ref_model", None), *scorers) if m is not None]
     width = 2 if args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16) else 4
     sequence, rows, generation = _longest(trainer, train), args.per_device_train_batch_size, 0
     spread = {"processes": args.world_size, "sharded": trainer.accelerator.distributed_type in SHARDED}
-    sizes = training_sizes(model, args, adapter=False)
+    sizes = training_sizes(model, args, adapter=False, critic=critic)
     free = free_memory(device) // (args.world_size if device.type == "cpu" else 1)
     if samples_rollouts(args):
         row = sampling_bytes(config, sequence, args.max_completion_length, width=width)
         left = free - memory_to_come(sizes, 0, 0, **spread)
         generation = row * _sampled_at_once(report, trainer, row, left)
         sequence += args.max_completion_length
-        generation = max(generation, layer_bytes(config, rows_without_gradient(rows, device) * sequence, width=width))
+        tokens = rows_without_gradient(rows, device) * sequence
+        generation = max(generation, scoring_bytes(config, tokens, args, critic, width=width))
     elif "chosen" in train.column_names:
         rows *= 2
     activations = activation_bytes(config, rows * sequence, width=width, checkpointing=args.gradient_checkpointing)

@@ -40,8 +40,15 @@ def parameter_bytes(models: Iterable[nn.Module], *, trained: bool = False) -> in
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters.values())
 
 
-def training_sizes(model: nn.Module, args: Any, *, adapter: bool) -> Sizes:
-    """Return the sizes of a trainer's model. Of an `adapter`, only the trained weights are saved."""
+def training_sizes(model: nn.Module, args: Any, *, adapter: bool, critic: Any = None) -> Sizes:
+    """Return the sizes of a trainer's model, and of a critic that has an Adam of its own.
+
+    Args:
+        model: Model of the trainer.
+        args: Options.
+        adapter: Whether only the trained weights of the model are saved.
+        critic: PPO's `FittedCritic`, if it has one.
+    """
     trained = parameter_bytes([model], trained=True)
     optimizer = str(getattr(args.optim, "value", args.optim))
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
@@ -51,7 +58,9 @@ def training_sizes(model: nn.Module, args: Any, *, adapter: bool) -> Sizes:
         state = 2 * weights
     else:
         state = {"sgd": 0, "adafactor": 0, "lion_32bit": trained, "adagrad": trained}.get(optimizer, 2 * trained)
-    return Sizes(saved=trained if adapter else parameter_bytes([model]), gradients=trained, optimizer=state)
+    own = 0 if critic is None else sum(weight.numel() * weight.element_size() for weight in critic.weights)
+    saved = trained if adapter else parameter_bytes([model])
+    return Sizes(saved=saved + own, gradients=trained + own, optimizer=state + 2 * own)
 
 
 def checkpoint_bytes(sizes: Sizes, *, only_model: bool) -> int:
@@ -124,6 +133,20 @@ def activation_bytes(config: Any, tokens: int, *, width: int, checkpointing: boo
 def layer_bytes(config: Any, tokens: int, *, width: int) -> int:
     """Return the bytes of all numbers of one layer: a forward without gradient keeps no more."""
     return tokens * width * layer_width(config)
+
+
+def scoring_bytes(config: Any, tokens: int, args: Any, critic: Any, *, width: int) -> int:
+    """Return the bytes of the forwards between sampling and update: one layer, and states kept for the critic.
+
+    Args:
+        config: Configuration of the text model.
+        tokens: Tokens of one forward without gradient, with padding.
+        args: Options.
+        critic: PPO's `FittedCritic`, if it has one.
+        width: Bytes per activation.
+    """
+    rollout = args.per_device_train_batch_size * args.steps_per_generation * (args.max_completion_length + 1)
+    return layer_bytes(config, tokens, width=width) + (0 if critic is None else rollout * critic.bytes_per_token)
 
 
 def memory_to_come(sizes: Sizes, activations: int, generation: int, *, processes: int, sharded: bool) -> int:

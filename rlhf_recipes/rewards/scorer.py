@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_recipes.algorithm.micro_batches import cut_rows
 from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.rendering import answered_ids, appended_end, prompt_ids
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.fingerprint import fingerprint, is_adapter
 from rlhf_recipes.models.loading import position_limit
 from rlhf_recipes.models.reward_model import check_score_layer, load_reward_model
-from rlhf_recipes.models.rope import short_limit
+from rlhf_recipes.models.rope import cut_by_length
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.rewards.alone import row_scores, scores_alone
@@ -175,7 +174,8 @@ class RewardModelScorer(Scorer):
         outputs: list[Any] = []
         hook = self._backbone().register_forward_hook(lambda *call: outputs.append(call[2])) if kept else None
         try:
-            for rows in self._batches([len(row) for row in token_ids]):
+            size = 1 if self._filler is None else self.batch_size
+            for rows in cut_by_length(self._classifier(), [len(row) for row in token_ids], size):
                 scores[rows] = self._forward([token_ids[row] for row in rows])
                 for output in outputs:
                     for row, of_row in zip(rows, output.last_hidden_state, strict=True):
@@ -185,15 +185,6 @@ class RewardModelScorer(Scorer):
             if hook is not None:
                 hook.remove()
         return scores.tolist(), states
-
-    def _batches(self, lengths: list[int]) -> list[list[int]]:
-        """Return batches of rows that need little padding. No rope changes inside a batch, see `short_limit`."""
-        size, limit = 1 if self._filler is None else self.batch_size, short_limit(self._classifier())
-        is_long = torch.tensor([limit is not None and length > limit for length in lengths], dtype=torch.bool)
-        columns, batches = torch.tensor(lengths).unsqueeze(1), []
-        for rows in ((~is_long).nonzero()[:, 0], is_long.nonzero()[:, 0]):
-            batches += [rows[part].tolist() for part in cut_rows(columns[rows], size) if len(part)]
-        return batches
 
     def _within_limit(
         self, token_ids: list[list[int]], kept: list[list[int]]

@@ -5,15 +5,13 @@ Overrides only. Sampling, reward calls and the clipped surrogate are TRL's; ever
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel
 
-from rlhf_recipes.algorithm.advantages import leave_one_out_means
 from rlhf_recipes.algorithm.kl_controller import make_kl_controller
 from rlhf_recipes.algorithm.losses import aggregate_token_loss, trust_region_mask
 from rlhf_recipes.algorithm.masked import masked_mean
@@ -22,9 +20,8 @@ from rlhf_recipes.evaluation.alarms import AlarmCallback, DeclineStopping
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
-from rlhf_recipes.trainers.forwards import ForwardTrainer
+from rlhf_recipes.trainers.fitting import FittingTrainer
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
-from rlhf_recipes.trainers.reward_critic import RewardCritic, scorer_with_states, share_of_own_states
 from rlhf_recipes.trainers.rollout import MEANS_OVER_COMPLETIONS, Rollout, rollout_metrics
 from rlhf_recipes.trainers.run_identity import RunIdentity
 from rlhf_recipes.trainers.saving import revision_of
@@ -32,7 +29,7 @@ from rlhf_recipes.trainers.setup import add_networks, options_for_trl, prepare_p
 from rlhf_recipes.trainers.update import MicroBatch, critic_loss, group_by_length, row_weight
 
 
-class PPOTrainer(ForwardTrainer):
+class PPOTrainer(FittingTrainer):
     """Train a policy against a reward model, reward functions, or both.
 
     Args:
@@ -48,8 +45,8 @@ class PPOTrainer(ForwardTrainer):
         reward_processing_classes: Tokenizers of reward models given as instances. Default: the models'.
         peft_config: LoRA or another PEFT method, for a policy that is not a `PeftModel`.
         quantization_config: Passed on to `from_pretrained` when `model` is a path.
-        critic_dataset: `prompt`, `chosen` and `rejected`: answers that exist already. `critic: reward` is fitted to
-            the reward model's scores of them before the first rollout.
+        critic_dataset: `prompt`, `chosen` and `rejected`: answers that exist already. `critic: reward` and
+            `critic: adapter` are fitted to the reward model's scores of them before the first rollout.
         judges: Functions that score the answers to `eval_dataset` but do not train, by name: reward functions of TRL's
             signature, or what `rlhf_recipes.rewards.judges.load_judges` returns.
         pairwise_judges: Functions that compare two answers to a prompt, by name; `swapped_preferences` in
@@ -105,6 +102,7 @@ class PPOTrainer(ForwardTrainer):
         self._may_regroup = not (self._is_vlm or couples_rows or self.args.torch_compile)
         self.critic_dataset = parts.critic_dataset
         self._build_rewards(judges, pairwise_judges)
+        self.build_critic(parts.directory, parts.facts)
         self._build_control(parts.facts)
         if args.check_numerics and not self._is_vlm:
             self.watch_numbers(parts.start)
@@ -113,42 +111,9 @@ class PPOTrainer(ForwardTrainer):
         """Prepare scorers and judges, the limits of their calls, and the normaliser of the scores."""
         functions = self.reward_funcs
         self.reward_funcs = self.prepare_rewards(functions, self.args, self.eos_token_ids, judges, pairwise_judges)
-        self.reward_critic = None
-        if self.args.critic == "reward":
-            size = scorer_with_states(self.scorers).hidden_size
-            self.reward_critic = RewardCritic(self.args, size, self.accelerator.device)
         self.reward_normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
         if (statistics := score_statistics(functions, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
-
-    def restore_progress(self) -> None:
-        """Restore the critic with the rest. At the start of a run, fit it to the answers of `critic_dataset`."""
-        super().restore_progress()
-        if self.reward_critic is None:
-            return
-        if self._resumed_from is not None:
-            ranks = (self.accelerator.process_index, 0)  # with more processes than before, a rank has no file
-            saved = (self._saved_progress(self._resumed_from, rank) for rank in ranks)
-            self.reward_critic.restore(next((progress["critic"] for progress in saved if "critic" in progress), None))
-        elif self.critic_dataset is not None and len(self.scorers) == 1:
-            scorer = scorer_with_states(self.scorers)
-            self.reward_critic.pretrain(scorer, self.critic_dataset, self._scale_of_returns)
-
-    def _scale_of_returns(self, scores: Tensor) -> Tensor:
-        """Return the scores of pairs of answers on the scale of the returns of a rollout."""
-        scores = scores * self.reward_weights[0].to(scores.device)
-        if self.args.reward_norm:
-            normalizer = self.reward_normalizer
-            if not normalizer.is_known:  # the first rollout is scaled by its own statistics, and so are these scores
-                normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
-                normalizer.update(scores)
-            scores = normalizer.normalize(scores)
-        grouped = self.args.group_baseline and self.num_generations > 1
-        return (scores - leave_one_out_means(scores, 2) if grouped else scores).float()
-
-    def _progress(self) -> dict[str, Any]:
-        critic = {} if self.reward_critic is None else {"critic": self.reward_critic.state_dict()}
-        return super()._progress() | critic
 
     def _build_control(self, facts: dict[str, Any]) -> None:
         """Add guard, KL controller, early stopping and the identity of the run, and name the parts of a checkpoint."""
@@ -193,44 +158,23 @@ class PPOTrainer(ForwardTrainer):
         batch = super()._generate_and_score_completions(inputs)  # calls `_calculate_rewards`
         # If TRL has run the policy for old log-probabilities, reuse that forward.
         policy = rollout.first_forward if "old_per_token_logps" in batch else self._forward(self.model, batch)
-        values = policy.state_values if self.reward_critic is None else self._reward_values(batch)
+        rows = [] if self.critic is None else self.critic.rows(rollout, batch)
+        length = batch["completion_ids"].size(1)
+        values = policy.state_values if self.critic is None else self.critic_values(rows, length)
         rollout.take_tokens(batch, policy.per_token_logps, self._reference_logps(batch), values, self.eos_token_ids)
         normalizer = self.reward_normalizer if self.args.reward_norm else None
         rollout.normalize_scores(normalizer, update=self.model.training)
         group_size = self.num_generations if self.model.training else 1
         rollout.estimate_advantages(self.args, kl_coef=self.kl_controller.kl_coef, group_size=group_size)
         self._report(rollout, group_size)
-        if self.reward_critic is not None and self.model.training:
-            place = {"first_row": self.accelerator.process_index * len(rollout.mask), "step": self.state.global_step}
-            self.reward_critic.fit(rollout.critic_states, rollout.returns, rollout.mask, **place)
+        self.fit_critic(rows, rollout)
         rollout.forget("critic_states")  # they are large, and the update does not read them
         return batch | rollout.columns()
-
-    def _reward_values(self, batch: dict[str, Any]) -> Tensor:
-        assert self.rollout is not None
-        assert self.reward_critic is not None
-        states = self.rollout.critic_states
-        self._log_metrics({"val/critic_tokens": share_of_own_states(states)})
-        return self.reward_critic.values(states, batch["completion_ids"].size(1))
-
-    @contextmanager
-    def _states_for_critic(self) -> Iterator[None]:
-        """Let the reward model give its hidden states to the rollout, inside only: it may serve others too."""
-        if self.reward_critic is None:
-            yield
-            return
-        scorer, rollout = scorer_with_states(self.scorers), self.rollout
-        scorer.take_states = lambda states: setattr(rollout, "critic_states", states)
-        try:
-            yield
-        finally:
-            scorer.take_states = None
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
     ) -> Tensor:
-        with self._states_for_critic():
-            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._log_metrics({f"rewards/{name}": value for name, value in self.reward_calls.settle().items()})
         scores = weighted_scores(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
         self._log_metrics({"objective/unscorable": scores.isnan().float().mean().item()})
@@ -267,7 +211,7 @@ class PPOTrainer(ForwardTrainer):
             # `get_off_policy_mask` compares with the policy of the rollout.
             inputs = {name: x for name, x in inputs.items() if name != "sampling_per_token_logps"}
         policy_loss = super()._compute_loss(forward, inputs)
-        batch = MicroBatch.of(forward, inputs, has_value_head=self.reward_critic is None)
+        batch = MicroBatch.of(forward, inputs, has_value_head=self.critic is None)
         value_loss, sums = critic_loss(
             batch,
             self._average_like_policy_loss,

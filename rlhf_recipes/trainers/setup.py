@@ -21,6 +21,7 @@ from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_f
 from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
 from rlhf_recipes.evaluation.policies import eos_token_ids
 from rlhf_recipes.models.adapter_base import at_saved_revision, find_base
+from rlhf_recipes.models.adapters import copy_adapter
 from rlhf_recipes.models.critic import attach_value_head, causal_lm
 from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.forward import add_completion_forward
@@ -42,6 +43,7 @@ from rlhf_recipes.preflight.policy import check_ends
 from rlhf_recipes.rewards.adapter import RewardAdapterScorer
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.rewards.protocol import scorer_of
+from rlhf_recipes.trainers.adapter_critic import check_adapter_critic
 from rlhf_recipes.trainers.numbers import given_model
 from rlhf_recipes.trainers.reward_critic import check_critic
 from rlhf_recipes.trainers.run_identity import facts_of_network, facts_of_run
@@ -112,6 +114,8 @@ def prepare_parts(
     policy = load()
     directory = model if isinstance(model, str) else policy.config._name_or_path
     check_policy(policy, peft_config, args)
+    if args.critic == "adapter":
+        check_adapter_critic(policy, peft_config, sees_images=sees_images)
     uses_peft = peft_config is not None or isinstance(policy, PeftModel)
     check_output_dir(args.output_dir, adapter=uses_peft)
     tokenizer = load_tokenizer(directory, padding_side="left") if tokenizer is None else tokenizer
@@ -260,12 +264,7 @@ def keep_start_adapter(policy: PeftModel) -> None:
     for name, module in policy.named_modules():
         if isinstance(module, nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):
             module.p = 0.0  # while the policy trains, its network is in training mode
-    parameters = dict(policy.named_parameters())
-    for name, parameter in parameters.items():
-        reference = parameters.get(name.replace(f".{policy.active_adapter}.", f".{REFERENCE_ADAPTER}."))
-        if reference is not None and reference is not parameter:
-            reference.data = parameter.data.clone()
-            reference.requires_grad_(False)
+    copy_adapter(policy, policy.active_adapter, REFERENCE_ADAPTER)
 
 
 def add_networks(policy: PreTrainedModel | PeftModel, parts: Parts, args: PPOConfig) -> None:

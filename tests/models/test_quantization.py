@@ -7,9 +7,11 @@ from peft import PeftModel
 from tolerances import BF16, EXACT, FP32, MERGED, assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, pipeline
 
+from rlhf_recipes.models.adapters import adapter_weights
 from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.quantization import QUANTIZATION_FILE, keep_unpacked, saved_quantization
 from rlhf_recipes.models.reward_model import load_reward_model
+from rlhf_recipes.rewards.adapter import REWARD_ADAPTER
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 
 pytestmark = [pytest.mark.tiny, pytest.mark.portable]
@@ -196,12 +198,22 @@ def test_a_reward_model_scores_as_it_was_trained(tmp_path, base):
     ppo.train()
 
     # Policy, reference, reward model and critic on one base.
-    adapter = {"rewards": None, "reward_adapter": str(tmp_path / "rm"), "critic": "reward", "max_steps": 8}
-    shared = _trainer(base, tmp_path / "shared", peft=tiny.lora(), **adapter)
-    assert len(_linears(shared.model)) == 14
-    assert_close(shared.reward_funcs[0](**text), live, FP32)
-    shared.train()
-    assert shared.rollout.state_values.std() > 0
+    for critic in ("reward", "adapter"):
+        adapter = {"rewards": None, "reward_adapter": str(tmp_path / "rm"), "critic": critic, "max_steps": 8}
+        shared = _trainer(base, tmp_path / critic, peft=tiny.lora(), **adapter)
+        assert len(_linears(shared.model)) == 14
+        assert_close(shared.reward_funcs[0](**text), live, FP32)
+        before = {name: weight.clone() for name, weight in shared.critic.adapter.items()}
+        shared.train()
+        assert shared.rollout.state_values.std() > 0
+        assert_close(shared.reward_funcs[0](**text), live, FP32)
+        for name, weight in shared.critic.adapter.items():
+            assert weight.dtype == torch.float32
+            assert not torch.equal(weight, before[name])
+    reward = adapter_weights(shared.model, REWARD_ADAPTER)
+    assert before, "the last run's critic has an adapter"
+    for name, weight in before.items():
+        assert_close(weight, reward[name], EXACT)
 
 
 def test_quantised_weights_are_not_trained(tmp_path, base):

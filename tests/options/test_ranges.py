@@ -152,6 +152,8 @@ def test_every_default_is_in_its_range(kind):
     [
         ({"critic": "reward", "vf_coef": 0.5}, "vf_coef"),
         ({"critic": "reward", "cliprange_value": 0.1}, "cliprange_value"),
+        ({"critic": "adapter", "vf_coef": 0.5}, "vf_coef"),
+        ({"critic": "adapter", "cliprange_value": 0.1}, "cliprange_value"),
         ({"critic_epochs": 2}, "critic_epochs"),
     ],
 )
@@ -160,4 +162,19 @@ def test_an_option_without_effect_is_refused(tmp_path, options, name):
     with pytest.raises(ValueError, match=f"`{name}` .* has no effect with `critic: "):
         PPOConfig(str(tmp_path), **cpu, **options)
     PPOConfig(str(tmp_path), **cpu, **{name: PPOConfig.__dataclass_fields__[name].default})
-    PPOConfig(str(tmp_path), **cpu, critic="reward", critic_epochs=2)
+    for critic in ("reward", "adapter"):
+        PPOConfig(str(tmp_path), **cpu, critic=critic, critic_epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"critic_warmup_steps": 2}, "`critic_warmup_steps` needs `critic: policy`. `critic: adapter` is fitted"),
+        ({"value_gradient_to_backbone": True}, "needs `critic: policy`: the backbone must not change"),
+        ({"fp16": True}, "`critic: adapter` has no loss scale"),
+        ({"disable_dropout": False}, "`critic: adapter` shares .* leave out `disable_dropout: false`"),
+    ],
+)
+def test_what_a_critic_with_an_adapter_cannot_have_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(str(tmp_path), critic="adapter", **{"report_to": [], "use_cpu": True, "bf16": False, **options})

@@ -22,6 +22,7 @@ from rlhf_recipes.preflight.resources import (
     memory_to_come,
     parameter_bytes,
     planned_bytes,
+    scoring_bytes,
     training_sizes,
 )
 
@@ -51,6 +52,16 @@ def test_what_is_trained(args, optimizer):
     sizes = training_sizes(_model(), args, adapter=True)
     assert (sizes.saved, sizes.gradients, sizes.optimizer) == (40, 40, optimizer)
     assert training_sizes(_model(), args, adapter=False).saved == 140
+
+
+def test_a_critic_that_is_fitted_has_an_optimizer_and_states_of_its_own():
+    critic = SimpleNamespace(weights=[nn.Parameter(torch.zeros(5))], bytes_per_token=12)
+    sizes = training_sizes(_model(), _args("sgd"), adapter=True, critic=critic)
+    assert (sizes.saved, sizes.gradients, sizes.optimizer) == (60, 60, 40)
+    args = SimpleNamespace(per_device_train_batch_size=2, steps_per_generation=3, max_completion_length=9)
+    layer = layer_bytes(LlamaConfig(), 7, width=2)
+    assert scoring_bytes(LlamaConfig(), 7, args, None, width=2) == layer
+    assert scoring_bytes(LlamaConfig(), 7, args, critic, width=2) == layer + 2 * 3 * 10 * 12
 
 
 def test_a_parameter_counts_once_and_in_its_precision():

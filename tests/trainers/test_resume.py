@@ -34,9 +34,9 @@ def _reward(completions, **kwargs):
 
 
 def _trainer(directory, kind="full", **kwargs):
-    peft, tok = kind == "lora", tiny.tokenizer()
-    if kind == "reward critic":
-        kwargs = {"critic": "reward", **kwargs}
+    peft, tok = kind in ("lora", "adapter critic"), tiny.tokenizer()
+    if kind.endswith("critic"):
+        kwargs = {"critic": kind.split()[0], **kwargs}
     return tiny.ppo_trainer(
         directory,
         tok=tok,
@@ -60,7 +60,7 @@ def _everything(trainer):
         "scheduler": trainer.lr_scheduler.state_dict(),
         "state": {name: part.state_dict() for name, part in trainer._stateful.items()},
         "history": _history(trainer),
-        "critic": trainer.reward_critic and trainer.reward_critic.state_dict(),
+        "critic": trainer.critic and trainer.critic.state_dict(),
         "tokens": trainer.state.num_input_tokens_seen,
         "flos": trainer.state.total_flos,
     }
@@ -86,7 +86,8 @@ MOMENTS = (1, 4, 6, 8, 11, 19)  # in a rollout, at its end, at an epoch's end, b
 
 @pytest.mark.parametrize(
     ("kind", "moments"),
-    [("full", MOMENTS), ("lora", (1, 11)), ("reward critic", (4, 11, 19))],  # other weights, not other moments
+    # Other weights, not other moments.
+    [("full", MOMENTS), ("lora", (1, 11)), ("reward critic", (4, 11, 19)), ("adapter critic", (4, 11))],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind, moments):

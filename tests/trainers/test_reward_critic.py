@@ -50,7 +50,7 @@ def test_values_are_the_head_on_the_reward_model_by_itself(tmp_path):
     """Each completion alone, through plain transformers: its values depend neither on padding nor on later tokens."""
     trainer = _trainer(tmp_path, max_steps=8, data=tiny.prompts(count=32), per_device_train_batch_size=16)
     trainer.train()
-    head = copy.deepcopy(trainer.reward_critic.head)  # the rollout ends with a fit
+    head = copy.deepcopy(trainer.critic.head)  # the rollout ends with a fit
     batch = tiny.rollout(trainer)
     values, model = trainer.rollout.state_values, trainer.scorers[0].model
     assert values.std() > 0
@@ -129,6 +129,26 @@ def test_it_is_fitted_before_the_first_rollout_if_it_gets_answers(tmp_path):
         read_length(scorer, prompt + chosen) for prompt, chosen in zip(pairs["prompt"], pairs["chosen"], strict=True)
     ]
     assert [len(of_row) for of_row in states] == first
+
+
+def test_a_later_run_with_the_same_rewards_starts_with_it(tmp_path):
+    """It is not fitted to answers again: it knows more."""
+    trainer = _trainer(tmp_path / "first")
+    tiny.rollout(trainer)
+    trainer.save_model()
+    expected = trainer.critic.head.state_dict()
+    assert expected["output.weight"].abs().max() > 0
+    for seed, is_same in ((1, True), (2, False)):
+        policy, tok = tiny.policy(tiny.tokenizer()), tiny.tokenizer()
+        policy.config._name_or_path = str(tmp_path / "first")
+        options = {"model": policy, "rewards": tiny.reward_model(tok, seed=seed)}
+        later = _trainer(tmp_path / "later", critic_dataset=tiny.preferences(count=4), **options)
+        if is_same:
+            later.restore_progress()
+            for name, weight in expected.items():
+                assert_close(later.critic.head.state_dict()[name], weight, EXACT)
+        else:
+            assert not later.critic.head.state_dict()["output.weight"].any()
 
 
 def read_length(scorer, text):

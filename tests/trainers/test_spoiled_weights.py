@@ -156,23 +156,21 @@ def test_ppo_goes_back_before_a_spoiled_state_of_the_optimizer(tmp_path):
 def test_ppo_goes_back_before_a_critic_that_is_not_finite(tmp_path, caplog):
     tok = tiny.tokenizer()
     trainer = _ppo(tmp_path, critic="reward", tok=tok, rewards=tiny.reward_model(tok), reward_tok=tok)
-    fit, left = trainer.reward_critic._step, [4]
+    fit, left = trainer.critic._step, [4]
 
     def spoiling(*batch):
         fit(*batch)
         if trainer.state.global_step in left:
             left.clear()
-            trainer.reward_critic.optimizer.state[next(trainer.reward_critic.head.parameters())]["exp_avg"].fill_(
-                math.inf
-            )
+            trainer.critic.optimizer.state[next(trainer.critic.head.parameters())]["exp_avg"].fill_(math.inf)
 
-    trainer.reward_critic._step = spoiling
+    trainer.critic._step = spoiling
     trainer.train()
     assert (
         f"Step 4: the critic of `critic: reward` is not finite after it was fitted. Going back to {tmp_path}"
         in caplog.text
     )
-    assert all_finite(trainer.reward_critic.head.parameters())
+    assert all_finite(trainer.critic.head.parameters())
     for path in checkpoints_by_age(tmp_path):
         assert all_finite(torch.load(path / "ppo_progress_0.pt", weights_only=True)["critic"]["head"].values())
 
