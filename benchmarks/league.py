@@ -6,10 +6,10 @@
         --model runs/smollm2_135m/base --data DIRECTORY
     pip install --no-deps --target build/trl-1.12 trl==1.12.0
 
-In the worlds of the quickstart each seed has its own SFT policy, preferences and reward model, built by its recipe. In
-the world of instructions all seeds share them: the SFT policy is the chat model that `--model` names. Every method has
-the same number of completions and of optimiser steps, and is tuned over the same number of settings, on seeds that are
-not tested on.
+In the world of the quickstart each seed has its own SFT policy, preferences and reward model, built by its recipe. In
+the other worlds all seeds share one base. Reports have no reward model: the true score is the reward. Instructions are
+for the chat model that `--model` names. Every method has the same number of completions and of optimiser steps, and is
+tuned over the same number of settings, on seeds that are not tested on. The held-out prompts are the same for all.
 After each quarter of a run the policy is measured on held-out prompts, by the same code for all methods: gold score,
 score of the reward model, KL to the SFT policy on fresh samples, length, and win rate over the SFT policy.
 
@@ -217,7 +217,7 @@ def measure_path(cell: Cell) -> dict[str, Any]:
 def measure_base(cell: Cell) -> dict[str, Any]:
     """Return what answers of the SFT policy score, and the curve of best-of-n by the reward model."""
     file = cell.base / "sft.json"
-    if not file.exists():
+    if not file.exists() or '"proxy"' not in file.read_text(encoding="utf-8"):  # an earlier version had only its mean
         judge = Judge(cell.world, cell.base)
         _, _, figures = judge.sample(judge.sft, cell.world.best_of, seed=0)
         proxy, gold = (torch.tensor(figures[name]) for name in ("proxy", "gold"))
@@ -273,7 +273,7 @@ def main() -> None:
     """Tune, test and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=list(WORLDS), default="quickstart")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all that the world has")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4, 5], help="test seeds")
     parser.add_argument("--tuning_seeds", type=int, nargs="*", default=[10, 11], help="none: the first setting")
     parser.add_argument("--directory", type=Path, default=Path("runs", "league"))
@@ -282,10 +282,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--trl_1_12", type=Path, default=Cell.trl_1_12, help="directory with TRL 1.12")
     args = parser.parse_args()
-    args.methods = methods_of(args.methods, args.trl_1_12)
+    world, root = WORLDS[args.world], args.directory.resolve()
+    if unable := sorted({*(args.methods or ())} - {*world.methods}):
+        parser.error(f"the world {world.name} has no {', '.join(unable)}: choose from {', '.join(world.methods)}")
+    args.methods = methods_of(args.methods or list(world.methods), args.trl_1_12)
     if not args.methods:
         return
-    world, root = WORLDS[args.world], args.directory.resolve()
     (root / world.name / "bases").mkdir(parents=True, exist_ok=True)
 
     def cell(method: str, setting: int, seed: int) -> Cell:

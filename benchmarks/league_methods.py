@@ -28,8 +28,9 @@ class World:
         budgets: KL at which methods are compared, nats.
         gold: True score, a function of TRL's signature.
         max_completion_length: Tokens of an answer, at most.
-        build: Function that builds a base, of a folder, a seed, and the model and the data that the user names.
+        build: Function that builds a base. Its arguments are a folder, a seed, and the model and data of the user.
         separator: Text between prompt and answer; chats have none.
+        methods: Methods that can run here, by name.
         has_reward_model: Whether a learned reward model is between the true score and the training.
         own_bases: Whether each seed has a base of its own. One base for all costs less, and shows less.
         held_out: Held-out prompts on which policies are measured, at most.
@@ -48,6 +49,7 @@ class World:
     gold: Callable[..., Any]
     max_completion_length: int
     build: Callable[[Path, int, Path | None, Path | None], None]
+    methods: tuple[str, ...]
     separator: str = "\n"
     has_reward_model: bool = True
     own_bases: bool = True
@@ -102,7 +104,8 @@ class Method:
 def quickstart(name: str, steps: int, budgets: tuple[float, ...], until: str, **changes: Any) -> World:
     """Return a world of `recipes/quickstart.py`, which builds the bases up to the stage `until`."""
     built, build = BUILT[name], partial(build_quickstart, name, until)
-    return World(name, steps, budgets, built.gold_score, built.max_completion_length, build, **changes)
+    given: dict[str, Any] = {"methods": tuple(METHODS)}
+    return World(name, steps, budgets, built.gold_score, built.max_completion_length, build, **(given | changes))
 
 
 def build_quickstart(name: str, until: str, folder: Path, seed: int, model: Path | None, data: Path | None) -> None:
@@ -117,16 +120,16 @@ def build_quickstart(name: str, until: str, folder: Path, seed: int, model: Path
 def report(steps: int, **changes: Any) -> World:
     """Return the world of reports. Its true score is the reward, as a program's verdict can be.
 
-    The answers have 75 tokens, so there is much credit to spread. RLOO's `beta` prices a nat in the scores' own unit,
-    three of which are about a standard deviation; PPO's `kl_coef` prices it in standard deviations.
+    The answers have 75 tokens, so there is much credit to spread. RLOO pays `beta` for a nat in the scores' own unit,
+    and PPO pays `kl_coef` in standard deviations of the scores. A standard deviation is about three units here.
     """
     score = ["rlhf_recipes.quickstart.report_world:report_score"]
-    no_model = {"reward_model_path": None, "critic": None, "critic_dataset_name": None}
+    no_model = {"reward_model_path": None, "critic": None, "critic_dataset_name": None, "missing_eos_penalty": None}
     given: dict[str, Any] = {
+        "methods": ("ppo", "rloo", "grpo"),
         "has_reward_model": False,
         "own_bases": False,
         "samples": (3, 8),
-        "best_of": 16,
         "options": {**no_model, "reward_functions": score, "judge_functions": score},
         "settings": {
             "ppo": [{"kl_coef": kl_coef, "lam": lam} for kl_coef, lam in ((0.03, 0.95), (0.05, 0.98))],
@@ -146,6 +149,7 @@ def instructions(sizes: Sizes, steps: int, **changes: Any) -> World:
     # The first policy does not end a third of its answers. The score does not punish this, and TRL's trainers do not.
     for_ppo = {"critic_pairs": 200, "missing_eos_penalty": 0.0}
     given: dict[str, Any] = {
+        "methods": ("ppo", "rloo", "grpo", "dpo"),
         "own_bases": False,
         "held_out": 96,
         "samples": (1, 3),
@@ -176,15 +180,6 @@ def build_chat(sizes: Sizes, folder: Path, seed: int, model: Path | None, data: 
 
 
 HERE = Path(__file__).resolve().parent
-WORLDS = {
-    each.name: each
-    for each in (
-        quickstart("quickstart", 60, (2.0, 3.0), "reward_modeling"),
-        report(steps=60),
-        instructions(Sizes(), steps=48),
-    )
-}
-
 TRL_1_12 = "ppo-trl-1.12"  # by league_trl_1_12.py
 METHODS = {
     each.name: each
@@ -201,5 +196,14 @@ METHODS = {
         Method("ppo-as-it-was", "ppo", str(HERE / "ppo_as_it_was.yaml"), [{"target_kl": x} for x in (3.5, 2.5)]),
         Method("ppo", "ppo", "ppo.yaml", [{"adam_epsilon": x} for x in (1e-5, 1e-8)], reads_preferences=True),
         Method(TRL_1_12, "", "", [{"kl_coef": x} for x in (0.1, 0.15)]),
+    )
+}
+
+WORLDS = {
+    each.name: each
+    for each in (
+        quickstart("quickstart", 60, (2.0, 3.0), "reward_modeling"),
+        report(steps=60),
+        instructions(Sizes(), steps=48),
     )
 }

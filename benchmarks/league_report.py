@@ -48,8 +48,8 @@ def best_policies(base: dict[str, Any]) -> list[tuple[float, float]]:
     """Return KL and gold score of the policies that have the most reward for their KL, for several prices of a nat.
 
     With r the score that is trained on, such a policy is proportional to pi_SFT(y) exp(r(y) / price). The SFT policy's
-    answers, weighted by the softmax of r / price for each prompt, are a sample of it: an estimate that is close while
-    exp(KL) is far below the number of answers.
+    answers, weighted by the softmax of r / price for each prompt, are a sample of it. Of N answers to a prompt about
+    N / exp(KL) count, and with few of them the estimate is too low. See `known_part`.
     """
     proxy, gold = (np.asarray(base[name], dtype=float) for name in ("proxy", "gold"))
     points = []
@@ -59,6 +59,11 @@ def best_policies(base: dict[str, Any]) -> list[tuple[float, float]]:
         kl = np.sum(weights * np.log(np.maximum(weights * proxy.shape[1], 1e-300)), axis=1)
         points.append((float(kl.mean()), float(np.sum(weights * gold, axis=1).mean())))
     return points
+
+
+def known_part(points: list[list[float]], answers: int) -> list[list[float]]:
+    """Return the points of a curve of `best_policies` that at least eight of the answers to a prompt decide."""
+    return [point for point in points if answers / np.exp(point[0]) >= 8]
 
 
 def write_report(folder: Path, world: Any, results: Results, bases: list[Any], settings: dict[str, Any]) -> None:
@@ -77,10 +82,11 @@ def write_report(folder: Path, world: Any, results: Results, bases: list[Any], s
         if by_seed
     }
     best_of = {int(n): float(np.mean([base["best_of"][n] for base in bases])) for n in bases[0]["best_of"]}
-    best = np.mean([best_policies(base) for base in bases], axis=0).tolist()
+    curve = np.mean([best_policies(base) for base in bases], axis=0).tolist()
+    best = [[0.0, best_of[1]], *known_part(curve, answers=len(bases[0]["proxy"][0]))]
     content = {"settings": settings, "rows": rows, "best_of": best_of, "best_policies": best}
     (folder / "league.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    at = {budget: float(np.interp(budget, *zip(*best, strict=True))) for budget in world.budgets}
+    at = {budget: float(np.interp(budget, *zip(*best, strict=True), right=np.nan)) for budget in world.budgets}
     text = table(rows, world.budgets, best_of, at, settings)
     (folder / "league.md").write_text(text, encoding="utf-8")
     print(text)
@@ -119,7 +125,7 @@ def table(
         lines.append(f"| {method} | {' | '.join(cells)} |")
     curve = ", ".join(f"{gold:.2f} @ {best_of_n_kl_bound(n):.2f}" for n, gold in best_of.items())
     lines += ["", f"Best of {', '.join(map(str, best_of))}: gold @ bound of the KL: {curve}.", ""]
-    curve = ", ".join(f"{gold:.2f} @ {kl:g}" for kl, gold in best.items())
+    curve = ", ".join("not known" if np.isnan(gold) else f"{gold:.2f} @ {kl:g}" for kl, gold in best.items())
     lines += [f"Policy with the most reward for its KL, estimated: gold @ KL: {curve}.", ""]
     lines += [
         f"{method}: {', '.join(f'{k} {v}' for k, v in setting.items())}." for method, setting in settings.items()

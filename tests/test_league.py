@@ -16,9 +16,9 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import instruction_base  # noqa: E402
 from instruction_base import Sizes, differing_pairs, questions  # noqa: E402
-from league import Cell, build_base, measure_base, measure_path, run_recipe  # noqa: E402
+from league import Cell, build_base, main, measure_base, measure_path, run_recipe  # noqa: E402
 from league_methods import METHODS, WORLDS, instructions  # noqa: E402
-from league_report import best_policies, gold_at  # noqa: E402
+from league_report import best_policies, gold_at, known_part  # noqa: E402
 
 SIZES = Sizes(answered=8, held_out_answered=2, max_completion_length=6)
 
@@ -151,3 +151,17 @@ def test_the_best_policies_are_the_tilted_ones():
     better = 1 / (1 + np.exp(-1 / prices))
     kl = better * np.log(2 * better) + (1 - better) * np.log(2 * (1 - better))
     assert_close(points, np.stack([kl, 5 + 2 * better], axis=1).tolist(), FP64)
+
+
+def test_the_curve_ends_where_few_answers_decide():
+    points = [[0.5, 1.0], [2.0, 2.0], [2.1, 3.0]]
+    assert known_part(points, answers=64) == points[:2]  # log(64 / 8) = 2.08
+    assert known_part(points, answers=8) == []
+
+
+@pytest.mark.parametrize(("world", "method"), [("report", "dpo"), ("instructions", "ppo-trl-1.12")])
+def test_a_method_that_a_world_lacks_is_refused(world, method, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["league.py", "--world", world, "--methods", "ppo", method])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"the world {world} has no {method}: choose from ppo, rloo, grpo" in capsys.readouterr().err

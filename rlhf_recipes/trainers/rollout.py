@@ -261,7 +261,8 @@ def rollout_metrics(rollout: Rollout, group_size: int) -> tuple[int, dict[str, f
     prompts = {}
     if group_size > 1:
         others = leave_one_out_means(scores, group_size)
-        prompts["val/explained_variance_prompt"] = explained_variance(others, scores, known).item()
+        compared = known & (known.view(-1, group_size).sum(dim=1) > 1).repeat_interleave(group_size)
+        prompts["val/explained_variance_prompt"] = explained_variance(others, scores, compared).item()
     return int(count), {
         "objective/kl": mean_k1,
         "objective/scores": scores[known].mean().item(),

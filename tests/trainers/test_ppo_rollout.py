@@ -235,14 +235,15 @@ def test_several_generations_per_prompt(tmp_path):
     assert trainer.state.global_step == 4
 
 
-@pytest.mark.parametrize("unknown", [[], [1]])
+@pytest.mark.parametrize("unknown", [[], [1], [4, 5, 6]])
 def test_the_share_that_a_prompt_explains_is_that_of_its_other_answers(tmp_path, unknown):
     trainer = tiny.ppo_trainer(tmp_path, num_generations=4)
     tiny.rollout(trainer)
     rollout = trainer.rollout
     rollout.scores[unknown] = torch.nan
     _, metrics = rollout_metrics(rollout, group_size=4)
-    groups = [[x for x in group if not math.isnan(x)] for group in rollout.scores.view(-1, 4).double().tolist()]
+    known = [[x for x in group if not math.isnan(x)] for group in rollout.scores.view(-1, 4).double().tolist()]
+    groups = [group for group in known if len(group) > 1]
     scores = [x for group in groups for x in group]
     others = [(sum(group) - x) / (len(group) - 1) for group in groups for x in group]
     rest = statistics.pvariance([x - b for x, b in zip(scores, others, strict=True)])
