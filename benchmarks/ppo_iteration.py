@@ -1,7 +1,7 @@
 """Measure one PPO iteration against its floor: this trainer, TRL's GRPO on the same batch, and TRL's last PPO.
 
     python benchmarks/ppo_iteration.py --output runs/benchmark
-    python benchmarks/ppo_iteration.py --output runs/benchmark --trainers ours reward_critic
+    python benchmarks/ppo_iteration.py --output runs/benchmark --trainers ours reward_critic adapter_critic
     pip install --no-deps --target build/trl-1.12 trl==1.12.0
     python benchmarks/ppo_iteration.py --output runs/benchmark --trl_1_12 build/trl-1.12
     python benchmarks/ppo_iteration.py --output runs/benchmark --device cuda --scenarios qwen2.5_0.5b --profile
@@ -27,7 +27,7 @@ from typing import Any
 
 from floors import measure_machine
 from ppo_iteration_report import report
-from ppo_iteration_trainers import SCENARIOS, TRAINERS, TRL_1_12, Scenario
+from ppo_iteration_trainers import CRITICS, SCENARIOS, TRAINERS, TRL_1_12, Scenario
 from ppo_iteration_worker import work
 
 from rlhf_recipes.tracking.lineage import git_tags
@@ -128,7 +128,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=["even", "long_tail", "large_vocabulary"])
     parser.add_argument("--trl_1_12", help="directory with TRL 1.12.0, whose PPO is then measured too")
-    default = [kind for kind in TRAINERS if kind not in ("padded", "reward_critic", "compiled")]
+    default = [kind for kind in TRAINERS if kind not in ("padded", "compiled", *CRITICS)]
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=default)
     parser.add_argument("--before", help="checkout of another commit, whose PPO is then measured too")
     parser.add_argument("--rounds", type=int, default=3)

@@ -24,7 +24,9 @@ OURS = {
     "padded": "rlhf_recipes PPO, not trimmed",
     "compiled": "rlhf_recipes PPO, cache_implementation: static",
     "reward_critic": "rlhf_recipes PPO, critic: reward",
+    "adapter_critic": "rlhf_recipes PPO, critic: adapter",
 }
+CRITICS: dict[str, Any] = {"reward_critic": "reward", "adapter_critic": "adapter"}
 TRL_1_12 = {
     "trl_1_12": "TRL 1.12 PPO",
     "trl_1_12_tuned": "TRL 1.12 PPO, large batches without gradient",
@@ -206,7 +208,7 @@ class Builder:
         else:
             reward_model, rewards = self.classifier(), {"reward_processing_classes": self.tokenizer}
         options = PPOConfig(
-            **self.trl_options(on_disk=on_disk), critic="reward" if kind == "reward_critic" else "policy",
+            **self.trl_options(on_disk=on_disk), critic=CRITICS.get(kind, "policy"),
             response_separator="", reward_adapter=adapter, check_numerics=False,
             cache_implementation="static" if kind == "compiled" else None,
         )  # fmt: skip
