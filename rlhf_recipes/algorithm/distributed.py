@@ -26,6 +26,14 @@ def global_max(values: Tensor) -> Tensor:
     return largest
 
 
+def of_first_rank(values: Tensor) -> Tensor:
+    """Return `values` of the first rank, on every rank. Without a process group, return a copy."""
+    copy = values.clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(copy, src=0)
+    return copy
+
+
 def global_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(count, mean, var)` of the masked cells of all ranks, as scalars.
 

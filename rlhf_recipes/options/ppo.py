@@ -223,6 +223,11 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
                 "`critic: adapter` shares the policy's backbone and has no dropout: leave out "
                 "`disable_dropout: false`."
             )
+        if self.critic == "adapter" and self.neftune_noise_alpha and self.gradient_checkpointing:
+            raise ValueError(
+                "`neftune_noise_alpha` would also disturb what `critic: adapter` reads with `gradient_checkpointing`: "
+                "leave out one of the three."
+            )
         if self.missing_eos_penalty is not None and self.truncated_completions != "terminal":
             raise ValueError(
                 f"`missing_eos_penalty` needs `truncated_completions: terminal`, got {self.truncated_completions!r}: "

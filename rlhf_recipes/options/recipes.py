@@ -87,7 +87,13 @@ class PPOArguments(RewardArguments):
             "to the reward model's scores of their answers before the first rollout."
         },
     )
-    critic_pairs: int = field(default=800, metadata={"help": "Number of those pairs, from the first."})
+    critic_pairs: int = field(
+        default=800,
+        metadata={
+            "help": "Number of those pairs, from the first. With `critic: adapter` the backbone goes twice forward "
+            "and backward over each of their answers, which the processes share."
+        },
+    )
 
 
 @dataclass

@@ -27,11 +27,14 @@ class Sizes:
         saved: Weights of a saved model: all of them, or only the trained ones (adapter and value head).
         gradients: Gradients of the trained weights.
         optimizer: State of the optimiser.
+        critic: Weights of a fitted critic. Its gradients, and each of its two moments, are as large. Every process
+            has all of them whole.
     """
 
     saved: int
     gradients: int
     optimizer: int
+    critic: int = 0
 
 
 def parameter_bytes(models: Iterable[nn.Module], *, trained: bool = False) -> int:
@@ -60,12 +63,12 @@ def training_sizes(model: nn.Module, args: Any, *, adapter: bool, critic: Any = 
         state = {"sgd": 0, "adafactor": 0, "lion_32bit": trained, "adagrad": trained}.get(optimizer, 2 * trained)
     own = 0 if critic is None else sum(weight.numel() * weight.element_size() for weight in critic.weights)
     saved = trained if adapter else parameter_bytes([model])
-    return Sizes(saved=saved + own, gradients=trained + own, optimizer=state + 2 * own)
+    return Sizes(saved=saved + own, gradients=trained, optimizer=state, critic=own)
 
 
 def checkpoint_bytes(sizes: Sizes, *, only_model: bool) -> int:
     """Return the bytes of one checkpoint."""
-    return sizes.saved + SMALL_FILES + (0 if only_model else sizes.optimizer)
+    return sizes.saved + SMALL_FILES + (0 if only_model else sizes.optimizer + 2 * sizes.critic)
 
 
 def planned_bytes(checkpoint: int, final: int, checkpoints: int, limit: int | None, copies: int) -> int:
@@ -161,7 +164,7 @@ def memory_to_come(sizes: Sizes, activations: int, generation: int, *, processes
         sharded: Whether gradients and optimiser state are in shards (ZeRO, FSDP).
     """
     shards = processes if sharded else 1
-    return (sizes.gradients + sizes.optimizer) // shards + max(activations, generation)
+    return (sizes.gradients + sizes.optimizer) // shards + 3 * sizes.critic + max(activations, generation)
 
 
 def memory_findings(to_come: int, free: int, device: str) -> list[Finding]:

@@ -45,6 +45,7 @@ class Scorer(Protocol):
         gives_states: Whether a critic can read the hidden states of its model: it then has `take_states`,
             `hidden_size` and `score_with_states` of `RewardModelScorer`.
         position_limit: Number of tokens that the model can read at most, if its architecture sets a limit.
+        origin: Module and qualified name of a plain function.
         unknown_tokens: Tokens of its tokenizer, by id, for which it has no embedding. With one of them or with a
             `position_limit`, it has `prompt_lengths` of `RewardModelScorer`.
     """
@@ -54,6 +55,7 @@ class Scorer(Protocol):
     tokenizer: PreTrainedTokenizerBase | None = None
     card: RewardModelCard | None = None
     gives_states: bool = False
+    origin: str = ""
     position_limit: int | None = None
     unknown_tokens: Mapping[int, str] = MappingProxyType({})
 
@@ -83,6 +85,8 @@ class FunctionScorer(Scorer):
         self.function = function
         self.__name__ = str(getattr(function, "__name__", type(function).__name__))
         self.model = function if isinstance(function, nn.Module) else None
+        named = function if hasattr(function, "__qualname__") else type(function)
+        self.origin = f"{named.__module__}.{named.__qualname__}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""

@@ -26,7 +26,7 @@ from rlhf_recipes.tracking.names import model_name
 SCHEME = "models:/"
 # Weights, heads, configurations, the tokenizer and the card. Files that only a training needs are left out.
 MODEL_FILES = (
-    *("*.safetensors", "*.safetensors.index.json", "*config.json", BASE_FILE, CARD_FILE),
+    *("*.safetensors", "*.safetensors.index.json", "critic/*.safetensors", "*config.json", BASE_FILE, CARD_FILE),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("chat_template*", "additional_chat_templates/*"),
 )

@@ -64,6 +64,7 @@ class AdapterCritic(FittedCritic):
     """
 
     kind = "adapter"
+    pretraining_epochs = 2  # each one costs a forward and a backward of the backbone per answer
 
     def __init__(
         self, args: PPOConfig, policy: PeftModel, tokenizer: Any, device: torch.device, *, rewards: str = ""

@@ -4,6 +4,7 @@ It has an optimiser of its own. Each rank keeps a copy, and all ranks take the s
 """
 
 import itertools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,19 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pad
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_recipes.algorithm.distributed import global_sum
+from rlhf_recipes.algorithm.distributed import global_sum, of_first_rank
 from rlhf_recipes.algorithm.value_head import ValueHead
 from rlhf_recipes.durability.finite import all_finite
+from rlhf_recipes.options.critic import FITTED
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.trainers.rollback import RollbackError
 from rlhf_recipes.trainers.rollout import Rollout
 
 MINI_BATCHES = 4  # per epoch
-PRETRAINING_ROWS, PRETRAINING_EPOCHS = 32, 10
+PRETRAINING_ROWS = 32  # per mini-batch
 ADAPTER_RATE = 0.1  # learning rate of an adapter, as a share of the head's
+FOLDER = "critic"  # beside the policy: what loads a model from all `*.safetensors` of its directory must not find it
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,12 @@ class FittedCritic(ABC):
         hidden_size: Width of the states, H.
         device: Device of the head.
         adapter: Other weights that it trains, by name.
-        rewards: Identity of the rewards. A critic that was saved with others does not fit.
+        rewards: Identity of the rewards and of the scale of their returns. A critic that was saved with another one
+            does not fit.
     """
 
     kind: ClassVar[str]  # value of `critic`
+    pretraining_epochs: ClassVar[int] = 10
     bytes_per_token: int = 0  # memory of what it keeps of a rollout until it is fitted
 
     def __init__(
@@ -144,15 +150,19 @@ class FittedCritic(ABC):
         """
         self._take_steps(self._mini_batches(rows, returns, mask, MINI_BATCHES, first_row), self.epochs, step)
 
-    def pretrain(self, scorer: Any, dataset: Any, scale: Callable[[Tensor], Tensor]) -> None:
+    def pretrain(
+        self, scorer: Any, dataset: Any, scale: Callable[[Tensor], Tensor], *, rank: int = 0, ranks: int = 1
+    ) -> None:
         """Fit the critic to answers that exist already: the score of an answer is the target of all of its states.
 
-        Every rank does the same on the same answers.
+        Every rank scores all answers, because their mean and deviation give the scale. It is fitted to its own share.
 
         Args:
             scorer: Reward model in this process.
             dataset: `prompt`, `chosen` and `rejected`.
             scale: Brings the scores of the answers, each `chosen` before its `rejected`, to the scale of the returns.
+            rank: Number of this rank.
+            ranks: Number of ranks.
 
         Raises:
             RollbackError: If the critic is not finite afterwards.
@@ -165,7 +175,10 @@ class FittedCritic(ABC):
         mask = torch.arange(int(lengths.max()), device=targets.device) < lengths.unsqueeze(1)
         returns = targets.unsqueeze(1).expand(mask.shape)
         count = -(-len(rows) // PRETRAINING_ROWS)
-        self._take_steps(self._mini_batches(rows, returns, mask, count, first_row=0), PRETRAINING_EPOCHS, step=0)
+        share = -(-len(rows) // ranks)
+        own = slice(rank * share, (rank + 1) * share)
+        batches = self._mini_batches(rows[own], returns[own], mask[own], count, first_row=rank * share)
+        self._take_steps(batches, self.pretraining_epochs, step=0)
 
     def _take_steps(self, batches: list[MiniBatch], epochs: int, step: int) -> None:
         for batch in itertools.chain(*itertools.repeat(batches, epochs)):
@@ -221,14 +234,20 @@ class FittedCritic(ABC):
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: If the checkpoint had no such critic.
+            ValueError: If the checkpoint had no such critic, or one of another shape.
         """
         if state is None or state.keys() != self.state_dict().keys():
             raise ValueError(
                 f"The checkpoint holds no critic of `critic: {self.kind}`: resume with the `critic` of its run."
             )
+        if not self._fits(state["head"], state.get("adapter", {})):
+            raise ValueError("The checkpoint has a critic of another shape: resume with the options of its run.")
         self._load(state["head"], state.get("adapter", {}))
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def _fits(self, head: dict[str, Tensor], adapter: dict[str, Tensor]) -> bool:
+        """Return whether weights have the names and shapes of this critic's."""
+        return shapes(head) == shapes(self.head.state_dict()) and shapes(adapter) == shapes(self.adapter)
 
     @torch.no_grad()
     def _load(self, head: dict[str, Tensor], adapter: dict[str, Tensor]) -> None:
@@ -237,36 +256,63 @@ class FittedCritic(ABC):
             weight.copy_(adapter[name])
 
     def _file(self, directory: str | Path) -> Path:
-        return Path(directory, f"critic_{self.kind}.safetensors")
+        return Path(directory, FOLDER, f"{self.kind}.safetensors")
 
     def save(self, directory: str | Path) -> None:
-        """Write the weights beside a policy, for a later run."""
+        """Write the weights beside a policy, for a later run, in place of a critic of another kind."""
+        path = self._file(directory)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for kind in FITTED:
+            path.with_name(f"{kind}.safetensors").unlink(missing_ok=True)
         parts = {"head": self.head.state_dict(), "adapter": self.adapter}
         named = {f"{part}.{name}": x.detach().contiguous() for part, own in parts.items() for name, x in own.items()}
-        save_file(named, self._file(directory), metadata={"rewards": self.rewards})
+        save_file(named, path, metadata={"rewards": self.rewards})
 
-    def load(self, directory: str) -> bool:
+    @torch.no_grad()
+    def load(self, directory: str, *, reads: bool = True) -> bool:
         """Load what `save` wrote, and return whether there was a critic of this kind for the same rewards.
+
+        Every rank must call this. The first one reads the file for all: a disk may belong to one node.
+
+        Args:
+            directory: Directory of a policy, or "".
+            reads: Whether this is the first rank.
 
         Raises:
             ValueError: If it has another shape.
         """
-        if not directory or not (path := self._file(directory)).is_file():
-            return False
-        with safe_open(path, "pt", device=str(self.weights[0].device)) as file:
-            if (file.metadata() or {}).get("rewards") != self.rewards:
-                return False
-            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        own = {f"head.{name}": x for name, x in self.head.state_dict().items()}
-        own |= {f"adapter.{name}": x for name, x in self.adapter.items()}
-        if {name: x.shape for name, x in saved.items()} != {name: x.shape for name, x in own.items()}:
+        path, device = self._file(directory), self.weights[0].device
+        parts = read_weights(path, self.rewards, device) if reads and directory and path.is_file() else None
+        fits = parts is not None and self._fits(**parts)
+        status = torch.tensor([parts is not None, fits], dtype=torch.float32, device=device)
+        found, fits_first = of_first_rank(status).tolist()
+        if found and not fits_first:
             raise ValueError(
                 f"{path} has a critic of another shape. Set `value_head_size` and the adapter as in the run that "
                 "wrote it, or remove the file."
             )
+        if parts is not None:
+            self._load(**parts)
+        if found:
+            for weight in self.weights:
+                weight.copy_(of_first_rank(weight))
+        return bool(found)
+
+
+def read_weights(path: Path, rewards: str, device: torch.device) -> dict[str, dict[str, Tensor]] | None:
+    """Return head and adapter of a file for these rewards, and say in the log whether the critic starts with them."""
+    with safe_open(path, "pt", device=str(device)) as file:
+        if (file.metadata() or {}).get("rewards") != rewards:
+            logger.warning(f"The critic of {path} is not used: its run had other rewards, or scaled them otherwise.")
+            return None
         parts: dict[str, dict[str, Tensor]] = {"head": {}, "adapter": {}}
-        for name, tensor in saved.items():
+        for name in file.keys():  # noqa: SIM118 (it is no mapping)
             part, _, own_name = name.partition(".")
-            parts[part][own_name] = tensor
-        self._load(**parts)
-        return True
+            parts[part][own_name] = file.get_tensor(name)
+    logger.info(f"The critic starts with the weights of {path}.")
+    return parts
+
+
+def shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shape of each weight, by name."""
+    return {name: x.shape for name, x in weights.items()}

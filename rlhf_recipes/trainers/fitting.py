@@ -4,6 +4,7 @@ Overrides only, on `trl.GRPOTrainer`.
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,9 @@ from rlhf_recipes.trainers.reward_critic import RewardCritic, scorer_with_states
 from rlhf_recipes.trainers.rollout import Rollout
 
 FACTS_OF_REWARDS = ("the rewards", "the reward adapter")
+# A critic that was fitted to returns of one scale is wrong by a factor for those of another.
+SCALE_OF_RETURNS = ("reward_norm", "gamma", "missing_eos_penalty")
+logger = logging.getLogger(__name__)
 
 
 class FittingTrainer(ForwardTrainer):
@@ -40,16 +44,28 @@ class FittingTrainer(ForwardTrainer):
             directory: Directory of the policy that training starts from, or "".
             facts: Result of `facts_of_run`.
         """
-        device, rewards = self.accelerator.device, json.dumps([facts.get(name) for name in FACTS_OF_REWARDS])
+        if self.args.critic == "policy":
+            return
+        device, rewards = self.accelerator.device, self._identity_of_returns(facts)
         if self.args.critic == "reward":
             scorer = scorer_with_states(self.scorers)
             self.critic = RewardCritic(self.args, scorer.hidden_size, device, rewards=rewards)
-        elif self.args.critic == "adapter":
+        else:
             check_weights_are_whole(self.accelerator.distributed_type)
             tokenizer = inner_tokenizer(self.processing_class)
             self.critic = AdapterCritic(self.args, self.model, tokenizer, device, rewards=rewards)
-        if self.critic is not None:
-            self._starts_with_critic = self.critic.load(directory)
+        self._starts_with_critic = self.critic.load(directory, reads=self.accelerator.is_main_process)
+
+    @property
+    def _is_grouped(self) -> bool:
+        return bool(self.args.group_baseline and self.num_generations > 1)
+
+    def _identity_of_returns(self, facts: dict[str, Any]) -> str:
+        """Return what a critic's values are in: the rewards, and the options that scale them."""
+        identity = {name: facts.get(name) for name in FACTS_OF_REWARDS}
+        identity |= {name: getattr(self.args, name) for name in SCALE_OF_RETURNS}
+        identity |= {"weights": self.reward_weights.tolist(), "grouped": self._is_grouped}
+        return json.dumps(identity | {"functions": [scorer.origin for scorer in self.scorers]})
 
     def restore_progress(self) -> None:
         """Restore the critic with the rest. At the start of a run, fit it to the answers of `critic_dataset`."""
@@ -62,8 +78,12 @@ class FittingTrainer(ForwardTrainer):
             ranks = dict.fromkeys((index, index - self.accelerator.local_process_index, 0))
             saved = (self._saved_progress(self._resumed_from, rank) for rank in ranks)
             self.critic.restore(next((progress["critic"] for progress in saved if "critic" in progress), None))
-        elif self.critic_dataset is not None and scores_all(self.scorers) and not self._starts_with_critic:
-            self.critic.pretrain(self.scorers[0], self.critic_dataset, self._scale_of_returns)
+        elif self.critic_dataset is not None and self._starts_with_critic:
+            if self.accelerator.is_main_process:
+                logger.info("The critic is not fitted to `critic_dataset`: it starts with the weights of a saved one.")
+        elif self.critic_dataset is not None and scores_all(self.scorers):
+            place = {"rank": self.accelerator.process_index, "ranks": self.accelerator.num_processes}
+            self.critic.pretrain(self.scorers[0], self.critic_dataset, self._scale_of_returns, **place)
 
     def _progress(self) -> dict[str, Any]:
         progress = super()._progress()
@@ -80,8 +100,7 @@ class FittingTrainer(ForwardTrainer):
                 normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
                 normalizer.update(scores)
             scores = normalizer.normalize(scores)
-        grouped = self.args.group_baseline and self.num_generations > 1
-        return (scores - leave_one_out_means(scores, 2) if grouped else scores).float()
+        return (scores - leave_one_out_means(scores, 2) if self._is_grouped else scores).float()
 
     def critic_values(self, rows: list[Any], length: int) -> Tensor:
         """Return the critic's values, and log what it says about the rows.

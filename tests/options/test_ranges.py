@@ -173,6 +173,7 @@ def test_an_option_without_effect_is_refused(tmp_path, options, name):
         ({"value_gradient_to_backbone": True}, "needs `critic: policy`: the backbone must not change"),
         ({"fp16": True}, "`critic: adapter` has no loss scale"),
         ({"disable_dropout": False}, "`critic: adapter` shares .* leave out `disable_dropout: false`"),
+        ({"neftune_noise_alpha": 5.0, "gradient_checkpointing": True}, "`neftune_noise_alpha` would also disturb"),
     ],
 )
 def test_what_a_critic_with_an_adapter_cannot_have_is_refused(tmp_path, options, message):

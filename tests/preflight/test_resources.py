@@ -57,7 +57,10 @@ def test_what_is_trained(args, optimizer):
 def test_a_critic_that_is_fitted_has_an_optimizer_and_states_of_its_own():
     critic = SimpleNamespace(weights=[nn.Parameter(torch.zeros(5))], bytes_per_token=12)
     sizes = training_sizes(_model(), _args("sgd"), adapter=True, critic=critic)
-    assert (sizes.saved, sizes.gradients, sizes.optimizer) == (60, 60, 40)
+    assert (sizes.saved, sizes.gradients, sizes.optimizer, sizes.critic) == (60, 40, 0, 20)
+    assert checkpoint_bytes(sizes, only_model=False) - SMALL_FILES == 60 + 40
+    assert memory_to_come(sizes, 0, 0, processes=1, sharded=False) == 60 + 40
+    assert memory_to_come(sizes, 0, 0, processes=4, sharded=True) == 40 // 4 + 20 + 40, "each process has it whole"
     args = SimpleNamespace(per_device_train_batch_size=2, steps_per_generation=3, max_completion_length=9)
     layer = layer_bytes(LlamaConfig(), 7, width=2)
     assert scoring_bytes(LlamaConfig(), 7, args, None, width=2) == layer

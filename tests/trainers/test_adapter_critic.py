@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from types import FunctionType
 
 import pytest
 import tiny
@@ -17,8 +18,11 @@ from trl.trainer.utils import use_adapter
 from rlhf_recipes.algorithm.advantages import explained_variance
 from rlhf_recipes.models.adapters import adapter_weights
 from rlhf_recipes.models.critic import VALUE_HEAD_FILE, causal_lm
+from rlhf_recipes.models.fingerprint import weights_fingerprint
 from rlhf_recipes.models.forward import add_completion_forward
 from rlhf_recipes.rewards.adapter import REWARD_ADAPTER
+from rlhf_recipes.rewards.scorer import RewardModelScorer
+from rlhf_recipes.tracking.logged_model import model_files
 from rlhf_recipes.trainers.adapter_critic import (
     CRITIC_ADAPTER,
     AdapterCritic,
@@ -29,7 +33,7 @@ from rlhf_recipes.trainers.adapter_critic import (
 
 pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 
-FILE = "critic_adapter.safetensors"
+FILE = "critic/adapter.safetensors"
 
 
 def _trainer(directory, **kwargs):
@@ -179,7 +183,8 @@ def test_policy_reference_and_reward_model_are_those_without_it(tmp_path, shared
 
 
 def test_its_weights_are_not_the_policys_and_start_a_later_run(tmp_path):
-    trainer = _trainer(tmp_path / "first", max_steps=4)
+    base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    trainer = _trainer(tmp_path / "first", model=base, max_steps=4, save_strategy="steps", save_steps=4)
     assert all(not weight.any() for name, weight in trainer.critic.adapter.items() if "lora_B" in name)
     assert not any(weight.requires_grad for weight in trainer.critic.adapter.values())
     batch = tiny.rollout(trainer)
@@ -200,20 +205,65 @@ def test_its_weights_are_not_the_policys_and_start_a_later_run(tmp_path):
     assert len(saved) == len(adapter_weights(trainer.model, "default"))
     assert not any("critic" in name or "value_head" in name for name in saved)
     assert not (tmp_path / "first" / VALUE_HEAD_FILE).exists()
-    assert (tmp_path / "first" / FILE).is_file()
+    files = {str(path.relative_to(tmp_path / "first")) for path in (tmp_path / "first").rglob("*.safetensors")}
+    assert files == {"adapter_model.safetensors", "checkpoint-4/adapter_model.safetensors", FILE}
+    assert [path for path in (tmp_path / "first" / "checkpoint-4").iterdir() if path.is_dir()] == []
+    assert tmp_path / "first" / FILE in model_files(tmp_path / "first")
+    fingerprint = weights_fingerprint(tmp_path / "first")
 
-    again = _trainer(tmp_path / "second", model=_saved(tmp_path / "first"), peft=None)
+    again = _trainer(tmp_path / "second", model=str(tmp_path / "first"), peft=None)
     for name, weight in _state(trainer.critic).items():
         assert_close(_state(again.critic)[name], weight, EXACT)
     with pytest.raises(ValueError, match=f"{FILE} has a critic of another shape. Set `value_head_size`"):
-        _trainer(tmp_path / "third", model=_saved(tmp_path / "first"), peft=None, value_head_size=5)
+        _trainer(tmp_path / "third", model=str(tmp_path / "first"), peft=None, value_head_size=5)
+    (tmp_path / "first" / FILE).unlink()
+    assert weights_fingerprint(tmp_path / "first") == fingerprint
 
 
-def _saved(directory):
-    """Return a policy that says that it comes from a directory."""
-    policy = get_peft_model(tiny.policy(tiny.tokenizer()), tiny.lora())
-    policy.config._name_or_path = str(directory)
-    return policy
+def test_a_critic_of_another_function_of_the_same_name_is_not_used(tmp_path, caplog):
+    base = tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    _trainer(tmp_path / "first", model=base, rewards=_count).save_model()
+
+    def later(reward):
+        options = {"model": str(tmp_path / "first"), "peft": None, "critic_dataset": tiny.preferences(count=4)}
+        return _trainer(tmp_path / "second", rewards=reward, **options)._starts_with_critic
+
+    other = tiny.length_reward
+    same_name = FunctionType(_count.__code__, globals(), "_count")
+    same_name.__module__ = "elsewhere"
+    assert later(_count)
+    assert not later(other)
+    assert not later(same_name)
+    assert caplog.text.count(f"{FILE} is not used: its run had other rewards, or scaled them otherwise") == 2
+
+
+def test_the_updates_of_the_policy_do_not_see_what_the_critic_learns(tmp_path):
+    """Both critics have the same values: neither the optimiser nor the norm of the gradient may hold their weights."""
+    weights, norms = [], []
+    for learns in (True, False):
+        trainer = _trainer(tmp_path / str(learns), max_steps=4, max_grad_norm=0.01, logging_steps=1)
+        trainer.critic.values = lambda rows, length: torch.zeros(len(rows), length + 1)
+        if not learns:
+            trainer.critic.fit = lambda *args, **kwargs: None
+        trainer.train()
+        assert any(x.any() for x in trainer.critic.head.output.parameters()) is learns
+        weights.append({name: x.clone() for name, x in adapter_weights(trainer.model, "default").items()})
+        norms.append([log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log])
+    assert len(norms[0]) == 4
+    assert min(norms[0]) > 0.01
+    assert norms[0] == norms[1]
+    for name, weight in weights[0].items():
+        assert_close(weights[1][name], weight, EXACT)
+
+
+def test_a_checkpoint_of_another_shape_is_refused():
+    state = _critic()[0].state_dict()
+    with pytest.raises(ValueError, match="The checkpoint has a critic of another shape"):
+        _critic(value_head_size=5)[0].restore(state)
+    name = next(iter(state["adapter"]))
+    with pytest.raises(ValueError, match="The checkpoint has a critic of another shape"):
+        _critic()[0].restore(state | {"adapter": {name: state["adapter"][name]}})
+    _critic()[0].restore(state)
 
 
 def test_it_reads_each_completion_once_and_trains_on_it_once_per_epoch(tmp_path):
@@ -297,6 +347,29 @@ def test_weights_in_shards_or_in_16_bits_are_refused(kind):
 
 
 # Two ranks.
+
+
+def _pretrain(rank, world_size):
+    """Return the weights after a fit to 5 pairs of answers, and the rows that the backbone has read with gradient."""
+    critic, tok, read = _critic()[0], tiny.tokenizer(), Counter()
+    critic._policy.get_base_model().model.register_forward_hook(
+        lambda _, args, kwargs, output: read.update({torch.is_grad_enabled(): len(kwargs["input_ids"])}),
+        with_kwargs=True,
+    )
+    scorer = RewardModelScorer(tiny.reward_model(tok), tok)
+    critic.pretrain(scorer, tiny.preferences(count=5), lambda scores: scores, rank=rank, ranks=world_size)
+    return _state(critic), read[True]
+
+
+@pytest.mark.distributed
+def test_two_ranks_share_the_answers_to_which_it_is_fitted_first():
+    (one, rows), two = _pretrain(0, 1), run_in_processes(_pretrain, 2)
+    assert rows == AdapterCritic.pretraining_epochs * 10
+    assert [rows for _, rows in two] == [AdapterCritic.pretraining_epochs * 5] * 2
+    assert one["output.weight"].abs().max() > 100 * SPLIT["atol"]
+    for state, _ in two:
+        for name, weight in one.items():
+            assert_close(state[name], weight, SPLIT)
 
 
 def _completion(prompt_ids):

@@ -131,24 +131,69 @@ def test_it_is_fitted_before_the_first_rollout_if_it_gets_answers(tmp_path):
     assert [len(of_row) for of_row in states] == first
 
 
-def test_a_later_run_with_the_same_rewards_starts_with_it(tmp_path):
-    """It is not fitted to answers again: it knows more."""
-    trainer = _trainer(tmp_path / "first")
-    tiny.rollout(trainer)
-    trainer.save_model()
-    expected = trainer.critic.head.state_dict()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"seed": 2},
+        {"reward_norm": False},
+        {"reward_weights": [2.0]},
+        {"gamma": 0.9},
+        {"missing_eos_penalty": 1.0},
+        {"group_baseline": False},
+    ],
+    ids=str,
+)
+def test_a_later_run_with_the_same_rewards_starts_with_it(tmp_path, caplog, changes):
+    """It is not fitted to answers again: it knows more. The same scores on another scale are other rewards."""
+    caplog.set_level("INFO")
+    first = _trainer(tmp_path / "first", num_generations=2)
+    tiny.rollout(first)
+    first.save_model()
+    expected = first.critic.head.state_dict()
     assert expected["output.weight"].abs().max() > 0
-    for seed, is_same in ((1, True), (2, False)):
-        policy, tok = tiny.policy(tiny.tokenizer()), tiny.tokenizer()
-        policy.config._name_or_path = str(tmp_path / "first")
-        options = {"model": policy, "rewards": tiny.reward_model(tok, seed=seed)}
-        later = _trainer(tmp_path / "later", critic_dataset=tiny.preferences(count=4), **options)
-        if is_same:
-            later.restore_progress()
-            for name, weight in expected.items():
-                assert_close(later.critic.head.state_dict()[name], weight, EXACT)
-        else:
-            assert not later.critic.head.state_dict()["output.weight"].any()
+    policy, tok, options = tiny.policy(tiny.tokenizer()), tiny.tokenizer(), {"num_generations": 2, **changes}
+    policy.config._name_or_path = str(tmp_path / "first")
+    options |= {"model": policy, "rewards": tiny.reward_model(tok, seed=options.pop("seed", 1))}
+    later = _trainer(tmp_path / "later", critic_dataset=tiny.preferences(count=4), **options)
+    file = str(tmp_path / "first" / "critic" / "reward.safetensors")
+    if changes:
+        assert not later.critic.head.state_dict()["output.weight"].any()
+        assert f"The critic of {file} is not used: its run had other rewards, or scaled them" in caplog.text
+        return
+    later.restore_progress()
+    for name, weight in expected.items():
+        assert_close(later.critic.head.state_dict()[name], weight, EXACT)
+    assert f"The critic starts with the weights of {file}." in caplog.text
+    assert "The critic is not fitted to `critic_dataset`: it starts with the weights of a saved one." in caplog.text
+
+
+def test_a_saved_critic_takes_the_place_of_one_of_another_kind(tmp_path):
+    (tmp_path / "critic").mkdir()
+    (tmp_path / "critic" / "adapter.safetensors").touch()
+    RewardCritic(tiny.ppo_config("unused", critic="reward"), 8, torch.device("cpu")).save(tmp_path)
+    assert [path.name for path in (tmp_path / "critic").iterdir()] == ["reward.safetensors"]
+
+
+def _load(rank, world_size, directory):
+    """Return what a rank finds and has, where only the first rank's disk holds a critic, and only the second's."""
+    found = []
+    for holder in (0, 1):
+        critic = RewardCritic(tiny.ppo_config("unused", critic="reward"), 8, torch.device("cpu"))
+        own = f"{directory}/{holder}-{rank}"
+        if rank == holder:
+            saved = RewardCritic(tiny.ppo_config("unused", critic="reward"), 8, torch.device("cpu"))
+            torch.nn.init.constant_(saved.head.output.weight, 3.0)
+            saved.save(own)
+        loaded = critic.load(own, reads=rank == 0)
+        found.append((loaded, critic.head.output.weight.mean().item()))
+    return found
+
+
+@pytest.mark.distributed
+def test_all_ranks_start_with_the_critic_of_the_first(tmp_path):
+    for of_rank in run_in_processes(_load, 2, str(tmp_path)):
+        assert of_rank == [(True, 3.0), (False, 0.0)]
 
 
 def read_length(scorer, text):
