@@ -38,9 +38,23 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from rlhf_recipes.durability.termination import SIGNALS  # noqa: E402
+
 # Derandomised: a red run is red again. No deadline: the machine may be busy.
 settings.register_profile("rlhf_recipes", deadline=None, derandomize=True, max_examples=40, database=None)
 settings.load_profile("rlhf_recipes")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """Give back the signal handlers: a run that has stopped by a signal ignores it from then on."""
+    numbers = (signal.SIGINT, signal.SIGHUP, *SIGNALS)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    result = yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return result
+
 
 LOCAL_NAMES = {"", "localhost", "0.0.0.0", "::", socket.gethostname()}
 

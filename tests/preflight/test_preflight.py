@@ -180,7 +180,8 @@ def test_the_rows_without_gradient_of_a_gpu_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(
         preflight, "memory_to_come", lambda sizes, kept, rollout, **spread: rollouts.append(rollout) or 0
     )
-    monkeypatch.setattr(preflight, "layer_bytes", lambda config, tokens, width: rows.append(tokens) or 10**12)
+    scoring = lambda config, tokens, args, critic, width: rows.append(tokens) or 10**12  # noqa: E731
+    monkeypatch.setattr(preflight, "scoring_bytes", scoring)
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(preflight, "free_memory", lambda device: 10**15)
         monkeypatch.setattr(type(trainer.args), "device", torch.device(device))

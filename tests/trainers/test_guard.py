@@ -462,8 +462,8 @@ def _alarming(trainer):
     """Make the log show rising scores and growing answers."""
     report = trainer._report
 
-    def reported(rollout):
-        report(rollout)
+    def reported(rollout, group_size):
+        report(rollout, group_size)
         step = trainer.state.global_step
         trainer._metrics["train"]["objective/scores"] = [float(step)]
         trainer._metrics["train"]["completions/mean_length"] = [10.0 + step]
