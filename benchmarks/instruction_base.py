@@ -126,11 +126,15 @@ def as_chat(row: dict[str, Any], column: str) -> Any:
     return row[column] if column == "prompt" else answer_to(row["prompt"], row[column])
 
 
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    """Return options as a command line."""
+    return [text for key, value in options.items() for text in (f"--{key}", str(value))]
+
+
 def train_reward_model(folder: Path, seed: int, model: Path, options: dict[str, Any]) -> None:
     """Train by the recipe. Its evaluation is the share of test pairs that the reward model ranks as the score does."""
     config = RECIPES / "configs" / "smollm2_135m" / "reward_modeling_lora.yaml"
     given = {"model_name_or_path": model, "dataset_name": folder / "preferences", "seed": seed, "tracking": False}
     given |= {"output_dir": folder / "reward_modeling", **LORA, **options}
-    arguments = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-    sys.argv = ["reward_modeling.py", "--config", str(config), *arguments]
+    sys.argv = ["reward_modeling.py", "--config", str(config), *as_arguments(given)]
     runpy.run_path(str(RECIPES / "reward_modeling.py"), run_name="__main__")

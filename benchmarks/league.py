@@ -38,7 +38,8 @@ import numpy as np
 import torch
 import yaml
 from datasets import Dataset
-from league_methods import METHODS, RECIPES, TRL_1_12, WORLDS, Method, World
+from instruction_base import RECIPES, as_arguments
+from league_methods import METHODS, TRL_1_12, WORLDS, Method, World
 from league_report import gold_at, write_report
 
 from rlhf_recipes.algorithm.best_of_n import best_of_n_weights
@@ -159,17 +160,12 @@ def run_recipe(cell: Cell) -> None:
     runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
 
 
-def arguments_of(cell: Cell) -> list[str]:
-    """Return the options of a run as a command line."""
-    return [text for key, value in options_of(cell).items() for text in (f"--{key}", str(value))]
-
-
 def run_trl_1_12(cell: Cell) -> None:
     """Train by TRL 1.12, which needs a process of its own: this one has imported another TRL."""
     paths = [str(cell.trl_1_12), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRL_EXPERIMENTAL_SILENCE": "1"}
     script = Path(__file__).with_name("league_trl_1_12.py")
-    subprocess.run([sys.executable, str(script), *arguments_of(cell)], env=environment, check=True)
+    subprocess.run([sys.executable, str(script), *as_arguments(options_of(cell))], env=environment, check=True)
 
 
 def cpu_seconds() -> float:

@@ -9,13 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from instruction_base import LORA, Sizes
+from instruction_base import LORA, RECIPES, Sizes
 from instruction_base import build_base as build_instructions
 from instructions import instruction_score
 
 from rlhf_recipes.quickstart.worlds import WORLDS as BUILT
-
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 from tolerances import FP64, assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -56,19 +55,7 @@ def base(tmp_path_factory):
     """Build the base of a tiny world."""
     folder = tmp_path_factory.mktemp("league")
     tok = tiny.tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tok),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        eos_token_id=tok.eos_token_id,
-        pad_token_id=tok.pad_token_id,
-        bos_token_id=None,
-    )
-    model = Path(tiny.save(LlamaForCausalLM(config), folder / "model"))
+    model = Path(tiny.save(tiny.policy(tok, max_position_embeddings=512), folder / "model"))
     train = [f"is the fox red in cave {number}?" for number in range(16)]
     data = write_questions(folder / "data", train, [train[0], *(f"where is the bear {n}?" for n in range(4))])
     world = instructions(SIZES, steps=4, best_of=4)

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 TRL_1_12_PATH = ROOT / "build" / "trl-1.12"
 sys.path.append(str(ROOT / "benchmarks"))
 
-from league import Cell, arguments_of, methods_of  # noqa: E402
+from instruction_base import as_arguments  # noqa: E402
+from league import Cell, methods_of, options_of  # noqa: E402
 from league_methods import METHODS, TRL_1_12, WORLDS  # noqa: E402
 from league_trl_1_12 import Run, batch_options  # noqa: E402
 
@@ -48,7 +49,7 @@ def test_options_that_look_equal_have_another_budget():
 def test_trl_1_12_understands_the_options_of_the_league(tmp_path):
     world, method = WORLDS["quickstart"], METHODS[TRL_1_12]
     cell = Cell(world, method, 1, 3, tmp_path, tmp_path / "trl")
-    (run,) = HfArgumentParser(Run).parse_args_into_dataclasses(arguments_of(cell))
+    (run,) = HfArgumentParser(Run).parse_args_into_dataclasses(as_arguments(options_of(cell)))
     assert run.model_name_or_path == str(cell.base / "sft")
     assert run.dataset_name == str(cell.base / "prompts")
     assert run.output_dir == str(cell.folder / "run")
@@ -73,10 +74,11 @@ def test_trl_1_12_takes_the_steps_that_it_may_take_and_saves_within_a_rollout(tm
     options = {"model_name_or_path": policy, "reward_model_path": reward_model, "dataset_name": tmp_path / "prompts"}
     options |= {"output_dir": tmp_path / "out", "run_name": "", "seed": 0, "max_steps": 8, "save_steps": 2}
     options |= {"max_completion_length": 4, "kl_coef": 0.1, "report_to": "none"}
-    command = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     script = ROOT / "benchmarks" / "league_trl_1_12.py"
     environment = {**os.environ, "PYTHONPATH": str(TRL_1_12_PATH)}
-    subprocess.run([sys.executable, str(script), *command], env=environment, check=True)  # it fails at another count
+    subprocess.run(
+        [sys.executable, str(script), *as_arguments(options)], env=environment, check=True
+    )  # it fails at another count
 
     folders = [tmp_path / "sft", *(tmp_path / "out" / f"checkpoint-{step}" for step in (2, 4, 6, 8))]
     heads = [AutoModelForCausalLM.from_pretrained(folder).lm_head.weight for folder in folders]

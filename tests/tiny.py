@@ -44,7 +44,7 @@ def _config(tok, **kwargs):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=kwargs.pop("max_position_embeddings", 128),
         initializer_range=0.2,  # large enough for the policy to prefer some tokens
         eos_token_id=tok.eos_token_id,
         pad_token_id=tok.pad_token_id,
@@ -57,9 +57,9 @@ END_IDS = [1, *range(20, 60)]
 """Many stop tokens, as some real models have them: an untrained policy then stops at every length."""
 
 
-def policy(tok, seed=0):
+def policy(tok, seed=0, **kwargs):
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(_config(tok))
+    model = LlamaForCausalLM(_config(tok, **kwargs))
     model.generation_config.eos_token_id = END_IDS
     return model
 

@@ -26,6 +26,14 @@ def causal_lm(model: PreTrainedModel | PeftModel) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw new weights from a seed inside, the same on every rank. The random state outside does not change."""
+    with torch.random.fork_rng(devices=[]):  # `torch.manual_seed` would also seed every GPU
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 def attach_value_head(
     model: PreTrainedModel | PeftModel, directory: str, *, head_size: int | None, activation: str, seed: int
 ) -> None:
@@ -35,8 +43,7 @@ def attach_value_head(
     adapter: it is trained, saved and switched with it. Call this before an accelerator wraps the model.
     """
     base = causal_lm(model)
-    with torch.random.fork_rng(devices=[]):  # `torch.manual_seed` would also seed every GPU
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         head = ValueHead(base.config.get_text_config().hidden_size, head_size, activation)
     load_value_head(head, directory)
     head.to(base.device)

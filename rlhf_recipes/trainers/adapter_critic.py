@@ -17,7 +17,7 @@ from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.data.rendering import answered_ids, appended_end, prompt_ids
 from rlhf_recipes.models.adapters import adapter_weights, copy_adapter
-from rlhf_recipes.models.critic import causal_lm
+from rlhf_recipes.models.critic import causal_lm, seeded
 from rlhf_recipes.models.forward import rows_without_gradient
 from rlhf_recipes.models.loading import SHARDED, position_limit
 from rlhf_recipes.models.rope import cut_by_length
@@ -140,8 +140,7 @@ def add_critic_adapter(policy: PeftModel, seed: int) -> dict[str, nn.Parameter]:
     own = {"init_lora_weights": True, "layer_replication": None, "modules_to_save": None, "lora_dropout": 0.0}
     if starts_from is None:
         own["trainable_token_indices"] = None
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         policy.add_adapter(CRITIC_ADAPTER, with_changes(config, inference_mode=False, **own))
     if starts_from is not None:
         copy_adapter(policy, starts_from, CRITIC_ADAPTER, dtype=torch.float32)

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf_recipes.algorithm.distributed import global_sum, of_first_rank
 from rlhf_recipes.algorithm.value_head import ValueHead
 from rlhf_recipes.durability.finite import all_finite
+from rlhf_recipes.models.critic import seeded
 from rlhf_recipes.options.critic import FITTED
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.trainers.rollback import RollbackError
@@ -79,8 +80,7 @@ class FittedCritic(ABC):
         adapter: Mapping[str, nn.Parameter] = MappingProxyType({}),
         rewards: str = "",
     ) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(args.seed)  # `torch.manual_seed` would also seed every GPU
+        with seeded(args.seed):
             head = ValueHead(hidden_size, args.value_head_size, args.value_head_activation)
         self.head, self.adapter, self.epochs, self.rewards = head.to(device), adapter, args.critic_epochs, rewards
         rate: Any = args.value_head_learning_rate
@@ -262,11 +262,11 @@ class FittedCritic(ABC):
         """Write the weights beside a policy, for a later run, in place of a critic of another kind."""
         path = self._file(directory)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for kind in FITTED:
-            path.with_name(f"{kind}.safetensors").unlink(missing_ok=True)
         parts = {"head": self.head.state_dict(), "adapter": self.adapter}
         named = {f"{part}.{name}": x.detach().contiguous() for part, own in parts.items() for name, x in own.items()}
         save_file(named, path, metadata={"rewards": self.rewards})
+        for kind in {*FITTED} - {self.kind}:
+            path.with_name(f"{kind}.safetensors").unlink(missing_ok=True)
 
     @torch.no_grad()
     def load(self, directory: str, *, reads: bool = True) -> bool:
