@@ -25,6 +25,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=cache,target=/r
     pip install --require-hashes -r build.txt \
     && pip install --require-hashes --no-build-isolation -r image.txt
 COPY LICENSE README.md pyproject.toml ./
+COPY accelerate_configs accelerate_configs
+COPY recipes recipes
 COPY rlhf_recipes rlhf_recipes
 RUN pip install --no-cache-dir --no-index --no-deps --no-build-isolation .
 
@@ -57,5 +59,5 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     RLHF_RECIPES_COMMIT=${REVISION}
 USER 1000
 # No health check: a job is healthy while it runs. Its exit code says how it ended: 75 is a checkpoint after a signal.
-ENTRYPOINT ["rlhf-launch"]
+ENTRYPOINT ["rlhf", "launch"]
 CMD ["recipes/ppo.py", "--help"]

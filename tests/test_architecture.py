@@ -23,6 +23,7 @@ ORDER = (
     ("evaluation", "preflight"),
     ("trainers", "tracking"),
     ("comparison",),
+    ("command",),
 )
 RANK = {wing: rank for rank, row in enumerate(ORDER) for wing in row}
 FORBIDDEN_STEMS = {"utils", "common", "helpers", "misc"}

@@ -34,14 +34,14 @@ say "runs as uid $(run id -u), which cannot write to the code; starts with $entr
 run python recipes/quickstart.py --until reward_modeling >"$work/prepare.log" 2>&1
 say "its user has trained SFT and reward model"
 
-ppo=("$entrypoint" recipes/ppo.py --config recipes/configs/quickstart/ppo.yaml --max_steps 24 --logging_steps 2
+ppo=("$entrypoint" launch recipes/ppo.py --config recipes/configs/quickstart/ppo.yaml --max_steps 24 --logging_steps 2
     --eval_steps 12 --resume_from_checkpoint true)
 run "${ppo[@]}" >"$work/ppo.log" 2>&1 &
 until grep -q "'num_tokens'" "$work/ppo.log"; do
     kill -0 $! || { tail -n 20 "$work/ppo.log"; exit 1; }
     sleep 0.2
 done
-pkill -TERM --full "^/opt/venv/bin/python[0-9.]* /opt/venv/bin/$entrypoint recipes/ppo.py" # not buildah itself
+pkill -TERM --full "^/opt/venv/bin/python[0-9.]* /opt/venv/bin/$entrypoint launch recipes/ppo.py" # not buildah itself
 sent=$SECONDS code=0
 wait $! || code=$?
 [[ $code == 75 ]]

@@ -103,8 +103,9 @@ say "Slurm $(slurmctld -V | cut -d' ' -f2) runs with $(sinfo --noheader --Node |
 # Claims that need no training use stand-ins. A stand-in prints its arguments.
 mkdir -p "$work/stand_in/.venv/bin" && cp -r cluster "$work/stand_in/"
 echo "PATH=$work/stand_in/.venv/bin:\$PATH" >"$work/stand_in/.venv/bin/activate"
-cat >"$work/stand_in/.venv/bin/rlhf-launch" <<'EOF'
+cat >"$work/stand_in/.venv/bin/rlhf" <<'EOF'
 #!/bin/sh
+shift # `launch`
 echo "launched: $*"
 [ "$1 $2" = "--machine_rank 0" ] || exit 3
 case "$* ${SLURM_RESTART_COUNT:-0}" in *"--seed 1 "*0) sleep 5; exit 75 ;; esac

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
 # Shared by the jobs of this directory. They source it on their first node, in the directory of `sbatch`: the checkout.
 
-# EDIT: make `rlhf-launch` available on every node: an environment on a file system that all nodes share, ...
+# EDIT: make `rlhf launch` available on every node: an environment on a file system that all nodes share, ...
 # shellcheck source=/dev/null
 source .venv/bin/activate
-launch() { exec rlhf-launch "$@"; }
+launch() { exec rlhf launch "$@"; }
 # ... or a container. It sees only `runs` of this directory, so put the configurations there too:
 # launch() { exec apptainer exec --nv --pwd /app --bind "$PWD/runs:/app/runs" --env HF_HOME=/app/runs/hf_home \
-#     rlhf_recipes.sif rlhf-launch "$@"; }
+#     rlhf_recipes.sif rlhf launch "$@"; }
 export -f launch
 
 # EDIT: a cache that all nodes share, and the server that all jobs report to. Several jobs at the same time need a

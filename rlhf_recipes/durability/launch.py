@@ -1,6 +1,6 @@
-"""`rlhf-launch`: `accelerate launch` for containers and cluster jobs, which use signals and exit codes.
+"""`rlhf launch`: `accelerate launch` for containers and cluster jobs, which use signals and exit codes.
 
-    rlhf-launch --config_file accelerate_configs/multi_gpu.yaml recipes/ppo.py --config my_ppo.yaml
+    rlhf launch --config_file accelerate_configs/multi_gpu.yaml recipes/ppo.py --config my_ppo.yaml
 
 It takes the arguments of `accelerate launch`. That command does not pass a signal on to a single process, kills
 several processes 30 seconds after it, and always fails with 1. Here SIGTERM, SIGUSR1 and SIGHUP reach the processes of
@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from subprocess import CalledProcessError
 from threading import Thread
@@ -23,15 +23,19 @@ import psutil
 from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, leave_closed_terminal
 
 
-def main() -> None:
-    """Launch a recipe, and exit with its code."""
+def main(arguments: Sequence[str]) -> None:
+    """Launch a script, and exit with its code.
+
+    Args:
+        arguments: Those of `accelerate launch`: its options, the script, and the options of the script.
+    """
     listen()
     # Only now: the first process of a container ignores signals without a handler, and these imports take seconds.
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    asked = launch_command_parser().parse_args()
+    asked = launch_command_parser().parse_args(arguments)
     # With `quiet`, accelerate hides the exit code. torchrun's handler of these kills a process after 30 seconds.
     needed = {"quiet": False, "signals_to_handle": "SIGINT,SIGQUIT"}
     try:

@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 from processes import wait_for
 
-LAUNCH = Path(sys.executable).with_name("rlhf-launch")
+LAUNCH = (sys.executable, "-m", "rlhf_recipes.command", "launch")
 HELD = """
 import os, signal
 from rlhf_recipes.durability.termination import signals_held
@@ -50,7 +50,7 @@ def test_a_process_listens_unless_it_was_started_by_nohup(before, expected):
 @pytest.mark.parametrize(("before", "code"), [(None, 75), (_ignore, 0)], ids=["alone", "nohup"])
 def test_the_launcher_passes_it_on_unless_it_was_started_by_nohup(tmp_path, before, code):
     (tmp_path / "rank.py").write_text(RANK)
-    process = subprocess.Popen([str(LAUNCH), "--cpu", "rank.py"], cwd=tmp_path, preexec_fn=before, env={**os.environ})
+    process = subprocess.Popen([*LAUNCH, "--cpu", "rank.py"], cwd=tmp_path, preexec_fn=before, env={**os.environ})
     wait_for(tmp_path / "started")
     process.send_signal(signal.SIGHUP)
     if before is not None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.recipe
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = Path(sys.executable).with_name("rlhf-launch")
+LAUNCH = (sys.executable, "-m", "rlhf_recipes.command", "launch")
 TIMES = ("step_time", "runtime", "per_second")
 REWARDS = """
 import os, signal, time
@@ -222,7 +222,7 @@ def slow(completions, **kwargs):
     return length(completions)
 """
     )
-    command = [str(part) for part in (LAUNCH, ROOT / "recipes" / "ppo.py", "--config", config)]
+    command = [str(part) for part in (*LAUNCH, ROOT / "recipes" / "ppo.py", "--config", config)]
     options = {"cwd": directory, "env": environment_of_a_user(OMP_NUM_THREADS="1"), "text": True}
     process = subprocess.Popen(command, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(directory / "sampling")
@@ -231,7 +231,7 @@ def slow(completions, **kwargs):
     assert process.returncode == 75, output[-5000:]
     assert [path.name for path in (directory / "out").glob("*checkpoint*")] == ["checkpoint-1"]
     (directory / "fails.py").write_text("raise SystemExit(3)")
-    failed = subprocess.run([str(LAUNCH), "fails.py"], **options, capture_output=True, check=False)
+    failed = subprocess.run([*LAUNCH, "fails.py"], **options, capture_output=True, check=False)
     assert failed.returncode == 3
     assert "CalledProcessError" not in failed.stderr, "the recipe has said what is wrong"
 
@@ -255,7 +255,7 @@ def waiting(completions, **kwargs):
     ]  # fmt: skip
     (directory / "wait").touch()
     process = subprocess.Popen(
-        [str(part) for part in (LAUNCH, *arguments)],
+        [str(part) for part in (*LAUNCH, *arguments)],
         cwd=directory,
         env=environment_of_a_user(OMP_NUM_THREADS="1"),
         text=True,

@@ -1,0 +1,5 @@
+"""`python -m rlhf_recipes.command` is `rlhf`, where the scripts of the environment are not on the path."""
+
+from rlhf_recipes.command.main import main
+
+main()

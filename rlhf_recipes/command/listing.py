@@ -1,0 +1,88 @@
+"""`rlhf config`: the options of a stage by topic; and the short help of a stage.
+
+rlhf config ppo
+rlhf config ppo --search kl
+rlhf config baseline --method dpo
+"""
+
+import signal
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from rlhf_recipes.command.arguments import ArgumentParser
+from rlhf_recipes.command.mistakes import UsageError, did_you_mean
+from rlhf_recipes.command.stages import STAGES, Stage
+from rlhf_recipes.command.topics import Option, options_of
+from rlhf_recipes.options.shipped import shipped_configurations
+
+WIDTH = 100
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print all options of a stage, or those that a word finds."""
+    listed = {name: stage for name, stage in STAGES.items() if stage.kinds}
+    parser = ArgumentParser("config", "List the options of a stage by topic, with default, type and meaning.")
+    parser.add_argument("stage", metavar="STAGE", help=", ".join(listed))
+    parser.add_argument("--search", metavar="WORD", help="only options with this word in their name or meaning")
+    parser.add_argument("--method", choices=("rloo", "grpo", "dpo"), default="rloo", help="method of `baseline`")
+    asked = parser.parse_args(arguments)
+    name = asked.stage.replace("_", "-")
+    if name not in listed:
+        remedy = did_you_mean(name, listed, f"The stages are {', '.join(listed)}.")
+        raise UsageError(f"`{asked.stage}` is no stage with options.{remedy}")
+    options = options_of(listed[name].options(asked.method))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `rlhf config ppo | head` ends without a traceback
+    sys.stdout.write(listing(name, options if asked.search is None else _search(options, asked.search)))
+
+
+def _search(options: Sequence[Option], word: str) -> list[Option]:
+    matching = [option for option in options if word.lower() in f"{option.name} {option.help} {option.topic}".lower()]
+    if not matching:
+        raise UsageError(f"No option has {word!r} in it.{did_you_mean(word, [option.name for option in options])}")
+    return matching
+
+
+def listing(name: str, options: Sequence[Option]) -> str:
+    """Return the options as text, in the order given."""
+    head = (
+        f"{len(options)} options of `rlhf {name}` with their defaults. Write `name: value` into the file of "
+        "`--config`, or `--name value` on the command line, which overrides the file."
+    )
+    lines = textwrap.wrap(head, WIDTH)
+    for owner, owned in groupby(options, lambda option: option.owner):
+        lines += ["", f"Options of {owner}".upper()]
+        for topic, rows in groupby(owned, lambda option: option.topic):
+            lines += ["", topic, *(line for row in rows for line in _described(row))]
+    return "\n".join(lines) + "\n"
+
+
+def _described(option: Option) -> Iterable[str]:
+    yield from textwrap.wrap(f"{option.name}: {option.default}  ({option.kind})", WIDTH, **_indents("  "))
+    yield from textwrap.wrap(option.help, WIDTH, **_indents("      ", "      "))
+
+
+def _indents(first: str, later: str = "          ") -> dict[str, str]:
+    return {"initial_indent": first, "subsequent_indent": later}
+
+
+def print_help(name: str, stage: Stage) -> None:
+    """Print what a stage does, its most used options, and where the others are."""
+    known = {option.name: option for option in options_of(stage.options())}
+    configurations = ", ".join(shipped_configurations(stage.script)) or "none"
+    launcher = " [--config_file FILE] [--num_processes N]" if stage.launched else ""
+    lines = [
+        f"rlhf {name}{launcher} [--config FILE] [--OPTION VALUE ...]",
+        "",
+        stage.purpose,
+        "",
+        *textwrap.wrap(f"FILE of --config is a path or a shipped configuration: {configurations}.", WIDTH),
+        *(["FILE of --config_file is a path or a shipped file of accelerate, such as multi_gpu."] if launcher else []),
+        "",
+        "The most used options:",
+        *(line for used in stage.used for line in _described(known[used])),
+        "",
+        f"All {len(known)} options: rlhf config {name}",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")

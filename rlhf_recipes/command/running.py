@@ -1,0 +1,102 @@
+"""Run a recipe: find its configuration, split off the launcher's options, and start it."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rlhf_recipes.command.mistakes import UsageError, did_you_mean
+from rlhf_recipes.command.stages import Stage
+from rlhf_recipes.durability import launch
+from rlhf_recipes.options.shipped import shipped, shipped_configurations, shipped_launch_files
+
+# Options of `accelerate launch` that a training takes too. For all others there is `rlhf launch`. No recipe has an
+# option with one of these names.
+LAUNCHER_OPTIONS = (
+    *("config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"),
+    *("gpu_ids", "mixed_precision", "rdzv_backend", "rdzv_conf", "max_restarts", "same_network"),
+)
+
+
+def run_recipe(stage: Stage, arguments: Sequence[str]) -> NoReturn:
+    """Run a recipe, and end with its exit code."""
+    script = shipped("recipes") / f"{stage.script}.py"
+    if stage.launched:
+        launcher, options = split_launcher(arguments)
+        launch.main([*launcher, str(script), *with_configuration(stage, options)])
+        sys.exit()
+    options = with_configuration(stage, arguments)
+    # The recipe takes the place of this process, so its signals and its exit code are those of the command.
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, str(script), *options])
+
+
+def with_configuration(stage: Stage, arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with the path of the configuration, and say on stderr which one that is."""
+    options = [part for each in arguments for part in (each.split("=", 1) if each.startswith("--config=") else [each])]
+    if "--config" in options[:-1]:
+        place = options.index("--config") + 1
+        options[place] = found("config", options[place], shipped_configurations(stage.script))
+    return options
+
+
+def found(option: str, name: str, known: Mapping[str, Path]) -> str:
+    """Return the path of a file, or of a shipped configuration with this name.
+
+    Raises:
+        UsageError: If there is neither.
+    """
+    path = known.get(name.removesuffix(".yaml"))
+    if os.path.isfile(name):
+        also = f" (a file here, not the shipped {path})" if path is not None else ""
+        sys.stderr.write(f"`--{option}` is {name}{also}.\n")
+        return name
+    if path is None:
+        remedy = f"Shipped are {', '.join(known)}." if known else "None is shipped for this command."
+        hint = did_you_mean(name.removesuffix(".yaml"), known)
+        raise UsageError(f"`--{option}` {name} is no file and no shipped configuration.{hint} {remedy}")
+    sys.stderr.write(f"`--{option}` {name} is the shipped {path}.\n")
+    return str(path)
+
+
+def split_launcher(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments of accelerate, and those of the recipe.
+
+    Without `--config_file` and `--num_processes` there is one process, unless `accelerate config` has written the
+    user's own file.
+    """
+    parser = _LauncherParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name in LAUNCHER_OPTIONS:
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--cpu", action="store_true")
+    namespace, options = parser.parse_known_args(arguments)
+    asked = vars(namespace)
+    if "config_file" in asked:
+        asked["config_file"] = found("config_file", asked["config_file"], shipped_launch_files())
+    elif not _has_own_file():
+        asked = _one_process(asked) | asked
+    pairs = [[f"--{name}"] if value is True else [f"--{name}", value] for name, value in asked.items()]
+    return [part for pair in pairs for part in pair], options
+
+
+class _LauncherParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[:1].upper()}{message[1:]}.")
+
+
+def _has_own_file() -> bool:
+    # The place of `accelerate.commands.config.default_config_file`, whose import takes seconds.
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(home, "accelerate", "default_config.yaml").expanduser().is_file()
+
+
+def _one_process(asked: Mapping[str, object]) -> dict[str, str]:
+    """Return values that accelerate would otherwise guess, with a warning about each."""
+    chosen = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
+    if "num_processes" not in asked:
+        chosen["num_processes"] = "1"
+        if "CUDA_VISIBLE_DEVICES" not in os.environ:
+            chosen["gpu_ids"] = "0"  # the trainers refuse one process that sees several GPUs
+    return chosen
