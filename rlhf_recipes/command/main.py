@@ -12,6 +12,7 @@ from rlhf_recipes.command.stages import STAGES
 
 # Commands of this library, beside the recipes: the module with its `main`, and a line for the list.
 TOOLS = {
+    "init": ("rlhf_recipes.command.project", "Write a project: data, a configuration per stage, the next command."),
     "config": ("rlhf_recipes.command.listing", "List the options of a stage by topic."),
     "launch": ("rlhf_recipes.durability.launch", "Start a script of your own: `accelerate launch`, with signals."),
 }

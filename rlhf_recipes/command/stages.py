@@ -62,7 +62,7 @@ STAGES = {
     ),
     "ppo": Stage(
         "ppo",
-        "Train a policy with PPO against a reward model. Without options, the quickstart's.",
+        "Train a policy with PPO. Without options, it is the stage of the quickstart.",
         (f"{_RECIPES}PPOArguments", "rlhf_recipes.options.ppo:PPOConfig", *_AROUND),
         (
             *(
