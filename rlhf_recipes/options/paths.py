@@ -7,7 +7,9 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-# The stage of `recipes/quickstart.py` that writes each folder.
+from rlhf_recipes.options.shipped import shipped_configurations
+
+# The stage of the quickstart that writes each folder.
 QUICKSTART_STAGES = {
     **dict.fromkeys(("base", "data", "prompts"), "world"),
     **{stage: stage for stage in ("preferences", "sft", "reward_modeling", "ppo")},
@@ -41,8 +43,8 @@ def why_unread(path: str, *files: str, revision: str | None = None) -> str | Non
 def require_path(option: str, path: str | None) -> str:
     """Return an existing local path, or a name on the Hub; for a missing output of a stage, name the stage's command.
 
-    By convention `recipes/<stage>.py` writes `runs/<model>/<stage>` from `recipes/configs/<model>/<stage>.yaml`, and
-    `recipes/quickstart.py` writes all of `runs/<world>`. The commands suit the working directory.
+    By convention a stage writes `runs/<model>/<stage>` from the shipped configuration `<model>/<stage>`, or from
+    `<stage>.yaml` in the working directory. `rlhf quickstart` writes all of `runs/<world>`.
 
     Args:
         option: Name of the option, for the message.
@@ -59,13 +61,13 @@ def require_path(option: str, path: str | None) -> str:
     match Path(path).parts:
         case ("runs", "quickstart" | "report" as world, name) if name in QUICKSTART_STAGES:
             option_of_world = "" if world == "quickstart" else f"--world {world} "
-            command = f"`python recipes/quickstart.py {option_of_world}--until {QUICKSTART_STAGES[name]}`"
+            command = f"`rlhf quickstart {option_of_world}--until {QUICKSTART_STAGES[name]}`"
         case ("runs", "smollm2_135m", "base"):
             command = "`make smollm2`"
         case ("runs", model, name) if recipe := re.fullmatch(r"(sft|reward_modeling|ppo)(_\w+)?", name):
-            shipped = sorted(Path("recipes", "configs", model).glob(f"{name}*.yaml"))
-            config = f"recipes/configs/{model}/{shipped[0].name}" if shipped else "YOUR_CONFIG.yaml"
-            command = f"`accelerate launch recipes/{recipe[1]}.py --config {config}`"
+            own = f"{name}.yaml" if os.path.isfile(f"{name}.yaml") else "YOUR_CONFIG.yaml"
+            config = next((c for c in shipped_configurations(name) if c.startswith(f"{model}/")), own)
+            command = f"`rlhf {recipe[1].replace('_', '-')} --config {config}`"
         case _:
             raise FileNotFoundError(f"`{option}` is {path}, which does not exist.")
     raise FileNotFoundError(f"`{option}` is {path}, which does not exist. Run {command} first.")

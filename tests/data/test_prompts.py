@@ -1,7 +1,6 @@
 """Wrong paths, splits, columns and functions are refused with a clear message."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,27 +36,28 @@ def _arguments(path, **kwargs):
 
 @pytest.mark.parametrize("name", ["base", "data", "prompts"])
 def test_outputs_of_the_quickstarts_world(name):
-    with pytest.raises(FileNotFoundError, match="Run `python recipes/quickstart.py --until world` first"):
+    with pytest.raises(FileNotFoundError, match="Run `rlhf quickstart --until world` first"):
         require_path("model_name_or_path", f"runs/quickstart/{name}")
 
 
 @pytest.mark.parametrize(
     ("path", "command"),
     [
-        ("runs/quickstart/sft", "`python recipes/quickstart.py --until sft`"),
-        ("runs/report/prompts", "`python recipes/quickstart.py --world report --until world`"),
-        ("runs/report/reward_modeling", "`python recipes/quickstart.py --world report --until reward_modeling`"),
+        ("runs/quickstart/sft", "`rlhf quickstart --until sft`"),
+        ("runs/report/prompts", "`rlhf quickstart --world report --until world`"),
+        ("runs/report/reward_modeling", "`rlhf quickstart --world report --until reward_modeling`"),
         ("runs/smollm2_135m/base", "`make smollm2`"),
-        ("runs/smollm2_135m/ppo", "recipes/ppo.py --config recipes/configs/smollm2_135m/ppo_lora.yaml`"),
+        ("runs/smollm2_135m/ppo", "`rlhf ppo --config smollm2_135m/ppo_lora`"),
         (
             "runs/smollm2_135m/reward_modeling_qlora",
-            "recipes/reward_modeling.py --config recipes/configs/smollm2_135m/reward_modeling_qlora.yaml`",
+            "`rlhf reward-modeling --config smollm2_135m/reward_modeling_qlora`",
         ),
-        ("runs/mine/sft", "recipes/sft.py --config YOUR_CONFIG.yaml`"),
+        ("runs/mine/sft", "`rlhf sft --config YOUR_CONFIG.yaml`"),
+        ("runs/mine/ppo", "`rlhf ppo --config ppo.yaml`"),
     ],
 )
 def test_a_missing_stage_names_its_command(path, command, tmp_path):
-    (tmp_path / "recipes").symlink_to(Path(__file__).parents[2] / "recipes")  # the command is for this place
+    (tmp_path / "ppo.yaml").touch()
     with pytest.raises(FileNotFoundError) as error:
         require_path("model_name_or_path", path)
     assert command in str(error.value)

@@ -50,7 +50,6 @@ def test_a_spawned_stage_runs_and_fails_as_a_forked_one(tmp_path):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-2:] == [
-        "Error: `model` is runs/quickstart/sft, which does not exist. Run `python recipes/quickstart.py --until sft` "
-        "first.",
+        "Error: `model` is runs/quickstart/sft, which does not exist. Run `rlhf quickstart --until sft` first.",
         "The stage `preferences` failed; its message is above.",
     ]

@@ -161,7 +161,7 @@ def test_ppo_without_a_configuration_is_the_quickstarts_stage(tmp_path, options)
     report = _run(run_command, RECIPES / "ppo.py", *options, directory=tmp_path, expect=1)
     last = report.stderr.strip().splitlines()[-1]
     assert last.startswith("Error: `model_name_or_path` is runs/quickstart/sft, which does not exist")
-    assert "`python recipes/quickstart.py --until sft`" in last
+    assert "`rlhf quickstart --until sft`" in last
     assert "Traceback" not in report.stderr, "a refusal is one line"
 
 
