@@ -12,6 +12,8 @@ from processes import run_command
 
 import rlhf_recipes
 from rlhf_recipes import PPOConfig, RewardModelConfig
+from rlhf_recipes.command.main import TOOLS
+from rlhf_recipes.command.running import LAUNCHER_OPTIONS
 from rlhf_recipes.command.stages import STAGES
 from rlhf_recipes.options import recipes as arguments
 from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments, DPOConfig
@@ -171,6 +173,17 @@ def test_options_in_the_documentation_exist():
                 own = line[line.index("recipes/") :]
                 unknown = set(re.findall(r"--(\w+)", own)) - known - launch - quickstart
                 assert not unknown, f"{document.name}: {line}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_of_rlhf_in_the_documentation_exist(document):
+    for line in re.findall(r"^ *rlhf .*$", document.read_text(), re.MULTILINE):
+        name, *arguments = line.partition("#")[0].split()[1:]
+        assert name in {*STAGES, *TOOLS}, line
+        if name in STAGES and STAGES[name].kinds:
+            known = {field.name for kind in STAGES[name].options() for field in dataclasses.fields(kind)}
+            options = {argument[2:] for argument in arguments if argument.startswith("--")}
+            assert options <= {*known, *LAUNCHER_OPTIONS, "config", "help"}, line
 
 
 @pytest.mark.parametrize("stage", sorted(path.stem for path in RECIPES.glob("*.py")))
