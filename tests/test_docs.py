@@ -13,7 +13,7 @@ from processes import run_command
 import rlhf_recipes
 from rlhf_recipes import PPOConfig, RewardModelConfig
 from rlhf_recipes.command.main import TOOLS
-from rlhf_recipes.command.running import LAUNCHER_OPTIONS
+from rlhf_recipes.command.running import LAUNCHER_FLAGS, LAUNCHER_OPTIONS
 from rlhf_recipes.command.stages import STAGES
 from rlhf_recipes.options import recipes as arguments
 from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments, DPOConfig
@@ -183,7 +183,7 @@ def test_commands_of_rlhf_in_the_documentation_exist(document):
         if name in STAGES and STAGES[name].kinds:
             known = {field.name for kind in STAGES[name].options() for field in dataclasses.fields(kind)}
             options = {argument[2:] for argument in arguments if argument.startswith("--")}
-            assert options <= {*known, *LAUNCHER_OPTIONS, "config", "help"}, line
+            assert options <= {*known, *LAUNCHER_OPTIONS, *LAUNCHER_FLAGS, "config", "help"}, line
 
 
 @pytest.mark.parametrize("stage", sorted(path.stem for path in RECIPES.glob("*.py")))

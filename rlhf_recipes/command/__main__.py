@@ -2,4 +2,5 @@
 
 from rlhf_recipes.command.main import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ rlhf config ppo --search kl
 rlhf config baseline --method dpo
 """
 
-import signal
+import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -33,8 +33,15 @@ def main(arguments: Sequence[str]) -> None:
         remedy = did_you_mean(name, listed, f"The stages are {', '.join(listed)}.")
         raise UsageError(f"`{asked.stage}` is no stage with options.{remedy}")
     options = options_of(listed[name].options(asked.method))
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `rlhf config ppo | head` ends without a traceback
-    sys.stdout.write(listing(name, options if asked.search is None else _search(options, asked.search)))
+    _print(listing(name, options if asked.search is None else _search(options, asked.search)))
+
+
+def _print(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `rlhf config ppo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest at its end
 
 
 def _search(options: Sequence[Option], word: str) -> list[Option]:

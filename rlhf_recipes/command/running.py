@@ -16,8 +16,9 @@ from rlhf_recipes.options.shipped import shipped, shipped_configurations, shippe
 # option with one of these names.
 LAUNCHER_OPTIONS = (
     *("config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"),
-    *("gpu_ids", "mixed_precision", "rdzv_backend", "rdzv_conf", "max_restarts", "same_network"),
+    *("gpu_ids", "mixed_precision", "rdzv_backend", "rdzv_conf", "max_restarts"),
 )
+LAUNCHER_FLAGS = ("cpu", "same_network")
 
 
 def run_recipe(stage: Stage, arguments: Sequence[str]) -> NoReturn:
@@ -70,7 +71,8 @@ def split_launcher(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     parser = _LauncherParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name in LAUNCHER_OPTIONS:
         parser.add_argument(f"--{name}")
-    parser.add_argument("--cpu", action="store_true")
+    for name in LAUNCHER_FLAGS:
+        parser.add_argument(f"--{name}", action="store_true")
     namespace, options = parser.parse_known_args(arguments)
     asked = vars(namespace)
     if "config_file" in asked:

@@ -8,7 +8,14 @@ from accelerate.commands.launch import launch_command_parser
 
 from rlhf_recipes.command import running
 from rlhf_recipes.command.mistakes import UsageError
-from rlhf_recipes.command.running import LAUNCHER_OPTIONS, found, run_recipe, split_launcher, with_configuration
+from rlhf_recipes.command.running import (
+    LAUNCHER_FLAGS,
+    LAUNCHER_OPTIONS,
+    found,
+    run_recipe,
+    split_launcher,
+    with_configuration,
+)
 from rlhf_recipes.command.stages import STAGES
 from rlhf_recipes.options.shipped import shipped, shipped_configurations, shipped_launch_files
 
@@ -23,10 +30,11 @@ def _alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("option", [*LAUNCHER_OPTIONS, "cpu"])
+@pytest.mark.parametrize("option", [*LAUNCHER_OPTIONS, *LAUNCHER_FLAGS])
 def test_an_option_of_the_launcher_is_accelerates_and_no_recipes(option):
-    value = [] if option == "cpu" else ["1"]
-    assert str(getattr(launch_command_parser().parse_args([f"--{option}", *value, "x.py"]), option)) in ("1", "True")
+    value = [] if option in LAUNCHER_FLAGS else ["1"]
+    asked = launch_command_parser().parse_args([f"--{option}", *value, "x.py"])
+    assert (str(getattr(asked, option)), asked.training_script) == (*(value or ["True"]), "x.py")
     for stage in STAGES.values():
         for method in ("rloo", "grpo", "dpo"):
             assert not any(option in kind.__dataclass_fields__ for kind in stage.options(method))
