@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -85,7 +86,8 @@ def test_rollouts_and_steps_have_the_size_that_the_files_say(project):
 def test_no_option_works_against_another(project):
     """The preflight's own checks of relevance, and what has no effect beside something else."""
     config, given = project.parsed["ppo"][1], project.given["ppo"]
-    schedule = rollout_schedule(config, rows=1000)
+    rollout = config.generation_batch_size * project.processes  # this process is alone
+    schedule = rollout_schedule(SimpleNamespace(**vars(config) | {"generation_batch_size": rollout}), rows=1000)
     assert not [*kl_findings(config, schedule), *schedule_findings(config, schedule, 100)]
     assert "warmup_steps" not in given or given["lr_scheduler_type"] == "constant_with_warmup"
     adapters = [file for file in FILES if "use_peft" in project.given[file]]

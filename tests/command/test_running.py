@@ -32,7 +32,7 @@ def _alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("option", [*LAUNCHER_OPTIONS, *LAUNCHER_FLAGS])
 def test_an_option_of_the_launcher_is_accelerates_and_no_recipes(option):
-    value = [] if option in LAUNCHER_FLAGS else ["1"]
+    value = [] if option in LAUNCHER_FLAGS else ["no" if option == "mixed_precision" else "1"]
     asked = launch_command_parser().parse_args([f"--{option}", *value, "x.py"])
     assert (str(getattr(asked, option)), asked.training_script) == (*(value or ["True"]), "x.py")
     for stage in STAGES.values():
