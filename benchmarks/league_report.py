@@ -135,17 +135,17 @@ def table(
 
 
 def draw(file: Path, results: Results, best_of: dict[int, float], best: list[list[float]]) -> None:
-    """Draw gold against KL: the path of each run, the curve of best-of-n, and that of the best policies."""
+    """Draw gold against KL: each run thin, the mean of a method's runs thick, best of n, and the best policies."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for number, (method, by_seed) in enumerate(results.items()):
-        for count, result in enumerate(by_seed.values()):
-            kl = [0.0, *(max(point["kl"], 0.0) for point in result["path"])]
-            gold = [result["sft"]["gold"], *(point["gold"] for point in result["path"])]
-            label = None if count else method
-            axes.plot(np.sqrt(kl), gold, marker="o", markersize=3, linewidth=0.9, color=f"C{number}", label=label)
+        paths = [[(0.0, run["sft"]["gold"]), *((p["kl"], p["gold"]) for p in run["path"])] for run in by_seed.values()]
+        kl, gold = np.moveaxis(np.array(paths), 2, 0)  # (seeds, evaluations) each
+        kl = np.sqrt(np.maximum(kl, 0))
+        axes.plot(kl.T, gold.T, linewidth=0.6, alpha=0.35, color=f"C{number}")
+        axes.plot(kl.mean(axis=0), gold.mean(axis=0), marker="o", linewidth=2, color=f"C{number}", label=method)
     line = [np.sqrt(best_of_n_kl_bound(n)) for n in best_of]
     axes.plot(line, list(best_of.values()), color="black", linestyle="--", label="best of n (bound of the KL)")
     axes.plot(*(np.sqrt([kl for kl, _ in best]), [gold for _, gold in best]), color="gray", label="most reward per KL")
     axes.set(xlabel="square root of the KL to the SFT policy (nats)", ylabel="gold score on held-out prompts")
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(file, dpi=90)
