@@ -38,13 +38,13 @@ def run(arguments: Sequence[str]) -> None:
         UsageError: If there is no such command.
     """
     name, *rest = arguments or ["--help"]
-    stage = STAGES.get(name.replace("_", "-"))
+    stage = name.replace("_", "-")
     if name in ("--help", "-h", "help"):
         sys.stdout.write(overview())
     elif name == "--version":
         sys.stdout.write(f"rlhf_recipes {import_module('rlhf_recipes').__version__}\n")
-    elif stage is not None:
-        run_stage(name, rest)
+    elif stage in STAGES:
+        run_stage(stage, rest)
     elif name in TOOLS:
         tool: Callable[[Sequence[str]], None] = import_module(TOOLS[name][0]).main
         tool(rest)
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def run_stage(name: str, arguments: Sequence[str]) -> None:
     """Run a recipe, or print what it does."""
-    stage = STAGES[name.replace("_", "-")]
+    stage = STAGES[name]
     if stage.kinds and not {"--help", "-h"}.isdisjoint(arguments):
         import_module("rlhf_recipes.command.listing").print_help(name, stage)
     else:
