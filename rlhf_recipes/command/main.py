@@ -3,12 +3,15 @@
 Imports no library that takes seconds: a command imports what it needs.
 """
 
+import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
 from rlhf_recipes.command.mistakes import UsageError, did_you_mean
 from rlhf_recipes.command.stages import STAGES
+from rlhf_recipes.durability.termination import COMMAND
 
 # Commands of this library, beside the recipes: the module with its `main`, and a line for the list.
 TOOLS = {
@@ -21,11 +24,14 @@ TOOLS = {
 
 def main() -> None:
     """Run the command of this process."""
+    os.environ[COMMAND] = shlex.join(["rlhf", *sys.argv[1:]])
     try:
         run(sys.argv[1:])
     except UsageError as mistake:
         sys.stderr.write(f"Error: {mistake}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def run(arguments: Sequence[str]) -> None:
