@@ -48,7 +48,7 @@ def test_a_spawned_stage_runs_and_fails_as_a_forked_one(tmp_path):
     options = ("--start", "preferences", "--until", "preferences", "--directory", "here")
     result = run_command(script, ROOT / "recipes" / "quickstart.py", *options, directory=tmp_path)
     assert result.returncode == 1
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
     assert result.stderr.splitlines()[-2:] == [
         "Error: `model` is runs/quickstart/sft, which does not exist. Run `rlhf quickstart --until sft` first.",
         "The stage `preferences` failed; its message is above.",
