@@ -35,6 +35,16 @@ def test_the_echo_of_a_launcher_is_no_second_signal(clock, later, ends):
     assert error.value.code == 128 + signal.SIGTERM
 
 
+def test_ctrl_c_is_answered_at_once_by_the_first_process(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    PreemptionCallback()._note(signal.SIGINT, None)
+    monkeypatch.setenv("RANK", "0")
+    PreemptionCallback()._note(signal.SIGTERM, None)
+    assert capfd.readouterr().err == ""
+    PreemptionCallback()._note(signal.SIGINT, None)
+    assert capfd.readouterr().err == preemption.INTERRUPTED.decode()
+
+
 @pytest.fixture
 def handlers():
     """Keep the signal handlers of pytest, and restore them."""

@@ -275,9 +275,7 @@ def test_a_run_that_cannot_go_back_is_failed_and_says_what_to_change(world, dire
     assert _runs(_store(directory))["ppo"].info.status == "FAILED"
 
 
-@pytest.mark.parametrize(
-    ("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
-)
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_a_termination_is_killed(world, directory, number, exit_code):
     options = _options(world, directory, reward="endless")
     process = start_script(RECIPES / "ppo.py", *options, directory=directory)
