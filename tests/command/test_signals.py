@@ -145,7 +145,7 @@ def test_ctrl_c_in_the_quickstart(tmp_path):
     with _Command(tmp_path, "quickstart", "--until", "sft") as command:
         wait_for(tmp_path / "runs" / "quickstart" / "sft" / "_running.lock")
         deadline = time.monotonic() + 120
-        while "0/" not in command.output.read_text() and time.monotonic() < deadline:
+        while not re.search(r"\bloss\W+\d", command.output.read_text()) and time.monotonic() < deadline:
             time.sleep(0.2)
         os.killpg(command.process.pid, signal.SIGINT)
         code, output = command.end()
