@@ -24,7 +24,7 @@ from transformers import set_seed
 from rlhf_recipes.comparison.plots import plot_training
 from rlhf_recipes.console import print_lines, print_table, quiet_start
 from rlhf_recipes.data.prompts import add_separator
-from rlhf_recipes.durability.stages import run_stages
+from rlhf_recipes.durability.stages import continued, run_stages
 from rlhf_recipes.evaluation.policies import generate_completions
 from rlhf_recipes.models.loading import load_policy, load_tokenizer
 from rlhf_recipes.options.paths import require_path
@@ -61,7 +61,7 @@ def write_pairs(world: World, run: Path, split: str, count: int, seed: int, poli
     pairs.to_json(str(run / "preferences" / f"{split}.jsonl"))
 
 
-def run_stage(stage: str, name: str, seed: int, num_pairs: int, parent: list[str]) -> None:
+def run_stage(stage: str, name: str, seed: int, num_pairs: int, parent: list[str], start: str) -> None:
     """Run one stage as its own command would."""
     quiet_start()  # a spawned process starts without it
     world, run = WORLDS[name], Path("runs", name)
@@ -71,9 +71,9 @@ def run_stage(stage: str, name: str, seed: int, num_pairs: int, parent: list[str
         elif stage == "preferences":
             make_preferences(world, run, seed, num_pairs)
         else:
-            config = RECIPES / "configs" / name / f"{stage}.yaml"
-            sys.argv = [f"{stage}.py", "--config", str(config), "--seed", str(seed), *parent]
-            runpy.run_path(str(RECIPES / f"{stage}.py"), run_name="__main__")
+            script, config = f"{stage}.py", str(RECIPES / "configs" / name / f"{stage}.yaml")
+            sys.argv = [script, "--config", config, "--seed", str(seed), *parent, *continued(run / stage, start)]
+            runpy.run_path(str(RECIPES / script), run_name="__main__")
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
@@ -111,7 +111,7 @@ def main() -> None:
     tracking = TrackingArguments(tracking=not {"world", "preferences"}.issuperset(stages))
     run, world = Path("runs", args.world), WORLDS[args.world]
     with track_pipeline(tracking, str(run), args.seed, str(run)) as parent:
-        run_stages(stages, run_stage, args.world, args.seed, args.num_pairs or world.num_pairs, parent)
+        run_stages(stages, run_stage, args.world, args.seed, args.num_pairs or world.num_pairs, parent, args.start)
     if args.until == STAGES[-1]:
         report(run, world.gold_score.__name__)
 

@@ -73,6 +73,8 @@ def quiet_start() -> None:
 
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print an error that this library raises about its input without a traceback, and any other error with it."""
+    if isinstance(error, KeyboardInterrupt):
+        return  # the user has pressed Ctrl-C
     raised_in = Path(traceback.extract_tb(trace)[-1].filename) if trace is not None else Path()
     if isinstance(error, ValueError | OSError) and raised_in.is_relative_to(Path(__file__).parent):
         sys.stderr.write(_shown(f"Error: {error}\n"))

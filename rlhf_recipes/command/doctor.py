@@ -14,7 +14,6 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import psutil
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 from rlhf_recipes.command.arguments import ArgumentParser
@@ -86,9 +85,8 @@ def _packages() -> Iterator[Finding]:
 def requirements(extra: str = "") -> list[Requirement]:
     """Return what this library requires, or what one of its extras requires."""
     all_of_them = map(Requirement, requires(DISTRIBUTION) or [])
-    environment = {**default_environment(), "extra": extra}
     chosen = (each for each in all_of_them if bool(extra) == ("extra" in str(each.marker)))
-    return [each for each in chosen if each.marker is None or each.marker.evaluate(environment)]
+    return [each for each in chosen if each.marker is None or each.marker.evaluate({"extra": extra})]
 
 
 def _problem(needed: Requirement) -> str | None:

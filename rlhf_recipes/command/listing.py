@@ -66,12 +66,9 @@ def listing(name: str, options: Sequence[Option]) -> str:
 
 
 def _described(option: Option) -> Iterable[str]:
-    yield from textwrap.wrap(f"{option.name}: {option.default}  ({option.kind})", WIDTH, **_indents("  "))
-    yield from textwrap.wrap(option.help, WIDTH, **_indents("      ", "      "))
-
-
-def _indents(first: str, later: str = "          ") -> dict[str, str]:
-    return {"initial_indent": first, "subsequent_indent": later}
+    head = f"{option.name}: {option.default}  ({option.kind})"
+    yield from textwrap.wrap(head, WIDTH, initial_indent=" " * 2, subsequent_indent=" " * 10)
+    yield from textwrap.wrap(option.help, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def print_help(name: str, stage: Stage) -> None:
@@ -88,7 +85,7 @@ def print_help(name: str, stage: Stage) -> None:
         *(["FILE of --config_file is a path or a shipped file of accelerate, such as multi_gpu."] if launcher else []),
         "",
         "The most used options:",
-        *(line for used in stage.used for line in _described(known[used])),
+        *(line for used in stage.used.split() for line in _described(known[used])),
         "",
         f"All {len(known)} options: rlhf config {name}",
     ]

@@ -3,12 +3,15 @@
 Imports no library that takes seconds: a command imports what it needs.
 """
 
+import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
 from rlhf_recipes.command.mistakes import UsageError, did_you_mean
 from rlhf_recipes.command.stages import STAGES
+from rlhf_recipes.durability.termination import COMMAND
 
 # Commands of this library, beside the recipes: the module with its `main`, and a line for the list.
 TOOLS = {
@@ -21,11 +24,14 @@ TOOLS = {
 
 def main() -> None:
     """Run the command of this process."""
+    os.environ[COMMAND] = shlex.join(["rlhf", *sys.argv[1:]])
     try:
         run(sys.argv[1:])
     except UsageError as mistake:
         sys.stderr.write(f"Error: {mistake}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -38,13 +44,13 @@ def run(arguments: Sequence[str]) -> None:
         UsageError: If there is no such command.
     """
     name, *rest = arguments or ["--help"]
-    stage = STAGES.get(name.replace("_", "-"))
+    stage = name.replace("_", "-")
     if name in ("--help", "-h", "help"):
         sys.stdout.write(overview())
     elif name == "--version":
         sys.stdout.write(f"rlhf_recipes {import_module('rlhf_recipes').__version__}\n")
-    elif stage is not None:
-        run_stage(name, rest)
+    elif stage in STAGES:
+        run_stage(stage, rest)
     elif name in TOOLS:
         tool: Callable[[Sequence[str]], None] = import_module(TOOLS[name][0]).main
         tool(rest)
@@ -56,7 +62,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def run_stage(name: str, arguments: Sequence[str]) -> None:
     """Run a recipe, or print what it does."""
-    stage = STAGES[name.replace("_", "-")]
+    stage = STAGES[name]
     if stage.kinds and not {"--help", "-h"}.isdisjoint(arguments):
         import_module("rlhf_recipes.command.listing").print_help(name, stage)
     else:

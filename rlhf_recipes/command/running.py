@@ -15,8 +15,17 @@ from rlhf_recipes.options.shipped import shipped, shipped_configurations, shippe
 # Options of `accelerate launch` that a training takes too. For all others there is `rlhf launch`. No recipe has an
 # option with one of these names.
 LAUNCHER_OPTIONS = (
-    *("config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"),
-    *("gpu_ids", "mixed_precision", "rdzv_backend", "rdzv_conf", "max_restarts"),
+    "config_file",
+    "num_processes",
+    "num_machines",
+    "machine_rank",
+    "main_process_ip",
+    "main_process_port",
+    "gpu_ids",
+    "mixed_precision",
+    "rdzv_backend",
+    "rdzv_conf",
+    "max_restarts",
 )
 LAUNCHER_FLAGS = ("cpu", "same_network")
 

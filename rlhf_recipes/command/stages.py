@@ -7,8 +7,8 @@ from typing import Any
 
 _RECIPES = "rlhf_recipes.options.recipes:"
 _AROUND = ("trl:ModelConfig", f"{_RECIPES}TrackingArguments", f"{_RECIPES}PreflightArguments")
-_RUN = ("model_name_or_path", "dataset_name", "output_dir", "learning_rate", "max_steps", "use_peft", "load_in_4bit")
-_SAFETY = ("resume_from_checkpoint", "preflight_only")
+_RUN = "model_name_or_path dataset_name output_dir learning_rate max_steps use_peft load_in_4bit"
+_SAFETY = "resume_from_checkpoint preflight_only"
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Stage:
         script: Name of its file, without the suffix.
         purpose: One line for the lists of commands.
         kinds: Dataclasses of its options, each as `module:name`. Without any, the recipe explains its few options.
-        used: Names of the options that are used most.
+        used: Names of the options that are used most, with spaces between them.
         launched: Whether accelerate starts it, in one or several processes.
     """
 
     script: str
     purpose: str
     kinds: tuple[str, ...] = ()
-    used: tuple[str, ...] = ()
+    used: str = ""
     launched: bool = False
 
     def options(self, method: str = "rloo") -> tuple[type, ...]:
@@ -50,67 +50,54 @@ STAGES = {
         "sft",
         "Train a policy on demonstrations: the policy that PPO starts from.",
         ("trl:ScriptArguments", "trl:SFTConfig", "trl:ModelConfig", f"{_RECIPES}BoundaryArguments", *_AROUND[1:]),
-        (*_RUN, "num_train_epochs", "per_device_train_batch_size", *_SAFETY),
+        f"{_RUN} num_train_epochs per_device_train_batch_size {_SAFETY}",
         launched=True,
     ),
     "reward-modeling": Stage(
         "reward_modeling",
         "Train a reward model on preferences.",
         ("trl:ScriptArguments", "rlhf_recipes.options.reward_modeling:RewardModelConfig", *_AROUND),
-        (*_RUN, "num_train_epochs", "per_device_train_batch_size", *_SAFETY),
+        f"{_RUN} num_train_epochs per_device_train_batch_size {_SAFETY}",
         launched=True,
     ),
     "ppo": Stage(
         "ppo",
         "Train a policy with PPO. Without options, it is the stage of the quickstart.",
         (f"{_RECIPES}PPOArguments", "rlhf_recipes.options.ppo:PPOConfig", *_AROUND),
-        (
-            *(
-                *_RUN,
-                "reward_model_path",
-                "reward_functions",
-                "reward_adapter",
-                "judge_models",
-                "kl_coef",
-                "target_kl",
-            ),
-            *("per_device_train_batch_size", "steps_per_generation", "num_iterations", "max_completion_length"),
-            *_SAFETY,
-        ),
+        f"{_RUN} reward_model_path reward_functions reward_adapter judge_models kl_coef target_kl "
+        f"per_device_train_batch_size steps_per_generation num_iterations max_completion_length {_SAFETY}",
         launched=True,
     ),
     "baseline": Stage(
         "baseline",
         "Train by TRL's RLOO, GRPO or DPO, to compare with PPO.",
         ("rlhf_recipes.options.baselines:BaselineArguments", "rlhf_recipes.options.baselines:CONFIGS", *_AROUND),
-        ("method", *_RUN, "reward_model_path", "max_completion_length", *_SAFETY),
+        f"method {_RUN} reward_model_path max_completion_length {_SAFETY}",
         launched=True,
     ),
     "evaluate": Stage(
         "evaluate",
         "Compare two policies on held-out prompts.",
         (f"{_RECIPES}EvaluationArguments", *_AROUND[:2]),
-        (
-            *("model_name_or_path", "baseline_path", "reward_model_path", "judge_models", "dataset_name", "best_of"),
-            *("num_prompts", "max_completion_length", "output_dir"),
-        ),
+        "model_name_or_path baseline_path reward_model_path judge_models dataset_name best_of num_prompts "
+        "max_completion_length output_dir",
     ),
     "compare": Stage(
         "compare",
         "Compare the runs of an experiment on one page.",
         (f"{_RECIPES}ComparisonArguments",),
-        ("experiment", "runs", "tracking_uri", "output_dir"),
+        "experiment runs tracking_uri output_dir",
     ),
     "export": Stage(
         "export",
         "Write a trained policy as a plain model of transformers.",
         (f"{_RECIPES}ExportArguments", "trl:ModelConfig"),
-        ("model_name_or_path", "output_dir"),
+        "model_name_or_path output_dir",
     ),
     "serve": Stage(
         "serve_reward_model",
         "Serve a reward model over HTTP.",
         (f"{_RECIPES}ServeArguments", "trl:ModelConfig"),
-        ("model_name_or_path", "host", "port"),
+        "model_name_or_path host port",
     ),
 }

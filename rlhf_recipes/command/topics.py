@@ -5,91 +5,58 @@ import json
 from collections.abc import Iterable
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-# A name, or a pattern of names. The first topic that matches counts; the order is that of the list.
+# Names and patterns of names. The first topic that matches counts; the order is that of the list.
 TOPICS = {
-    "Method": ("method",),
-    "Model": ("model_name_or_path", "model_*", "dtype", "attn_*", "trust_remote_code", "baseline_path", "use_cache"),
-    "Data": (
-        *("dataset_*", "response_separator", "shuffle_dataset", "max_length", "truncation_mode", "packing*"),
-        *(
-            "padding_free",
-            "eval_packing",
-            "*_only_loss",
-            "remove_unused_columns",
-            "label_names",
-            "length_column_name",
-            "chat_template*",
-            "eos_token",
-            "pad_token",
-            "num_prompts",
-        ),
-    ),
-    "LoRA": ("use_peft", "lora_*", "use_rslora", "use_dora"),
-    "4-bit and 8-bit weights": ("load_in_*", "bnb_*", "use_bnb_*"),
-    "Reward models, reward functions and judges": (
-        *("reward_*", "judge_*", "pairwise_judges", "failed_rewards", "critic_dataset_name", "critic_pairs"),
-        *("missing_eos_penalty", "truncated_completions", "center_rewards_coefficient", "l2_coefficient", "best_of"),
-    ),
-    "KL to the reference": ("kl_*", "target_kl", "beta", "*ref_model*", "use_bias_correction_kl", "precompute_ref_*"),
-    "Rollouts and sampling": (
-        *("num_generations*", "max_completion_length", "steps_per_generation", "generation_*", "temperature"),
-        *("num_samples", "top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation", "max_tool_*"),
-        *("*transformers_continuous*", "use_transformers_paged"),
-    ),
-    "vLLM": ("use_vllm", "vllm_*"),
-    "Policy update": (
-        *("num_iterations", "epsilon", "epsilon_high", "delta", "loss_type", "importance_sampling_level", "gamma"),
-        *("lam", "whiten_advantages", "group_baseline", "scale_rewards", "max_update_kl", "disable_dropout"),
-        *(
-            "*entropy*",
-            "sapo_*",
-            "router_aux_loss_coef",
-            "loss_weights",
-            "ld_alpha",
-            "f_*divergence*",
-            "label_smoothing",
-            "use_weighting",
-            "discopop_tau",
-            "vespo_*",
-            "off_policy_*",
-            "mask_truncated_completions",
-            "multi_objective_*",
-        ),
-    ),
-    "Critic": ("critic*", "value_*", "vf_coef", "cliprange_value"),
-    "Guard": ("max_kl", "max_skipped_steps", "max_rollbacks", "rollback_*", "check_numerics"),
-    "Length, batches and learning rate": (
-        *("num_train_epochs", "max_steps", "per_device_train_*", "gradient_accumulation_steps", "batch_size"),
-        *("learning_rate", "lr_scheduler_*", "warmup_*", "optim*", "weight_decay", "adam_*", "max_grad_norm"),
-        *("seed", "data_seed", "label_smoothing_factor", "neftune_*", "average_tokens_*"),
-    ),
-    "Evaluation during training": (
-        *("eval_*", "per_device_eval_*", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
-        *("early_stopping_patience", "stop_on_decline", "prediction_loss_only", "batch_eval_metrics"),
-    ),
-    "Output, checkpoints and resume": (
-        *("output_dir", "run_name", "save_*", "resume_*", "restore_*", "allow_changes_*", "preflight_only"),
-        *("ignore_data_skip", "enable_jit_checkpoint", "num_shown"),
-    ),
-    "MLflow": (*("tracking*", "experiment*", "parent_run_id", "log_model", "registered_*", "runs", "logged_samples"),),
-    "Logs and other trackers": (
-        "log_*",
-        "logging_*",
-        "report_to",
-        "project",
-        "trackio_*",
-        "disable_tqdm",
-        "num_comp*",
-    ),
-    "Precision, memory and speed": (
-        *("bf16*", "fp16*", "tf32", "cast_*", "*gradient_checkpointing*", "*activation_*", "torch_*", "*liger*"),
-        *("use_cpu", "auto_find_*", "dataloader_*"),
-    ),
-    "Several processes": ("ddp_*", "ds3_*", "fsdp*", "deepspeed", "local_rank", "accelerator_*", "parallelism_*"),
-    "Server": ("host", "port", "max_request_bytes", "max_waiting", "max_tokens"),
-    "Hub": ("push_to_hub*", "hub_*"),
+    "Method": "method",
+    "Model": "model_name_or_path model_* dtype attn_* trust_remote_code baseline_path use_cache",
+    "Data": """
+        dataset_* response_separator shuffle_dataset max_length truncation_mode packing* padding_free eval_packing
+        *_only_loss remove_unused_columns label_names length_column_name chat_template* eos_token pad_token num_prompts
+        """,
+    "LoRA": "use_peft lora_* use_rslora use_dora",
+    "4-bit and 8-bit weights": "load_in_* bnb_* use_bnb_*",
+    "Reward models, reward functions and judges": """
+        reward_* judge_* pairwise_judges failed_rewards critic_dataset_name critic_pairs missing_eos_penalty
+        truncated_completions center_rewards_coefficient l2_coefficient best_of
+        """,
+    "KL to the reference": "kl_* target_kl beta *ref_model* use_bias_correction_kl precompute_ref_*",
+    "Rollouts and sampling": """
+        num_generations* max_completion_length steps_per_generation generation_* temperature num_samples top_p top_k
+        min_p repetition_penalty cache_implementation max_tool_* *transformers_continuous* use_transformers_paged
+        """,
+    "vLLM": "use_vllm vllm_*",
+    "Policy update": """
+        num_iterations epsilon epsilon_high delta loss_type importance_sampling_level gamma lam whiten_advantages
+        group_baseline scale_rewards max_update_kl disable_dropout *entropy* sapo_* router_aux_loss_coef loss_weights
+        ld_alpha f_*divergence* label_smoothing use_weighting discopop_tau vespo_* off_policy_*
+        mask_truncated_completions multi_objective_*
+        """,
+    "Critic": "critic* value_* vf_coef cliprange_value",
+    "Guard": "max_kl max_skipped_steps max_rollbacks rollback_* check_numerics",
+    "Length, batches and learning rate": """
+        num_train_epochs max_steps per_device_train_* gradient_accumulation_steps batch_size learning_rate
+        lr_scheduler_* warmup_* optim* weight_decay adam_* max_grad_norm seed data_seed label_smoothing_factor
+        neftune_* average_tokens_*
+        """,
+    "Evaluation during training": """
+        eval_* per_device_eval_* metric_for_best_model greater_is_better load_best_model_at_end
+        early_stopping_patience stop_on_decline prediction_loss_only batch_eval_metrics
+        """,
+    "Output, checkpoints and resume": """
+        output_dir run_name save_* resume_* restore_* allow_changes_* preflight_only ignore_data_skip
+        enable_jit_checkpoint num_shown
+        """,
+    "MLflow": "tracking* experiment* parent_run_id log_model registered_* runs logged_samples",
+    "Logs and other trackers": "log_* logging_* report_to project trackio_* disable_tqdm num_comp*",
+    "Precision, memory and speed": """
+        bf16* fp16* tf32 cast_* *gradient_checkpointing* *activation_* torch_* *liger* use_cpu auto_find_* dataloader_*
+        """,
+    "Several processes": "ddp_* ds3_* fsdp* deepspeed local_rank accelerator_* parallelism_*",
+    "Server": "host port max_request_bytes max_waiting max_tokens",
+    "Hub": "push_to_hub* hub_*",
 }
 OTHER = "Other"
 OWNERS = {"rlhf_recipes": "rlhf_recipes", "trl": "TRL", "transformers": "transformers"}
@@ -109,29 +76,22 @@ class Option(NamedTuple):
 
 def options_of(kinds: Iterable[type]) -> list[Option]:
     """Return the options of a recipe: this library's first, then TRL's, then those of transformers; each by topic."""
-    places = [*OWNERS.values()], [*TOPICS, OTHER]
+    owners, topics = [*OWNERS.values()], [*TOPICS, OTHER]
     options = {option.name: option for kind in reversed([*kinds]) for option in _options(kind)}
-    return sorted(options.values(), key=lambda o: (places[0].index(o.owner), places[1].index(o.topic)))
+    return sorted(options.values(), key=lambda option: (owners.index(option.owner), topics.index(option.topic)))
 
 
 def topic_of(name: str) -> str:
     """Return the topic of an option."""
-    return next((topic for topic, known in TOPICS.items() if any(fnmatchcase(name, each) for each in known)), OTHER)
+    return next((topic for topic, known in TOPICS.items() if any(fnmatchcase(name, p) for p in known.split())), OTHER)
 
 
 def _options(kind: Any) -> Iterable[Option]:
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if field.init:
-            text = " ".join(field.metadata.get("help", "").replace("%%", "%").split())
-            yield Option(
-                field.name,
-                _default(field),
-                _kind(hints[field.name]),
-                text,
-                _owner(kind, field.name),
-                topic_of(field.name),
-            )
+            name, text = field.name, " ".join(field.metadata.get("help", "").replace("%%", "%").split())
+            yield Option(name, _default(field), _kind(hints[name]), text, _owner(kind, name), topic_of(name))
 
 
 def _owner(kind: type, name: str) -> str:
@@ -154,12 +114,9 @@ def _yaml(value: Any) -> str:
 
 
 def _kind(hint: Any) -> str:
-    parts = [part for part in (get_args(hint) if _is_union(hint) else (hint,)) if part is not type(None)]
+    is_union = get_origin(hint) in (Union, UnionType)
+    parts = [part for part in (get_args(hint) if is_union else (hint,)) if part is not type(None)]
     return " or ".join(dict.fromkeys(_one_kind(part) for part in parts))
-
-
-def _is_union(hint: Any) -> bool:
-    return type(hint).__name__ in ("UnionType", "_UnionGenericAlias")
 
 
 def _one_kind(hint: Any) -> str:

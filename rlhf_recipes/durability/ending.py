@@ -1,5 +1,6 @@
 """The common end of all processes of a run."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ from accelerate import PartialState
 from torch.distributed.distributed_c10d import _get_default_store
 
 from rlhf_recipes.durability.collectives import hangs_named
-from rlhf_recipes.durability.termination import EXIT_CODE, TerminatedError
+from rlhf_recipes.durability.going_on import remedy
+from rlhf_recipes.durability.termination import EXIT_CODE, TerminatedError, is_first_process
 
 CLOSED_KEY = "rlhf_recipes/closed"  # in the store of the processes: the first one has closed the record of the run
 GLOO_SECONDS = 0.5  # a thread needs milliseconds for it, even with many more threads than cores
@@ -42,18 +44,25 @@ def _wait_for_first_process() -> None:
 
 
 @contextmanager
-def leave_together() -> Iterator[None]:
+def leave_together(*resumed_by: str) -> Iterator[None]:
     """Let each process wait for the others at its end, also after a signal: one of them must close the run's record.
 
     As soon as one process has ended with an error or after a signal, a launcher kills the others after 30 seconds.
+
+    Args:
+        resumed_by: Option and value with which the same command goes on with the run.
     """
+    go_on = remedy(*resumed_by)
     try:
         with hangs_named():
             yield
-    except TerminatedError as error:
-        if error.code == EXIT_CODE:  # all processes stop at the same step; another code may be of this one alone
+    except (TerminatedError, KeyboardInterrupt) as error:
+        # With this code, all processes stop at the same step. Another code may be of this one alone.
+        if isinstance(error, TerminatedError) and error.code == EXIT_CODE:
             wait_to_end()
             PartialState().destroy_process_group()
+        elif is_first_process():
+            sys.stderr.write(f"Stopped by a signal before the end, without a new checkpoint.{go_on}\n")
         raise
     else:
         wait_to_end()

@@ -3,9 +3,9 @@
     rlhf launch --config_file accelerate_configs/multi_gpu.yaml recipes/ppo.py --config my_ppo.yaml
 
 It takes the arguments of `accelerate launch`. That command does not pass a signal on to a single process, kills
-several processes 30 seconds after it, and always fails with 1. Here SIGTERM, SIGUSR1 and SIGHUP reach the processes of
-the recipe. They have as much time as a checkpoint needs, and their exit code is the launcher's. 75: the run stopped at
-a signal and can be resumed.
+several processes 30 seconds after it, and always fails with 1. Here SIGTERM, SIGUSR1, SIGHUP and Ctrl-C reach the
+processes of the recipe. They have as much time as a checkpoint needs, and their exit code is the launcher's. 75: the
+run stopped at a signal and can be resumed.
 """
 
 import os
@@ -20,7 +20,7 @@ from threading import Thread
 
 import psutil
 
-from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, leave_closed_terminal
+from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, STOPS, leave_closed_terminal
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
 
     asked = launch_command_parser().parse_args(arguments)
     # With `quiet`, accelerate hides the exit code. torchrun's handler of these kills a process after 30 seconds.
-    needed = {"quiet": False, "signals_to_handle": "SIGINT,SIGQUIT"}
+    needed = {"quiet": False, "signals_to_handle": "SIGQUIT"}
     try:
         launch_command(Namespace(**vars(asked) | needed))
     except CalledProcessError as error:  # of one process
@@ -56,7 +56,7 @@ def listen() -> None:
     """Pass signals on in a thread: while the main thread waits for another node, it runs no handlers of Python."""
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    for number in SIGNALS:
+    for number in STOPS:
         signal.signal(number, lambda number, frame: leave_closed_terminal(number))
     signal.set_wakeup_fd(sender.detach())
     Thread(target=_pass_on, args=(receiver,), daemon=True).start()
@@ -65,11 +65,11 @@ def listen() -> None:
 def _pass_on(receiver: socket.socket) -> None:
     while True:
         number = receiver.recv(1)[0]
-        if number not in SIGNALS:
+        if number not in STOPS:
             continue
         processes = psutil.Process().children()
         if not processes:
-            os._exit(EXIT_CODE)  # nothing has started
+            os._exit(exit_code([-number]))  # nothing has started
         for process in processes:
             with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
                 process.send_signal(number)
@@ -83,7 +83,8 @@ def exit_code(codes: Iterable[int]) -> int:
 
     Returns:
         75 if any process stopped for a resume, or if one of `SIGNALS` ended the first one before it listened to
-        signals or after it had saved. Else the code of the first; 128 + n after another signal n, as in a shell.
+        signals or after it had saved. Else the code of the first; 128 + n after another signal n, as in a shell. So
+        130 after Ctrl-C without a checkpoint: no scheduler should start that run again.
     """
     shown = [code if code >= 0 else 128 - code for code in codes]
     asked = [128 + number for number in SIGNALS]

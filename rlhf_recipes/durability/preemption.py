@@ -1,13 +1,15 @@
-"""Preemption: on SIGTERM, SIGUSR1 or SIGHUP a run writes a checkpoint and ends. The same command resumes it.
+"""Preemption: on SIGTERM, SIGUSR1, SIGHUP or Ctrl-C a run writes a checkpoint and ends. The same command resumes it.
 
 Slurm sends the signal of its option `--signal` before it requeues a job. Kubernetes sends SIGTERM before it removes a
-pod. The system sends SIGHUP when a terminal is closed.
+pod. The system sends SIGHUP when a terminal is closed, and SIGINT for Ctrl-C.
 """
 
 import logging
+import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -16,9 +18,20 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes.algorithm.distributed import global_max
-from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, TerminatedError, leave_closed_terminal, terminate
+from rlhf_recipes.durability.going_on import remedy
+from rlhf_recipes.durability.termination import (
+    ECHO_SECONDS,
+    EXIT_CODE,
+    STOPS,
+    TerminatedError,
+    is_first_process,
+    leave_closed_terminal,
+    terminate,
+)
 
-ECHO_SECONDS = 2.0  # a scheduler signals all processes, and then the launcher passes its own signal on to them
+INTERRUPTED = (
+    b"\nStopping after this step, with a checkpoint. Ctrl-C again after two seconds ends at once, without one.\n"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -40,6 +53,7 @@ class PreemptionCallback(TrainerCallback, ExportableState):
         self.agreed: int | None = None
         self._received: tuple[int, float] | None = None  # which signal, and when
         self._handlers: dict[int, Any] = {}
+        self._remedy = ""
 
     @property
     def received(self) -> int:
@@ -63,8 +77,9 @@ class PreemptionCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen to signals."""
+        self._remedy = remedy("--resume_from_checkpoint", "true")
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other thread
-            self._handlers = {number: self._listen(number) for number in SIGNALS}
+            self._handlers = {number: self._listen(number) for number in STOPS}
         self.evaluation_due = False  # of the run before: the trainer does it next
 
     def _listen(self, number: int) -> Any:
@@ -81,6 +96,9 @@ class PreemptionCallback(TrainerCallback, ExportableState):
         leave_closed_terminal(number)
         if self._received is None:
             self._received = number, time.monotonic()
+            if number == signal.SIGINT and is_first_process():
+                with suppress(OSError):  # not `sys.stderr`, which this signal may have interrupted
+                    os.write(2, INTERRUPTED)
         elif time.monotonic() - self._received[1] > ECHO_SECONDS:
             terminate(number, frame)
 
@@ -110,10 +128,8 @@ class PreemptionCallback(TrainerCallback, ExportableState):
         if not self.preempted:
             return
         if state.is_world_process_zero:
-            logger.warning(
-                f"Stopped by a signal at step {state.global_step}, with a checkpoint in {args.output_dir}. The same "
-                "command with `--resume_from_checkpoint true` resumes from there."
-            )
+            stopped = f"Stopped by a signal at step {state.global_step}, with a checkpoint in {args.output_dir}."
+            logger.warning(f"{stopped}{self._remedy}")
         raise TerminatedError(EXIT_CODE)
 
 

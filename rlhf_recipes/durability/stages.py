@@ -1,11 +1,21 @@
 """Stages that follow each other, each in a process of its own."""
 
 import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+
+from rlhf_recipes.durability.checkpoints import checkpoints_by_age
+from rlhf_recipes.durability.going_on import remedy
+from rlhf_recipes.durability.launch import exit_code
+from rlhf_recipes.durability.termination import COMMAND, EXIT_CODE, STOPS, TerminatedError, leave_closed_terminal
 
 
 def start_method() -> str:
@@ -16,8 +26,8 @@ def start_method() -> str:
     return "spawn" if torch.cuda.is_available() else "fork"
 
 
-def run_stages(stages: Iterable[str], run: Callable[..., None], *arguments: Any) -> None:
-    """Run stages one after the other, each in one thread, and exit after the first that fails.
+def run_stages(stages: Sequence[str], run: Callable[..., None], *arguments: Any) -> None:
+    """Run stages one after the other, each in one thread, and exit after the first that fails or that a signal stops.
 
     Args:
         stages: Names.
@@ -25,18 +35,57 @@ def run_stages(stages: Iterable[str], run: Callable[..., None], *arguments: Any)
         arguments: Passed on, as pickles if a process is spawned.
     """
     context: Any = multiprocessing.get_context(start_method())
-    for stage in stages:
+    for stage, following in zip(stages, [*stages[1:], None], strict=True):
         process = context.Process(target=_run_in_one_thread, args=(run, stage, *arguments))
         process.start()
         try:
-            process.join()
+            with _signals_passed_on(process.pid) as received:
+                process.join()
         finally:
             process.terminate()
+        left = stage if process.exitcode else following  # a signal may come too late for a stage
+        if received and left:
+            sys.stderr.write(f"Stopped by a signal in stage `{stage}`.{remedy('--start', left)}\n")
+            raise TerminatedError(exit_code([process.exitcode]) or EXIT_CODE)
         if process.exitcode:
             sys.exit(f"The stage `{stage}` failed; its message is above.")
+
+
+def continued(folder: Path, start: str) -> list[str]:
+    """Return the options with which a training goes on that a signal has stopped, if it is the first stage of now.
+
+    Args:
+        folder: Output directory of the training, with the name of its stage.
+        start: Name of the first stage.
+    """
+    is_stopped = bool(checkpoints_by_age(folder)) and not (folder / "model.safetensors").exists()
+    return ["--resume_from_checkpoint", "true"] if folder.name == start and is_stopped else []
+
+
+@contextmanager
+def _signals_passed_on(pid: int) -> Iterator[list[int]]:
+    """Pass signals on to a process inside, and collect them: it has as much time as a checkpoint needs."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        leave_closed_terminal(number)
+        received.append(number)
+        with suppress(ProcessLookupError):  # it has ended in the meantime
+            os.kill(pid, number)
+
+    before: dict[int, Any] = {number: signal.signal(number, pass_on) for number in STOPS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run_in_one_thread(run: Callable[..., None], *arguments: Any) -> None:
     # With more, products of small matrices wait for each other. On a busy machine they take several times as long.
     torch.set_num_threads(1)
-    run(*arguments)
+    os.environ[COMMAND] = ""  # the first process tells how to go on
+    try:
+        run(*arguments)
+    except KeyboardInterrupt:  # multiprocessing would print its traceback
+        sys.exit(128 + signal.SIGINT)

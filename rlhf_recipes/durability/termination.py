@@ -15,12 +15,24 @@ from typing import Any
 # `nohup` starts a process that ignores SIGHUP, the signal of a closed terminal. It must go on ignoring it.
 _HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, *_HANGUP)
+# A shell does the same with SIGINT, the signal of Ctrl-C, for a command in the background.
+_INTERRUPT = () if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else (signal.SIGINT,)
+STOPS = (*SIGNALS, *_INTERRUPT)  # the signals after which a training writes a checkpoint and ends
+# A scheduler signals all processes, and then the launcher passes its own signal on to them. Ctrl-C does the same.
+ECHO_SECONDS = 2.0
+# Environment variable with the command that the user has typed, if that is `rlhf`. Empty if another process tells it.
+COMMAND = "RLHF_COMMAND"
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 answered = threading.Event()  # Python has run one of our handlers
 
 
 class TerminatedError(SystemExit):
     """A signal that ends the process, as an exception: the run can close its records on the way out."""
+
+
+def is_first_process() -> bool:
+    """Return whether this is the process of a run that speaks for all. It asks no library, so it never waits."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def terminate(number: int, frame: FrameType | None) -> None:

@@ -28,7 +28,7 @@ from rlhf_recipes.durability.finite import FiniteTrainer
 from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.pickles import refuse_code
 from rlhf_recipes.durability.preemption import PreemptionCallback, evaluation_is_due
-from rlhf_recipes.durability.termination import SIGNALS
+from rlhf_recipes.durability.termination import STOPS
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.secrets import without_secrets
 
@@ -303,7 +303,7 @@ class DurableTrainer(FiniteTrainer):
 
 
 def _ignore_signals(initialize: Any, worker: int) -> None:
-    for number in SIGNALS:
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     if initialize is not None:
         initialize(worker)

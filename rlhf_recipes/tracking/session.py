@@ -144,7 +144,8 @@ def track_run(
         ValueError: If the store cannot be reached or written. It is raised before the training.
     """
     mlflow.set_tracking_uri(tracking_uri(tracking))  # every process looks for `models:/..`
-    with leave_together():
+    is_training = any(hasattr(config, "resume_from_checkpoint") for config in configs)
+    with leave_together(*(("--resume_from_checkpoint", "true") if is_training else ())):
         if not is_recorded(tracking) or not PartialState().is_main_process:
             yield []
             return

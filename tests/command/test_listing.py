@@ -53,6 +53,8 @@ def test_a_search_looks_at_names_and_meanings(capsys):
     found = _names(capsys.readouterr().out)
     assert {"kl_coef", "target_kl", "max_kl", "max_update_kl"} <= set(found)
     assert "learning_rate" not in found
+    main(["ppo", "--search", "price of one nat"])
+    assert _names(capsys.readouterr().out) == ["kl_coef"]
     with pytest.raises(UsageError, match=r"No option has 'kl_coeff' in it. Did you mean `kl_coef`\?"):
         main(["ppo", "--search", "kl_coeff"])
 

@@ -88,4 +88,4 @@ def test_a_stage_has_the_options_of_its_recipe(name):
 @pytest.mark.parametrize("name", [name for name, stage in STAGES.items() if stage.kinds])
 def test_the_options_named_in_the_help_exist(name):
     fields = {field for kind in STAGES[name].options() for field in kind.__dataclass_fields__}
-    assert set(STAGES[name].used) <= fields
+    assert set(STAGES[name].used.split()) <= fields

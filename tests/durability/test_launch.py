@@ -21,6 +21,9 @@ from rlhf_recipes.durability.launch import exit_code
         ([128 + signal.SIGUSR1], 75),
         ([1, -signal.SIGTERM], 1),
         ([-signal.SIGSEGV], 139),
+        ([-signal.SIGINT], 130),
+        ([130], 130),
+        ([130, 75], 75),
     ],
 )
 def test_one_exit_code_for_all_processes(codes, expected):

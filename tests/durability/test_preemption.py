@@ -7,8 +7,8 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from rlhf_recipes.durability import preemption
-from rlhf_recipes.durability.preemption import ECHO_SECONDS, PreemptionCallback
-from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, TerminatedError
+from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.durability.termination import ECHO_SECONDS, EXIT_CODE, STOPS, TerminatedError
 
 ARGS = SimpleNamespace(device="cpu", output_dir="out")
 
@@ -35,16 +35,26 @@ def test_the_echo_of_a_launcher_is_no_second_signal(clock, later, ends):
     assert error.value.code == 128 + signal.SIGTERM
 
 
+def test_ctrl_c_is_answered_at_once_by_the_first_process(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    PreemptionCallback()._note(signal.SIGINT, None)
+    monkeypatch.setenv("RANK", "0")
+    PreemptionCallback()._note(signal.SIGTERM, None)
+    assert capfd.readouterr().err == ""
+    PreemptionCallback()._note(signal.SIGINT, None)
+    assert capfd.readouterr().err == preemption.INTERRUPTED.decode()
+
+
 @pytest.fixture
 def handlers():
     """Keep the signal handlers of pytest, and restore them."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOPS}
     yield list(before.values())
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOPS)
 def test_a_process_that_has_given_way_is_not_cut_short_by_the_next_signal(handlers, number):
     callback, control, state = PreemptionCallback(), TrainerControl(), TrainerState(is_world_process_zero=True)
     callback.on_train_begin(ARGS, state, control)
@@ -53,23 +63,23 @@ def test_a_process_that_has_given_way_is_not_cut_short_by_the_next_signal(handle
     with pytest.raises(TerminatedError) as error:
         callback.on_train_end(ARGS, state, control)
     assert error.value.code == EXIT_CODE
-    assert [signal.getsignal(n) for n in SIGNALS] == [signal.SIG_IGN] * len(SIGNALS)
+    assert [signal.getsignal(n) for n in STOPS] == [signal.SIG_IGN] * len(STOPS)
 
 
 def test_a_run_without_a_signal_ends_like_any_other(handlers):
     callback, control, state = PreemptionCallback(), TrainerControl(should_evaluate=True), TrainerState()
     callback.on_train_begin(ARGS, state, control)
     callback.on_step_end(ARGS, state, control)
-    assert [signal.getsignal(n) for n in SIGNALS] == [callback._note] * len(SIGNALS)
+    assert [signal.getsignal(n) for n in STOPS] == [callback._note] * len(STOPS)
     callback.on_train_end(ARGS, state, control)
-    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+    assert [signal.getsignal(n) for n in STOPS] == handlers
     assert not control.should_save
     assert not control.should_training_stop
     assert control.should_evaluate
 
 
 @pytest.mark.parametrize("is_same", [False, True], ids=["another instance", "the same instance"])
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOPS)
 def test_a_training_that_goes_back_keeps_the_signal_and_puts_back_the_first_handlers(handlers, number, is_same):
     """A rollback leaves a training without its end. A signal may come in the step that failed, or later."""
     failed, state = PreemptionCallback(), TrainerState()
@@ -77,7 +87,7 @@ def test_a_training_that_goes_back_keeps_the_signal_and_puts_back_the_first_hand
     callback = failed if is_same else PreemptionCallback()
     callback.on_train_begin(ARGS, state, TrainerControl())
     callback.on_train_end(ARGS, state, TrainerControl())
-    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+    assert [signal.getsignal(n) for n in STOPS] == handlers
 
     failed = PreemptionCallback()
     failed.on_train_begin(ARGS, state, TrainerControl())

@@ -1,5 +1,9 @@
 """Stages in processes of their own: how they are started, and what a user sees of one that fails."""
 
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +11,8 @@ import torch
 from processes import run_command
 
 from rlhf_recipes.durability import stages
-from rlhf_recipes.durability.stages import run_stages, start_method
+from rlhf_recipes.durability.stages import continued, run_stages, start_method
+from rlhf_recipes.durability.termination import COMMAND, TerminatedError
 
 ROOT = Path(__file__).parents[2]
 SPAWNED = """
@@ -40,6 +45,51 @@ def test_a_stage_has_one_thread_whatever_its_parent_has(tmp_path, monkeypatch):
     assert (tmp_path / "threads").read_text() == "1"
 
 
+def _signal_first(stage, ends):
+    """Signal the parent, as Ctrl-C does, and end as told; a stage without a word ends by the signal alone."""
+    time.sleep(0.3)  # until the parent listens
+    if stage in ends:
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(ends[stage]))
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(20)
+
+
+@pytest.mark.parametrize(
+    ("names", "ends", "code", "start"),
+    [
+        (["one", "two"], {"one": 75}, 75, "one"),
+        (["one", "two"], {"one": 0}, 75, "two"),
+        (["one"], {"one": 0}, None, None),
+        (["one", "two"], {}, 130, "one"),
+        (["one"], {"one": 1}, 1, "one"),
+    ],
+    ids=["with a checkpoint", "too late for the stage", "too late", "without a word", "with an error"],
+)
+def test_a_signal_reaches_the_stage_and_the_command_that_goes_on_is_told(monkeypatch, capfd, names, ends, code, start):
+    monkeypatch.setattr(stages, "start_method", lambda: "fork")
+    monkeypatch.setenv(COMMAND, "rlhf quickstart --seed 1")
+    before = signal.getsignal(signal.SIGINT)
+    if code is None:
+        run_stages(names, _signal_first, ends)
+    else:
+        with pytest.raises(TerminatedError) as end:
+            run_stages(names, _signal_first, ends)
+        assert end.value.code == code
+    told = f"Stopped by a signal in stage `one`. To go on: rlhf quickstart --seed 1 --start {start}\n"
+    assert capfd.readouterr().err == (told if start else "")
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_only_the_first_stage_goes_on_and_only_if_it_was_stopped(tmp_path):
+    resume = ["--resume_from_checkpoint", "true"]
+    assert continued(tmp_path / "ppo", "ppo") == []
+    (tmp_path / "ppo" / "checkpoint-4").mkdir(parents=True)
+    assert continued(tmp_path / "ppo", "ppo") == resume
+    assert continued(tmp_path / "ppo", "sft") == []
+    (tmp_path / "ppo" / "model.safetensors").touch()
+    assert continued(tmp_path / "ppo", "ppo") == []
+
+
 @pytest.mark.recipe
 def test_a_spawned_stage_runs_and_fails_as_a_forked_one(tmp_path):
     """This stage needs the output of an earlier one, which is missing."""
@@ -48,7 +98,7 @@ def test_a_spawned_stage_runs_and_fails_as_a_forked_one(tmp_path):
     options = ("--start", "preferences", "--until", "preferences", "--directory", "here")
     result = run_command(script, ROOT / "recipes" / "quickstart.py", *options, directory=tmp_path)
     assert result.returncode == 1
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
     assert result.stderr.splitlines()[-2:] == [
         "Error: `model` is runs/quickstart/sft, which does not exist. Run `rlhf quickstart --until sft` first.",
         "The stage `preferences` failed; its message is above.",
