@@ -30,6 +30,7 @@ CLASSES = {
         *("accelerator_config", "dataloader_*", "ddp_*", "deepspeed", "ds3_*", "fsdp*", "local_rank"),
         *("activation_checkpointing*", "gradient_checkpointing*", "torch_empty_cache_steps", "trust_remote_code"),
         *("vllm_server_*", "vllm_group_port", "vllm_gpu_*", "vllm_enable_*", "vllm_tensor_*", "remove_unused_columns"),
+        "dataset_num_proc",
         *("reward_timeout", "reward_retries", "failed_rewards", "reward_overflow", "check_numerics"),
         "generation_batch_rows",
     ),
