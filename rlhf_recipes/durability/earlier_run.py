@@ -21,30 +21,30 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def own_directory(args: Any, start: PreflightArguments) -> Iterator[None]:
+def own_directory(args: Any, preflight_args: PreflightArguments) -> Iterator[None]:
     """Hold the output directory of a training, as `occupied` does, without an earlier run in it. Every rank must call.
 
     A run that resumes finds its own files. `overwrite` moves those of an earlier run beside the directory.
 
     Args:
         args: Options of the trainer.
-        start: Options of the start.
+        preflight_args: Options of the start.
 
     Raises:
         ValueError: If a new run would mix with an earlier one, and see `occupied`.
     """
     with occupied(args.output_dir):
         if is_new_run(args.resume_from_checkpoint):
-            _make_room(Path(args.output_dir).resolve(), start)
+            _make_room(Path(args.output_dir).resolve(), preflight_args)
         yield
 
 
-def _make_room(folder: Path, start: PreflightArguments) -> None:
+def _make_room(folder: Path, preflight_args: PreflightArguments) -> None:
     state, refusal = PartialState(), [""]
     if state.is_main_process and (found := _found(folder)):
-        if not start.overwrite:
+        if not preflight_args.overwrite:
             refusal = [_refusal(folder, found)]
-        elif not start.preflight_only:
+        elif not preflight_args.preflight_only:
             refusal = [_move(folder)]
     if state.num_processes > 1:
         broadcast_object_list(refusal)

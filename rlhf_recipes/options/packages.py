@@ -23,7 +23,7 @@ def check_packages(options: Mapping[str, Any]) -> None:
     """Check that the packages which these options need are installed.
 
     Args:
-        options: Options by name, as a user wrote them.
+        options: Options by name.
 
     Raises:
         ValueError: If one is missing. The message says how to install it.

@@ -14,7 +14,6 @@ from trl import TrlParser
 
 from rlhf_recipes.options.checks import check_new
 from rlhf_recipes.options.machine import fit_to_machine, said
-from rlhf_recipes.options.packages import check_packages
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.options.training import check_training
@@ -25,9 +24,7 @@ class RecipeParser(TrlParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for action in self._actions:
-            if action.dest == "use_cpu":
-                action.default = None  # tells a user's `false` from an option that is not set
+        self.set_defaults_with_config(use_cpu=None)  # tells a user's `false` from an option that is not set
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> Any:
         """Return the options: of the command line, else of the YAML file of `--config`, else the defaults.
@@ -78,7 +75,6 @@ class RecipeParser(TrlParser):
             _fit(options)
         for kind in self.dataclass_types:
             check_new(kind, options)
-        check_packages(options)
         return namespace, remaining
 
     def _names(self) -> set[str]:

@@ -75,7 +75,7 @@ class IdentifiedTrainer(SavingTrainer):
     _identity: RunIdentity
 
     def identify(self, args: Any, *, model: Any, network: Any, peft_config: Any, **data: Any) -> None:
-        """Note the facts that must be the same when the run is resumed.
+        """Note the facts that must be the same when the run is resumed. The length may change.
 
         Args:
             args: Options, as the user wrote them. TRL's own have no `allow_changes_on_resume`.
@@ -84,9 +84,9 @@ class IdentifiedTrainer(SavingTrainer):
             peft_config: Adapter that will be added to it.
             data: `train_dataset`, and `rewards` if there are any.
         """
-        facts = facts_of_training(args, **data) | {"the model to start from": _start(model)}
-        allow_changes = getattr(args, "allow_changes_on_resume", False)
-        self._identity = RunIdentity(facts | facts_of_network(network, peft_config), allow_changes=allow_changes)
+        facts = facts_of_training(args, **data) | options_that_count(args, length_is_free=True)
+        facts |= {"the model to start from": _start(model)} | facts_of_network(network, peft_config)
+        self._identity = RunIdentity(facts, allow_changes=getattr(args, "allow_changes_on_resume", False))
 
     def _save_progress(self, folder: Path) -> None:
         super()._save_progress(folder)
@@ -113,7 +113,7 @@ def _start(model: Any) -> str:
 
 
 def facts_of_training(args: Any, *, train_dataset: Any, rewards: list[Any] | None = None) -> dict[str, Any]:
-    """Return the facts of data, rewards, processes and options that must be the same when a run is resumed, by name.
+    """Return the facts of data, rewards and processes that must be the same when a run is resumed, by name.
 
     Args:
         args: Options of the run.
@@ -127,7 +127,7 @@ def facts_of_training(args: Any, *, train_dataset: Any, rewards: list[Any] | Non
     }
     if rewards is not None:
         facts["the rewards"] = [scorer_of(reward).identity() for reward in rewards]
-    return facts | options_that_count(args)
+    return facts
 
 
 def facts_of_run(args: Any, *, policy: Any, rewards: list[Any], train_dataset: Any) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def facts_of_run(args: Any, *, policy: Any, rewards: list[Any], train_dataset: A
     facts["the policy to start from"] = fingerprint(policy)
     if args.reward_adapter is not None:
         facts["the reward adapter"] = fingerprint(args.reward_adapter)
-    return facts
+    return facts | options_that_count(args)
 
 
 def facts_of_network(policy: Any, peft_config: PeftConfig | None) -> dict[str, Any]:

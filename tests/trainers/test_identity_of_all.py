@@ -52,7 +52,7 @@ def trained(request, tmp_path_factory):
         ({"learning_rate": 0.5}, "`learning_rate` was .*, is 0.5"),
         ({"count": 7}, "the training data was .*, is "),
         ({"seed": 1}, "the model to start from was .*, is "),
-        ({"max_steps": 3}, "`max_steps` was 2, is 3"),
+        ({"lr_scheduler_type": "cosine"}, "`lr_scheduler_type` was linear, is cosine"),
     ],
 )
 def test_another_run_is_refused(trained, tmp_path, change, name):
