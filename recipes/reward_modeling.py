@@ -12,7 +12,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config
 from rlhf_recipes import RewardModelConfig, RewardModelTrainer
 from rlhf_recipes.console import print_table, quiet_start
 from rlhf_recipes.data.loading import load_split
-from rlhf_recipes.durability.occupied import occupied
+from rlhf_recipes.durability.earlier_run import own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer
@@ -39,7 +39,7 @@ def main(
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
     with (
-        occupied(training_args.output_dir),
+        own_directory(training_args, preflight_args),
         track_run(recorded, run_name, "reward_modeling", script_args, training_args, model_args) as callbacks,
     ):
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)

@@ -22,12 +22,13 @@ from rlhf_recipes.options.recipes import ServeArguments
 from rlhf_recipes.rewards.client import TOKEN_VARIABLE
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 from rlhf_recipes.rewards.server import reward_app
-from rlhf_recipes.rewards.serving import serve
+from rlhf_recipes.rewards.serving import check_address, serve
 from rlhf_recipes.tracking.registry import require_model
 
 
 def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
     """Load a reward model, and serve it until the process ends."""
+    check_address(script_args.host, script_args.port)
     path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
 
     init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}

@@ -5,17 +5,18 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/sft.py
 """
 
 from transformers import set_seed
-from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config
+from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_demonstrations
-from rlhf_recipes.durability.occupied import occupied
+from rlhf_recipes.durability.earlier_run import own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.models.loading import check_output_dir, load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import BoundaryArguments, PreflightArguments, TrackingArguments
 from rlhf_recipes.options.secrets import use_hub_token
+from rlhf_recipes.options.sft import SFTConfig
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.tracking.registry import require_model
 from rlhf_recipes.tracking.session import log_datasets, log_model, log_results, track_run
@@ -37,7 +38,7 @@ def main(
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
     with (
-        occupied(training_args.output_dir),
+        own_directory(training_args, preflight_args),
         track_run(recorded, run_name, "sft", script_args, training_args, model_args, boundary_args) as callbacks,
     ):
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)

@@ -104,14 +104,14 @@ def _devices() -> Iterator[Finding]:
     for gpu in gpus:
         yield Finding("ok", "GPU", gpu)
     if not gpus and not any(map(os.path.exists, GPU_FILES)):
-        yield Finding("note", "GPU", "none: small models train on the CPU with `use_cpu: true` and `bf16: false`")
+        yield Finding("note", "GPU", "none: trainings use the CPU, which is enough for small models")
         return
     torch = import_module("torch")
     if not torch.cuda.is_available():
         text = f"torch {torch.__version__} sees no GPU, so training would use the CPU: install a build for this driver"
         yield Finding("note", "CUDA", f"{text}, or look at CUDA_VISIBLE_DEVICES")
     else:
-        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: set `bf16: false`"
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: trainings use float32"
         yield Finding("ok", "CUDA", f"{torch.version.cuda} in torch, {torch.cuda.device_count()} GPUs visible, {bf16}")
 
 

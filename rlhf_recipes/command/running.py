@@ -35,6 +35,7 @@ def run_recipe(stage: Stage, arguments: Sequence[str]) -> NoReturn:
     script = shipped("recipes") / f"{stage.script}.py"
     if stage.launched:
         launcher, options = split_launcher(arguments)
+        check_processes(launcher)
         launch.main([*launcher, str(script), *with_configuration(stage, options)])
         sys.exit()
     options = with_configuration(stage, arguments)
@@ -90,6 +91,31 @@ def split_launcher(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         asked = _one_process(asked) | asked
     pairs = [[f"--{name}"] if value is True else [f"--{name}", value] for name, value in asked.items()]
     return [part for pair in pairs for part in pair], options
+
+
+def check_processes(launcher: Sequence[str]) -> None:
+    """Refuse more processes than GPUs where accelerate would start a single one without a word.
+
+    Args:
+        launcher: Arguments of accelerate, as `split_launcher` returns them. A file of accelerate counts instead.
+
+    Raises:
+        UsageError: If there are more.
+    """
+    if "--num_processes" not in launcher or "--config_file" in launcher or _has_own_file():
+        return
+    asked = launcher[launcher.index("--num_processes") + 1]
+    machines = launcher[launcher.index("--num_machines") + 1] if "--num_machines" in launcher else "1"
+    if asked == "1" or not (asked.isdecimal() and machines.isdecimal()):
+        return
+    from torch import accelerator  # takes seconds
+
+    gpus = 0 if "--cpu" in launcher else accelerator.device_count()
+    if int(asked) > gpus * int(machines):
+        raise UsageError(
+            f"`--num_processes` {asked} needs as many GPUs, and this training has {gpus}. Leave it out to train in "
+            "one process, or start each machine with `--num_machines`."
+        )
 
 
 class _LauncherParser(argparse.ArgumentParser):

@@ -46,8 +46,8 @@ TOPICS = {
         early_stopping_patience stop_on_decline prediction_loss_only batch_eval_metrics
         """,
     "Output, checkpoints and resume": """
-        output_dir run_name save_* resume_* restore_* allow_changes_* preflight_only ignore_data_skip
-        enable_jit_checkpoint num_shown
+        output_dir run_name save_* resume_* restore_* allow_changes_* preflight_only overwrite
+        ignore_data_skip enable_jit_checkpoint num_shown
         """,
     "MLflow": "tracking* experiment* parent_run_id log_model registered_* runs logged_samples",
     "Logs and other trackers": "log_* logging_* report_to project trackio_* disable_tqdm num_comp*",

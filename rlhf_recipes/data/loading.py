@@ -5,15 +5,17 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetBuilder, DatasetDict, load_dataset, load_dataset_builder
+from datasets.data_files import EmptyDatasetError
 from trl import ScriptArguments
 
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.data.files import find_defect, is_beside_data
 from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.data.rows import mend_transcripts, readable_rows
-from rlhf_recipes.options.paths import require_path
+from rlhf_recipes.options.paths import did_you_mean, require_path
 from rlhf_recipes.options.recipes import PPOArguments
 
+NO_DATA = "It holds no file with JSON lines, CSV or Parquet. Write `train.jsonl` there, with one JSON object a line."
 BESIDE = ""  # key of the files that are left out
 
 
@@ -43,9 +45,10 @@ def load_split(script_args: ScriptArguments, split: str, *, option: str = "datas
         dataset, files = _load_from_hub(name, config, option), None
     if split not in dataset:
         splits = ", ".join(map(repr, dataset))
+        file = "" if files is None else f", or write `{split}.jsonl` there"
         raise ValueError(
             f"`{option}` {name} has no split {split!r}, only {splits}: set `dataset_train_split` or "
-            "`dataset_test_split`."
+            f"`dataset_test_split`{file}."
         )
     if len(dataset[split]) == 0:
         raise ValueError(f"The split {split!r} of {name} is empty.")
@@ -71,7 +74,8 @@ def _load_from_hub(name: str, config: str | None, option: str) -> DatasetDict:
         dataset = load_dataset(name, config)
     except (OSError, ValueError) as error:
         where = f"{_with_config(config)} (not a directory here, so it was looked for on the Hub)"
-        raise ValueError(f"`{option}` {name!r} cannot be loaded{where}: {error}") from error
+        reason = f"{' '.join(str(error).split())}.{did_you_mean(name)}"
+        raise ValueError(f"`{option}` {name!r} cannot be loaded{where}: {reason}") from error
     assert isinstance(dataset, DatasetDict)
     return dataset
 
@@ -89,7 +93,7 @@ def _load_directory(
             kept = ((split, [file for file in found if not is_beside_data(file)]) for split, found in files.items())
             files = {split: found for split, found in kept if found}
             if not files:
-                raise ValueError("It holds no file with JSON lines, CSV or Parquet.")
+                raise ValueError(NO_DATA)
         # pandas takes the answers "None", "NA" and "null" of a CSV file for missing ones.
         words = {"keep_default_na": False, "na_values": [""]} if hasattr(builder.config, "keep_default_na") else {}
         if beside or words:
@@ -98,6 +102,8 @@ def _load_directory(
         dataset = builder.as_dataset()
         if split in dataset:  # `datasets` reads lines that are not in UTF-8, but not their rows
             dataset[split].data.table.validate(full=True)
+    except EmptyDatasetError as error:
+        raise ValueError(f"`{option}` {name!r} cannot be loaded: {NO_DATA}") from error
     except Exception as error:  # pyarrow, pandas and `datasets` have errors of their own
         reason = find_defect(chain(*files.values())) or " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"`{option}` {name!r} cannot be loaded{_with_config(config)}: {reason}") from error

@@ -248,7 +248,7 @@ def _check_chat(values: tuple[Any, ...], where: str, tokenizer: PreTrainedTokeni
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{where} holds messages, but the tokenizer has no chat template. Set `tokenizer.chat_template` and save "
-            "it beside the model, or write prompts and answers as text."
+            "it beside the model (in SFT, `chat_template_path` does it), or write prompts and answers as text."
         )
     prompt, *answers = values
     chats = [conversation(prompt, answer) for answer in answers] if has_prompt and answers else [*values]

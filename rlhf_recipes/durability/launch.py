@@ -46,8 +46,13 @@ def main(arguments: Sequence[str]) -> None:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
         code = exit_code(failure.exitcode for failure in failures)
         if code != EXIT_CODE:
-            sys.stderr.write(f"{error}\n")
+            first = failures[0]
+            sys.stderr.write(
+                f"Process {first.global_rank} ended first, with {first.exitcode}. Its message is above.\n"
+            )
         sys.exit(code)
+    except (ConnectionError, ValueError) as error:  # a port that is taken, or options that contradict each other
+        sys.exit(f"Error: {' '.join(str(error).split())}")
     except SignalException as error:
         sys.exit(128 + error.sigval)
 

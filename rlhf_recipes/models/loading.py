@@ -31,6 +31,7 @@ from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.models.vocabulary import fit_to_adapter
+from rlhf_recipes.options.packages import check_packages
 
 # Tables of positions in transformers' models. They are layers, or buffers in GPT-J's attention.
 POSITION_TABLES = re.compile(r"\b(wpe|embed_positions|positions_embed|position_embeddings?)$")
@@ -53,7 +54,12 @@ def load_tokenizer(path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
-    """Return the `from_pretrained` options for TRL's `ModelConfig`."""
+    """Return the `from_pretrained` options for TRL's `ModelConfig`.
+
+    Raises:
+        ValueError: If a package that they need is missing.
+    """
+    check_packages(vars(model_args))
     kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -3,7 +3,7 @@
 import os
 
 from rlhf_recipes.models.fingerprint import ADAPTER_CONFIG
-from rlhf_recipes.options.paths import is_address, require_path, why_unread
+from rlhf_recipes.options.paths import did_you_mean, is_address, require_path, why_unread
 
 
 def require_present(option: str, path: str | None, revision: str | None = None) -> str:
@@ -24,5 +24,7 @@ def require_present(option: str, path: str | None, revision: str | None = None) 
     reason = why_unread(path, "config.json", ADAPTER_CONFIG, revision=revision)
     if reason is None:
         return path
-    what = "a directory" if os.path.exists(path) else "no directory here, so it was looked for on the Hub"
-    raise ValueError(f"`{option}` {path!r} cannot be loaded ({what}): {reason}")
+    is_here = os.path.exists(path)
+    what = "a directory" if is_here else "no directory here, so it was looked for on the Hub"
+    hint = "" if is_here else f".{did_you_mean(path)}"
+    raise ValueError(f"`{option}` {path!r} cannot be loaded ({what}): {reason}{hint}")

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from rlhf_recipes.options.refusals import is_refusal
+from rlhf_recipes.options.refusals import is_refusal, with_option
 
 PICKLES = {"pytorch_model*.bin": "model*.safetensors", "adapter_model*.bin": "adapter_model*.safetensors"}
 # Ends of the keys of a configuration that choose a program: `attn_implementation`, `_attn_implementation_internal`.
@@ -55,11 +55,11 @@ def safe_loading(*paths: str) -> Iterator[None]:
             f"{' or '.join(dict.fromkeys(paths))} has a `pad_token_id` in `config.json` that is outside its "
             "vocabulary. Write the id of one of its tokens."
         ) from None
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # transformers has the second one for a package that is missing
         if "trust_remote_code" not in str(error):
             if not is_refusal(error):
                 raise
-            raise ValueError(str(error)) from error
+            raise ValueError(with_option(error)) from error
         raise ValueError(
             f"{' or '.join(dict.fromkeys(paths))} brings Python code of its own, which loading would run. It was not "
             "run. Read the code. If you trust it, set `trust_remote_code: true`. Reward models and judges of a run "

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import trl
 
 from rlhf_recipes.options.recipes import RewardArguments
+from rlhf_recipes.options.resume import ResumeConfig
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 
 
@@ -22,7 +23,17 @@ class BaselineArguments(RewardCallConfig, RewardArguments):
 
 
 @dataclass
-class DPOConfig(trl.DPOConfig):
+class RLOOConfig(ResumeConfig, trl.RLOOConfig):
+    """Options of TRL's RLOO."""
+
+
+@dataclass
+class GRPOConfig(ResumeConfig, trl.GRPOConfig):
+    """Options of TRL's GRPO."""
+
+
+@dataclass
+class DPOConfig(ResumeConfig, trl.DPOConfig):
     """Options of TRL's DPO, and the length of the answers in an evaluation: DPO itself samples nothing."""
 
     max_completion_length: int = field(
@@ -31,7 +42,7 @@ class DPOConfig(trl.DPOConfig):
 
 
 # The class of options of each method.
-CONFIGS = {"rloo": trl.RLOOConfig, "grpo": trl.GRPOConfig, "dpo": DPOConfig}
+CONFIGS = {"rloo": RLOOConfig, "grpo": GRPOConfig, "dpo": DPOConfig}
 
 
 def samples_rollouts(args: Any) -> bool:

@@ -66,6 +66,7 @@ def _check_mapping(name: str, value: Any) -> None:
     if isinstance(value, str) and name in FILES and not value.startswith("{"):
         if not os.path.isfile(value):  # `Path` has an error for a name that is too long
             raise ValueError(f"`{name}` is {value!r}, which is no file. Name a JSON file, or write a mapping.")
+        _check_json(name, value)
         return
     try:
         parsed = json.loads(value) if isinstance(value, str) else value
@@ -73,6 +74,14 @@ def _check_mapping(name: str, value: Any) -> None:
         parsed = value
     if parsed is not None and isinstance(parsed, bool | int | float | str | list):
         raise ValueError(f"`{name}` must be a mapping, got {value!r}: write `{name}: {{key: value}}`.")
+
+
+def _check_json(name: str, file: str) -> None:
+    try:
+        with open(file, encoding="utf-8") as opened:
+            json.load(opened)
+    except ValueError as error:
+        raise ValueError(f"`{name}` is {file!r}, which is no JSON file: {error}.") from error
 
 
 def _check_list(name: str, value: Any, allowed: set[Any]) -> None:

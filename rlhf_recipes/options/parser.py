@@ -1,6 +1,7 @@
 """The command line and the YAML of a recipe, read into checked options."""
 
 import difflib
+import os
 import sys
 from collections.abc import Hashable, Iterable
 from dataclasses import fields
@@ -12,6 +13,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from rlhf_recipes.options.checks import check_new
+from rlhf_recipes.options.machine import fit_to_machine, said
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.options.training import check_training
@@ -19,6 +21,10 @@ from rlhf_recipes.options.training import check_training
 
 class RecipeParser(TrlParser):
     """Read options as `trl.TrlParser` does, and refuse each wrong one in one line that names it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_defaults_with_config(use_cpu=None)  # tells a user's `false` from an option that is not set
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> Any:
         """Return the options: of the command line, else of the YAML file of `--config`, else the defaults.
@@ -45,8 +51,11 @@ class RecipeParser(TrlParser):
             raise ValueError("`--config` names no file: write `--config FILE.yaml`.")
         try:
             options = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 (a safe loader)
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"`--config` {path} cannot be read: {error}") from error
+        except OSError as error:
+            place = f"Name a file, from the working directory {os.getcwd()} on."
+            raise ValueError(f"`--config` {path} cannot be read: {error.strerror}. {place}") from error
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"`--config` {path} cannot be read: {_reason(error)}") from error
         if not isinstance(options, dict):
             raise ValueError(f"`--config` {path} must hold options, each as `name: value`.")
         for name in options:
@@ -61,8 +70,11 @@ class RecipeParser(TrlParser):
             before = arguments[: arguments.index(remaining[0])][-1:]
             place = f" (after `{before[0]}`)" if before else ""
             self._refuse_unknown(remaining[0].lstrip("-").partition("=")[0], place)
+        options = vars(namespace)
+        if "use_cpu" in options:
+            _fit(options)
         for kind in self.dataclass_types:
-            check_new(kind, vars(namespace))
+            check_new(kind, options)
         return namespace, remaining
 
     def _names(self) -> set[str]:
@@ -77,6 +89,30 @@ class RecipeParser(TrlParser):
         """End with one line, not with a list of hundreds of options."""
         sys.stderr.write(f"Error: {message}\n")
         sys.exit(2)
+
+
+def _fit(options: dict[str, Any]) -> None:
+    """Set the device and the precision that the user left out, and say it once."""
+    chosen = fit_to_machine(options)
+    line = said(options, chosen)
+    options.update(chosen)
+    if line is not None:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the file of a launcher may ask for another one
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{line}\n")
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason why a file is no YAML, in one line with the line of the file."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    context = "" if error.context is None or error.context_mark is None else _at(error.context, error.context_mark)
+    problem = _at(error.problem or "it is wrong", error.problem_mark)
+    return f"{context}{', ' if context else ''}{problem}. Write each option as `name: value`, and indent by spaces."
+
+
+def _at(text: str, mark: Any) -> str:
+    return f"{text} in line {mark.line + 1}"
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -1,14 +1,33 @@
 """Options that name something elsewhere: the output of an earlier stage, a model on the Hub, a server, a function."""
 
+import difflib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers.utils import cached_file
 
 from rlhf_recipes.options.shipped import shipped_configurations
 
+# Reasons why the Hub gives no file, by the error; the first one that fits counts.
+REASONS = (
+    (GatedRepoError, "the Hub asks you to accept the terms of its owner: do it on its page, and set HF_TOKEN"),
+    (RepositoryNotFoundError, "the Hub has none of this name, or it is private: correct the name, or set HF_TOKEN"),
+    (RevisionNotFoundError, "the Hub has no such revision of it"),
+    (
+        (LocalEntryNotFoundError, OfflineModeIsEnabled),
+        "the Hub does not answer or HF_HUB_OFFLINE is set, and its cache here has none of this name: correct the "
+        "path, or download it before",
+    ),
+)
 # The stage of the quickstart that writes each folder.
 QUICKSTART_STAGES = {
     **dict.fromkeys(("base", "data", "prompts"), "world"),
@@ -36,8 +55,23 @@ def why_unread(path: str, *files: str, revision: str | None = None) -> str | Non
                 return None
             reasons.append(f"it has no `{name}`")
         except (OSError, ValueError) as error:
-            reasons.append(" ".join(str(error).split()))
+            reasons.append(_reason(error))
     return reasons[0]
+
+
+def _reason(error: Exception) -> str:
+    """Return why the Hub gives no file, in words of this library where they are known."""
+    known = (reason for kinds, reason in REASONS if isinstance(error.__cause__, kinds))
+    return next(known, " ".join(str(error).split()))
+
+
+def did_you_mean(path: str) -> str:
+    """Return a hint at the directory whose name is nearest to one that does not exist; "" if none is near."""
+    folder, name = os.path.split(path.rstrip("/"))
+    place = Path(folder or ".")
+    there = [entry.name for entry in place.iterdir() if entry.is_dir()] if place.is_dir() else []
+    near = difflib.get_close_matches(name, there, n=1)
+    return f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
 def require_path(option: str, path: str | None) -> str:
@@ -69,5 +103,5 @@ def require_path(option: str, path: str | None) -> str:
             config = next((c for c in shipped_configurations(name) if c.startswith(f"{model}/")), own)
             command = f"`rlhf {recipe[1].replace('_', '-')} --config {config}`"
         case _:
-            raise FileNotFoundError(f"`{option}` is {path}, which does not exist.")
+            raise FileNotFoundError(f"`{option}` is {path}, which does not exist.{did_you_mean(path)}")
     raise FileNotFoundError(f"`{option}` is {path}, which does not exist. Run {command} first.")

@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from rlhf_recipes.options.checks import check_options
 from rlhf_recipes.options.critic import CriticConfig
 from rlhf_recipes.options.guard import GuardConfig
+from rlhf_recipes.options.resume import ResumeConfig
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.options.secrets import holds_credentials
 from rlhf_recipes.options.training import check_training
@@ -24,7 +25,7 @@ class _SingleGeneration(int):
 
 
 @dataclass
-class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
+class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, ResumeConfig, GRPOConfig):
     """Options of `PPOTrainer`: those of `trl.GRPOConfig`, some with another default, and new ones.
 
     A rollout has `per_device_train_batch_size * processes * steps_per_generation` completions. PPO trains on it for
@@ -150,12 +151,6 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, GRPOConfig):
         metadata={
             "help": "End the training when a held-out judge of single answers falls from its own best gain: when the "
             "intervals of the two evaluations no longer overlap. Without it this is an alarm."
-        },
-    )
-    allow_changes_on_resume: bool = field(
-        default=False,
-        metadata={
-            "help": "Resume although models, data or options differ from the checkpoint's. A warning names them."
         },
     )
     check_numerics: bool = field(

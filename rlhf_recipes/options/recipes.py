@@ -225,8 +225,15 @@ class TrackingArguments:
 
 @dataclass
 class PreflightArguments:
-    """Whether a training recipe ends after its preflight."""
+    """Whether a training recipe may replace an earlier run, and whether it ends after its preflight."""
 
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "Start a new run in an `output_dir` that holds an earlier one, whose files are moved to a "
+            "directory beside it, `NAME.replaced-1`. Without effect on a run that resumes."
+        },
+    )
     preflight_only: bool = field(
         default=False,
         metadata={

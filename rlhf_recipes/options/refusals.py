@@ -8,6 +8,7 @@ LIBRARIES = ("accelerate", "bitsandbytes", "huggingface_hub", "peft", "transform
 OPTION_OF = {
     "arget modules": "lora_target_modules",
     "purely quantized": "load_in_4bit` without `use_peft",
+    "FlashAttention": "attn_implementation`: leave it out, or install the package `flash-attn",
 }
 
 

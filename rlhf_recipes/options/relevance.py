@@ -30,6 +30,7 @@ CLASSES = {
         *("accelerator_config", "dataloader_*", "ddp_*", "deepspeed", "ds3_*", "fsdp*", "local_rank"),
         *("activation_checkpointing*", "gradient_checkpointing*", "torch_empty_cache_steps", "trust_remote_code"),
         *("vllm_server_*", "vllm_group_port", "vllm_gpu_*", "vllm_enable_*", "vllm_tensor_*", "remove_unused_columns"),
+        "dataset_num_proc",
         *("reward_timeout", "reward_retries", "failed_rewards", "reward_overflow", "check_numerics"),
         "generation_batch_rows",
     ),
@@ -93,12 +94,17 @@ def config_group(options: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def options_that_count(args: Any) -> dict[str, Any]:
+def options_that_count(args: Any, *, length_is_free: bool = False) -> dict[str, Any]:
     """Return the options of a trainer that must be equal on a resume.
 
     The length of the run is one of them, because a learning rate that decays depends on it. With a constant learning
     rate, the length is free.
+
+    Args:
+        args: Options.
+        length_is_free: Whether the length is free with every schedule.
     """
     (options,) = public_options((args,)).values()
-    counting = RESUMED - {"length"} if str(options["lr_scheduler_type"]).startswith("constant") else RESUMED
+    is_free = length_is_free or str(options["lr_scheduler_type"]).startswith("constant")
+    counting = RESUMED - {"length"} if is_free else RESUMED
     return {f"`{name}`": value for name, value in options.items() if class_of(name) in counting}

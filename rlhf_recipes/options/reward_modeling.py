@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from trl import RewardConfig
 
 from rlhf_recipes.options.checks import check_options
+from rlhf_recipes.options.resume import ResumeConfig
 from rlhf_recipes.options.training import check_training
 
 
 @dataclass
-class RewardModelConfig(RewardConfig):
+class RewardModelConfig(ResumeConfig, RewardConfig):
     """Options of `RewardModelTrainer`: those of `trl.RewardConfig`, and new ones."""
 
     weight_decay: float = field(

@@ -4,8 +4,10 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from itertools import count
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -129,7 +131,20 @@ def import_function(reference: str) -> Callable[..., list[float]]:
         sys.path.append(os.getcwd())
     if importlib.util.find_spec(module_name.partition(".")[0]) is None:
         raise ValueError(f"There is no module {module_name!r} for the function {reference!r}, here or installed.")
-    function = getattr(importlib.import_module(module_name), name, None)
+    function = getattr(_import_module(module_name, reference), name, None)
     if not callable(function):
         raise ValueError(f"{module_name} has no function {name!r}.")
     return function
+
+
+def _import_module(name: str, reference: str) -> ModuleType:
+    """Import a module of the user. Other errors than these are faults of its code, and keep their traceback."""
+    try:
+        return importlib.import_module(name)
+    except SyntaxError as error:
+        reason = f"{error.msg} ({error.filename}, line {error.lineno})"
+    except ImportError as error:
+        calls = [call for call in traceback.extract_tb(error.__traceback__) if "importlib" not in call.filename]
+        of_user = [f" ({call.filename}, line {call.lineno})" for call in calls if call.filename != __file__]
+        reason = f"{error}{(of_user or [''])[-1]}"
+    raise ValueError(f"The function {reference!r} cannot be imported: {reason}. Correct or install it.")

@@ -1,6 +1,7 @@
 """Serve an application to clients that may be slow, or many: each connection has a limit."""
 
 import asyncio
+import socket
 
 import h11
 import uvicorn
@@ -41,6 +42,22 @@ class LimitedConnection(H11Protocol):
         if self._waiting is not None:
             self._waiting.cancel()
         self._waiting = None
+
+
+def check_address(host: str, port: int) -> None:
+    """Check that a server can listen at an address.
+
+    Raises:
+        ValueError: If another process listens there, or if the address is not of this machine.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise ValueError(
+            f"No server can listen at `host` {host} and `port` {port}: {reason}. Set another `port`, or stop the "
+            "program that listens there."
+        ) from error
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:

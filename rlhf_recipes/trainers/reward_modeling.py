@@ -24,10 +24,11 @@ from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
-from rlhf_recipes.trainers.saving import SavingTrainer, revision_of
+from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
+from rlhf_recipes.trainers.saving import revision_of
 
 
-class RewardModelTrainer(SavingTrainer, RewardTrainer):
+class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
     """Train a reward model on preferences and write its card.
 
     Adds to `trl.RewardTrainer`: an explicit separator for plain text, the usual initialisation of the head, a float32
@@ -71,6 +72,7 @@ class RewardModelTrainer(SavingTrainer, RewardTrainer):
         check_is_merged(peft_config, "`peft_config`")
         base_model = model if isinstance(model, str) else model.config._name_or_path
         self._revision = revision_of(model, args)
+        options, start = args, model
         args = with_changes(args)  # a copy: TRL writes into options
         if isinstance(model, str):
             torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
@@ -86,6 +88,7 @@ class RewardModelTrainer(SavingTrainer, RewardTrainer):
         if peft_config is not None:
             # For this task PEFT trains and saves the whole `score` head. With TRL's default it stays frozen.
             peft_config = with_changes(peft_config, task_type=TaskType.SEQ_CLS)
+        self.identify(options, model=start, network=model, peft_config=peft_config, train_dataset=train_dataset)
         self._card: dict[str, Any] = {
             "base_model": base_model,
             "conversational": not is_plain,

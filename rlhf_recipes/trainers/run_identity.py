@@ -1,22 +1,27 @@
 """The identity of a run: the models, data and options that must be the same when the run is resumed.
 
-Every checkpoint holds it beside the rest of PPO's state. A resume compares it with its own.
+Every checkpoint holds it: in `IDENTITY_FILE`, or with PPO beside the rest of its state. A resume compares it with its
+own.
 """
 
 import json
 import logging
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 
 from rlhf_recipes.data.digest import dataset_digest
+from rlhf_recipes.models.adapter_base import base_of_adapter
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.quantization import quantization_of
 from rlhf_recipes.options.relevance import options_that_count
 from rlhf_recipes.rewards.protocol import scorer_of
+from rlhf_recipes.trainers.saving import SavingTrainer
 
+IDENTITY_FILE = "run_identity.json"
 # Checkpoints of an earlier version lack these facts: there is then nothing to compare with.
 LATER_FACTS = ("the adapter", "`dtype`", "the quantisation")
 INCIDENTAL_FIELDS = ("peft_version", "base_model_name_or_path", "revision", "inference_mode")
@@ -61,8 +66,72 @@ class RunIdentity:
         logger.warning(f"{message} The run resumes anyway, because `allow_changes_on_resume` is set.")
 
 
+class IdentifiedTrainer(SavingTrainer):
+    """Resume only from a checkpoint of the same run. PPO has the same check in its own state.
+
+    A subclass calls `identify` before it trains.
+    """
+
+    _identity: RunIdentity
+
+    def identify(self, args: Any, *, model: Any, network: Any, peft_config: Any, **data: Any) -> None:
+        """Note the facts that must be the same when the run is resumed. The length may change.
+
+        Args:
+            args: Options, as the user wrote them. TRL's own have no `allow_changes_on_resume`.
+            model: Path or model that the user gave.
+            network: The same model, loaded, before anything is added to it.
+            peft_config: Adapter that will be added to it.
+            data: `train_dataset`, and `rewards` if there are any.
+        """
+        facts = facts_of_training(args, **data) | options_that_count(args, length_is_free=True)
+        facts |= {"the model to start from": _start(model)} | facts_of_network(network, peft_config)
+        self._identity = RunIdentity(facts, allow_changes=getattr(args, "allow_changes_on_resume", False))
+
+    def _save_progress(self, folder: Path) -> None:
+        super()._save_progress(folder)
+        if self.args.should_save:
+            (folder / IDENTITY_FILE).write_text(json.dumps(self._identity.state_dict(), indent=2) + "\n", "utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        file = Path(checkpoint or "", IDENTITY_FILE)
+        if checkpoint is not None and file.is_file():
+            self._identity.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
+        elif checkpoint is not None:
+            logger.warning(
+                f"{checkpoint} is of an older version, which did not note models, data and options: this "
+                "run cannot be compared with it."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def _start(model: Any) -> str:
+    """Return a text that identifies the model to start from. New weights on a model in memory are random, and free."""
+    if isinstance(model, PeftModel):
+        return (base_of_adapter(model) or {}).get("fingerprint", "an adapter in memory")
+    return fingerprint(getattr(model, "base_model", model))
+
+
+def facts_of_training(args: Any, *, train_dataset: Any, rewards: list[Any] | None = None) -> dict[str, Any]:
+    """Return the facts of data, rewards and processes that must be the same when a run is resumed, by name.
+
+    Args:
+        args: Options of the run.
+        train_dataset: Data that the trainer reads.
+        rewards: Reward functions; `None` if the training has none.
+    """
+    facts = {
+        # A stream has no hash before it is read.
+        "the training data": dataset_digest(train_dataset) if isinstance(train_dataset, Dataset) else "a stream",
+        "the number of processes": args.world_size,
+    }
+    if rewards is not None:
+        facts["the rewards"] = [scorer_of(reward).identity() for reward in rewards]
+    return facts
+
+
 def facts_of_run(args: Any, *, policy: Any, rewards: list[Any], train_dataset: Any) -> dict[str, Any]:
-    """Return the facts that must be the same when a run is resumed, by name.
+    """Return the facts of a PPO run that must be the same when it is resumed, by name.
 
     Args:
         args: Options of the run.
@@ -70,13 +139,8 @@ def facts_of_run(args: Any, *, policy: Any, rewards: list[Any], train_dataset: A
         rewards: Reward functions, without the reward adapter.
         train_dataset: Data that the trainer reads.
     """
-    facts = {
-        "the policy to start from": fingerprint(policy),
-        "the rewards": [scorer_of(reward).identity() for reward in rewards],
-        # A stream has no hash before it is read.
-        "the training data": dataset_digest(train_dataset) if isinstance(train_dataset, Dataset) else "a stream",
-        "the number of processes": args.world_size,
-    }
+    facts = facts_of_training(args, train_dataset=train_dataset, rewards=rewards)
+    facts["the policy to start from"] = fingerprint(policy)
     if args.reward_adapter is not None:
         facts["the reward adapter"] = fingerprint(args.reward_adapter)
     return facts | options_that_count(args)

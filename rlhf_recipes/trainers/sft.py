@@ -16,12 +16,13 @@ from rlhf_recipes.models.vocabulary import inner_tokenizer, with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.training import check_training
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
-from rlhf_recipes.trainers.saving import SavingTrainer, revision_of
+from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
+from rlhf_recipes.trainers.saving import revision_of
 
 TEXT_COLUMNS = ("completion", "text")  # plain text, to which TRL adds the EOS token
 
 
-class SFTTrainer(SavingTrainer, TRLSFTTrainer):
+class SFTTrainer(IdentifiedTrainer, TRLSFTTrainer):
     """Train as TRL does, but write a checkpoint whole or not at all, also on a quantised base."""
 
     def __init__(self, model: Any, args: SFTConfig, *more: Any, **kwargs: Any) -> None:
@@ -34,11 +35,13 @@ class SFTTrainer(SavingTrainer, TRLSFTTrainer):
             is_plain = any(isinstance(first.get(column), str) for column in TEXT_COLUMNS)
             kwargs["processing_class"] = with_special_tokens(tokenizer, model, args, is_plain=is_plain)
             tokens = len(inner_tokenizer(tokenizer))
-        own = with_changes(args)  # a copy: TRL writes into options
+        own, start = with_changes(args), model  # a copy: TRL writes into options
         if isinstance(model, str):
             with safe_loading(model):
                 model = load_causal_lm(model, from_pretrained_kwargs(args, kwargs.pop("quantization_config", None)))
             own = with_changes(own, model_init_kwargs=None)  # TRL warns about them beside a loaded model
+        rows, peft_config = given.get("train_dataset"), given.get("peft_config")
+        self.identify(args, model=start, network=model, peft_config=peft_config, train_dataset=rows)
         super().__init__(model, own, *more, **kwargs)
         self.args = with_changes(self.args, model_init_kwargs=args.model_init_kwargs)
         if tokens is not None:

@@ -18,6 +18,8 @@ from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.options.training import check_training
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.trainers.compared import ComparedTrainer
+from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
+from rlhf_recipes.trainers.saving import revision_of
 from rlhf_recipes.trainers.setup import check_policy, check_special_ids, policy_loader
 
 
@@ -103,7 +105,7 @@ def checked_rewards(scoring: Scoring, args: Any, dataset: Dataset) -> list[Any]:
     return rewards
 
 
-class Baseline(ComparedTrainer):
+class Baseline(IdentifiedTrainer, ComparedTrainer):
     """Save a policy as PPO's trainer saves it: one adapter."""
 
     _state_file = "baseline_state.json"
@@ -112,6 +114,12 @@ class Baseline(ComparedTrainer):
     def rows(cls, dataset: Dataset) -> Dataset:
         """Return the columns of a dataset that the trainer may see."""
         return without_answers(dataset)
+
+    def identify_baseline(self, model: str, args: Any, parts: dict[str, Any], rewards: list[Any]) -> None:
+        """Note the revision of the policy and the identity of the run. `parts` is the result of `prepared`."""
+        self._revision = revision_of(model, args)
+        known = {"network": parts["model"], "peft_config": parts["peft_config"]}
+        self.identify(args, model=model, **known, train_dataset=parts["train_dataset"], rewards=rewards)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy."""

@@ -11,6 +11,7 @@ from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.recipes import EvaluationArguments
 from rlhf_recipes.options.relevance import CLASSES, class_of, config_group, flat, options_that_count
 from rlhf_recipes.options.secrets import public_options
+from rlhf_recipes.options.sft import SFTConfig
 
 
 @dataclass
@@ -111,7 +112,7 @@ def test_the_length_of_a_run_is_free_with_a_constant_learning_rate():
 
 
 def test_every_entry_of_the_table_names_an_option_and_no_option_is_in_two_classes():
-    known = {field.name for config in (PPOConfig, EvaluationArguments) for field in fields(config)}
+    known = {field.name for config in (PPOConfig, SFTConfig, EvaluationArguments) for field in fields(config)}
     patterns = [pattern for each in CLASSES.values() for pattern in each]
     assert [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in known)] == []
     assert [name for name in known if sum(fnmatchcase(name, pattern) for pattern in patterns) > 1] == []
