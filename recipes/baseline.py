@@ -18,6 +18,8 @@ from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_split
 from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.evaluation.stage import begin_stage, end_stage
+from rlhf_recipes.evaluation.verdicts import policy_verdict
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments
 from rlhf_recipes.options.changes import options_of_trainer
@@ -42,6 +44,8 @@ def main(
 ) -> dict[str, float]:
     """Train and save; return the final metrics. `training_args` is of the class that `method` chooses."""
     set_seed(training_args.seed)
+    source = model_args.model_name_or_path
+    begin_stage(script_args.method, source, script_args.dataset_name, training_args.output_dir)
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
@@ -83,6 +87,8 @@ def main(
         trainer.save_state()
         log_results(metrics)
         log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
+    needed = {"model_name_or_path": training_args.output_dir, "baseline_path": source}
+    end_stage(training_args.output_dir, policy_verdict(trainer.state.log_history), "evaluate", needed)
     trainer.accelerator.end_training()
     return metrics
 

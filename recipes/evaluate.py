@@ -21,13 +21,16 @@ from rlhf_recipes.data.loading import load_prompts
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering
 from rlhf_recipes.durability.occupied import occupied
+from rlhf_recipes.evaluation.figures import table_of
 from rlhf_recipes.evaluation.policies import best_of_n, compare_policies, eos_token_ids
+from rlhf_recipes.evaluation.stage import begin_stage, end_stage
 from rlhf_recipes.evaluation.tokenizers import check_baseline
+from rlhf_recipes.evaluation.verdicts import evaluation_verdict
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.models.quantization import saved_quantization
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.parser import RecipeParser
-from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments
+from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments, experiment_of
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.judges import load_judges
@@ -40,6 +43,7 @@ def main(
 ) -> dict[str, float]:
     """Compare two policies, and return the results."""
     set_seed(script_args.seed)
+    begin_stage("evaluate", model_args.model_name_or_path, script_args.dataset_name, script_args.output_dir)
     with (
         occupied(script_args.output_dir),
         track_run(tracking_args, script_args.output_dir, "evaluation", script_args, model_args),
@@ -75,7 +79,6 @@ def main(
 
         length, overflow = script_args.max_completion_length, script_args.reward_overflow
         check_context(judges.values(), {"dataset_name": dataset}, length, overflow)
-
         calls = RewardCalls(script_args.reward_timeout, script_args.reward_retries, script_args.failed_rewards)
         guarded = calls.guard_judges(judges)
         sampling: dict[str, Any] = {
@@ -104,8 +107,10 @@ def main(
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         pd.DataFrame(completions).to_json(output_dir / "completions.jsonl", orient="records", lines=True)
         log_results(results, output_dir / "results.json", output_dir / "completions.jsonl")
-        print_table("Evaluation", results)
         completions_table(completions, script_args.num_shown)
+        print_table("Evaluation", table_of(results))
+    needed = {"experiment": experiment_of(tracking_args)}
+    end_stage(script_args.output_dir, evaluation_verdict(results), "compare", needed)
     return results
 
 

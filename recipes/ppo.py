@@ -19,6 +19,8 @@ from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_critic_pairs, load_prompts, load_split, without_answers
 from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.evaluation.stage import begin_stage, end_stage
+from rlhf_recipes.evaluation.verdicts import policy_verdict
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer, with_changes
 from rlhf_recipes.options.parser import RecipeParser
@@ -42,6 +44,7 @@ def main(
 ) -> dict[str, float]:
     """Train and save; return the final metrics."""
     set_seed(training_args.seed)
+    begin_stage("ppo", model_args.model_name_or_path, script_args.dataset_name, training_args.output_dir)
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
@@ -91,6 +94,9 @@ def main(
         trainer.save_state()
         log_results(metrics)
         log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
+    verdict = policy_verdict(trainer.state.log_history, training_args.held_kl)
+    needed = {"model_name_or_path": training_args.output_dir, "baseline_path": model_args.model_name_or_path}
+    end_stage(training_args.output_dir, verdict, "evaluate", needed)
     trainer.accelerator.end_training()
     return metrics
 

@@ -3,12 +3,14 @@
 Imports no library that takes seconds: a command imports what it needs.
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
 from rlhf_recipes.command.mistakes import UsageError, did_you_mean
 from rlhf_recipes.command.stages import STAGES
+from rlhf_recipes.options.commands import STARTED_BY
 
 # Commands of this library, beside the recipes: the module with its `main`, and a line for the list.
 TOOLS = {
@@ -21,6 +23,7 @@ TOOLS = {
 
 def main() -> None:
     """Run the command of this process."""
+    os.environ[STARTED_BY] = "rlhf"  # recipes then name commands of this form
     try:
         run(sys.argv[1:])
     except UsageError as mistake:

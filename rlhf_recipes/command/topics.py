@@ -7,6 +7,8 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from rlhf_recipes.options.learning_rates import rates_of
+
 # A name, or a pattern of names. The first topic that matches counts; the order is that of the list.
 TOPICS = {
     "Method": ("method",),
@@ -126,7 +128,7 @@ def _options(kind: Any) -> Iterable[Option]:
             text = " ".join(field.metadata.get("help", "").replace("%%", "%").split())
             yield Option(
                 field.name,
-                _default(field),
+                _default(field) + _of_lora(kind, field.name),
                 _kind(hints[field.name]),
                 text,
                 _owner(kind, field.name),
@@ -143,6 +145,11 @@ def _default(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
         return _yaml(field.default_factory())
     return "required" if field.default is dataclasses.MISSING else _yaml(field.default)
+
+
+def _of_lora(kind: type, name: str) -> str:
+    rates = rates_of(kind) if name == "learning_rate" else None
+    return "" if rates is None else f" (with `use_peft`: {_yaml(rates.lora_default)})"
 
 
 def _yaml(value: Any) -> str:

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from rlhf_recipes.options.checks import check_new
+from rlhf_recipes.options.learning_rates import rates_of
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.options.training import check_training
@@ -61,9 +62,20 @@ class RecipeParser(TrlParser):
             before = arguments[: arguments.index(remaining[0])][-1:]
             place = f" (after `{before[0]}`)" if before else ""
             self._refuse_unknown(remaining[0].lstrip("-").partition("=")[0], place)
+        self._choose_rate(namespace)
         for kind in self.dataclass_types:
             check_new(kind, vars(namespace))
         return namespace, remaining
+
+    def _choose_rate(self, namespace: Any) -> None:
+        """Give a run with LoRA that names no learning rate the one that is usual for LoRA."""
+        if not getattr(namespace, "use_peft", False):
+            return
+        for kind in self.dataclass_types:
+            rates, default = rates_of(kind), getattr(kind, "learning_rate", None)
+            # The parser hands on the default itself. A value from the command line or a file is another object.
+            if rates is not None and namespace.learning_rate is default:
+                namespace.learning_rate = rates.lora_default
 
     def _names(self) -> set[str]:
         return {field.name for kind in self.dataclass_types for field in fields(kind)}
