@@ -47,7 +47,7 @@ def rounded(value: float) -> str:
     if not math.isfinite(value):
         return str(float(value))
     size = abs(value)
-    decimals = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3
+    decimals = 0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3
     return f"{value:z,.{decimals}f}"
 
 
@@ -127,7 +127,7 @@ def table_of(metrics: Mapping[str, float]) -> dict[str, str]:
 def _cell(name: str, value: float) -> str:
     if name.endswith("_runtime"):
         return duration(value)
-    if value == int(value) and abs(value) >= 1:
-        return f"{int(value):,}"
     unit = UNITS.get(name.rpartition("/")[2], "")
+    if not unit and abs(value) >= 1 and float(value).is_integer():  # a count
+        return f"{int(value):,}"
     return f"{rounded(value)} {unit}".rstrip()
