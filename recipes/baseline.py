@@ -7,6 +7,9 @@ The method chooses the options: those of `RLOOConfig`, `GRPOConfig` or `DPOConfi
 `recipes/compare.py` ranks these runs and PPO's on one page.
 """
 
+from rlhf_recipes.console import quiet_start  # first: imports below print notes
+
+# isort: split
 import argparse
 import sys
 from typing import Any
@@ -14,7 +17,6 @@ from typing import Any
 from transformers import set_seed
 from trl import ModelConfig, get_peft_config
 
-from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_split
 from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback

@@ -7,6 +7,9 @@ Writes `results.json` (mean scores, win rates with 95 % bootstrap intervals, KL,
 (every prompt with both answers and their scores).
 """
 
+from rlhf_recipes.console import completions_table, print_table, quiet_start  # first: imports below print notes
+
+# isort: split
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,6 @@ from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig
 
-from rlhf_recipes.console import completions_table, print_table, quiet_start
 from rlhf_recipes.data.loading import load_prompts
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering
@@ -64,13 +66,11 @@ def main(
         check_rendering(dataset, ("prompt",), "dataset_name", tokenizer)
         check_baseline(tokenizer, baseline_path, baseline.config, dataset)
         check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length, "dataset_name")
-        reward_model_path = script_args.reward_model_path
-        if reward_model_path is not None:
-            reward_model_path = require_model("reward_model_path", reward_model_path)
+        scorer = script_args.reward_model_path
         judges, pairwise_judges = load_judges(
             script_args,
             dataset,
-            reward_model_path=reward_model_path,
+            reward_model_path=None if scorer is None else require_model("reward_model_path", scorer),
             policy_eos_token_ids=eos_token_ids(policy, tokenizer),
             response_separator=script_args.response_separator,
             dtype=init_kwargs["dtype"],

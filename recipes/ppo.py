@@ -7,6 +7,9 @@ Differs from Schulman et al. 2017: the critic is a head on the policy's own hidd
 the score is normalised by its moving mean and deviation; the reward holds a per-token KL penalty to the SFT policy.
 """
 
+from rlhf_recipes.console import quiet_start  # first: imports below print notes
+
+# isort: split
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,6 @@ from transformers import set_seed
 from trl import ModelConfig, get_peft_config
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_critic_pairs, load_prompts, load_split, without_answers
 from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback

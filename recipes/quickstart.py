@@ -9,6 +9,9 @@ The gold score labels pairs of answers of the SFT policy, with Bradley-Terry noi
 pairs, and PPO sees only the reward model. Every stage but the two that make data is the ordinary recipe.
 """
 
+from rlhf_recipes.console import print_lines, print_table, quiet_start  # first: imports below print notes
+
+# isort: split
 import json
 import os
 import runpy
@@ -20,7 +23,6 @@ from datasets import Dataset
 from transformers import set_seed
 
 from rlhf_recipes.comparison.plots import plot_training
-from rlhf_recipes.console import print_lines, print_table, quiet_start
 from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.durability.stages import run_stages
 from rlhf_recipes.evaluation.figures import ENDS, interval

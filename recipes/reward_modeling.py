@@ -4,13 +4,15 @@ accelerate launch recipes/reward_modeling.py --config recipes/configs/quickstart
 accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/reward_modeling.py --config my_rm.yaml
 """
 
+from rlhf_recipes.console import print_table, quiet_start  # first: imports below print notes
+
+# isort: split
 from pathlib import Path
 
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from rlhf_recipes import RewardModelConfig, RewardModelTrainer
-from rlhf_recipes.console import print_table, quiet_start
 from rlhf_recipes.data.loading import load_split
 from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback

@@ -4,10 +4,12 @@ accelerate launch recipes/sft.py --config recipes/configs/quickstart/sft.yaml
 accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/sft.py --config my_sft.yaml
 """
 
+from rlhf_recipes.console import quiet_start  # first: imports below print notes
+
+# isort: split
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config
 
-from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_demonstrations
 from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.durability.preemption import PreemptionCallback

@@ -23,17 +23,25 @@ _UPSTREAM_WARNINGS = (
     (FutureWarning, r"`is_gradient_checkpointing` is deprecated"),
     (UserWarning, r".*'pin_memory' argument is set as true but no accelerator is found"),
 )
-# Characters that a terminal obeys: escapes (ESC, C1), a carriage return, marks that turn the direction of text. Half a
-# pair of UTF-16 cannot be printed at all.
-_OBEYED = [*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000)]
-_OBEYED += [0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
-# Notes about parts that no run of the recipes uses: (logger, beginning of the note).
+# Notes about faster parts that are not there. A run does without them. (Logger, beginning of the note.)
 _UPSTREAM_NOTES = (
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
     ("DeepSpeed", "Setting accelerator to CPU"),  # where it is installed, accelerate imports it on every machine
 )
+# Characters that a terminal obeys: escapes (ESC, C1), a carriage return, marks that turn the direction of text. Half a
+# pair of UTF-16 cannot be printed at all.
+_OBEYED = [*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000)]
+_OBEYED += [0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 _VISIBLE = {code: ascii(chr(code))[1:-1] for code in _OBEYED}
 _hide: Callable[[str], str] = str
+
+
+def _is_other(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
+
+
+for _name, _beginning in _UPSTREAM_NOTES:  # already now: bitsandbytes speaks when transformers imports it
+    logging.getLogger(_name).addFilter(partial(_is_other, _beginning))
 
 
 def hide_by(hide: Callable[[str], str]) -> None:
@@ -73,14 +81,8 @@ def quiet_start() -> None:
         warnings.filterwarnings("ignore", message=message, category=category)
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
     logging.getLogger("rlhf_recipes.preflight.policy").setLevel(logging.ERROR)  # the recipes print its findings
-    for name, beginning in _UPSTREAM_NOTES:
-        logging.getLogger(name).addFilter(partial(_is_other, beginning))
     if not sys.stderr.isatty():
         _hide_bars()
-
-
-def _is_other(beginning: str, record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(beginning)
 
 
 def _hide_bars() -> None:

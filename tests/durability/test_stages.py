@@ -1,5 +1,6 @@
 """Stages in processes of their own: how they are started, and what a user sees of one that fails."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,20 @@ def _note_threads(stage, path):
     path.write_text(str(torch.get_num_threads()))
 
 
-def test_a_stage_has_one_thread_whatever_its_parent_has(tmp_path, monkeypatch):
+def test_a_stage_has_one_thread_whatever_its_parent_has_and_its_title_and_time_are_printed(
+    tmp_path, monkeypatch, capfd
+):
     monkeypatch.setattr(stages, "start_method", lambda: "fork")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        run_stages(["stage"], _note_threads, tmp_path / "threads")
+        run_stages({"stage": "Stage 1 of 1"}, _note_threads, tmp_path / "threads", go_on=str)
     finally:
         torch.set_num_threads(before)
     assert (tmp_path / "threads").read_text() == "1"
+    title, end = capfd.readouterr().out.strip().splitlines()
+    assert title == "Stage 1 of 1"
+    assert re.fullmatch(r"The stage `stage` took \d+\.\d s\.", end)
 
 
 @pytest.mark.recipe
@@ -49,7 +55,12 @@ def test_a_spawned_stage_runs_and_fails_as_a_forked_one(tmp_path):
     result = run_command(script, ROOT / "recipes" / "quickstart.py", *options, directory=tmp_path)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-2:] == [
-        "Error: `model` is runs/quickstart/sft, which does not exist. Run `rlhf quickstart --until sft` first.",
-        "The stage `preferences` failed; its message is above.",
-    ]
+    assert result.stdout.splitlines()[1:] == ["Stage 3 of 6, preferences: sample pairs of answers, and label them."]
+    message, end = result.stderr.splitlines()[-2:]
+    assert (
+        message
+        == "Error: `model` is runs/quickstart/sft, which does not exist. Run `rlhf quickstart --until sft` first."
+    )
+    assert end.startswith("The stage `preferences` failed after ")
+    again = "python recipes/quickstart.py --start preferences --until preferences --directory here"
+    assert end.endswith(f"; its message is above. Remove the cause, and go on with `{again}`.")
