@@ -105,9 +105,8 @@ def main(
 
 if __name__ == "__main__":
     quiet_start()
-    arguments = sys.argv[1:]
     # A run that names neither a configuration nor a policy is the quickstart's; its options override that YAML.
-    if not any(argument.startswith(("--config", "--model_name_or_path")) for argument in arguments):
-        arguments = ["--config", QUICKSTART, *arguments]
+    if not any(argument.startswith(("--config", "--model_name_or_path")) for argument in sys.argv):
+        sys.argv[1:1] = ["--config", QUICKSTART]
     parser = RecipeParser((PPOArguments, PPOConfig, ModelConfig, TrackingArguments, PreflightArguments))
-    main(*parser.parse_args_and_config(arguments))
+    main(*parser.parse_args_and_config())

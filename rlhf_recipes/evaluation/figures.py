@@ -4,6 +4,7 @@ Only what is printed is short. The tracked figures and those in JSON files stay 
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -112,16 +113,16 @@ def _end_line(logs: Mapping[str, Any], step: int) -> str:
 
 
 def table_of(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Return figures by name for a table: the most important first, rounded, with units, times last."""
-    order = list(FIGURES)
-
-    def place(name: str) -> tuple[bool, bool, int]:
-        known = name.removeprefix("eval_").removesuffix("_low").removesuffix("_high")
-        is_time = name.endswith(("_runtime", "_per_second"))
-        return is_time, name.startswith("train_"), order.index(known) if known in order else len(order)
-
-    names = sorted((name for name in metrics if name not in HIDDEN), key=place)
+    """Return figures by name for a table: held-out ones first, the most important at the top, rounded, times last."""
+    names = sorted((name for name in metrics if name not in HIDDEN), key=_place)
     return {name: _cell(name, metrics[name]) for name in names}
+
+
+def _place(name: str) -> tuple[bool, bool, int]:
+    order, known = list(FIGURES), re.sub("^eval_|_low$|_high$", "", name)
+    known = known if known in order else known.rpartition("/")[2]
+    is_time = name.endswith(("_runtime", "_per_second"))
+    return is_time, not name.startswith("eval_"), order.index(known) if known in order else len(order)
 
 
 def _cell(name: str, value: float) -> str:

@@ -7,7 +7,7 @@ import pytest
 from tracked_experiments import evaluation_metrics
 
 from rlhf_recipes.console import duration
-from rlhf_recipes.evaluation.figures import FIGURES, interval, log_line, rate, rounded, table_of
+from rlhf_recipes.evaluation.figures import ENDS, FIGURES, interval, log_line, rate, rounded, table_of
 
 PPO = {
     "loss": -0.00012345678901234567,
@@ -73,10 +73,12 @@ def test_a_table_is_sorted_and_rounded_and_keeps_the_names():
         "eval_runtime": 61.0,
         "prompts": 80.0,
         "eval_accuracy": 0.71,
+        "accuracy": 0.9,
     }
     table = table_of(metrics)
     assert "total_flos" not in table
-    assert list(table)[0] == "eval_accuracy"
+    assert list(table)[:4] == ["eval_accuracy", *(f"gold_score/win_rate{end}" for end in ENDS)]
+    assert next(name for name in table if not name.startswith("eval_")).endswith("/win_rate")
     assert list(table.items())[-1] == ("eval_runtime", "1 min 1 s")
     assert table["prompts"] == "80"
     assert table["policy/kl"].endswith(" nats")
