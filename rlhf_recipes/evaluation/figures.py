@@ -129,6 +129,6 @@ def _cell(name: str, value: float) -> str:
     if name.endswith("_runtime"):
         return duration(value)
     unit = UNITS.get(name.rpartition("/")[2], "")
-    if not unit and abs(value) >= 1 and float(value).is_integer():  # a count
+    if not unit and float(value).is_integer():  # a count, or a whole share
         return f"{int(value):,}"
     return f"{rounded(value)} {unit}".rstrip()

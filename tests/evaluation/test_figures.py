@@ -72,6 +72,7 @@ def test_a_table_is_sorted_and_rounded_and_keeps_the_names():
         "total_flos": 1.5e15,
         "eval_runtime": 61.0,
         "prompts": 80.0,
+        "failed_calls": 0.0,
         "eval_accuracy": 0.71,
         "accuracy": 0.9,
     }
@@ -80,7 +81,7 @@ def test_a_table_is_sorted_and_rounded_and_keeps_the_names():
     assert list(table)[:4] == ["eval_accuracy", *(f"gold_score/win_rate{end}" for end in ENDS)]
     assert next(name for name in table if not name.startswith("eval_")).endswith("/win_rate")
     assert list(table.items())[-1] == ("eval_runtime", "1 min 1 s")
-    assert table["prompts"] == "80"
+    assert (table["prompts"], table["failed_calls"]) == ("80", "0")
     assert table["policy/kl"].endswith(" nats")
     assert set(table) == set(metrics) - {"total_flos"}
 

@@ -27,7 +27,7 @@ BEGINS = {
     "ppo": "runs/quickstart/sft, with runs/quickstart/prompts",
 }
 NEXT = {"sft": "reward_modeling", "reward_modeling": "ppo", "ppo": "evaluate"}
-RAW = re.compile(r"total_flos|-0\.00\b|\d\.\d{5,}|\{'|\r|\x1b|Failed to load CPU")
+RAW = re.compile(r"total_flos|-0\.00\b|\d\.\d{5,}|\{'|\x1b|\d%\||Failed to load CPU")
 HELD_OUT = 30  # prompts are left for the evaluations: with fewer the preflight warns
 UNTRACKED = ("--tracking", "false")  # a new store takes seconds
 
@@ -111,7 +111,9 @@ def test_every_stage_ends_with_its_result_a_verdict_and_the_next_command(pipelin
 
 def test_what_a_stage_prints_is_rounded_and_fit_for_a_file(pipeline):
     for stage, report in pipeline[1].items():
-        assert not RAW.search(report.stdout + report.stderr), stage
+        # torch writes the time into a warning of its own.
+        lines = [line for line in (report.stdout + report.stderr).splitlines() if "reducer.cpp" not in line]
+        assert not RAW.search("\n".join(lines)), stage
 
 
 def test_every_stage_is_a_finished_run(pipeline):
@@ -225,7 +227,7 @@ def test_the_other_world_has_its_own_folder(tmp_path):
 def test_a_missing_reward_model_names_its_stage(pipeline):
     options = ("--reward_model_path", "runs/mine/reward_modeling", *UNTRACKED)
     report = _recipe(pipeline[0], "ppo", *options, expect=1)
-    assert "`accelerate launch recipes/reward_modeling.py --config YOUR_CONFIG.yaml`" in report.stderr
+    assert "`rlhf reward-modeling --config YOUR_CONFIG.yaml`" in report.stderr
 
 
 def test_a_crash_is_recorded_as_failed(pipeline):
