@@ -77,7 +77,7 @@ def _calibration(error: float, pairs: int) -> Judgement:
     excess = error - math.sqrt(2 / math.pi) / 2 * math.sqrt(BINS / pairs)
     shown = f"calibration error {rounded(error)}"
     if excess <= CALIBRATED:
-        return Judgement("good", f"{shown}: its margins are right as probabilities")
+        return Judgement("good", f"{shown}: its margins are right as probabilities, as far as {pairs:,} pairs show")
     level: Level = "bad" if excess > MISCALIBRATED else "doubtful"
     return Judgement(level, f"{shown}: its margins are wrong as probabilities. Train for fewer epochs or more rows.")
 
