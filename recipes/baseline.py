@@ -7,6 +7,9 @@ The method chooses the options: those of `RLOOConfig`, `GRPOConfig` or `DPOConfi
 `recipes/compare.py` ranks these runs and PPO's on one page.
 """
 
+from rlhf_recipes.console import quiet_start  # first: imports below print notes
+
+# isort: split
 import argparse
 import sys
 from typing import Any
@@ -14,10 +17,11 @@ from typing import Any
 from transformers import set_seed
 from trl import ModelConfig, get_peft_config
 
-from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_split
 from rlhf_recipes.durability.earlier_run import own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.evaluation.stage import begin_stage, end_stage
+from rlhf_recipes.evaluation.verdicts import policy_verdict
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments
 from rlhf_recipes.options.changes import options_of_trainer
@@ -42,6 +46,8 @@ def main(
 ) -> dict[str, float]:
     """Train and save; return the final metrics. `training_args` is of the class that `method` chooses."""
     set_seed(training_args.seed)
+    source = model_args.model_name_or_path
+    begin_stage(script_args.method, source, script_args.dataset_name, training_args.output_dir)
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
@@ -83,6 +89,8 @@ def main(
         trainer.save_state()
         log_results(metrics)
         log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
+    needed = {"model_name_or_path": training_args.output_dir, "baseline_path": source}
+    end_stage(training_args.output_dir, policy_verdict(trainer.state.log_history), "evaluate", needed)
     trainer.accelerator.end_training()
     return metrics
 

@@ -7,12 +7,14 @@ Writes `report.html`, one file that needs no network, and its figures as PNG. Ru
 one group. Evaluations (`recipes/evaluate.py`) add win rates and completions.
 """
 
+from rlhf_recipes.console import print_lines, print_table, quiet_start  # first: imports below print notes
+
+# isort: split
 from pathlib import Path
 
 from rlhf_recipes.comparison.ranking import group_runs, rank_groups
 from rlhf_recipes.comparison.report import write_report
 from rlhf_recipes.comparison.runs import read_experiment
-from rlhf_recipes.console import print_lines, print_table, quiet_start
 from rlhf_recipes.durability.occupied import check_writable
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import ComparisonArguments, TrackingArguments, tracking_uri

@@ -7,6 +7,9 @@ Writes `results.json` (mean scores, win rates with 95 % bootstrap intervals, KL,
 (every prompt with both answers and their scores).
 """
 
+from rlhf_recipes.console import completions_table, print_table, quiet_start  # first: imports below print notes
+
+# isort: split
 import json
 from pathlib import Path
 from typing import Any
@@ -16,18 +19,20 @@ from accelerate import PartialState
 from transformers import set_seed
 from trl import ModelConfig
 
-from rlhf_recipes.console import completions_table, print_table, quiet_start
 from rlhf_recipes.data.loading import load_prompts
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering
 from rlhf_recipes.durability.occupied import occupied
+from rlhf_recipes.evaluation.figures import table_of
 from rlhf_recipes.evaluation.policies import best_of_n, compare_policies, eos_token_ids
+from rlhf_recipes.evaluation.stage import begin_stage, end_stage
 from rlhf_recipes.evaluation.tokenizers import check_baseline
+from rlhf_recipes.evaluation.verdicts import evaluation_verdict
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.models.quantization import saved_quantization
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.parser import RecipeParser
-from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments
+from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments, experiment_of
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.judges import load_judges
@@ -40,6 +45,7 @@ def main(
 ) -> dict[str, float]:
     """Compare two policies, and return the results."""
     set_seed(script_args.seed)
+    begin_stage("evaluate", model_args.model_name_or_path, script_args.dataset_name, script_args.output_dir)
     with (
         occupied(script_args.output_dir),
         track_run(tracking_args, script_args.output_dir, "evaluation", script_args, model_args),
@@ -60,13 +66,11 @@ def main(
         check_rendering(dataset, ("prompt",), "dataset_name", tokenizer)
         check_baseline(tokenizer, baseline_path, baseline.config, dataset)
         check_prompts_fit(dataset, tokenizer, policy.config, script_args.max_completion_length, "dataset_name")
-        reward_model_path = script_args.reward_model_path
-        if reward_model_path is not None:
-            reward_model_path = require_model("reward_model_path", reward_model_path)
+        scorer = script_args.reward_model_path
         judges, pairwise_judges = load_judges(
             script_args,
             dataset,
-            reward_model_path=reward_model_path,
+            reward_model_path=None if scorer is None else require_model("reward_model_path", scorer),
             policy_eos_token_ids=eos_token_ids(policy, tokenizer),
             response_separator=script_args.response_separator,
             dtype=init_kwargs["dtype"],
@@ -75,7 +79,6 @@ def main(
 
         length, overflow = script_args.max_completion_length, script_args.reward_overflow
         check_context(judges.values(), {"dataset_name": dataset}, length, overflow)
-
         calls = RewardCalls(script_args.reward_timeout, script_args.reward_retries, script_args.failed_rewards)
         guarded = calls.guard_judges(judges)
         sampling: dict[str, Any] = {
@@ -104,8 +107,10 @@ def main(
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         pd.DataFrame(completions).to_json(output_dir / "completions.jsonl", orient="records", lines=True)
         log_results(results, output_dir / "results.json", output_dir / "completions.jsonl")
-        print_table("Evaluation", results)
         completions_table(completions, script_args.num_shown)
+        print_table("Evaluation", table_of(results))
+    needed = {"experiment": experiment_of(tracking_args)}
+    end_stage(script_args.output_dir, evaluation_verdict(results), "compare", needed)
     return results
 
 

@@ -6,9 +6,11 @@ An adapter is merged into its base, a 4-bit one into a dequantised copy of what 
 behind; tokenizer, chat template and the tokens that end an answer come along.
 """
 
+from rlhf_recipes.console import print_lines, quiet_start  # first: imports below print notes
+
+# isort: split
 from trl import ModelConfig
 
-from rlhf_recipes.console import print_lines, quiet_start
 from rlhf_recipes.durability.finite import all_finite
 from rlhf_recipes.durability.occupied import check_writable
 from rlhf_recipes.evaluation.policies import eos_token_ids

@@ -7,6 +7,9 @@ Differs from Schulman et al. 2017: the critic is a head on the policy's own hidd
 the score is normalised by its moving mean and deviation; the reward holds a per-token KL penalty to the SFT policy.
 """
 
+from rlhf_recipes.console import quiet_start  # first: imports below print notes
+
+# isort: split
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,11 @@ from transformers import set_seed
 from trl import ModelConfig, get_peft_config
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_critic_pairs, load_prompts, load_split, without_answers
 from rlhf_recipes.durability.earlier_run import own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.evaluation.stage import begin_stage, end_stage
+from rlhf_recipes.evaluation.verdicts import policy_verdict
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer, with_changes
 from rlhf_recipes.options.parser import RecipeParser
@@ -42,6 +46,7 @@ def main(
 ) -> dict[str, float]:
     """Train and save; return the final metrics."""
     set_seed(training_args.seed)
+    begin_stage("ppo", model_args.model_name_or_path, script_args.dataset_name, training_args.output_dir)
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
@@ -91,15 +96,17 @@ def main(
         trainer.save_state()
         log_results(metrics)
         log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
+    verdict = policy_verdict(trainer.state.log_history, training_args.held_kl)
+    needed = {"model_name_or_path": training_args.output_dir, "baseline_path": model_args.model_name_or_path}
+    end_stage(training_args.output_dir, verdict, "evaluate", needed)
     trainer.accelerator.end_training()
     return metrics
 
 
 if __name__ == "__main__":
     quiet_start()
-    arguments = sys.argv[1:]
     # A run that names neither a configuration nor a policy is the quickstart's; its options override that YAML.
-    if not any(argument.startswith(("--config", "--model_name_or_path")) for argument in arguments):
-        arguments = ["--config", QUICKSTART, *arguments]
+    if not any(argument.startswith(("--config", "--model_name_or_path")) for argument in sys.argv):
+        sys.argv[1:1] = ["--config", QUICKSTART]
     parser = RecipeParser((PPOArguments, PPOConfig, ModelConfig, TrackingArguments, PreflightArguments))
-    main(*parser.parse_args_and_config(arguments))
+    main(*parser.parse_args_and_config())

@@ -5,13 +5,14 @@
 This needs no model hub. The package holds the weights in four bits. The checkpoint holds the decoded weights.
 """
 
+from rlhf_recipes.console import quiet_start  # first: imports below print notes
+
+# isort: split
 import argparse
 import importlib.util
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-from rlhf_recipes.console import quiet_start
 
 
 def main(output_dir: str) -> None:

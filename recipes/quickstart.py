@@ -5,12 +5,13 @@
     python recipes/quickstart.py --until reward_modeling --seed 1 --directory runs/seed-1
     python recipes/quickstart.py --start ppo
 
-Stages: `world` (text, tokenizer, untrained model), `sft`, `preferences` (pairs sampled from the SFT policy, labelled
-by the gold score with Bradley-Terry noise), `reward_modeling` (sees only pairs), `ppo` (sees only the reward model),
-`evaluate` (gold and proxy score on held-out prompts). Every stage but the two that make data is the ordinary recipe.
+The gold score labels pairs of answers of the SFT policy, with Bradley-Terry noise. The reward model sees only these
+pairs, and PPO sees only the reward model. Every stage but the two that make data is the ordinary recipe.
 """
 
-import argparse
+from rlhf_recipes.console import print_lines, print_table, quiet_start  # first: imports below print notes
+
+# isort: split
 import json
 import os
 import runpy
@@ -22,20 +23,20 @@ from datasets import Dataset
 from transformers import set_seed
 
 from rlhf_recipes.comparison.plots import plot_training
-from rlhf_recipes.console import print_lines, print_table, quiet_start
 from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.durability.stages import continued, run_stages
+from rlhf_recipes.evaluation.figures import ENDS, interval
 from rlhf_recipes.evaluation.policies import generate_completions
 from rlhf_recipes.models.loading import load_policy, load_tokenizer
 from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.recipes import TrackingArguments
 from rlhf_recipes.quickstart.build import sample_preferences, write_world
+from rlhf_recipes.quickstart.stages import LAST, asked, titles
 from rlhf_recipes.quickstart.worlds import WORLDS, World
 from rlhf_recipes.tracking.pipeline import track_pipeline
 from rlhf_recipes.tracking.store import ui_command
 
 RECIPES = Path(__file__).resolve().parent
-STAGES = ("world", "sft", "preferences", "reward_modeling", "ppo", "evaluate")
 SEPARATOR = "\n"  # as in the configurations of both worlds
 
 
@@ -53,9 +54,9 @@ def write_pairs(world: World, run: Path, split: str, count: int, seed: int, poli
     """Write labelled pairs of two completions each."""
     prompts = Dataset.from_json(str(run / "prompts" / f"{split}.jsonl"))["prompt"]
     prompts = [prompts[i % len(prompts)] for i in range(count)]
-    asked = [*add_separator(Dataset.from_dict({"prompt": prompts}), SEPARATOR)["prompt"]] * 2
+    given = [*add_separator(Dataset.from_dict({"prompt": prompts}), SEPARATOR)["prompt"]] * 2
     length = world.max_completion_length
-    ids = generate_completions(policy, tokenizer, asked, max_completion_length=length, batch_size=128)
+    ids = generate_completions(policy, tokenizer, given, max_completion_length=length, batch_size=128)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     pairs = sample_preferences(prompts, texts[:count], texts[count:], world.gold_score, world.label_noise, seed)
     pairs.to_json(str(run / "preferences" / f"{split}.jsonl"))
@@ -85,8 +86,7 @@ def report(run: Path, gold: str) -> None:
     rows = {judge: [results[f"{judge}/baseline"], results[f"{judge}/policy"]] for judge in (gold, "reward_model")}
     rows["length (tokens)"] = [results["baseline/length"], results["policy/length"]]
     rows["KL to SFT (nats)"] = [0.0, results["policy/kl"]]
-    rate, low, high = (results[f"{gold}/win_rate{end}"] for end in ("", "_low", "_high"))
-    rows["win rate over SFT (gold)"] = ["", f"{rate:.3f} [{low:.3f}, {high:.3f}]"]
+    rows["win rate over SFT (gold)"] = ["", interval(*(results[f"{gold}/win_rate{end}"] for end in ENDS))]
     plot = plot_training(run / "ppo" / "trainer_state.json", run / "ppo" / "training.png")
     print_table(f"{run.name.capitalize()}, {results['prompts']:.0f} held-out prompts", rows, ("", "SFT", "PPO"))
     print_lines(f"Curves: {plot.resolve()}", f"Runs:   {ui_command(TrackingArguments())}")
@@ -94,17 +94,8 @@ def report(run: Path, gold: str) -> None:
 
 def main() -> None:
     """Run the stages in order."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=WORLDS, default="quickstart", help="world to build, or to go on with")
-    parser.add_argument("--start", choices=STAGES, default=STAGES[0], help="first stage to run")
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
-    parser.add_argument("--seed", type=int, default=0, help="seed of every stage; the world is always the same")
-    parser.add_argument("--num_pairs", type=int, help="preference pairs for training (default: those of the world)")
-    parser.add_argument("--directory", default=".", help="where `runs/` is written")
-    args = parser.parse_args()
-    stages = STAGES[STAGES.index(args.start) : STAGES.index(args.until) + 1]
-    if not stages:
-        parser.error(f"--start {args.start} comes after --until {args.until}")
+    args = asked(__doc__)
+    stages = titles(args.start, args.until)
     quiet_start()
     Path(args.directory).mkdir(parents=True, exist_ok=True)
     os.chdir(args.directory)
@@ -112,7 +103,7 @@ def main() -> None:
     run, world = Path("runs", args.world), WORLDS[args.world]
     with track_pipeline(tracking, str(run), args.seed, str(run)) as parent:
         run_stages(stages, run_stage, args.world, args.seed, args.num_pairs or world.num_pairs, parent, args.start)
-    if args.until == STAGES[-1]:
+    if args.until == LAST:
         report(run, world.gold_score.__name__)
 
 

@@ -4,16 +4,21 @@ accelerate launch recipes/reward_modeling.py --config recipes/configs/quickstart
 accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/reward_modeling.py --config my_rm.yaml
 """
 
+from rlhf_recipes.console import print_table, quiet_start  # first: imports below print notes
+
+# isort: split
 from pathlib import Path
 
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from rlhf_recipes import RewardModelConfig, RewardModelTrainer
-from rlhf_recipes.console import print_table, quiet_start
 from rlhf_recipes.data.loading import load_split
 from rlhf_recipes.durability.earlier_run import own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.evaluation.figures import table_of
+from rlhf_recipes.evaluation.stage import begin_stage, end_stage
+from rlhf_recipes.evaluation.verdicts import reward_model_verdict
 from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer
 from rlhf_recipes.options.parser import RecipeParser
@@ -34,6 +39,8 @@ def main(
 ) -> dict[str, float]:
     """Train, save and evaluate; return the final metrics."""
     set_seed(training_args.seed)
+    source = model_args.model_name_or_path
+    begin_stage("reward_modeling", source, script_args.dataset_name, training_args.output_dir)
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
@@ -68,7 +75,10 @@ def main(
         if trainer.is_world_process_zero():
             log_results(metrics, Path(training_args.output_dir, CARD_FILE))
             log_model(tracking_args, training_args.output_dir, "reward_model", model_args.model_revision)
-            print_table("Reward model", metrics)
+            print_table("Reward model", table_of(metrics))
+    verdict = reward_model_verdict(metrics, len(trainer.eval_dataset))
+    needed = {"model_name_or_path": source, "reward_model_path": training_args.output_dir}
+    end_stage(training_args.output_dir, verdict, "ppo", needed)
     trainer.accelerator.end_training()
     return metrics
 

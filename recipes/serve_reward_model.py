@@ -8,12 +8,14 @@ set in the environment of server and clients, the server answers only clients wi
 in a network that you do not trust, put a proxy with TLS in front and write `https://`.
 """
 
+from rlhf_recipes.console import print_lines, quiet_start  # first: imports below print notes
+
+# isort: split
 import os
 
 from accelerate import PartialState
 from trl import ModelConfig
 
-from rlhf_recipes.console import print_lines, quiet_start
 from rlhf_recipes.durability.termination import terminate_on_hangup
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import model_init_kwargs

@@ -4,13 +4,17 @@ accelerate launch recipes/sft.py --config recipes/configs/quickstart/sft.yaml
 accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/sft.py --config my_sft.yaml
 """
 
+from rlhf_recipes.console import quiet_start  # first: imports below print notes
+
+# isort: split
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
-from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.loading import load_demonstrations
 from rlhf_recipes.durability.earlier_run import own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.evaluation.stage import begin_stage, end_stage
+from rlhf_recipes.evaluation.verdicts import sft_verdict
 from rlhf_recipes.models.loading import check_output_dir, load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer
 from rlhf_recipes.options.parser import RecipeParser
@@ -33,6 +37,7 @@ def main(
 ) -> dict[str, float]:
     """Train, save and evaluate; return the final metrics."""
     set_seed(training_args.seed)
+    begin_stage("sft", model_args.model_name_or_path, script_args.dataset_name, training_args.output_dir)
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
@@ -68,6 +73,8 @@ def main(
             metrics |= trainer.evaluate()
         log_results(metrics)
         log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
+    verdict = sft_verdict(trainer.state.log_history)
+    end_stage(training_args.output_dir, verdict, "reward_modeling", {"model_name_or_path": training_args.output_dir})
     trainer.accelerator.end_training()
     return metrics
 

@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,12 +23,25 @@ _UPSTREAM_WARNINGS = (
     (FutureWarning, r"`is_gradient_checkpointing` is deprecated"),
     (UserWarning, r".*'pin_memory' argument is set as true but no accelerator is found"),
 )
+# Notes about faster parts that are not there. A run does without them. (Logger, beginning of the note.)
+_UPSTREAM_NOTES = (
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
+    ("DeepSpeed", "Setting accelerator to CPU"),  # where it is installed, accelerate imports it on every machine
+)
 # Characters that a terminal obeys: escapes (ESC, C1), a carriage return, marks that turn the direction of text. Half a
 # pair of UTF-16 cannot be printed at all.
 _OBEYED = [*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000)]
 _OBEYED += [0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 _VISIBLE = {code: ascii(chr(code))[1:-1] for code in _OBEYED}
 _hide: Callable[[str], str] = str
+
+
+def _is_other(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
+
+
+for _name, _beginning in _UPSTREAM_NOTES:  # already now: bitsandbytes speaks when transformers imports it
+    logging.getLogger(_name).addFilter(partial(_is_other, _beginning))
 
 
 def hide_by(hide: Callable[[str], str]) -> None:
@@ -57,9 +71,9 @@ def _shown(text: str) -> str:
 
 
 def quiet_start() -> None:
-    """Silence the libraries' warnings about themselves, and show a refusal of this library without its traceback.
+    """Silence the libraries' notes about themselves, and show a refusal of this library without its traceback.
 
-    Each recipe calls it first.
+    Where the output is no terminal, the bars of the libraries are off too. Each recipe calls this first.
     """
     sys.excepthook = _show_error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -67,8 +81,19 @@ def quiet_start() -> None:
         warnings.filterwarnings("ignore", message=message, category=category)
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
     logging.getLogger("rlhf_recipes.preflight.policy").setLevel(logging.ERROR)  # the recipes print its findings
-    # Where DeepSpeed is installed, accelerate imports it on every machine.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    if not sys.stderr.isatty():
+        _hide_bars()
+
+
+def _hide_bars() -> None:
+    """Switch off the bars of the libraries: in a file, their carriage returns make one endless line."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -87,7 +112,7 @@ def print_table(title: str, rows: dict[str, Any], columns: Sequence[str] = ("met
     table = Table(*columns, title=title)
     for name, value in rows.items():
         cells = value if isinstance(value, list | tuple) else [value]
-        texts = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        texts = [f"{cell:z,.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
         table.add_row(*(Text(_shown(text)) for text in (name, *texts)))
     Console().print(table)
 
@@ -96,6 +121,14 @@ def print_lines(*lines: str) -> None:
     """Print lines to copy: unbroken, also in a narrow terminal."""
     for line in lines:
         Console().print(Text(_shown(line)), soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text, as in `1 h 2 min` or `3 min 4 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
 
 
 def completions_table(columns: dict[str, list[Any]], num_shown: int) -> None:

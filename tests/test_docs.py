@@ -20,6 +20,7 @@ from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments, DPOConfig
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.shipped import shipped_configurations
+from rlhf_recipes.quickstart.stages import STAGES as QUICKSTART
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -162,7 +163,7 @@ def test_make_targets_in_the_documentation_exist():
 
 def test_options_in_the_documentation_exist():
     known = {field.name for classes in PARSERS.values() for cls in classes for field in dataclasses.fields(cls)}
-    quickstart = set(re.findall(r"--(\w+)", (RECIPES / "quickstart.py").read_text()))
+    quickstart = set(re.findall(r"--(\w+)", (ROOT / "rlhf_recipes/quickstart/stages.py").read_text()))
     launch = {
         *("config", "config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip"),
         *("backend", "help", "output_dir"),
@@ -211,17 +212,7 @@ def test_a_missing_input_of_a_yaml_names_a_command_that_exists(path, tmp_path, m
         for name in re.findall(r"--config (\S+)", command):
             assert name in shipped_configurations(stage.script), f"{path.name}, {option}: {command}"
         if "--until" in command:
-            assert command.split()[-1] in quickstart_stages()
-
-
-def quickstart_stages():
-    """Return the stages that `recipes/quickstart.py` accepts."""
-    assignments = ast.parse((RECIPES / "quickstart.py").read_text()).body
-    return next(
-        ast.literal_eval(node.value)
-        for node in assignments
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "STAGES"
-    )
+            assert command.split()[-1] in QUICKSTART
 
 
 @pytest.mark.parametrize(("page", "column"), [("reliability", 5), ("correctness", 3)])

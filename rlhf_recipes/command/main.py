@@ -11,7 +11,7 @@ from importlib import import_module
 
 from rlhf_recipes.command.mistakes import UsageError, did_you_mean
 from rlhf_recipes.command.stages import STAGES
-from rlhf_recipes.durability.termination import COMMAND
+from rlhf_recipes.options.commands import COMMAND
 
 # Commands of this library, beside the recipes: the module with its `main`, and a line for the list.
 TOOLS = {

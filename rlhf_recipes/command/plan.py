@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from rlhf_recipes.options.learning_rates import SMALL, TINY
+
 # The default model of each kind of hardware: as large as its memory takes.
 HARDWARE = {
     "cpu": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -14,7 +16,7 @@ HARDWARE = {
     "multi-gpu": "Qwen/Qwen2.5-1.5B-Instruct",
 }
 PROCESSES = 8  # of `accelerate_configs/multi_gpu.yaml`
-TINY, SMALL, MEDIUM = 20e6, 0.6e9, 3e9  # parameters
+MEDIUM = 3e9  # parameters
 UNKNOWN = 1.5e9
 
 

@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from rlhf_recipes.options.learning_rates import rates_of
+
 # Names and patterns of names. The first topic that matches counts; the order is that of the list.
 TOPICS = {
     "Method": "method",
@@ -103,6 +105,11 @@ def _default(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
         return _yaml(field.default_factory())
     return "required" if field.default is dataclasses.MISSING else _yaml(field.default)
+
+
+def _of_lora(kind: type, name: str) -> str:
+    rates = rates_of(kind) if name == "learning_rate" else None
+    return "" if rates is None else f" (with `use_peft`: {_yaml(rates.lora_default)})"
 
 
 def _yaml(value: Any) -> str:

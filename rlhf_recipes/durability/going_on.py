@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from rlhf_recipes.durability.termination import COMMAND
+from rlhf_recipes.options.commands import COMMAND
 from rlhf_recipes.options.secrets import redact
 
 

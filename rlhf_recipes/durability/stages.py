@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -12,10 +13,12 @@ from typing import Any
 
 import torch
 
+from rlhf_recipes.console import duration, print_lines
 from rlhf_recipes.durability.checkpoints import checkpoints_by_age
 from rlhf_recipes.durability.going_on import remedy
 from rlhf_recipes.durability.launch import exit_code
-from rlhf_recipes.durability.termination import COMMAND, EXIT_CODE, STOPS, TerminatedError, leave_closed_terminal
+from rlhf_recipes.durability.termination import EXIT_CODE, STOPS, TerminatedError, leave_closed_terminal
+from rlhf_recipes.options.commands import COMMAND
 
 
 def start_method() -> str:
@@ -26,16 +29,21 @@ def start_method() -> str:
     return "spawn" if torch.cuda.is_available() else "fork"
 
 
-def run_stages(stages: Sequence[str], run: Callable[..., None], *arguments: Any) -> None:
+def run_stages(stages: Mapping[str, str], run: Callable[..., None], *arguments: Any) -> None:
     """Run stages one after the other, each in one thread, and exit after the first that fails or that a signal stops.
 
+    Print the title and the time of each.
+
     Args:
-        stages: Names.
+        stages: Titles by name.
         run: Function of a name and the arguments, at the top level of its module: a spawned process imports it.
         arguments: Passed on, as pickles if a process is spawned.
     """
     context: Any = multiprocessing.get_context(start_method())
-    for stage, following in zip(stages, [*stages[1:], None], strict=True):
+    followers = [*list(stages)[1:], None]
+    for (stage, title), following in zip(stages.items(), followers, strict=True):
+        print_lines("", title)
+        begin = time.monotonic()
         process = context.Process(target=_run_in_one_thread, args=(run, stage, *arguments))
         process.start()
         try:
@@ -47,8 +55,13 @@ def run_stages(stages: Sequence[str], run: Callable[..., None], *arguments: Any)
         if received and left:
             sys.stderr.write(f"Stopped by a signal in stage `{stage}`.{remedy('--start', left)}\n")
             raise TerminatedError(exit_code([process.exitcode]) or EXIT_CODE)
+        took = duration(time.monotonic() - begin)
         if process.exitcode:
-            sys.exit(f"The stage `{stage}` failed; its message is above.")
+            sys.exit(
+                f"The stage `{stage}` failed after {took}; its message is above. Remove the cause."
+                f"{remedy('--start', stage)}"
+            )
+        print_lines(f"The stage `{stage}` took {took}.")
 
 
 def continued(folder: Path, start: str) -> list[str]:

@@ -20,8 +20,6 @@ _INTERRUPT = () if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else (signa
 STOPS = (*SIGNALS, *_INTERRUPT)  # the signals after which a training writes a checkpoint and ends
 # A scheduler signals all processes, and then the launcher passes its own signal on to them. Ctrl-C does the same.
 ECHO_SECONDS = 2.0
-# Environment variable with the command that the user has typed, if that is `rlhf`. Empty if another process tells it.
-COMMAND = "RLHF_COMMAND"
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 answered = threading.Event()  # Python has run one of our handlers
 

@@ -55,7 +55,7 @@ def find_alarms(
         rewards: Names of the judges that the run was trained on. All other judges are held out.
     """
     alarms = _broken(curves)
-    score = _first_and_last(curves.get("objective/scores"))
+    score = first_and_last(curves.get("objective/scores"))
     rising = score is not None and score[2] and score[1] > score[0]
     if score is not None and rising:
         drifts = (_length_drift(curves), _kl_drift(curves, target_kl), _eos_drift(curves), _repetition_drift(curves))
@@ -124,7 +124,7 @@ def _broken(curves: Mapping[str, pd.Series]) -> list[str]:
     return alarms
 
 
-def _first_and_last(curve: pd.Series | None) -> tuple[float, float, bool] | None:
+def first_and_last(curve: pd.Series | None) -> tuple[float, float, bool] | None:
     """Return the means of the first and the last quarter, and whether they differ by more than noise.
 
     The differences of successive points give the noise, because a trend hardly changes them:
@@ -142,7 +142,7 @@ def _first_and_last(curve: pd.Series | None) -> tuple[float, float, bool] | None
 
 
 def _length_drift(curves: Mapping[str, pd.Series]) -> str:
-    length = _first_and_last(curves.get("completions/mean_length"))
+    length = first_and_last(curves.get("completions/mean_length"))
     if length is None or not length[2] or abs(length[1] - length[0]) < LENGTH_DRIFT * length[0]:
         return ""
     first, last, _ = length
@@ -151,7 +151,7 @@ def _length_drift(curves: Mapping[str, pd.Series]) -> str:
 
 
 def _kl_drift(curves: Mapping[str, pd.Series], target_kl: float | None) -> str:
-    kl = _first_and_last(curves.get("objective/kl"))
+    kl = first_and_last(curves.get("objective/kl"))
     if kl is None or kl[1] < KL_FLOOR:
         return ""
     last = kl[1]
@@ -167,7 +167,7 @@ def _kl_drift(curves: Mapping[str, pd.Series], target_kl: float | None) -> str:
 
 
 def _eos_drift(curves: Mapping[str, pd.Series]) -> str:
-    clipped = _first_and_last(curves.get("completions/clipped_ratio"))
+    clipped = first_and_last(curves.get("completions/clipped_ratio"))
     if clipped is None or not clipped[2] or abs(clipped[1] - clipped[0]) < EOS_DRIFT:
         return ""
     first, last = 1 - clipped[0], 1 - clipped[1]
@@ -176,7 +176,7 @@ def _eos_drift(curves: Mapping[str, pd.Series]) -> str:
 
 
 def _repetition_drift(curves: Mapping[str, pd.Series]) -> str:
-    repeated = _first_and_last(curves.get("completions/repeated_ngrams"))
+    repeated = first_and_last(curves.get("completions/repeated_ngrams"))
     if repeated is None or not repeated[2] or repeated[1] - repeated[0] < REPETITION_DRIFT:
         return ""
     return f"the share of repeated 4-grams in an answer grows from {repeated[0]:.2f} to {repeated[1]:.2f}"

@@ -59,7 +59,7 @@ def generate_completions(
     original, owner.generation_config = owner.generation_config, config
     completions: list[list[int]] = []
     try:
-        for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling"):
+        for start in tqdm(range(0, len(prompts), batch_size), desc="Sampling", disable=None):
             batch = _tokenize_prompts(tokenizer, prompts[start : start + batch_size]).to(model.device)
             output = model.generate(**batch, **sampling_inputs(model))[:, batch["input_ids"].size(1) :]
             completions += [_cut_after_eos(row, end_ids) for row in output.tolist()]
@@ -253,7 +253,7 @@ def completion_logps(
         size = max(1, min(batch_size, MAX_LOGITS // (length * vocabulary)))
         chunks += [found[i : i + size] for i in range(0, len(found), size)]
     logps = [torch.empty(0)] * len(rows)
-    for chunk in tqdm(chunks, desc="Log-probabilities"):
+    for chunk in tqdm(chunks, desc="Log-probabilities", disable=None):
         ids = torch.tensor([rows[index] for index in chunk], device=model.device)
         width = max(len(completions[index]) for index in chunk)
         for index, of_row in zip(chunk, _completion_logps(model, ids, width, temperature or 1.0).cpu(), strict=True):

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from rlhf_recipes.options.checks import check_new
+from rlhf_recipes.options.learning_rates import rates_of
 from rlhf_recipes.options.machine import fit_to_machine, said
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
@@ -73,9 +74,20 @@ class RecipeParser(TrlParser):
         options = vars(namespace)
         if "use_cpu" in options:
             _fit(options)
+        self._choose_rate(namespace)
         for kind in self.dataclass_types:
             check_new(kind, options)
         return namespace, remaining
+
+    def _choose_rate(self, namespace: Any) -> None:
+        """Give a run with LoRA that names no learning rate the one that is usual for LoRA."""
+        if not getattr(namespace, "use_peft", False):
+            return
+        for kind in self.dataclass_types:
+            rates, default = rates_of(kind), getattr(kind, "learning_rate", None)
+            # The parser hands on the default itself. A value from the command line or a file is another object.
+            if rates is not None and namespace.learning_rate is default:
+                namespace.learning_rate = rates.lora_default
 
     def _names(self) -> set[str]:
         return {field.name for kind in self.dataclass_types for field in fields(kind)}

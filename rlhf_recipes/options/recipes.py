@@ -15,6 +15,7 @@ from rlhf_recipes.options.checks import check_options
 from rlhf_recipes.options.paths import is_address, is_function
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 
+DEFAULT_EXPERIMENT = "rlhf_recipes"
 # Limits of a served reward model.
 MAX_REQUEST_BYTES, MAX_TOKENS = 2**24, 2**14
 
@@ -245,6 +246,11 @@ class PreflightArguments:
     def recorded(self, tracking: TrackingArguments) -> TrackingArguments:
         """Return the record of the run: none if it ends before training."""
         return replace(tracking, tracking=tracking.tracking and not self.preflight_only)
+
+
+def experiment_of(tracking: TrackingArguments) -> str:
+    """Return the name of the experiment, by the option or the environment."""
+    return tracking.experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
 
 
 def is_recorded(tracking: TrackingArguments) -> bool:

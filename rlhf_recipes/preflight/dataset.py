@@ -84,6 +84,22 @@ def longer_chosen(table: pd.DataFrame) -> float | None:
     return float((differs > 0).mean()) if len(differs) else None
 
 
+def check_left_out(given: Dataset, prepared: Dataset, args: Any, purpose: str) -> list[Finding]:
+    """Return a warning if TRL has left out rows that do not fit `max_length`."""
+    left_out = 0 if getattr(args, "packing", False) else len(given) - len(prepared)  # packed rows are fewer
+    if left_out <= NEGLIGIBLE * len(given):
+        return []
+    if "chosen_ids" in prepared.column_names and "prompt_ids" not in prepared.column_names:
+        what = "pairs"
+    else:  # the others are cut, unless nothing of the answer would be left
+        what = "prompts"
+    message = (
+        f"{left_out:,} of {len(given):,} {what}{purpose} are longer than `max_length` ({args.max_length}) tokens and "
+        "left out. Raise `max_length`, or shorten them."
+    )
+    return [Finding("warning", message)]
+
+
 def _leak(prompts: pd.Series, evaluation: Dataset | None) -> Finding | None:
     if evaluation is None or "prompt" not in evaluation.column_names:
         return None

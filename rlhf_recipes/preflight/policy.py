@@ -15,6 +15,7 @@ from datasets import Dataset
 from rlhf_recipes.models.generation import SETTINGS
 from rlhf_recipes.preflight.finding import Finding
 from rlhf_recipes.rewards.protocol import Scorer
+from rlhf_recipes.rewards.quality import CHANCE
 
 PROBES = 8
 # One deviation of a normalised score is 5 default clips. Four times more or fewer is far off.
@@ -156,7 +157,7 @@ def card_findings(scorer: Scorer, args: Any, weight: float, *, alone: bool) -> l
     card, name, messages = scorer.card, scorer.__name__, []
     if card is None:
         return []
-    if card.eval_accuracy is not None and card.eval_accuracy <= 0.5:
+    if card.eval_accuracy is not None and card.eval_accuracy <= CHANCE:
         messages.append(
             f"The reward model {name} ranks {card.eval_accuracy:.0%} of its evaluation pairs as the annotators did, "
             "which is no better than chance. Train it further before PPO."

@@ -23,7 +23,7 @@ from rlhf_recipes.models.vocabulary import inner_tokenizer
 from rlhf_recipes.options.baselines import samples_rollouts
 from rlhf_recipes.options.paths import is_address
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, is_recorded, tracking_uri
-from rlhf_recipes.preflight.dataset import NEGLIGIBLE, check_preferences, check_prompts, longer_chosen, texts
+from rlhf_recipes.preflight.dataset import check_left_out, check_preferences, check_prompts, longer_chosen, texts
 from rlhf_recipes.preflight.examples import example_lines
 from rlhf_recipes.preflight.finding import Finding
 from rlhf_recipes.preflight.policy import (
@@ -37,6 +37,7 @@ from rlhf_recipes.preflight.policy import (
     score_findings,
     turn_findings,
 )
+from rlhf_recipes.preflight.rates import rate_findings, rate_line
 from rlhf_recipes.preflight.resources import (
     activation_bytes,
     checkpoint_bytes,
@@ -115,6 +116,7 @@ def preflight(
         schedule = (_check_rollouts if samples else _check_supervised)(report, trainer, train, evaluation)
         _check_disk(report, trainer, schedule, tracking)
         _check_memory(report, trainer, train)
+        _check_rate(report, trainer)
         report.lines |= example_lines(trainer)
         processes = _counted(state.num_processes, "process", "processes")
         report.write(f"Preflight: {processes} on {state.device.type}, {schedule.steps:,} optimiser steps")
@@ -184,26 +186,17 @@ def _check_supervised(report: Report, trainer: Any, train: Dataset, evaluation: 
         share = longer_chosen(texts(train, ["chosen", "rejected"]))
         report.lines["data"] += "" if share is None else f"; the longer answer is chosen in {share:.0%}"
         report.findings += check_preferences(train, evaluation)
-    report.findings += _left_out(train, trainer.train_dataset, args, "")
+    report.findings += check_left_out(train, trainer.train_dataset, args, "")
     if evaluation is not None:
-        report.findings += _left_out(evaluation, trainer.eval_dataset, args, " for evaluation")
+        report.findings += check_left_out(evaluation, trainer.eval_dataset, args, " for evaluation")
     return schedule
 
 
-def _left_out(given: Dataset, prepared: Dataset, args: Any, purpose: str) -> list[Finding]:
-    """Return a warning if TRL has left out rows that do not fit `max_length`."""
-    left_out = 0 if getattr(args, "packing", False) else len(given) - len(prepared)  # packed rows are fewer
-    if left_out <= NEGLIGIBLE * len(given):
-        return []
-    if "chosen_ids" in prepared.column_names and "prompt_ids" not in prepared.column_names:
-        what = "pairs"
-    else:  # the others are cut, unless nothing of the answer would be left
-        what = "prompts"
-    message = (
-        f"{left_out:,} of {len(given):,} {what}{purpose} are longer than `max_length` ({args.max_length}) tokens and "
-        "left out. Raise `max_length`, or shorten them."
-    )
-    return [Finding("warning", message)]
+def _check_rate(report: Report, trainer: Any) -> None:
+    options, lora = type(trainer.args), isinstance(trainer.model, PeftModel)
+    parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trainer.model.parameters())
+    report.lines["rate"] = rate_line(options, trainer.args.learning_rate, parameters, lora=lora)
+    report.findings += rate_findings(options, trainer.args.learning_rate, parameters, lora=lora)
 
 
 def _add_events(report: Report, schedule: Schedule, args: Any, evaluation: Dataset | None) -> None:

@@ -15,7 +15,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH
 
 from rlhf_recipes.durability.checkpoints import wished_checkpoint
-from rlhf_recipes.options.recipes import TrackingArguments
+from rlhf_recipes.options.recipes import DEFAULT_EXPERIMENT, TrackingArguments
 from rlhf_recipes.options.secrets import reason_of, redact
 from rlhf_recipes.tracking.delivery import UNSENT_FILE, send_unsent
 from rlhf_recipes.tracking.lineage import read_run_file
@@ -104,7 +104,7 @@ def _set_experiment(tracking: TrackingArguments, given: Run | None) -> Experimen
     if given is not None:
         return mlflow.set_experiment(experiment_id=given.info.experiment_id)
     if tracking.experiment_name or not (name or experiment_id):
-        option, chosen = "experiment_name", {"experiment_name": tracking.experiment_name or "rlhf_recipes"}
+        option, chosen = "experiment_name", {"experiment_name": tracking.experiment_name or DEFAULT_EXPERIMENT}
     elif name:
         option, chosen = "MLFLOW_EXPERIMENT_NAME", {"experiment_name": name}
     else:

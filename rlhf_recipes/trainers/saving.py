@@ -7,6 +7,7 @@ from rlhf_recipes.models.adapter_base import base_of_adapter, save_base
 from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.generation import mend_generation_config
 from rlhf_recipes.models.quantization import save_quantization
+from rlhf_recipes.trainers.printing import print_short_lines
 
 
 class SavingTrainer(ProgressTrainer):
@@ -21,6 +22,7 @@ class SavingTrainer(ProgressTrainer):
         super().__init__(*args, **kwargs)
         if getattr(self.args, "disable_dropout", False):
             disable_dropout(self.model)
+        print_short_lines(self)
         self._base = base_of_adapter(self.model, self._revision)  # before another run can replace it
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from rlhf_recipes.durability.going_on import remedy
-from rlhf_recipes.durability.termination import COMMAND
+from rlhf_recipes.options.commands import COMMAND
 
 RESUME = ("--resume_from_checkpoint", "true")
 PYTHON = "/opt/env/bin/python3.11"

@@ -1,6 +1,7 @@
 """Stages in processes of their own: how they are started, and what a user sees of one that fails."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -12,7 +13,8 @@ from processes import run_command
 
 from rlhf_recipes.durability import stages
 from rlhf_recipes.durability.stages import continued, run_stages, start_method
-from rlhf_recipes.durability.termination import COMMAND, TerminatedError
+from rlhf_recipes.durability.termination import TerminatedError
+from rlhf_recipes.options.commands import COMMAND
 
 ROOT = Path(__file__).parents[2]
 SPAWNED = """
@@ -34,15 +36,20 @@ def _note_threads(stage, path):
     path.write_text(str(torch.get_num_threads()))
 
 
-def test_a_stage_has_one_thread_whatever_its_parent_has(tmp_path, monkeypatch):
+def test_a_stage_has_one_thread_whatever_its_parent_has_and_its_title_and_time_are_printed(
+    tmp_path, monkeypatch, capfd
+):
     monkeypatch.setattr(stages, "start_method", lambda: "fork")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        run_stages(["stage"], _note_threads, tmp_path / "threads")
+        run_stages({"stage": "Stage 1 of 1"}, _note_threads, tmp_path / "threads")
     finally:
         torch.set_num_threads(before)
     assert (tmp_path / "threads").read_text() == "1"
+    title, end = capfd.readouterr().out.strip().splitlines()
+    assert title == "Stage 1 of 1"
+    assert re.fullmatch(r"The stage `stage` took \d+\.\d s\.", end)
 
 
 def _signal_first(stage, ends):
@@ -70,10 +77,10 @@ def test_a_signal_reaches_the_stage_and_the_command_that_goes_on_is_told(monkeyp
     monkeypatch.setenv(COMMAND, "rlhf quickstart --seed 1")
     before = signal.getsignal(signal.SIGINT)
     if code is None:
-        run_stages(names, _signal_first, ends)
+        run_stages(dict.fromkeys(names, ""), _signal_first, ends)
     else:
         with pytest.raises(TerminatedError) as end:
-            run_stages(names, _signal_first, ends)
+            run_stages(dict.fromkeys(names, ""), _signal_first, ends)
         assert end.value.code == code
     told = f"Stopped by a signal in stage `one`. To go on: rlhf quickstart --seed 1 --start {start}\n"
     assert capfd.readouterr().err == (told if start else "")
@@ -98,8 +105,13 @@ def test_a_spawned_stage_runs_and_fails_as_a_forked_one(tmp_path):
     options = ("--start", "preferences", "--until", "preferences", "--directory", "here")
     result = run_command(script, ROOT / "recipes" / "quickstart.py", *options, directory=tmp_path)
     assert result.returncode == 1
-    assert "Traceback" not in result.stderr, result.stderr
-    assert result.stderr.splitlines()[-2:] == [
-        "Error: `model` is runs/quickstart/sft, which does not exist. Run `rlhf quickstart --until sft` first.",
-        "The stage `preferences` failed; its message is above.",
-    ]
+    assert "Traceback" not in result.stderr
+    assert result.stdout.splitlines()[1:] == ["Stage 3 of 6, preferences: sample pairs of answers, and label them."]
+    message, end = result.stderr.splitlines()[-2:]
+    assert (
+        message
+        == "Error: `model` is runs/quickstart/sft, which does not exist. Run `rlhf quickstart --until sft` first."
+    )
+    assert end.startswith("The stage `preferences` failed after ")
+    assert "; its message is above. Remove the cause. To go on: " in end
+    assert end.endswith(" --until preferences --directory here --start preferences")

@@ -71,7 +71,8 @@ def test_a_healthy_run_is_a_short_block(tmp_path, capsys, rm):
     ]
     assert lines[8].startswith("  disk        up to")
     assert lines[9].startswith("  memory      ")
-    assert lines[10:] == ["  example 0   hello\\n\\n‖", "  example 1   the fox\\n\\n‖"]
+    assert lines[10] == "  rate        learning rate 0.001 (usual: 1e-05 to 1e-03)"
+    assert lines[11:] == ["  example 0   hello\\n\\n‖", "  example 1   the fox\\n\\n‖"]
 
 
 def test_a_run_trains_the_same_with_it(tmp_path, capsys, rm):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,13 @@ SHORT = {
     "ppo": ["--max_steps", "4", "--eval_steps", "4", "--kl_horizon", "64", "--per_device_train_batch_size", "16"],
     "evaluate": ["--num_prompts", "8"],
 }
+BEGINS = {
+    "sft": "runs/quickstart/base, with runs/quickstart/data",
+    "reward_modeling": "runs/quickstart/sft, with runs/quickstart/preferences",
+    "ppo": "runs/quickstart/sft, with runs/quickstart/prompts",
+}
+NEXT = {"sft": "reward_modeling", "reward_modeling": "ppo", "ppo": "evaluate"}
+RAW = re.compile(r"total_flos|-0\.00\b|\d\.\d{5,}|\{'|\x1b|\d%\||Failed to load CPU")
 HELD_OUT = 30  # prompts are left for the evaluations: with fewer the preflight warns
 UNTRACKED = ("--tracking", "false")  # a new store takes seconds
 
@@ -87,6 +95,27 @@ def test_a_reward_model_ends_with_its_metrics(pipeline):
     assert "eval_length_correlation" in report
 
 
+def test_every_stage_ends_with_its_result_a_verdict_and_the_next_command(pipeline):
+    directory, reports = pipeline
+    for stage, following in NEXT.items():
+        lines = reports[stage].stdout.splitlines()
+        result = lines.index(f"Result: {directory / 'runs/quickstart' / stage}")
+        verdict, command = lines[result + 1 : -1], lines[-1]
+        assert 1 <= len(verdict) <= 3
+        assert all(re.match("  (good|doubtful|bad) ", line) for line in verdict), verdict
+        config = CONFIGS / f"{following}.yaml"
+        launcher = "python" if following == "evaluate" else "accelerate launch"
+        assert command == f"Next: {launcher} recipes/{following}.py --config {config}"
+    assert reports["evaluate"].stdout.splitlines()[-1] == "Next: python recipes/compare.py --experiment rlhf_recipes"
+
+
+def test_what_a_stage_prints_is_rounded_and_fit_for_a_file(pipeline):
+    for stage, report in pipeline[1].items():
+        # torch writes the time into a warning of its own.
+        lines = [line for line in (report.stdout + report.stderr).splitlines() if "reducer.cpp" not in line]
+        assert not RAW.search("\n".join(lines)), stage
+
+
 def test_every_stage_is_a_finished_run(pipeline):
     mlflow.set_tracking_uri(f"sqlite:///{pipeline[0]}/mlflow.db")
     runs = mlflow.search_runs(experiment_names=["rlhf_recipes"])
@@ -118,6 +147,8 @@ def test_the_preflight_of_the_whole_quickstart_is_short_and_finds_nothing(pipeli
     output_dir = f"runs/quickstart/preflight_{stage}"
     options = ("--preflight_only", "true", "--output_dir", output_dir, "--experiment_name", "preflight")
     lines = _recipe(pipeline[0], stage, *options).stdout.splitlines()
+    assert lines[1] == f"  from {BEGINS[stage]}, to {output_dir}"
+    lines = lines[2:]
     assert lines[0].startswith("Preflight: 1 process on cpu, ")
     numbers = [line for line in lines if line.startswith("Numbers: ")]
     assert len(numbers) == (stage == "ppo")
@@ -130,7 +161,9 @@ def test_the_preflight_of_the_whole_quickstart_is_short_and_finds_nothing(pipeli
 
 def test_a_run_opens_with_its_preflight(pipeline):
     for stage in ("sft", "reward_modeling", "ppo"):
-        assert pipeline[1][stage].stdout.startswith("Preflight: "), stage
+        lines = pipeline[1][stage].stdout.splitlines()
+        assert lines[1] == f"  from {BEGINS[stage]}, to runs/quickstart/{stage}"
+        assert lines[2].startswith("Preflight: "), stage
     assert "  run         1 rollout, 64 completions" in pipeline[1]["ppo"].stdout
 
 
@@ -194,7 +227,7 @@ def test_the_other_world_has_its_own_folder(tmp_path):
 def test_a_missing_reward_model_names_its_stage(pipeline):
     options = ("--reward_model_path", "runs/mine/reward_modeling", *UNTRACKED)
     report = _recipe(pipeline[0], "ppo", *options, expect=1)
-    assert "`accelerate launch recipes/reward_modeling.py --config YOUR_CONFIG.yaml`" in report.stderr
+    assert "`rlhf reward-modeling --config YOUR_CONFIG.yaml`" in report.stderr
 
 
 def test_a_crash_is_recorded_as_failed(pipeline):
