@@ -12,8 +12,8 @@ from typing import Any
 
 from rlhf_recipes.options.shipped import shipped_configurations
 
-# Environment variable with the command that the user has typed, if that is `rlhf`. Empty if another process, as that of
-# the quickstart, tells how to go on.
+# Environment variable with the command that the user has typed, if that is `rlhf`. It is empty where another process,
+# for example the quickstart's, tells how to go on.
 COMMAND = "RLHF_COMMAND"
 LAUNCHED = ("sft", "reward_modeling", "ppo", "baseline")  # accelerate starts these
 WITHOUT_CONFIG = ("compare",)  # its few options are the whole command
