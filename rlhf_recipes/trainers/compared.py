@@ -18,7 +18,7 @@ from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, load_ppo_state, save_ppo_state
 from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
-from rlhf_recipes.evaluation.samples import write_table
+from rlhf_recipes.evaluation.samples import write_evaluation, write_table
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.forward import keep_out_of_autocast, rows_without_gradient
 from rlhf_recipes.models.generation import check_static_cache, merged_config, plain_output
@@ -101,7 +101,7 @@ class ComparedTrainer(SavingTrainer):
             self.answer_held_out()
         metrics, rows = self.held_out.finish(is_start=self.state.global_step == 0)
         if self.args.should_save:
-            write_table(rows, self.args.output_dir, "evaluation", self.state.global_step)
+            write_evaluation(rows, self.args.output_dir, self.state.global_step)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
