@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from rlhf_recipes.options.trackers import check_trackers
+
 Options = TypeVar("Options")
 logger = logging.getLogger(__name__)
 
@@ -32,8 +34,12 @@ def options_of_trainer(training_args: Options, model_init_kwargs: dict[str, Any]
     Args:
         training_args: Options of one of TRL's trainers, as the user wrote them.
         model_init_kwargs: Options of `from_pretrained`, which take priority over those of the trainer.
+
+    Raises:
+        ValueError: If `report_to` names a tracker that is not installed.
     """
     asked: Any = training_args
+    check_trackers(asked.report_to)
     changes = {
         "report_to": [name for name in asked.report_to if name != "mlflow"],  # `track_run` writes to MLflow
         "model_init_kwargs": (asked.model_init_kwargs or {}) | model_init_kwargs,

@@ -120,6 +120,11 @@ class RunCallback(MLflowCallback):
         self.delivery.describe(self.description.text())
 
     @property
+    def run_id(self) -> str:
+        """Id of the run in MLflow."""
+        return self._run["run_id"]
+
+    @property
     def step(self) -> int:
         """Optimiser step of the training; 0 if the run trains nothing."""
         return 0 if self._state is None else int(self._state.global_step)

@@ -35,6 +35,7 @@ from rlhf_recipes.tracking.logged_model import describe_model
 from rlhf_recipes.tracking.starting import kept_environment
 from rlhf_recipes.tracking.store import open_run, system_metrics
 from rlhf_recipes.tracking.stuck import closed_when_stuck
+from rlhf_recipes.tracking.trackers import other_trackers
 from rlhf_recipes.tracking.unfinished import note_end
 
 logger = logging.getLogger(__name__)
@@ -67,12 +68,22 @@ def track_run(
         ValueError: If the store cannot be reached or written. It is raised before the training.
     """
     mlflow.set_tracking_uri(tracking_uri(tracking))  # every process looks for `models:/..`
+    report_to = [name for config in configs for name in getattr(config, "report_to", None) or []]
+    output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
     with leave_together():
-        if not is_recorded(tracking) or not PartialState().is_main_process:
+        if not PartialState().is_main_process:
             yield []
-            return
-        with signals_as_exceptions(), kept_environment(), _recorded(tracking, run_name, stage, configs) as callback:
-            yield [callback]
+        elif not is_recorded(tracking):
+            with other_trackers(report_to, run_name, output_dir, None) as others:
+                yield others
+        else:
+            with (
+                signals_as_exceptions(),
+                kept_environment(),
+                _recorded(tracking, run_name, stage, configs) as own,
+                other_trackers(report_to, run_name, output_dir, own.run_id) as others,
+            ):
+                yield [own, *others]
 
 
 @contextmanager

@@ -34,7 +34,6 @@ from rlhf_recipes.rewards.functions import weighted_scores
 from rlhf_recipes.trainers.compared import RolloutTrainer
 from rlhf_recipes.trainers.prepared import check_prepared
 from rlhf_recipes.trainers.rollout import own_part
-from rlhf_recipes.trainers.saving import revision_of
 from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, check_rollout_fits
 from rlhf_recipes.trainers.stock import Baseline, Scoring, checked_rewards, prepared
 
@@ -79,7 +78,7 @@ class SamplingBaseline(Baseline, RolloutTrainer):
         options: dict[str, Any] = {"tokenizer": processing_class, "peft_config": peft_config}
         parts = prepared(model, args, scoring, train_dataset, eval_dataset, columns=("prompt",), **options)
         rewards = checked_rewards(scoring, args, parts["train_dataset"])
-        self._revision = revision_of(model, args)
+        self.note_source(model, args)
         super().__init__(reward_funcs=list(rewards), callbacks=callbacks, **parts)
         # TRL calls these: the reward functions, with time limits and retries.
         self.reward_funcs = self.prepare_rewards(
@@ -113,6 +112,8 @@ class SamplingBaseline(Baseline, RolloutTrainer):
 class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
     """Train by TRL's RLOO."""
 
+    stage = "rloo"
+
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         return self.rendered(prompts, super()._tokenize_prompts)
 
@@ -130,6 +131,8 @@ class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
 
 class GRPOTrainer(SamplingBaseline, trl.GRPOTrainer):
     """Train by TRL's GRPO."""
+
+    stage = "grpo"
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         return self.rendered(prompts, super()._tokenize_prompts)
@@ -173,6 +176,8 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         ValueError: If data, policy or reward model do not fit, or if nothing scores the answers of an evaluation.
     """
 
+    stage = "dpo"
+
     @classmethod
     def rows(cls, dataset: Dataset) -> Dataset:
         """Return the pairs as they are."""
@@ -189,6 +194,7 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         peft_config: Any = None,
         callbacks: Any = None,
     ) -> None:
+        self.given_data = train_dataset, eval_dataset
         columns = ("prompt", "chosen", "rejected")
         options: dict[str, Any] = {"tokenizer": processing_class, "peft_config": peft_config}
         parts = prepared(model, args, scoring, train_dataset, eval_dataset, columns=columns, **options)
@@ -210,7 +216,7 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
             )
         rewards = checked_rewards(scoring, args, parts["train_dataset"]) if evaluates or scoring.rewards else []
         self._held_out_prompts = first_of_each_prompt(parts["eval_dataset"]) if evaluates else None
-        self._revision = revision_of(model, args)
+        self.note_source(model, args)
         super().__init__(callbacks=callbacks, **parts)
         check_prepared(self, train_dataset=parts["train_dataset"], eval_dataset=parts["eval_dataset"])
         self._end_ids = eos_token_ids(parts["model"], processing_class)
