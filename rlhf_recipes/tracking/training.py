@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import MLflowCallback
 
 from rlhf_recipes.durability.occupied import occupied
@@ -76,7 +76,9 @@ def _attached(trainer: Any, callbacks: list[TrainerCallback]) -> Iterator[None]:
     trainer.remove_callback(MLflowCallback)  # transformers' own would open a second run
     known = {type(callback) for callback in trainer.callback_handler.callbacks}
     own = [*callbacks] if PreemptionCallback in known else [*callbacks, PreemptionCallback()]
-    for callback in own:
+    # The callbacks that print take a figure out of the log, so they come last.
+    printing = [trainer.pop_callback(kind) for kind in (ProgressCallback, PrinterCallback)]
+    for callback in (*own, *filter(None, printing)):
         trainer.add_callback(callback)
     try:
         yield
