@@ -97,7 +97,8 @@ def write_latest(table: pd.DataFrame, output_dir: str | Path) -> None:
     """
     file = Path(output_dir, SAMPLES_DIRECTORY, LATEST)
     shown = table.drop_duplicates("prompt").head(LATEST_ROWS)
-    shown = shown.assign(**{name: shown[name].str.slice(0, LATEST_CHARACTERS) for name in shown.select_dtypes("str")})
+    texts = [name for name in ("prompt", "completion", "baseline_completion") if name in shown]
+    shown = shown.assign(**{name: shown[name].str.slice(0, LATEST_CHARACTERS) for name in texts})
     partial = file.with_name(f"{LATEST}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
