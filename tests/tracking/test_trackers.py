@@ -18,7 +18,7 @@ from rlhf_recipes.options.changes import options_of_trainer
 from rlhf_recipes.options.recipes import TrackingArguments
 from rlhf_recipes.options.trackers import check_trackers
 from rlhf_recipes.tracking.session import track_run
-from rlhf_recipes.tracking.trackers import TableCallback
+from rlhf_recipes.tracking.trackers import TableCallback, other_trackers
 
 needs = {
     name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}") for name in options.EXTRAS
@@ -166,3 +166,18 @@ def test_a_tracker_that_is_not_there_is_said_before_anything_is_loaded(monkeypat
     with pytest.raises(ValueError, match=message):
         check_trackers(["mlflow", "tensorboard", name])
     check_trackers(["mlflow", "tensorboard"])
+
+
+@needs["wandb"]
+def test_a_wandb_that_cannot_start_is_said_on_one_line(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**options):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    message = (
+        r"^`report_to` names wandb, which cannot start a run: No API key configured\. Log in .*WANDB_MODE=offline`.*$"
+    )
+    with pytest.raises(ValueError, match=message), other_trackers(["wandb"], "mine", str(tmp_path), "id"):
+        pass
