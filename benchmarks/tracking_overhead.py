@@ -30,8 +30,8 @@ from urllib.request import urlopen
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+from rlhf_recipes.tracking.callback import RunCallback
 from rlhf_recipes.tracking.delivery import Delivery
-from rlhf_recipes.tracking.session import RunCallback
 from rlhf_recipes.trainers import value_head
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -32,7 +32,8 @@ from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.rewards.functions import import_function
 from rlhf_recipes.rewards.judges import load_judges
 from rlhf_recipes.tracking.registry import require_model
-from rlhf_recipes.tracking.session import log_datasets, log_model, log_results, track_run
+from rlhf_recipes.tracking.session import log_datasets, track_run
+from rlhf_recipes.tracking.training import train_and_save
 from rlhf_recipes.trainers.baselines import TRAINERS
 from rlhf_recipes.trainers.stock import Scoring
 
@@ -83,12 +84,7 @@ def main(
         )
 
         preflight(trainer, train, evaluation, preflight_args, tracking_args, with_answers=answered)
-        metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
-
-        trainer.save_model(training_args.output_dir)
-        trainer.save_state()
-        log_results(metrics)
-        log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
+        metrics = train_and_save(trainer, tracking_args)
     needed = {"model_name_or_path": training_args.output_dir, "baseline_path": source}
     end_stage(training_args.output_dir, policy_verdict(trainer.state.log_history), "evaluate", needed)
     trainer.accelerator.end_training()

@@ -24,7 +24,7 @@ from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering
 from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.evaluation.figures import table_of
-from rlhf_recipes.evaluation.policies import best_of_n, compare_policies, eos_token_ids
+from rlhf_recipes.evaluation.policies import answers_table, best_of_n, compare_policies, eos_token_ids
 from rlhf_recipes.evaluation.stage import begin_stage, end_stage
 from rlhf_recipes.evaluation.tokenizers import check_baseline
 from rlhf_recipes.evaluation.verdicts import evaluation_verdict
@@ -37,7 +37,7 @@ from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.judges import load_judges
 from rlhf_recipes.tracking.registry import require_model
-from rlhf_recipes.tracking.session import log_datasets, log_results, track_run
+from rlhf_recipes.tracking.session import log_answers, log_datasets, log_results, track_run
 
 
 def main(
@@ -107,6 +107,7 @@ def main(
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         pd.DataFrame(completions).to_json(output_dir / "completions.jsonl", orient="records", lines=True)
         log_results(results, output_dir / "results.json", output_dir / "completions.jsonl")
+        log_answers(answers_table(completions), output_dir)
         completions_table(completions, script_args.num_shown)
         print_table("Evaluation", table_of(results))
     needed = {"experiment": experiment_of(tracking_args)}

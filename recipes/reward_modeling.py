@@ -7,8 +7,6 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/reward
 from rlhf_recipes.console import print_table, quiet_start  # first: imports below print notes
 
 # isort: split
-from pathlib import Path
-
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
@@ -25,9 +23,9 @@ from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
-from rlhf_recipes.rewards.card import CARD_FILE
 from rlhf_recipes.tracking.registry import require_model
-from rlhf_recipes.tracking.session import log_datasets, log_model, log_results, track_run
+from rlhf_recipes.tracking.session import log_datasets, track_run
+from rlhf_recipes.tracking.training import train_and_save
 
 
 def main(
@@ -66,15 +64,8 @@ def main(
         )
 
         preflight(trainer, train, evaluation, preflight_args, tracking_args)
-        metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
-
-        # An evaluation that fails must not cost the model. The card of the saved model gets its result afterwards.
-        trainer.save_model(training_args.output_dir)
-        metrics |= trainer.evaluate()
-        trainer.save_card()
+        metrics = train_and_save(trainer, tracking_args)
         if trainer.is_world_process_zero():
-            log_results(metrics, Path(training_args.output_dir, CARD_FILE))
-            log_model(tracking_args, training_args.output_dir, "reward_model", model_args.model_revision)
             print_table("Reward model", table_of(metrics))
     verdict = reward_model_verdict(metrics, len(trainer.eval_dataset))
     needed = {"model_name_or_path": source, "reward_model_path": training_args.output_dir}

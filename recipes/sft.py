@@ -23,7 +23,8 @@ from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.options.sft import SFTConfig
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.tracking.registry import require_model
-from rlhf_recipes.tracking.session import log_datasets, log_model, log_results, track_run
+from rlhf_recipes.tracking.session import log_datasets, track_run
+from rlhf_recipes.tracking.training import train_and_save
 from rlhf_recipes.trainers.sft import SFTTrainer
 
 
@@ -66,13 +67,7 @@ def main(
         )
 
         preflight(trainer, train, evaluation, preflight_args, tracking_args)
-        metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
-
-        trainer.save_model(training_args.output_dir)
-        if evaluation is not None:
-            metrics |= trainer.evaluate()
-        log_results(metrics)
-        log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
+        metrics = train_and_save(trainer, tracking_args)
     verdict = sft_verdict(trainer.state.log_history)
     end_stage(training_args.output_dir, verdict, "reward_modeling", {"model_name_or_path": training_args.output_dir})
     trainer.accelerator.end_training()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -13,9 +14,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlhf_recipes.algorithm.best_of_n import best_of_n_kl_bound, best_of_n_weights
 from rlhf_recipes.algorithm.kl import estimate_kl
-from rlhf_recipes.data.messages import answer_to
+from rlhf_recipes.data.messages import answer_to, as_text
 from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.data.rows import check_reward_columns
+from rlhf_recipes.evaluation.held_out import JUDGED
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.forward import sampling_inputs
@@ -131,6 +133,18 @@ def compare_policies(
         preferences = np.reshape(columns[f"preference_{title}"], (-1, num_samples))
         results |= {f"{title}/{key}": value for key, value in preference_rate(preferences, seed=seed).items()}
     return results, columns
+
+
+def answers_table(columns: dict[str, list[Any]]) -> pd.DataFrame:
+    """Return the completions of `compare_policies` with the columns of the tables of a training."""
+    table = pd.DataFrame(columns | {"prompt": [as_text(prompt) for prompt in columns["prompt"]]})
+    own = {"policy_completion": "completion", "baseline_completion": "baseline_completion"}
+    judged = {"policy_": JUDGED, "baseline_": "baseline/", "preference_": JUDGED}
+    for name in table.columns:
+        prefix = next((prefix for prefix in judged if name.startswith(prefix)), None)
+        if prefix is not None:
+            own.setdefault(name, judged[prefix] + name.removeprefix(prefix))
+    return table.rename(columns=own)
 
 
 def best_of_n(

@@ -17,6 +17,9 @@ from rlhf_recipes.data.messages import Text, as_text
 
 logger = logging.getLogger(__name__)
 SAMPLES_DIRECTORY = "samples"
+LATEST = "evaluation.json"  # the latest evaluation: runs can be compared where they have a table of the same name
+LATEST_ROWS = 500  # prompts, so that a browser can show the tables of many runs
+LATEST_CHARACTERS = 2_000  # of a text
 COLUMNS = {"prompt", "completion", "score", "kl", "length", "stop"}  # of every table, beside those of the rewards
 
 
@@ -75,6 +78,42 @@ def write_table(rows: list[dict[str, Any]], output_dir: str | Path, kind: str, s
         logger.warning(f"The table {file} could not be written: {error}. The training goes on without it.")
         return None
     return file
+
+
+def write_evaluation(rows: list[dict[str, Any]], output_dir: str | Path, step: int) -> None:
+    """Write the table of an evaluation, and replace that of the latest one."""
+    if rows and write_table(rows, output_dir, "evaluation", step) is not None:
+        write_latest(pd.DataFrame(rows), output_dir)
+
+
+def write_latest(table: pd.DataFrame, output_dir: str | Path) -> None:
+    """Write `samples/evaluation.json`: one row per prompt, at most `LATEST_ROWS`, with shortened texts.
+
+    A run that sends the file meanwhile sends the old or the new one whole.
+
+    Args:
+        table: Columns `prompt` and `completion`, and others.
+        output_dir: Output directory of the run.
+    """
+    file = Path(output_dir, SAMPLES_DIRECTORY, LATEST)
+    shown = table.drop_duplicates("prompt").head(LATEST_ROWS)
+    texts = [name for name in ("prompt", "completion", "baseline_completion") if name in shown]
+    shown = shown.assign(**{name: shown[name].str.slice(0, LATEST_CHARACTERS) for name in texts})
+    partial = file.with_name(f"{LATEST}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shown.to_json(partial, orient="split", index=False, indent=2)
+        partial.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        logger.warning(f"The table {file} could not be written: {error}. The run goes on without it.")
+
+
+def latest_table(output_dir: str | Path) -> Path | None:
+    """Return the table of the latest evaluation; `None` if there is none."""
+    file = Path(output_dir, SAMPLES_DIRECTORY, LATEST)
+    return file if file.is_file() else None
 
 
 def tables_of_step(output_dir: str | Path, step: int) -> list[Path]:

@@ -4,10 +4,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
+from rlhf_recipes.options.trackers import check_trackers
 
 # Options that need a package if they are set: the package, and how to install it.
 NEEDED = {
@@ -31,15 +28,4 @@ def check_packages(options: Mapping[str, Any]) -> None:
     for name, (package, install) in NEEDED.items():
         if options.get(name) and find_spec(package) is None:
             raise ValueError(f"`{name}` needs the package `{package}`: `pip install {install}`.")
-    trackers = options.get("report_to") or []
-    _check_trackers([trackers] if isinstance(trackers, str) else trackers)
-
-
-def _check_trackers(names: list[str]) -> None:
-    available = get_available_reporting_integrations()
-    for name in names:
-        if name in ("all", "none", *available):
-            continue
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(f"`report_to` is one of {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}.")
-        raise ValueError(f"`report_to: {name}` needs the package `{name}`: `pip install {name}`.")
+    check_trackers(options.get("report_to") or [])

@@ -21,11 +21,12 @@ from typing import Any
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_RUN_NOTE
 from mlflow.utils.validation import MAX_DATASET_NAME_SIZE, MAX_METRICS_PER_BATCH
 
 from rlhf_recipes.durability.termination import TerminatedError, signals_held
 from rlhf_recipes.tracking.deadline import limit_requests
+from rlhf_recipes.tracking.description import with_own_text
 from rlhf_recipes.tracking.lineage import note_model
 from rlhf_recipes.tracking.logged_model import send_model
 from rlhf_recipes.tracking.names import Names, clean_name
@@ -97,6 +98,10 @@ class Delivery:
     def set_tags(self, tags: dict[str, str]) -> None:
         """Send tags."""
         self._submit({"tags": {clean_name(name): value for name, value in tags.items()}})
+
+    def describe(self, text: str) -> None:
+        """Send the description of the run. Text of a user in it stays."""
+        self._submit({"description": text})
 
     def set_killed(self) -> None:
         """Send the status KILLED, for a process that may not come to its end."""
@@ -255,10 +260,17 @@ def _apply(client: mlflow.MlflowClient, record: dict[str, Any]) -> None:
     if "model" in record:
         model_id = send_model(client, run_id, record["model"], step=record["step"], timestamp=record["timestamp"])
         note_model(record["model"]["directory"], run_id, model_id)
-    for name, value in record.get("tags", {}).items():
-        client.set_tag(run_id, clean_name(name), value)
+    _apply_tags(client, run_id, record)
     if "status" in record:
         client.set_terminated(run_id, record["status"], record["timestamp"])
+
+
+def _apply_tags(client: mlflow.MlflowClient, run_id: str, record: dict[str, Any]) -> None:
+    for name, value in record.get("tags", {}).items():
+        client.set_tag(run_id, clean_name(name), value)
+    if "description" in record:
+        known = client.get_run(run_id).data.tags.get(MLFLOW_RUN_NOTE, "")
+        client.set_tag(run_id, MLFLOW_RUN_NOTE, with_own_text(known, record["description"]))
 
 
 def _send_file(client: mlflow.MlflowClient, run_id: str, path: str, folder: str) -> None:

@@ -52,7 +52,7 @@ def track_pipeline(
 
 
 def _open_pipeline(tracking: TrackingArguments, run_name: str, seed: int, output_dir: str | None) -> dict[str, str]:
-    return open_run(tracking, run_name, "pipeline", (), output_dir, seed=seed)[0]
+    return open_run(tracking, run_name, "pipeline", (), output_dir, seed=seed).note
 
 
 def _in_own_process(function: Any, *arguments: Any) -> Any:

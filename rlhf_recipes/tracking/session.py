@@ -5,7 +5,6 @@ as FAILED and a termination as KILLED, an evaluation after training opens no sec
 continues the interrupted run.
 """
 
-import json
 import logging
 import signal
 import threading
@@ -16,105 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 from accelerate import PartialState
 from datasets import Dataset
-from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS as LOGGED_ARTIFACTS
 from transformers import TrainerCallback
-from transformers.integrations import MLflowCallback
 
 from rlhf_recipes.data.digest import dataset_digest
 from rlhf_recipes.durability.ending import leave_together
 from rlhf_recipes.durability.termination import SIGNALS, TerminatedError, terminate
-from rlhf_recipes.evaluation.alarms import current_alarms
-from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY, tables_of_step, tables_until
-from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.evaluation.samples import (
+    write_latest,
+)
 from rlhf_recipes.options.recipes import TrackingArguments, is_recorded, tracking_uri
 from rlhf_recipes.options.secrets import redact
+from rlhf_recipes.tracking.callback import RunCallback
 from rlhf_recipes.tracking.delivery import Delivery
-from rlhf_recipes.tracking.lineage import write_run_file
+from rlhf_recipes.tracking.description import Input
 from rlhf_recipes.tracking.logged_model import describe_model
 from rlhf_recipes.tracking.starting import kept_environment
 from rlhf_recipes.tracking.store import open_run, system_metrics
 from rlhf_recipes.tracking.stuck import closed_when_stuck
+from rlhf_recipes.tracking.trackers import other_trackers
 from rlhf_recipes.tracking.unfinished import note_end
 
-SHOWN_TABLES = 60  # the latest ones, which the page of MLflow shows: a tag holds at most 8,000 characters
 logger = logging.getLogger(__name__)
-
-
-class RunCallback(MLflowCallback):
-    """The callback of transformers, which sends the records of the open run by a `Delivery`."""
-
-    def __init__(
-        self, delivery: Delivery, output_dir: str, run: dict[str, str], *, is_continued: bool = False
-    ) -> None:
-        super().__init__()
-        self.delivery = self._ml_flow = delivery
-        self._output_dir = output_dir
-        self._run, self._is_continued = run, is_continued
-        self._tables: list[Path] = []
-        self._alarms = ""
-        self.has_noted = False
-
-    def setup(self, args: Any, state: Any, model: Any) -> None:
-        """Do not open a run or record parameters: `open_run` does both before training."""
-        self._async_log = False  # a delivery does not wait
-        self._initialized = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Send again what a killed process may not have sent: the figures and tables until the checkpoint."""
-        super().on_train_begin(args, state, control, **kwargs)
-        self._tables = tables_until(self._output_dir, state.global_step)
-        if self._is_continued and state.is_world_process_zero:
-            for entry in state.log_history:
-                figures = {name: value for name, value in entry.items() if name != "step"}
-                self._ml_flow.log_metrics(figures, step=entry["step"])  # sends only those that the run does not have
-            self._ml_flow.log_missing_artifacts(self._tables, SAMPLES_DIRECTORY)
-            self._show_tables()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any = None, **kwargs: Any) -> None:
-        """Send the metrics, and the tables of completions that the trainer wrote at this step."""
-        if not state.is_world_process_zero:
-            return
-        self._ml_flow.log_metrics(logs, step=state.global_step)  # transformers would make two names one
-        tables = [table for table in tables_of_step(self._output_dir, state.global_step) if table not in self._tables]
-        for table in tables:
-            self._ml_flow.log_artifact(table, SAMPLES_DIRECTORY)
-        if tables:
-            self._tables += tables
-            self._show_tables()
-
-    def _show_tables(self) -> None:
-        shown = [{"path": f"{SAMPLES_DIRECTORY}/{table.name}", "type": "table"} for table in self._tables]
-        if shown:
-            self._ml_flow.set_tags({LOGGED_ARTIFACTS: json.dumps(shown[-SHOWN_TABLES:])})
-
-    def save_into(self, folder: Path) -> None:
-        """Write the note of the run into a checkpoint, which a resume then cannot take for that of another run."""
-        write_run_file(folder, self._run)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the note of the run for a resume, and record the alarms."""
-        if state.is_world_process_zero:
-            self.note()
-        self.on_evaluate(args, state, control)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the alarms of the log so far, if they have changed."""
-        if isinstance(args, PPOConfig):
-            alarms = " ".join(current_alarms(args, state)) or "none"
-            if alarms != self._alarms:
-                self._ml_flow.set_tags({"alarms": alarms})
-            self._alarms = alarms
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the note of the run before the weights are saved, and record the alarms."""
-        self.on_save(args, state, control)
-
-    def note(self) -> None:
-        """Write the note of the run into the output directory."""
-        write_run_file(self._output_dir, self._run)
-        self.has_noted = True
 
 
 _open: ContextVar[RunCallback | None] = ContextVar("open", default=None)
@@ -144,13 +68,23 @@ def track_run(
         ValueError: If the store cannot be reached or written. It is raised before the training.
     """
     mlflow.set_tracking_uri(tracking_uri(tracking))  # every process looks for `models:/..`
+    report_to = [name for config in configs for name in getattr(config, "report_to", None) or []]
+    output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
     is_training = any(hasattr(config, "resume_from_checkpoint") for config in configs)
     with leave_together(*(("--resume_from_checkpoint", "true") if is_training else ())):
-        if not is_recorded(tracking) or not PartialState().is_main_process:
+        if not PartialState().is_main_process:
             yield []
-            return
-        with signals_as_exceptions(), kept_environment(), _recorded(tracking, run_name, stage, configs) as callback:
-            yield [callback]
+        elif not is_recorded(tracking):
+            with other_trackers(report_to, run_name, output_dir, None) as others:
+                yield others
+        else:
+            with (
+                signals_as_exceptions(),
+                kept_environment(),
+                _recorded(tracking, run_name, stage, configs) as own,
+                other_trackers(report_to, run_name, output_dir, own.run_id) as others,
+            ):
+                yield [own, *others]
 
 
 @contextmanager
@@ -159,11 +93,13 @@ def _recorded(
 ) -> Iterator[RunCallback]:
     """Open a run, and end it after everything that can be raised."""
     output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
-    before, status, delivery, outer = mlflow.active_run(), "FAILED", None, _open.set(None)
+    before, status, outer = mlflow.active_run(), "FAILED", _open.set(None)
+    callback: RunCallback | None = None
+    cause: BaseException | None = None
     try:
-        note, last_steps = open_run(tracking, run_name, stage, configs, output_dir)
+        note, last_steps, description = open_run(tracking, run_name, stage, configs, output_dir)
         delivery = Delivery(note["run_id"], note["tracking_uri"], output_dir, last_steps or {})
-        callback = RunCallback(delivery, output_dir, note, is_continued=last_steps is not None)
+        callback = RunCallback(delivery, output_dir, note, description, is_continued=last_steps is not None)
         _open.set(callback)
         with closed_when_stuck(delivery), system_metrics(note["run_id"], resumed=bool(last_steps)):
             yield callback
@@ -171,14 +107,15 @@ def _recorded(
             callback.note()
         status = "FINISHED"
     except BaseException as error:
-        status = outcome(error)
+        status, cause = outcome(error), error
         if isinstance(error, TerminatedError):
             ignore_signals()  # a second one must not interrupt the record of the end
         raise
     finally:
         _open.reset(outer)
-        if delivery is not None:
-            delivery.close(status)
+        if callback is not None:
+            callback.describe_end(status, cause)
+            callback.delivery.close(status)
         elif mlflow.active_run() is not before:
             with suppress(Exception):
                 mlflow.end_run(status)
@@ -224,6 +161,7 @@ def log_results(metrics: dict[str, float], *files: Path) -> None:
     if (run := _open.get()) is None:
         return
     run.delivery.log_metrics(metrics)
+    run.description.add_figures(metrics, run.step)
     for file in files:
         run.delivery.log_artifact(file)
 
@@ -264,3 +202,17 @@ def log_datasets(name: str | None, **datasets: Dataset | None) -> None:
             digest = dataset_digest(dataset)
             run.delivery.set_tags({f"dataset.{context}": digest})
             run.delivery.log_dataset(f"{redact(str(name))}:{dataset.split}", digest, context)
+            run.description.data.append(Input(f"{context} data", f"{name}: {len(dataset):,} rows"))
+    run.delivery.describe(run.description.text())
+
+
+def log_answers(table: pd.DataFrame, output_dir: str | Path) -> None:
+    """Write the answers of an evaluation as the table that MLflow compares, and record it in the open run.
+
+    Args:
+        table: Columns `prompt` and `completion`, and others.
+        output_dir: Directory of the run.
+    """
+    write_latest(table, output_dir)
+    if (run := _open.get()) is not None:
+        run.send_latest()

@@ -21,6 +21,7 @@ from rlhf_recipes.tracking.delivery import UNSENT_FILE, send_unsent
 from rlhf_recipes.tracking.lineage import read_run_file
 from rlhf_recipes.tracking.unfinished import UnusableRunError, close_unfinished, find_run, note_open, note_start
 
+EXPERIMENT_KIND = "mlflow.experimentKind"  # by which the page of an experiment chooses its view
 logger = logging.getLogger(__name__)
 
 
@@ -68,6 +69,8 @@ def start_run(
         mlflow.set_experiment(experiment_id=continued.info.experiment_id)
         return mlflow.start_run(run_id=continued.info.run_id, log_system_metrics=False), False
     experiment = _set_experiment(tracking, given)
+    if EXPERIMENT_KIND not in experiment.tags:  # a user may have chosen another one
+        mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, EXPERIMENT_KIND, "custom_model_development")
     parent_run_id = tracking.parent_run_id
     if parent_run_id is not None:
         _known_run("parent_run_id", parent_run_id)

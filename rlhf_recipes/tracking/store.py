@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 import yaml
@@ -19,6 +19,7 @@ from mlflow.entities import LoggedModelInput, Param, Run
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from mlflow.utils.validation import (
     MAX_PARAM_VAL_LENGTH,
     MAX_PARAMS_TAGS_PER_BATCH,
@@ -32,6 +33,7 @@ from rlhf_recipes.options.recipes import TrackingArguments, _sqlite_file, tracki
 from rlhf_recipes.options.relevance import config_group, flat
 from rlhf_recipes.options.secrets import public_options, reason_of, redact, without_credentials
 from rlhf_recipes.tracking.deadline import limit_requests
+from rlhf_recipes.tracking.description import Description, described_inputs, with_own_text
 from rlhf_recipes.tracking.lineage import environment_tags, upstream_runs
 from rlhf_recipes.tracking.logged_model import UnknownModelError
 from rlhf_recipes.tracking.names import by_clean_name
@@ -92,6 +94,20 @@ def check_registered_names(tracking: TrackingArguments) -> None:
                 raise ValueError(f"`{option}` is refused by MLflow: {error.message}") from error
 
 
+class OpenedRun(NamedTuple):
+    """A run that has just been opened.
+
+    Args:
+        note: Note for `write_run_file`.
+        last_steps: Last recorded step of each metric; `None` for a new run.
+        description: Description so far.
+    """
+
+    note: dict[str, str]
+    last_steps: dict[str, int] | None
+    description: Description
+
+
 def open_run(
     tracking: TrackingArguments,
     run_name: str,
@@ -99,8 +115,8 @@ def open_run(
     configs: tuple[Any, ...],
     output_dir: str | None = None,
     **tags: Any,
-) -> tuple[dict[str, str], dict[str, int] | None]:
-    """Open a run, and record its options and lineage.
+) -> OpenedRun:
+    """Open a run, and record its options, lineage and description.
 
     Args:
         tracking: Options of the store.
@@ -109,9 +125,6 @@ def open_run(
         configs: Dataclasses with the options of the run.
         output_dir: Directory for the note of an open run.
         tags: More tags.
-
-    Returns:
-        The note for `write_run_file`, and the last recorded step of each metric; `None` for a new run.
 
     Raises:
         ValueError: If the store cannot be reached or written, or has no model that an option names; or if
@@ -134,6 +147,9 @@ def open_run(
         tags |= {"resume.recorded_until": max(last_steps.values())} if last_steps else {}
         _record_options(run, configs, tags, is_new=is_new)
         _record_inputs(run, [note["model_id"] for note in upstream.values() if "model_id" in note])
+        description = Description(stage, described_inputs(configs, upstream))
+        known = (tags | run.data.tags).get(MLFLOW_RUN_NOTE, "")
+        mlflow.set_tag(MLFLOW_RUN_NOTE, with_own_text(str(known), description.text()))
     except (UnknownModelError, UnusableRunError):
         raise
     except Exception as error:  # a store and the network can raise any error
@@ -145,11 +161,8 @@ def open_run(
             f"MLflow at `tracking_uri` {redact(uri)} cannot be used: {reason} Start the server, name another "
             "`tracking_uri`, or train without a record: `--tracking false`."
         ) from error
-    return {
-        "run_id": run.info.run_id,
-        "experiment_id": run.info.experiment_id,
-        "tracking_uri": without_credentials(uri),
-    }, last_steps
+    note = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
+    return OpenedRun(note | {"tracking_uri": without_credentials(uri)}, last_steps, description)
 
 
 def _migration_lock(uri: str) -> AbstractContextManager[Any]:

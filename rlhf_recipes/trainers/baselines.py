@@ -112,6 +112,8 @@ class SamplingBaseline(Baseline, RolloutTrainer):
 class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
     """Train by TRL's RLOO."""
 
+    stage = "rloo"
+
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         return self.rendered(prompts, super()._tokenize_prompts)
 
@@ -129,6 +131,8 @@ class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
 
 class GRPOTrainer(SamplingBaseline, trl.GRPOTrainer):
     """Train by TRL's GRPO."""
+
+    stage = "grpo"
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         return self.rendered(prompts, super()._tokenize_prompts)
@@ -172,6 +176,8 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         ValueError: If data, policy or reward model do not fit, or if nothing scores the answers of an evaluation.
     """
 
+    stage = "dpo"
+
     @classmethod
     def rows(cls, dataset: Dataset) -> Dataset:
         """Return the pairs as they are."""
@@ -188,6 +194,7 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         peft_config: Any = None,
         callbacks: Any = None,
     ) -> None:
+        self.given_data = train_dataset, eval_dataset
         columns = ("prompt", "chosen", "rejected")
         options: dict[str, Any] = {"tokenizer": processing_class, "peft_config": peft_config}
         parts = prepared(model, args, scoring, train_dataset, eval_dataset, columns=columns, **options)

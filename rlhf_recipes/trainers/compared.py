@@ -5,6 +5,7 @@ Mixins for TRL's trainers, of overrides. A subclass calls `prepare_rewards` befo
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.durability.state import PROGRESS_FILE, STATE_FILE, Stateful, load_ppo_state, save_ppo_state
 from rlhf_recipes.evaluation.held_out import HeldOutComparison, own_randomness
-from rlhf_recipes.evaluation.samples import write_table
+from rlhf_recipes.evaluation.samples import write_evaluation, write_table
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.forward import keep_out_of_autocast, rows_without_gradient
 from rlhf_recipes.models.generation import check_static_cache, merged_config, plain_output
 from rlhf_recipes.models.loading import mixed_precision, prepare_frozen
 from rlhf_recipes.models.sampling import thrifty_sampling
+from rlhf_recipes.options.given import GivenInputs
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.preflight.policy import check_ends, warn_of_sampling
 from rlhf_recipes.rewards.calls import RewardCalls
@@ -101,10 +103,24 @@ class ComparedTrainer(SavingTrainer):
             self.answer_held_out()
         metrics, rows = self.held_out.finish(is_start=self.state.global_step == 0)
         if self.args.should_save:
-            write_table(rows, self.args.output_dir, "evaluation", self.state.global_step)
+            write_evaluation(rows, self.args.output_dir, self.state.global_step)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    @property
+    def given(self) -> GivenInputs:
+        """Add the rewards."""
+        sources = [getattr(scorer, "source", None) for scorer in self.scorers]
+        paths = [x if isinstance(x, str) else x.config._name_or_path for x in sources if x is not None]
+        functions = [scorer.origin for scorer in self.scorers if scorer.origin]
+        return replace(super().given, reward_model_path=next(iter(paths), None), reward_functions=functions)
+
+    def conclude(self) -> dict[str, float]:
+        """Save also the state of the trainer, with the figures of the whole run."""
+        figures = super().conclude()
+        self.save_state()
+        return figures
 
     def answer_held_out(self) -> None:
         """Answer the held-out prompts. The trainers that sample have done it in TRL's evaluation."""

@@ -24,7 +24,6 @@ from rlhf_recipes.trainers.fitting import FittingTrainer
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
 from rlhf_recipes.trainers.rollout import MEANS_OVER_COMPLETIONS, Rollout, rollout_metrics
 from rlhf_recipes.trainers.run_identity import RunIdentity
-from rlhf_recipes.trainers.saving import revision_of
 from rlhf_recipes.trainers.setup import add_networks, options_for_trl, prepare_parts, prepare_reference
 from rlhf_recipes.trainers.update import MicroBatch, critic_loss, group_by_length, row_weight
 
@@ -58,6 +57,7 @@ class PPOTrainer(FittingTrainer):
     """
 
     reward_funcs: list[Any]  # TRL calls these: the reward functions, with time limits and retries
+    stage = "ppo"
     _name = "PPO"
     _tag_names = ["trl", "ppo", "rlhf-recipes"]
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
@@ -87,7 +87,7 @@ class PPOTrainer(FittingTrainer):
             peft_config=peft_config,
             quantization_config=quantization_config,
         )
-        self._revision = revision_of(model, args)
+        self.note_source(model, args)
         # A copy, because the value head is added to the configuration of the adapter.
         kwargs |= {"peft_config": copy.deepcopy(peft_config), **parts.data}
         super().__init__(parts.model, parts.reward_funcs, options_for_trl(args), **kwargs)

@@ -25,7 +25,6 @@ from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
 from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
-from rlhf_recipes.trainers.saving import revision_of
 
 
 class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
@@ -50,6 +49,7 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
         ValueError: If a column is missing or empty, or the model has several outputs.
     """
 
+    stage, model_type = "reward_modeling", "reward_model"
     _name = "RewardModel"
     _too_large = "`learning_rate` or `l2_coefficient`"
 
@@ -68,10 +68,11 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
             raise ValueError("`train_dataset` is not set.")
         train_dataset = check_margins(readable_preferences(train_dataset, "train_dataset"), "train_dataset")
         eval_dataset = check_margins(readable_preferences(eval_dataset, "eval_dataset"), "eval_dataset")
+        self.given_data = train_dataset, eval_dataset
         check_output_dir(args.output_dir, adapter=peft_config is not None)
         check_is_merged(peft_config, "`peft_config`")
         base_model = model if isinstance(model, str) else model.config._name_or_path
-        self._revision = revision_of(model, args)
+        self.note_source(model, args)
         options, start = args, model
         args = with_changes(args)  # a copy: TRL writes into options
         if isinstance(model, str):
@@ -167,6 +168,14 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             self.card.save(Path(output_dir or self.args.output_dir))
+
+    def conclude(self) -> dict[str, float]:
+        """Evaluate after saving: an evaluation that fails must not cost the model. The card gets its result."""
+        figures = super().conclude()
+        if self.eval_dataset is not None:
+            figures |= self.evaluate()
+            self.save_card()
+        return figures
 
     def save_card(self) -> None:
         """Write the card again, beside the saved model, with the result of the latest evaluation."""

@@ -17,7 +17,6 @@ from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.training import check_training
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
 from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
-from rlhf_recipes.trainers.saving import revision_of
 
 TEXT_COLUMNS = ("completion", "text")  # plain text, to which TRL adds the EOS token
 
@@ -25,10 +24,13 @@ TEXT_COLUMNS = ("completion", "text")  # plain text, to which TRL adds the EOS t
 class SFTTrainer(IdentifiedTrainer, TRLSFTTrainer):
     """Train as TRL does, but write a checkpoint whole or not at all, also on a quantised base."""
 
+    stage = "sft"
+
     def __init__(self, model: Any, args: SFTConfig, *more: Any, **kwargs: Any) -> None:
         check_training(args)
-        self._revision = revision_of(model, args)
+        self.note_source(model, args)
         given = dict(zip(("data_collator", "train_dataset", "eval_dataset"), more, strict=False)) | kwargs
+        self.given_data = given.get("train_dataset"), given.get("eval_dataset")
         tokenizer, tokens = given.get("processing_class"), None
         if tokenizer is not None:
             first: dict[str, Any] = next(iter(given.get("train_dataset") or []), {})
@@ -48,6 +50,11 @@ class SFTTrainer(IdentifiedTrainer, TRLSFTTrainer):
             check_adapter_vocabulary(self, tokens)
         check_prepared(self, **{name: given.get(name) for name in ("train_dataset", "eval_dataset")})
         keep_unpacked(self.model)
+
+    def conclude(self) -> dict[str, float]:
+        """Evaluate after saving, if there are rows for it."""
+        figures = super().conclude()
+        return figures if self.eval_dataset is None else figures | self.evaluate()
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str

@@ -117,7 +117,7 @@ class Baseline(IdentifiedTrainer, ComparedTrainer):
 
     def identify_baseline(self, model: str, args: Any, parts: dict[str, Any], rewards: list[Any]) -> None:
         """Note the revision of the policy and the identity of the run. `parts` is the result of `prepared`."""
-        self._revision = revision_of(model, args)
+        self.note_source(model, args)
         known = {"network": parts["model"], "peft_config": parts["peft_config"]}
         self.identify(args, model=model, **known, train_dataset=parts["train_dataset"], rewards=rewards)
 

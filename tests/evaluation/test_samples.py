@@ -10,7 +10,15 @@ import torch
 
 from rlhf_recipes.algorithm.repetition import repeated_ngrams
 from rlhf_recipes.data.messages import as_text
-from rlhf_recipes.evaluation.samples import sample_rows, tables_of_step, tables_until, write_table
+from rlhf_recipes.evaluation import samples
+from rlhf_recipes.evaluation.samples import (
+    latest_table,
+    sample_rows,
+    tables_of_step,
+    tables_until,
+    write_evaluation,
+    write_table,
+)
 
 
 def _repeated(ids, n):
@@ -80,3 +88,27 @@ def test_a_full_disk_costs_a_table_and_nothing_else(tmp_path, monkeypatch, caplo
     (tmp_path / "samples").rmdir()
     (tmp_path / "samples").write_text("a file in the place of the folder")
     assert write_table([{"prompt": "a"}], tmp_path, "training", 40) is None
+
+
+def test_the_latest_evaluation_has_one_short_row_per_prompt(tmp_path, monkeypatch, caplog):
+    """Every run has it under the same name, and a browser can show those of many runs."""
+    assert latest_table(tmp_path) is None
+    prompts = [f"prompt {number // 2}" for number in range(2 * samples.LATEST_ROWS + 4)]
+    rows = [{"prompt": prompt, "completion": "x" * 5_000, "score": 0.5} for prompt in prompts]
+    write_evaluation(rows, tmp_path, 25)
+    write_evaluation(rows[:4], tmp_path, 50)
+    assert len(pd.read_json(tables_of_step(tmp_path, 25)[0], orient="split")) == len(rows)
+    assert pd.read_json(latest_table(tmp_path), orient="split")["prompt"].tolist() == ["prompt 0", "prompt 1"]
+    assert latest_table(tmp_path) not in tables_until(tmp_path, 50)
+    write_evaluation(rows, tmp_path, 75)
+    latest = pd.read_json(latest_table(tmp_path), orient="split")
+    assert latest["prompt"].tolist() == list(dict.fromkeys(prompts))[: samples.LATEST_ROWS]
+    assert {*latest["completion"].str.len()} == {samples.LATEST_CHARACTERS}
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    write_evaluation(rows[:4], tmp_path, 100)
+    assert "The run goes on without it" in caplog.text
+    assert len(pd.read_json(latest_table(tmp_path), orient="split")) == samples.LATEST_ROWS

@@ -179,19 +179,56 @@ def test_a_run_shows_what_its_policy_said(stages):
     """The tables of MLflow have the same prompts at every evaluation. A run of four steps has no alarm."""
     directory, uri, runs = stages
     run = runs["ppo"]
-    names = [f"samples/{name}" for name in ("evaluation-000000", "evaluation-000004", "training-000004")]
+    steps = ("evaluation-000000", "evaluation-000004", "training-000004")
+    names = [f"samples/{name}" for name in (*steps[:2], "evaluation", steps[2])]
     files = mlflow.MlflowClient(uri).list_artifacts(run.info.run_id, "samples")
     assert [file.path for file in files] == [f"{name}.json" for name in names]
     shown = json.loads(run.data.tags["mlflow.loggedArtifacts"])  # by which MLflow knows its tables
     assert sorted(table["path"] for table in shown) == [f"{name}.json" for name in names]
-    start, end, training = (
+    assert shown[0]["path"] == "samples/evaluation.json", "MLflow shows the first one"
+    start, end, latest, training = (
         pd.read_json(StringIO(_artifact(uri, run, f"{name}.json")), orient="split") for name in names
     )
+    assert latest.equals(end)
     assert start["prompt"].tolist() == end["prompt"].tolist()
     assert len(start) == len(tiny.PROMPTS)
     assert {"prompt", "completion", "score", "length", "judge/longer", "kl", "stop", "rm"} <= set(end.columns)
     assert len(training) == 8
     assert run.data.tags["alarms"] == "none"
+
+
+def test_runs_have_a_table_in_common(stages):
+    """MLflow compares tables of the same name by a column: the answers of a training beside those of an evaluation."""
+    _, uri, runs = stages
+    tables = [
+        pd.read_json(StringIO(_artifact(uri, runs[stage], "samples/evaluation.json")), orient="split")
+        for stage in ("ppo", "evaluation")
+    ]
+    prompts = [table["prompt"].tolist() for table in tables]
+    assert sorted(prompts[0]) == sorted(prompts[1]) == sorted({*prompts[1]})
+    assert {"prompt", "completion", "baseline_completion", "judge/reward_model", "baseline/reward_model"} == set(
+        tables[1].columns
+    )
+    shown = json.loads(runs["evaluation"].data.tags["mlflow.loggedArtifacts"])
+    assert shown == [{"path": "samples/evaluation.json", "type": "table"}]
+
+
+def test_a_page_says_what_a_run_is_and_how_it_ended(stages):
+    _, uri, runs = stages
+    notes = {stage: run.data.tags["mlflow.note.content"].splitlines() for stage, run in runs.items()}
+    assert notes["ppo"][0] == "**PPO**: finished at step 4 of 4."
+    assert notes["evaluation"][0] == "**Evaluation**: finished."
+    experiment = mlflow.MlflowClient(uri).get_experiment(runs["ppo"].info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    page = f"#/experiments/{experiment.experiment_id}/runs/{runs['reward_modeling'].info.run_id}"
+    assert f"| reward model | [out/rm (out/rm)]({page}?workflowType=machine_learning) |" in notes["ppo"]
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in notes["ppo"]}
+    assert rows["training data"].endswith("/prompts: 8 rows |")
+    assert re.fullmatch(
+        r"\| win rate by longer \| 0.5 at step 0, .* \(95 %: .* to .*\) at step 4 \|", rows["win rate by longer"]
+    )
+    assert "accuracy on held-out pairs" in "".join(notes["reward_modeling"])
+    assert "win rate by reward\\_model" in "".join(notes["evaluation"])
 
 
 def test_lineage_leads_back_to_the_runs_before(stages):
@@ -263,7 +300,10 @@ def test_a_crash_is_failed(world, directory):
     code, output = _ppo(world, directory, reward="crash", reward_retries=0)
     assert code == 1
     assert "the reward function has a bug" in output
-    assert _runs(_store(directory))["ppo"].info.status == "FAILED"
+    run = _runs(_store(directory))["ppo"]
+    assert run.info.status == "FAILED"
+    assert run.data.tags["mlflow.note.content"].startswith("**PPO**: failed at step 0 of 4. ")
+    assert "the reward function has a bug" in run.data.tags["mlflow.note.content"]
     assert not (directory / "out/ppo/mlflow_run.json").exists(), "nothing was written that this run has made"
 
 
@@ -315,7 +355,8 @@ def test_a_resume_continues_the_same_run(world, directory):
     assert run.data.tags["resume.recorded_until"] == "8"
     assert yaml.safe_load(_artifact(uri, run, "config.yaml"))["PPOConfig"]["max_steps"] == 12
     shown = [entry["path"] for entry in json.loads(run.data.tags["mlflow.loggedArtifacts"])]
-    steps = [int(path[-11:-5]) for path in shown if "evaluation" in path]
+    assert shown[0] == "samples/evaluation.json"
+    steps = [int(path[-11:-5]) for path in shown[1:] if "evaluation" in path]
     assert steps == [0, 4, 8, 12], "also those of the first attempt"
 
 

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import threading
 from contextlib import contextmanager
@@ -30,20 +29,6 @@ class Config:
     output_dir: str
     seed: int = 0
     resume_from_checkpoint: str | None = None
-
-
-@pytest.fixture
-def client(tmp_path, empty_store, monkeypatch):
-    """Return a client of a store of its own, in the working directory."""
-    shutil.copy(empty_store, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
-    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
-    for name in ("RUN_ID", "EXPERIMENT_ID", "EXPERIMENT_NAME", "TAGS", "TRACKING_URI"):
-        monkeypatch.delenv(f"MLFLOW_{name}", raising=False)
-    monkeypatch.delenv("DISABLE_MLFLOW_INTEGRATION", raising=False)
-    yield mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    mlflow.set_tracking_uri(None)
 
 
 def _runs(client):

@@ -19,7 +19,8 @@ from rlhf_recipes.durability.checkpoints import (
     last_checkpoint,
     publish,
 )
-from rlhf_recipes.tracking.session import RunCallback
+from rlhf_recipes.tracking.callback import RunCallback
+from rlhf_recipes.tracking.description import Description
 from rlhf_recipes.trainers.guard import TrainingGuard
 from rlhf_recipes.trainers.rollback import DivergedError, RollbackError
 
@@ -502,7 +503,7 @@ def test_the_tag_of_a_run_names_an_alarm_while_it_goes_on(tmp_path):
         def log_metrics(self, metrics, step):
             pass
 
-    callback = RunCallback(Store(), str(tmp_path), {"run_id": "run"})
+    callback = RunCallback(Store(), str(tmp_path), {"run_id": "run"}, Description("ppo"))
     trainer.args.logged_samples = 0
     trainer.add_callback(callback)
     _alarming(trainer)

@@ -1,0 +1,59 @@
+"""The description of a run says how it ended and what it started from, and keeps what a user has written."""
+
+import pytest
+from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
+
+from rlhf_recipes.tracking.description import LAST_LINE, Description, Input, sentence_of_end, with_own_text
+
+
+def test_the_end_comes_first_and_figures_have_their_intervals():
+    description = Description("ppo", [Input("starts from", "my_run|a (out/sft)", "#/experiments/1/runs/a")])
+    description.add_log([{"step": 1, "objective/scores": -0.00001, "eval_gold/win_rate": 0.5, "note": "text"}])
+    win_rate = {"eval_gold/win_rate": 0.7123, "eval_gold/win_rate_low": 0.65, "eval_gold/win_rate_high": 0.7654}
+    description.add_log([{"step": 40, "objective/scores": 1234567.0, "completions/mean_length": 12.0, **win_rate}])
+    description.alarms = ["The KL accelerates."]
+    description.end = sentence_of_end("FINISHED", 40, 100)
+    assert description.text().split("\n") == [
+        "**PPO**: finished at step 40 of 100.",
+        *("", "- The KL accelerates.", "", "|  |  |", "|---|---|"),
+        *(r"| starts from | [my\_run\|a (out/sft)](#/experiments/1/runs/a) |", ""),
+        *("| figure | value |", "|---|---|"),
+        "| win rate by gold | 0.5 at step 1, 0.712 (95 %: 0.65 to 0.765) at step 40 |",
+        "| score | -1e-05 at step 1, 1,234,567 at step 40 |",
+        "| tokens per answer | 12 |",
+        *("", LAST_LINE),
+    ]
+
+
+@pytest.mark.parametrize("value", [-0.0, float("nan"), float("inf")])
+def test_every_number_can_be_described(value):
+    description = Description("ppo")
+    description.add_figures({"loss": value}, 0)
+    assert f"| loss | {value + 0.0:g} |" in description.text()
+
+
+def test_a_failure_says_why_on_one_line_without_secrets():
+    text = sentence_of_end("FAILED", None, 0, "no\npassword=hunter2 `x`")
+    assert text == r"failed. no password=\*\*\* \`x\`"
+    assert sentence_of_end("KILLED", 3, 9, "Terminated") == "stopped at step 3 of 9."
+
+
+def test_the_text_of_a_user_stays():
+    first, second = Description("ppo").text(), Description("sft").text()
+    assert with_own_text("", first) == first
+    noted = with_own_text("mine", first)
+    assert noted == f"{first}\n\nmine"
+    assert with_own_text(noted, second) == f"{second}\n\nmine"
+    replaced = with_own_text("only mine", second)
+    assert replaced.endswith(f"{LAST_LINE}\n\nonly mine")
+
+
+def test_the_text_of_a_user_is_not_cut():
+    known = "x" * MAX_TAG_VAL_LENGTH
+    assert with_own_text(known, "text") == known
+
+
+def test_a_long_log_stays_short():
+    description = Description("ppo", [Input("data", "x" * 5_000)], alarms=["y" * 999] * 99, end="z")
+    description.add_figures({f"eval_{i}/win_rate": 0.5 for i in range(999)}, 1)
+    assert len(description.text()) < MAX_TAG_VAL_LENGTH / 2

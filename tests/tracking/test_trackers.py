@@ -1,0 +1,183 @@
+"""Other trackers record beside MLflow, by their real packages, offline."""
+
+import functools
+import importlib.util
+import json
+import struct
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+from transformers import TrainerControl, TrainerState
+
+from rlhf_recipes import PPOTrainer
+from rlhf_recipes.evaluation.samples import write_table
+from rlhf_recipes.options import trackers as options
+from rlhf_recipes.options.changes import options_of_trainer
+from rlhf_recipes.options.recipes import TrackingArguments
+from rlhf_recipes.options.trackers import check_trackers
+from rlhf_recipes.tracking.session import track_run
+from rlhf_recipes.tracking.trackers import TableCallback, other_trackers
+
+needs = {
+    name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}") for name in options.EXTRAS
+}
+TRAINING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+
+
+def _run(directory, trackers, **changes):
+    """Train as a recipe does: the run is opened before the trainer is built."""
+    args = tiny.ppo_config(directory, report_to=["mlflow", *trackers], run_name="mine", **(TRAINING | changes))
+    with track_run(TrackingArguments(log_model=False), "mine", "ppo", args) as callbacks:
+        own = {"report_to": options_of_trainer(args, {}).report_to, "run_name": "mine", **TRAINING, **changes}
+        build = functools.partial(PPOTrainer, callbacks=callbacks)
+        data = {"eval_data": tiny.prompts(), "eval_strategy": "steps", "eval_steps": 2}
+        trainer = tiny.ppo_trainer(directory, trainer_class=build, **data, **own)
+        trainer.train(resume_from_checkpoint=changes.get("resume_from_checkpoint"))
+    return trainer
+
+
+def _values(client):
+    """Return each figure of the one run in MLflow by step, under the names of transformers for other trackers."""
+    (experiment,) = [e for e in client.search_experiments() if e.name == "rlhf_recipes"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    found = {}
+    for name in run.data.metrics:
+        own = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+        found[own] = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
+    return run, found
+
+
+@pytest.mark.tiny
+@needs["tensorboard"]
+def test_tensorboard_has_the_figures_of_mlflow_also_after_a_resume(client, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _run(tmp_path / "out", ["tensorboard"], max_steps=2)
+    _run(tmp_path / "out", ["tensorboard"], resume_from_checkpoint=True)
+    run, values = _values(client)
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    assert folder.name == run.info.run_id
+    events = EventAccumulator(str(folder)).Reload()
+    assert set(events.Tags()["scalars"]) == set(values)
+    for name, expected in values.items():
+        read = {event.step: event.value for event in events.Scalars(name)}
+        assert read == pytest.approx(expected, rel=1e-6, nan_ok=True), name  # TensorBoard keeps float32
+
+
+def _history(directory):
+    """Return the figures of the runs of wandb below a directory: their files are logs of LevelDB with records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows, ids = [], set()
+    for file in sorted(Path(directory).glob("wandb/offline-run-*/*.wandb")):
+        data, place, part = file.read_bytes(), 7, b""
+        while place + 7 <= len(data):
+            if 2**15 - place % 2**15 < 7:  # the end of a block holds no header
+                place += 2**15 - place % 2**15
+                continue
+            length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+            part += data[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):  # a record is whole
+                record, part = Record.FromString(part), b""
+                if record.HasField("run"):
+                    ids.add(record.run.run_id)
+                if record.HasField("history"):
+                    items = record.history.item
+                    rows.append({i.key or i.nested_key[0]: json.loads(i.value_json) for i in items})
+    return rows, ids
+
+
+@pytest.mark.tiny
+@pytest.mark.slow  # wandb starts a service for each run; the callback of the tables is tested below
+@needs["wandb"]
+def test_wandb_has_the_figures_and_tables_of_mlflow_also_after_a_resume(client, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    _run(tmp_path / "out", ["wandb"], max_steps=2)
+    _run(tmp_path / "out", ["wandb"], resume_from_checkpoint=True)
+    run, values = _values(client)
+    rows, ids = _history(tmp_path)
+    assert ids == {run.info.run_id}
+    found = {}
+    for row in rows:
+        for name, value in row.items():
+            if name in values:
+                found.setdefault(name, {})[row["train/global_step"]] = value
+    at_end = ("train_runtime", "train_loss", "total_flos", "train_samples_per_second", "train_steps_per_second")
+    of_summary = {f"train/{name}" for name in at_end}  # transformers writes them there alone
+    for name in values.keys() - of_summary:
+        assert found[name] == pytest.approx(values[name], nan_ok=True), name
+    tables = [(row["train/global_step"], name) for row in rows for name in row if name.startswith("samples/")]
+    evaluations = [(step, "samples/evaluation") for step in (0, 2, 4)]
+    assert sorted(tables) == sorted([*evaluations, *((step, "samples/training") for step in (1, 2, 3, 4))])
+    files = list(tmp_path.glob("wandb/offline-run-*/files/media/table/samples/evaluation*.json"))
+    assert len(files) == len(evaluations)
+    table = json.loads(files[0].read_text())
+    assert {"prompt", "completion", "score", "kl", "length", "stop"} <= {*table["columns"]}
+    assert len(table["data"]) == len(tiny.PROMPTS)
+
+
+class Tracker:
+    """Keep what wandb and trackio would get."""
+
+    def __init__(self):
+        self.logged = []
+
+    def Table(self, dataframe):  # noqa: N802 (the name in both packages)
+        return dataframe
+
+    def log(self, values):
+        self.logged.append(values)
+
+
+def test_each_table_is_sent_once_at_its_step(tmp_path):
+    tracker, rows = Tracker(), [{"prompt": "p", "completion": "c", "score": 0.5}]
+    callback, state = TableCallback([tracker], str(tmp_path)), TrainerState(global_step=4)
+    for kind in ("training", "evaluation"):
+        write_table(rows, tmp_path, kind, 4)
+    write_table(rows, tmp_path, "training", 2)
+    for _ in range(2):
+        callback.on_log(None, state, TrainerControl())
+    assert [[*values] for values in tracker.logged] == [
+        ["samples/evaluation", "train/global_step"], ["samples/training", "train/global_step"],
+    ]  # fmt: skip
+    assert [values["train/global_step"] for values in tracker.logged] == [4, 4]
+    assert tracker.logged[0]["samples/evaluation"].equals(pd.DataFrame(rows))
+    callback.on_log(None, TrainerState(global_step=2, is_world_process_zero=False), TrainerControl())
+    assert len(tracker.logged) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "wandb",
+            r"`report_to` names wandb, which is not installed. Install it: `pip install 'rlhf-recipes\[wandb\]'`",
+        ),
+        ("comet_ml", r"`report_to` names comet_ml, which is not installed. Install it, or leave it out"),
+        ("wanbd", r"`report_to` names wanbd, which is no tracker. The trackers are .*mlflow.*wandb"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_said_before_anything_is_loaded(monkeypatch, name, message):
+    monkeypatch.setattr(options, "get_available_reporting_integrations", lambda: ["mlflow", "tensorboard"])
+    with pytest.raises(ValueError, match=message):
+        check_trackers(["mlflow", "tensorboard", name])
+    check_trackers(["mlflow", "tensorboard"])
+
+
+@needs["wandb"]
+def test_a_wandb_that_cannot_start_is_said_on_one_line(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**options):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    message = (
+        r"^`report_to` names wandb, which cannot start a run: No API key configured\. Log in .*WANDB_MODE=offline`.*$"
+    )
+    with pytest.raises(ValueError, match=message), other_trackers(["wandb"], "mine", str(tmp_path), "id"):
+        pass
