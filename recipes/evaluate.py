@@ -87,19 +87,12 @@ def main(
             "batch_size": script_args.batch_size,
             "seed": script_args.seed,
         }
+        given = (baseline, tokenizer, dataset, guarded)
+        pairwise = calls.guard_judges(pairwise_judges)
         results, completions = compare_policies(
-            policy,
-            baseline,
-            tokenizer,
-            dataset,
-            guarded,
-            pairwise_judges=calls.guard_judges(pairwise_judges),
-            num_samples=script_args.num_samples,
-            **sampling,
+            policy, *given, pairwise_judges=pairwise, num_samples=script_args.num_samples, **sampling
         )
-        results |= best_of_n(
-            baseline, tokenizer, dataset, guarded, script_args.best_of, chooser="reward_model", **sampling
-        )
+        results |= best_of_n(*given, script_args.best_of, chooser="reward_model", **sampling)
         results |= calls.settle()
 
         output_dir = Path(script_args.output_dir)

@@ -32,8 +32,8 @@ def train(
         checks: Options of the start, for example `overwrite`.
 
     Raises:
-        ValueError: If the output directory holds an earlier run, the preflight finds an error, the store cannot be reached, or the training data are no
-            `datasets.Dataset`.
+        ValueError: If the output directory holds an earlier run, the preflight finds an error, the store cannot be
+            reached, or the training data are no `datasets.Dataset`.
     """
     args, wanted, checks = trainer.args, tracking or TrackingArguments(), checks or PreflightArguments()
     recorded = replace(wanted, tracking=wanted.tracking and "mlflow" in args.report_to)

@@ -19,7 +19,6 @@ from rlhf_recipes.options.training import check_training
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.trainers.compared import ComparedTrainer
 from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
-from rlhf_recipes.trainers.saving import revision_of
 from rlhf_recipes.trainers.setup import check_policy, check_special_ids, policy_loader
 
 
