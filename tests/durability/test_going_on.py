@@ -6,7 +6,10 @@ import sys
 import psutil
 import pytest
 
+from rlhf_recipes.console import _show_error
+from rlhf_recipes.durability.ending import leave_together
 from rlhf_recipes.durability.going_on import remedy
+from rlhf_recipes.durability.termination import TerminatedError
 from rlhf_recipes.options.commands import COMMAND
 
 RESUME = ("--resume_from_checkpoint", "true")
@@ -64,3 +67,27 @@ def test_an_option_is_added_or_replaced_and_a_secret_hidden(monkeypatch, typed, 
 def test_nothing_is_told_where_another_process_tells_it(monkeypatch):
     monkeypatch.setenv(COMMAND, "")
     assert remedy(*RESUME) == remedy() == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "told"),
+    [
+        (KeyboardInterrupt(), (), "rlhf evaluate"),
+        (TerminatedError(130), RESUME, "rlhf evaluate --resume_from_checkpoint true"),
+    ],
+    ids=["Ctrl-C", "a second one"],
+)
+def test_an_end_without_a_checkpoint_is_one_line(monkeypatch, capsys, error, options, told):
+    monkeypatch.setenv(COMMAND, "rlhf evaluate")
+    with pytest.raises(type(error)), leave_together(*options):
+        raise error
+    _show_error(KeyboardInterrupt, KeyboardInterrupt(), None)
+    line = f"Stopped by a signal before the end, without a new checkpoint. To go on: {told}\n"
+    assert capsys.readouterr().err == line
+
+
+def test_only_the_first_process_tells_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(KeyboardInterrupt), leave_together():
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""
