@@ -35,13 +35,11 @@ def test_accuracy_is_judged_by_its_interval(accuracy, pairs, level):
 
 
 def test_the_interval_is_wilsons():
-    """Wilson 1927, by hand for 280 of 400."""
-    z, n, p = 1.959964, 400, 0.7
-    centre, half = (
-        (p + z**2 / (2 * n)) / (1 + z**2 / n),
-        z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n),
-    )
-    assert f"[{centre - half:.2f}, {centre + half:.2f}]" in _reward_model(400, accuracy=0.7)[0].text
+    """Wilson 1927, by hand for 14 of 20. The interval of Clopper and Pearson is [0.46, 0.88]."""
+    z, n, p = 1.959964, 20, 0.7
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    assert f"[{centre - half:.2f}, {centre + half:.2f}]" in _reward_model(20, accuracy=0.7)[0].text
 
 
 @pytest.mark.parametrize(("error", "level"), [(0.1, "good"), (0.2, "doubtful"), (0.3, "bad")])
