@@ -84,6 +84,7 @@ def main(
             callbacks=[*callbacks, PreemptionCallback()],
         )
 
+        trainer.describe(script_args, model_args)
         preflight(trainer, train, evaluation, preflight_args, tracking_args, with_answers=answered)
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
 

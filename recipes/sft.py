@@ -59,12 +59,14 @@ def main(
             callbacks=[*callbacks, PreemptionCallback()],
         )
 
+        trainer.describe(script_args, model_args)
         preflight(trainer, train, evaluation, preflight_args, tracking_args)
         metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
 
         trainer.save_model(training_args.output_dir)
         if evaluation is not None:
             metrics |= trainer.evaluate()
+            trainer.save_card()  # with the result
         log_results(metrics)
         log_model(tracking_args, training_args.output_dir, "policy", model_args.model_revision)
     trainer.accelerator.end_training()

@@ -113,6 +113,8 @@ class SamplingBaseline(Baseline, RolloutTrainer):
 class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
     """Train by TRL's RLOO."""
 
+    _method = "RLOO"
+
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         return self.rendered(prompts, super()._tokenize_prompts)
 
@@ -130,6 +132,8 @@ class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
 
 class GRPOTrainer(SamplingBaseline, trl.GRPOTrainer):
     """Train by TRL's GRPO."""
+
+    _method = "GRPO"
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         return self.rendered(prompts, super()._tokenize_prompts)
@@ -172,6 +176,8 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
     Raises:
         ValueError: If data, policy or reward model do not fit, or if nothing scores the answers of an evaluation.
     """
+
+    _method = "DPO"
 
     @classmethod
     def rows(cls, dataset: Dataset) -> Dataset:

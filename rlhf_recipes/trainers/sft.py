@@ -24,6 +24,9 @@ TEXT_COLUMNS = ("completion", "text")  # plain text, to which TRL adds the EOS t
 class SFTTrainer(SavingTrainer, TRLSFTTrainer):
     """Train as TRL does, but write a checkpoint whole or not at all, also on a quantised base."""
 
+    _tag_names = ["trl", "sft", "rlhf-recipes"]
+    _method = "supervised fine-tuning"
+
     def __init__(self, model: Any, args: SFTConfig, *more: Any, **kwargs: Any) -> None:
         check_training(args)
         self._revision = revision_of(model, args)
