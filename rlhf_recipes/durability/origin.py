@@ -1,5 +1,6 @@
 """Where a run comes from: commit, versions, command and configuration, without paths and secrets of the machine."""
 
+import functools
 import importlib.metadata
 import os
 import re
@@ -19,6 +20,7 @@ from rlhf_recipes.options.shipped import shipped, shipped_configurations
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "rlhf-recipes")
 # Options about the record of a run, not about the run: addresses of servers, ids and names of trackers.
 _OF_TRACKING = ("tracking", "experiment_name", "parent_run_id", "log_model", "registered_", "env", "report_to", "run_")
+_LOCAL_SCHEME = re.compile(r"\b(?:file|sqlite):/+")
 _ABSOLUTE = re.compile(r"(?<![\w.:/~])(?:/|~[\w-]*/)[^\s\"'`,;:]+")
 
 
@@ -56,7 +58,7 @@ def public_text(text: str) -> str:
 
     A path inside the working directory becomes relative to it. Of another one, the last name stays.
     """
-    return _ABSOLUTE.sub(lambda found: _public_path(found[0]), redact(text))
+    return _ABSOLUTE.sub(lambda found: _public_path(found[0]), _LOCAL_SCHEME.sub("/", redact(text)))
 
 
 def _public_path(path: str) -> str:
@@ -104,16 +106,16 @@ def _public_argument(recipe: str, argument: str) -> str:
 
 
 def configuration_of(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the options in the YAML file of `--config`, without those of the trackers; none without a file."""
+    """Return the options in the YAML file of `--config`, without those of the trackers; none without such a file."""
     options = [part for each in arguments for part in each.split("=", 1)]
     file = Path(options[options.index("--config") + 1]) if "--config" in options[:-1] else None
-    if file is None or not file.is_file():
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8")) if file is not None else None
+    except (OSError, ValueError, yaml.YAMLError):  # a script of the user may mean another kind of file
+        given = None
+    if not isinstance(given, dict):
         return {}
-    return {
-        name: _public_value(value)
-        for name, value in yaml.safe_load(file.read_text(encoding="utf-8")).items()
-        if not _is_private(name)
-    }
+    return {str(name): _public_value(value) for name, value in given.items() if not _is_private(str(name))}
 
 
 def _public_value(value: Any) -> Any:
@@ -147,7 +149,11 @@ class Origin:
         Args:
             num_processes: Processes that accelerate started.
         """
-        tags = git_tags()
-        changed = ", with changes that are not committed" if tags.get("git.dirty") == "true" else ""
-        commit = f"{tags['git.commit']}{changed}" if "git.commit" in tags else None
-        return cls(command_of(sys.argv, num_processes), configuration_of(sys.argv), commit, versions())
+        return cls(command_of(sys.argv, num_processes), configuration_of(sys.argv), *_code_in(os.getcwd()))
+
+
+@functools.cache  # the code that a process has loaded is that of its start
+def _code_in(directory: str) -> tuple[str | None, dict[str, str]]:
+    tags = git_tags()
+    changed = ", with changes that are not committed" if tags.get("git.dirty") == "true" else ""
+    return (f"{tags['git.commit']}{changed}" if "git.commit" in tags else None), versions()

@@ -113,7 +113,7 @@ class PushingTrainer(DurableTrainer):
     def _finish_current_push(self) -> None:
         """Wait for the uploads in the background, and say which of them failed."""
         super()._finish_current_push()
-        jobs = getattr(getattr(self, "push_in_progress", None), "jobs", [])
+        jobs = [] if self.push_in_progress is None else self.push_in_progress.jobs
         for error in filter(None, (job.exception() for job in jobs)):
             self._warn_of(error)
         self.push_in_progress = None
@@ -121,9 +121,8 @@ class PushingTrainer(DurableTrainer):
     def name_of_run(self) -> str:
         """Return the name of the model: that of the Hub, else that of the output directory."""
         folder = Path(self.args.output_dir).absolute()
-        return (self.args.hub_model_id or (folder.parent if folder.name == PUSH_FOLDER else folder).name).split("/")[
-            -1
-        ]
+        folder = folder.parent if folder.name == PUSH_FOLDER else folder
+        return (self.args.hub_model_id or folder.name).rpartition("/")[2]
 
     def _push_folder(self) -> Path:
         folder = Path(self.args.output_dir, PUSH_FOLDER)

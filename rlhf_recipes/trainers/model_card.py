@@ -3,6 +3,8 @@
 Each line is a fact that the run knows. A fact that it does not know is left out.
 """
 
+import functools
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +14,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import StrictUndefined, Template
 
 from rlhf_recipes.durability.origin import Origin, public_text
 
@@ -97,9 +100,8 @@ def model_card(described: Description, evaluation: Mapping[str, float], origin: 
     kind = "language model" if described.is_policy else "reward model"
     figures = figures_of(evaluation)
     configuration = yaml.safe_dump(origin.configuration, sort_keys=False, allow_unicode=True).strip()
-    return ModelCard.from_template(
-        _card_data(described, figures),
-        template_path=str(TEMPLATE),
+    text = _template().render(
+        card_data=_card_data(described, figures).to_yaml(),
         name=described.name,
         summary=f"A {kind}, made from `{public_text(described.base)}` by {described.method} with `rlhf_recipes`.",
         facts={title: _cell(text) for title, text in described.facts.items()},
@@ -113,6 +115,12 @@ def model_card(described: Description, evaluation: Mapping[str, float], origin: 
         commit=origin.commit,
         packages=", ".join(f"{package} {version}" for package, version in origin.packages.items()),
     )
+    return ModelCard(text)
+
+
+@functools.cache
+def _template() -> Template:
+    return Template(TEMPLATE.read_text(encoding="utf-8"), undefined=StrictUndefined, keep_trailing_newline=True)
 
 
 def _card_data(described: Description, figures: list[Figure]) -> ModelCardData:
@@ -148,7 +156,7 @@ def figures_of(evaluation: Mapping[str, float]) -> list[Figure]:
     } | TITLES
     found = []
     for name, title in titles.items():
-        if name in evaluation:
+        if math.isfinite(evaluation.get(name, math.nan)):
             low, high = (evaluation.get(f"{name}_{end}") for end in ("low", "high"))
             bounds = (low, high) if low is not None and high is not None else None
             found.append(Figure(name, title, evaluation[name], bounds))

@@ -1,5 +1,6 @@
 """Save weights with all that is needed to load them again: a mixin for TRL's trainers."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class SavingTrainer(ProgressTrainer):
     _tag_names: list[str]  # TRL's
     _paper: dict[str, str]  # TRL's
     _named: tuple[Any, Any] | None = None
+    _tags: Any = ()  # in the card
+    _best_step: int | None = None  # whose weights the model has, where the best ones were loaded at the end
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,9 +48,17 @@ class SavingTrainer(ProgressTrainer):
         if self.args.should_save:
             save_quantization(self.model, folder)
             save_base(self._base, folder)
-            name = self.name_of_run()
-            with self._options(with_changes(self.args, output_dir=folder)):  # over that of PEFT
-                self.create_model_card(model_name=name)
+        if self.is_world_process_zero():
+            self._save_card_into(folder)
+
+    def _save_card_into(self, folder: str) -> None:
+        """Write the card over that of PEFT. For a checkpoint, TRL has just written it into `output_dir`."""
+        if self._staging is not None:
+            shutil.copy(Path(self.args.output_dir, CARD_NAME), folder)
+            return
+        name = self.name_of_run()
+        with self._options(with_changes(self.args, output_dir=folder)):
+            self.create_model_card(model_name=name)
 
     def describe(self, script_args: Any, model_args: Any) -> None:
         """Let the card name data and base as the options of a recipe name them.
@@ -62,15 +73,20 @@ class SavingTrainer(ProgressTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write the card of the model into `output_dir`, in place of TRL's, whose tags stay."""
-        super().create_model_card(model_name, dataset_name, tags)
         if not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir, CARD_NAME)
-        tags = ModelCard.load(path).data.tags
+        if not self._tags:  # also those of trackers, which TRL finds
+            super().create_model_card(model_name)
+            self._tags = ModelCard.load(path).data.tags or []
+        tags = [*self._tags, *([tags] if isinstance(tags, str) else tags or ())]
         described = self._description(model_name or self.name_of_run(), dataset_name, tags)
-        step = self.state.best_global_step if self.args.load_best_model_at_end else None
-        evaluation = evaluation_of(self.state.log_history, step)
+        evaluation = evaluation_of(self.state.log_history, self._best_step)
         model_card(described, evaluation, self._origin).save(path)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._best_step = self.state.best_global_step
 
     def save_card(self) -> None:
         """Write the card again, beside the saved model, with the latest evaluation. Every rank makes the call."""
@@ -102,7 +118,9 @@ class SavingTrainer(ProgressTrainer):
             "revision of the base": None if self._revision in (None, "main") else self._revision,
             "data": _data(script_args, self.train_dataset),
             "steps": f"{self.state.global_step:,} of {self.state.max_steps:,}" if self.state.max_steps else None,
+            "weights of step": None if self._best_step is None else f"{self._best_step:,}, with the best evaluation",
             "seed": str(self.args.seed),
+            "seed of the order of the data": None if self.args.data_seed is None else str(self.args.data_seed),
             "processes": str(self.args.world_size),
         }
         if self._paper:
