@@ -106,7 +106,7 @@ def model_card(described: Description, evaluation: Mapping[str, float], origin: 
         summary=f"A {kind}, made from `{public_text(described.base)}` by {described.method} with `rlhf_recipes`.",
         facts={title: _cell(text) for title, text in described.facts.items()},
         figures=figures,
-        evaluated=f"On the evaluation data, after step {evaluation.get('step', 0):.0f}.",
+        evaluated=f"On {_prompts(evaluation)}, after step {evaluation.get('step', 0):.0f}.",
         alarms=[public_text(alarm) for alarm in described.alarms],
         loader="AutoModelForCausalLM" if described.is_policy else "AutoModelForSequenceClassification",
         place=described.place,
@@ -153,7 +153,9 @@ def figures_of(evaluation: Mapping[str, float]) -> list[Figure]:
         name: f"win rate over the policy before training, by {_judge(name)}"
         for name in evaluation
         if name.endswith("/win_rate")
-    } | TITLES
+    }
+    # The loss of a policy that is judged says nothing about it.
+    titles |= {name: title for name, title in TITLES.items() if name != "eval_loss" or not titles}
     found = []
     for name, title in titles.items():
         if math.isfinite(evaluation.get(name, math.nan)):
@@ -161,6 +163,11 @@ def figures_of(evaluation: Mapping[str, float]) -> list[Figure]:
             bounds = (low, high) if low is not None and high is not None else None
             found.append(Figure(name, title, evaluation[name], bounds))
     return found
+
+
+def _prompts(evaluation: Mapping[str, float]) -> str:
+    count = evaluation.get("eval_prompts")
+    return "the evaluation data" if count is None else f"{count:,.0f} held-out prompts"
 
 
 def _judge(name: str) -> str:

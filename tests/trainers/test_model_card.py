@@ -95,11 +95,12 @@ def test_the_card_of_ppo_names_kl_win_rate_and_reward_model(reward_model, tmp_pa
     low, high = (last[f"eval_short/win_rate_{end}"] for end in ("low", "high"))
     row = next(line for line in card.text.splitlines() if "by the judge `short`" in line)
     assert f"| {low:.3g} to {high:.3g} |" in row
-    assert "On the evaluation data, after step 2." in card.text
+    assert "On 8 held-out prompts, after step 2." in card.text
     assert (
         f"reward model `runs/rm`, trained from `{public_text(reward_model.trainer._card['base_model'])}`" in card.text
     )
     assert "calibration error" in card.text
+    assert "loss" not in results
     assert "| judges, not trained on | `short` |" in card.text
     assert "[Proximal Policy Optimization Algorithms](https://arxiv.org/abs/1707.06347)" in card.text
     assert card.data.pipeline_tag == "text-generation"
