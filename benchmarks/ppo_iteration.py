@@ -30,7 +30,7 @@ from ppo_iteration_report import report
 from ppo_iteration_trainers import CRITICS, SCENARIOS, TRAINERS, TRL_1_12, Scenario
 from ppo_iteration_worker import work
 
-from rlhf_recipes.tracking.lineage import git_tags
+from rlhf_recipes.durability.origin import git_tags
 
 OVERRIDES = ("rows", "micro_batch", "epochs", "prompt", "completion")
 

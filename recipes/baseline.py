@@ -83,6 +83,7 @@ def main(
             callbacks=[*callbacks, PreemptionCallback()],
         )
 
+        trainer.describe(script_args, model_args)
         preflight(trainer, train, evaluation, preflight_args, tracking_args, with_answers=answered)
         metrics = train_and_save(trainer, tracking_args)
     needed = {"model_name_or_path": training_args.output_dir, "baseline_path": source}

@@ -90,6 +90,7 @@ def main(
             callbacks=[*callbacks, PreemptionCallback()],
         )
 
+        trainer.describe(script_args, model_args)
         preflight(trainer, train, evaluation, preflight_args, tracking_args, with_answers=answered)
         metrics = train_and_save(trainer, tracking_args)
     verdict = policy_verdict(trainer.state.log_history, training_args.held_kl)

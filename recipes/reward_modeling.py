@@ -63,6 +63,7 @@ def main(
             callbacks=[*callbacks, PreemptionCallback()],
         )
 
+        trainer.describe(script_args, model_args)
         preflight(trainer, train, evaluation, preflight_args, tracking_args)
         metrics = train_and_save(trainer, tracking_args)
         if trainer.is_world_process_zero():

@@ -17,6 +17,7 @@ from rlhf_recipes.options.commands import COMMAND
 TOOLS = {
     "init": ("rlhf_recipes.command.project", "Write a project: data, a configuration per stage, the next command."),
     "config": ("rlhf_recipes.command.listing", "List the options of a stage by topic."),
+    "migrate": ("rlhf_recipes.command.migrate", "Rewrite a configuration of TRL 1.12's PPO."),
     "doctor": ("rlhf_recipes.command.doctor", "Check whether training can run on this machine."),
     "launch": ("rlhf_recipes.durability.launch", "Start a script of your own: `accelerate launch`, with signals."),
 }

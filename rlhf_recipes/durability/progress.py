@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
-from rlhf_recipes.durability.trainer import DurableTrainer
+from rlhf_recipes.durability.pushing import PushingTrainer
 
 
 @runtime_checkable
@@ -25,7 +25,7 @@ class CheckpointPart(Protocol):
         """Write the file into a checkpoint."""
 
 
-class ProgressTrainer(DurableTrainer):
+class ProgressTrainer(PushingTrainer):
     """Log the figures of an uninterrupted run after a resume.
 
     `train_runtime` and the rates count the time of all steps that the run kept, without the pauses between.

@@ -285,10 +285,6 @@ class DurableTrainer(FiniteTrainer):
         with self._options(without_secrets(self.args)):  # transformers pickles them beside the weights
             super()._save(output_dir, state_dict=state_dict)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        with self._options(without_secrets(self.args)):
-            super()._push_from_checkpoint(checkpoint_folder)
-
     @contextmanager
     def _options(self, args: Any) -> Iterator[None]:
         """Give transformers other options for a while."""

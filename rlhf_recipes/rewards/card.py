@@ -51,6 +51,7 @@ class RewardModelCard:
         eval_accuracy: Share of the evaluation pairs that the model ranks like the annotators.
         pad_token_id: Padding token in training: the score is read at the last token that is another one. `None` in a
             card that an older version has written.
+        calibration_error: Expected calibration error on the evaluation pairs; see `preference_metrics`.
     """
 
     base_model: str
@@ -62,6 +63,7 @@ class RewardModelCard:
     score_std: float | None = None
     eval_accuracy: float | None = None
     pad_token_id: int | None = None
+    calibration_error: float | None = None
 
     def save(self, directory: str | Path) -> None:
         """Write the card into a directory."""

@@ -1,18 +1,16 @@
 """Find the origin of a run: code, packages, processes, and the runs that made its inputs."""
 
-import importlib.metadata
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from rlhf_recipes.durability.origin import git_tags, versions
 from rlhf_recipes.tracking.logged_model import find_model, is_model_uri
 from rlhf_recipes.tracking.notes import read_note, write_note
 
 RUN_FILE = "mlflow_run.json"
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "rlhf-recipes")
 # The role of the run that made the input, by the option that names the input.
 UPSTREAM = {
     "model_name_or_path": "policy",
@@ -30,30 +28,8 @@ def environment_tags(*configs: Any) -> dict[str, str]:
         "accelerate.distributed_type": PartialState().distributed_type.value,
         "accelerate.mixed_precision": (precisions or [os.environ.get("ACCELERATE_MIXED_PRECISION", "no")])[0],
     }
-    for package in PACKAGES:
-        try:
-            tags[f"versions.{package.replace('-', '_')}"] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
-            continue
+    tags |= {f"versions.{package.replace('-', '_')}": version for package, version in versions().items()}
     return tags | git_tags()
-
-
-def git_tags() -> dict[str, str]:
-    """Return the commit of the working directory and whether its files differ from it. An image has its own commit."""
-    commit = _git("rev-parse", "HEAD")
-    if not commit:
-        built = os.environ.get("RLHF_RECIPES_COMMIT")
-        return {"git.commit": built} if built else {}
-    changed = _git("status", "--porcelain", "--untracked-files=no")
-    return {"git.commit": commit} | ({} if changed is None else {"git.dirty": str(bool(changed)).lower()})
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
 
 
 def write_run_file(output_dir: str | Path, run: dict[str, str]) -> None:

@@ -113,6 +113,7 @@ class RLOOTrainer(SamplingBaseline, trl.RLOOTrainer):
     """Train by TRL's RLOO."""
 
     stage = "rloo"
+    _method = "RLOO"
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         return self.rendered(prompts, super()._tokenize_prompts)
@@ -133,6 +134,7 @@ class GRPOTrainer(SamplingBaseline, trl.GRPOTrainer):
     """Train by TRL's GRPO."""
 
     stage = "grpo"
+    _method = "GRPO"
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         return self.rendered(prompts, super()._tokenize_prompts)
@@ -177,6 +179,7 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
     """
 
     stage = "dpo"
+    _method = "DPO"
 
     @classmethod
     def rows(cls, dataset: Dataset) -> Dataset:

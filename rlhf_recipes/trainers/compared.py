@@ -125,6 +125,13 @@ class ComparedTrainer(SavingTrainer):
     def answer_held_out(self) -> None:
         """Answer the held-out prompts. The trainers that sample have done it in TRL's evaluation."""
 
+    def card_facts(self) -> dict[str, str]:
+        """Add the rewards and the judges to the card."""
+        named = getattr((self._named or (None,))[0], "reward_model_path", None)
+        facts = {f"reward `{scorer.__name__}`": _quality(scorer, named) for scorer in self.scorers}
+        judges = ", ".join(f"`{name}`" for name in (*self.held_out.judges, *self.held_out.pairwise_judges))
+        return super().card_facts() | facts | ({"judges, not trained on": judges} if judges else {})
+
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
@@ -148,6 +155,17 @@ class ComparedTrainer(SavingTrainer):
         load_ppo_state(Path(checkpoint), self._stateful, self._state_file)
         if self.args.eval_strategy != "no":
             self.held_out.check_baseline(checkpoint)
+
+
+def _quality(scorer: Scorer, path: str | None) -> str:
+    """Return what is known about a reward: the place and the card of a reward model."""
+    card = scorer.card
+    if card is None:
+        return f"function `{scorer.origin}`" if scorer.origin else "no card"
+    known = {"accuracy": card.eval_accuracy, "calibration error": card.calibration_error}
+    figures = ", ".join(f"{name} {value:.3g}" for name, value in known.items() if value is not None)
+    place = f"`{path}`, " if path is not None else ""
+    return f"reward model {place}trained from `{card.base_model}`; on its own evaluation: {figures or 'not evaluated'}"
 
 
 class RolloutTrainer(ComparedTrainer):

@@ -16,7 +16,7 @@ from rlhf_recipes.algorithm.kl_controller import make_kl_controller
 from rlhf_recipes.algorithm.losses import aggregate_token_loss, trust_region_mask
 from rlhf_recipes.algorithm.masked import masked_mean
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
-from rlhf_recipes.evaluation.alarms import AlarmCallback, DeclineStopping
+from rlhf_recipes.evaluation.alarms import AlarmCallback, DeclineStopping, current_alarms
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
@@ -59,6 +59,7 @@ class PPOTrainer(FittingTrainer):
     reward_funcs: list[Any]  # TRL calls these: the reward functions, with time limits and retries
     stage = "ppo"
     _name = "PPO"
+    _method = "PPO"
     _tag_names = ["trl", "ppo", "rlhf-recipes"]
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
 
@@ -139,6 +140,10 @@ class PPOTrainer(FittingTrainer):
             self.add_callback(DeclineStopping())
         if args.critic_warmup_steps:
             self.add_callback(CriticWarmupCallback(self.model, args.critic_warmup_steps))
+
+    def card_alarms(self) -> list[str]:
+        """Return the alarms of the run."""
+        return current_alarms(self.args, self.state)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs

@@ -50,7 +50,8 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
     """
 
     stage, model_type = "reward_modeling", "reward_model"
-    _name = "RewardModel"
+    _tag_names = ["trl", "reward-trainer", "rlhf-recipes"]
+    _method = "reward modelling on pairs of answers"
     _too_large = "`learning_rate` or `l2_coefficient`"
 
     def __init__(
@@ -151,6 +152,7 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
                 "score_mean": metrics["eval_score_mean"],
                 "score_std": metrics["eval_score_std"],
                 "eval_accuracy": metrics["eval_accuracy"],
+                "calibration_error": metrics["eval_calibration_error"],
             }
         return metrics
 
@@ -178,11 +180,19 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
         return figures
 
     def save_card(self) -> None:
-        """Write the card again, beside the saved model, with the result of the latest evaluation."""
+        """Write both cards again, beside the saved model, with the result of the latest evaluation."""
         if self.args.should_save:
             self.card.save(self.args.output_dir)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model card", revision=self.args.hub_revision)
+        super().save_card()
+
+    def card_facts(self) -> dict[str, str]:
+        """Add the text that the reward model expects."""
+        card = self._card
+        return super().card_facts() | {
+            "reads": "chat messages, in the chat template of the tokenizer"
+            if card["conversational"]
+            else f"plain text: the prompt, then {card['response_separator']!r}, then the answer"
+        }
 
     @property
     def card(self) -> RewardModelCard:

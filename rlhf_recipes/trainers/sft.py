@@ -25,6 +25,8 @@ class SFTTrainer(IdentifiedTrainer, TRLSFTTrainer):
     """Train as TRL does, but write a checkpoint whole or not at all, also on a quantised base."""
 
     stage = "sft"
+    _tag_names = ["trl", "sft", "rlhf-recipes"]
+    _method = "supervised fine-tuning"
 
     def __init__(self, model: Any, args: SFTConfig, *more: Any, **kwargs: Any) -> None:
         check_training(args)
@@ -52,9 +54,12 @@ class SFTTrainer(IdentifiedTrainer, TRLSFTTrainer):
         keep_unpacked(self.model)
 
     def conclude(self) -> dict[str, float]:
-        """Evaluate after saving, if there are rows for it."""
+        """Evaluate after saving, if there are rows for it, and write the result into the card."""
         figures = super().conclude()
-        return figures if self.eval_dataset is None else figures | self.evaluate()
+        if self.eval_dataset is not None:
+            figures |= self.evaluate()
+            self.save_card()
+        return figures
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str

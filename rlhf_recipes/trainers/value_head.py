@@ -135,6 +135,11 @@ class ValueHeadTrainer(RolloutTrainer, GRPOTrainer):
             return
         save_value_head(self.model, output_dir or self.args.output_dir, should_save=self.args.should_save)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push a plain policy. The value head and every other critic stay in `output_dir`."""
+        with without_value_head(self.model):
+            return super().push_to_hub(*args, **kwargs)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:

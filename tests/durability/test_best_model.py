@@ -30,6 +30,10 @@ def test_the_best_model_is_loaded_also_if_no_checkpoint_was_planned_at_its_step(
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, weights[best][name]), name
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert f"| weights of step | {best}, with the best evaluation |" in card
+    assert f"after step {best}." in card
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("No space left")], ids=repr)

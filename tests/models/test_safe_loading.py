@@ -314,7 +314,8 @@ def test_what_sft_saves_and_pushes_holds_no_secret(tmp_path, monkeypatch):
     assert trainer.args.run_name == args.run_name == address, "the run itself goes on with what it was given"
     secrets = {"run_name", "trackio_space_id", "model_init_kwargs", "hub_token"}
     in_training = {"restore_callback_states_from_checkpoint"}  # set while it trains
-    for folder, expected in ((tmp_path, secrets), (tmp_path / "checkpoint-1", secrets | in_training)):
+    pushed = (tmp_path / "_hub", secrets | {"output_dir"})  # the folder that the Hub gets
+    for folder, expected in (pushed, (tmp_path / "checkpoint-1", secrets | in_training)):
         written = folder / "training_args.bin"
         saved = torch.load(written, weights_only=False)
         assert (saved.run_name, saved.trackio_space_id) == ("https://***@hub.example/a", "***")
@@ -342,11 +343,11 @@ def test_a_push_finds_a_directory_whose_name_looks_like_a_secret(tmp_path, monke
     trainer.train()
     trainer.hub_model_id, trainer.push_in_progress = f"me/{name}", None
     trainer._push_from_checkpoint(str(output_dir / "checkpoint-1"))
-    assert [push["folder_path"] for push in pushed] == [str(output_dir), str(output_dir / "checkpoint-1")]
+    assert [push["folder_path"] for push in pushed] == [str(output_dir / "_hub"), str(output_dir / "checkpoint-1")]
     assert {push["revision"] for push in pushed} == {name}
-    assert (output_dir / "model.safetensors").is_file()
+    assert (output_dir / "_hub" / "model.safetensors").is_file()
     assert not list(tmp_path.glob("[*]*"))
-    for written in (output_dir / "training_args.bin", output_dir / "checkpoint-1" / "training_args.bin"):
+    for written in (output_dir / "_hub" / "training_args.bin", output_dir / "checkpoint-1" / "training_args.bin"):
         assert name.encode() not in written.read_bytes()
 
 

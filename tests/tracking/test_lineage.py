@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from rlhf_recipes.data.digest import dataset_digest
-from rlhf_recipes.tracking.lineage import git_tags, note_model, read_run_file, upstream_runs, write_run_file
+from rlhf_recipes.durability.origin import git_tags
+from rlhf_recipes.tracking.lineage import note_model, read_run_file, upstream_runs, write_run_file
 
 ROWS = [{"prompt": [{"role": "user", "content": f"question {i}"}], "score": i / 2} for i in range(2_500)]
 

@@ -80,6 +80,10 @@ SIGNATURES = {
     (Trainer, "save_model"): ["self", "output_dir", "_internal_call"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],
     (Trainer, "_push_from_checkpoint"): ["self", "checkpoint_folder"],
+    (Trainer, "_finish_current_push"): ["self"],
+    (Trainer, "init_hf_repo"): ["self", "token", "private"],
+    (Trainer, "push_to_hub"): ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
+    (GRPOTrainer, "create_model_card"): ["self", "model_name", "dataset_name", "tags"],
     (Trainer, "_get_dataloader"): [
         "self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key",
     ],
