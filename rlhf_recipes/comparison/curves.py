@@ -1,4 +1,4 @@
-"""Bring curves of several runs to common axes: smoothing, bands over seeds, best score within a KL."""
+"""Bring curves of several runs to common axes: smoothing, bands over seeds, the frontier of score and KL."""
 
 import math
 
@@ -91,3 +91,29 @@ def best_score_within(path: pd.DataFrame, limit: float) -> float:
     share = (limit - kl[crossing]) / (kl[crossing + 1] - kl[crossing])
     at_limit = score[crossing] + share * (score[crossing + 1] - score[crossing])
     return float(max([*score[kl <= limit], *at_limit], default=math.nan))
+
+
+def leaders(scores: np.ndarray) -> np.ndarray:
+    """Return which groups have the highest score within each KL, `(G, K)`. Equal scores lead together.
+
+    A group whose score is lower than that of another group at every KL leads nowhere. A group that moves little keeps
+    its best score at larger KLs, where it leads only if no other group has reached more with the larger KL.
+
+    Args:
+        scores: Score of each of G groups within each of K limits of KL, `(G, K)`. NaN where a group has none.
+    """
+    known = np.isfinite(scores)
+    best = np.where(known, scores, -np.inf).max(axis=0)
+    leading: np.ndarray = known & (scores == best)
+    return leading
+
+
+def stretches(kl: np.ndarray, leading: np.ndarray) -> list[tuple[float, float]]:
+    """Return the first and the last KL of each unbroken stretch in which a group leads.
+
+    Args:
+        kl: Limits of KL, `(K,)`, ascending.
+        leading: Whether the group leads within each limit, `(K,)`.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], leading.astype(int), [0]])))
+    return [(float(kl[start]), float(kl[end - 1])) for start, end in zip(edges[::2], edges[1::2], strict=True)]
