@@ -129,7 +129,7 @@ def _path(number: int, name: str, run: TrackedRun, path: pd.DataFrame) -> list[T
     about = partial(_about, number, name, f"{run.name}{' (failed)' if run.failed else ''}")
     figures = ("KL %{x:.2f} nats", "score %{y:.2f}")
     shown, end = _thin(path), path.iloc[-1:]
-    line = {"color": colour(number), "dash": "dot" if run.failed else dash(number), "width": 1.6}
+    line = {"color": colour(number), "dash": "dot" if run.failed else dash(number), "width": 1.2}
     mark = {"color": colour(number), "symbol": "x" if run.failed else marker(number), "size": 10}
     steps = [int(step) for step in shown.index]
     traces = [
@@ -140,7 +140,7 @@ def _path(number: int, name: str, run: TrackedRun, path: pd.DataFrame) -> list[T
     ]
     evaluation = run.evaluation.metrics if run.evaluation else {}
     if "policy/kl" in evaluation and "reward_model/policy" in evaluation:
-        star = {"color": colour(number), "symbol": "star-open", "size": 13}
+        star = {"color": colour(number), "symbol": "star-open", "size": 10}
         point = ([evaluation["policy/kl"]], [evaluation["reward_model/policy"]])
         traces.append(_trace(number, *point, mode="markers", marker=star, **about(*figures, "held-out prompts")))
     return traces

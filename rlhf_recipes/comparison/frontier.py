@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
 from rlhf_recipes.comparison.curves import best_score_within, leaders, stretches
 from rlhf_recipes.comparison.groups import Group
@@ -12,6 +13,8 @@ from rlhf_recipes.evaluation.statistics import CrossedMean, crossed_mean
 
 # Points of the frontier in a figure, and at most so many rows in a table.
 POINTS, ROWS = 200, 8
+# Share of the reached KL. A group that leads for less is not named: noise makes such leads.
+SHORT = 0.05
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Frontier:
     Args:
         kl: Limits of the KL, `(K,)`, ascending, up to the largest KL of a run.
         scores: Highest mean score within each limit, `(K,)`. NaN below the start of all paths.
-        leads: Stretches of KL in which each group leads, by the name of the group.
+        leads: Stretches of KL in which each group leads, by the name of the group, without short ones.
         rows: The frontier at round numbers and at the largest KL.
         best: Best score of each group within the largest KL, by its name, with an interval over seeds.
     """
@@ -63,22 +66,25 @@ def find_frontier(groups: list[Group], paths: dict[str, pd.DataFrame]) -> Fronti
     members = [[paths[run.run_id] for run in group.runs if run.run_id in paths] for group in groups]
     reach = float(max(path["kl"].max() for path in paths.values()))
     kl = np.unique(np.linspace(min(reach, 0.0), reach, POINTS))
-    means = np.array([[_scores(runs, limit).mean() for limit in kl] for runs in members])
+    means = np.array([_scores(runs, kl).mean(axis=0) for runs in members])
     leading = leaders(means)
-    ticks = MaxNLocator(ROWS - 1).tick_values(0.0, reach) if reach > 0 else np.array([])
+    ticks = np.array(MaxNLocator(ROWS - 1).tick_values(0.0, max(reach, 0.0)))
     rows = [_row(groups, members, float(limit)) for limit in [*ticks[(ticks > 0) & (ticks < 0.97 * reach)], reach]]
     return Frontier(
         kl=kl,
         scores=np.where(leading.any(axis=0), np.where(leading, means, -np.inf).max(axis=0), np.nan),
-        leads={group.name: stretches(kl, own) for group, own in zip(groups, leading, strict=True)},
+        leads={
+            group.name: [(start, end) for start, end in stretches(kl, own) if end - start >= SHORT * (kl[-1] - kl[0])]
+            for group, own in zip(groups, leading, strict=True)
+        },
         rows=[row for row in rows if row.leaders],
         best={group.name: crossed_mean(_scores(runs, reach)) for group, runs in zip(groups, members, strict=True)},
     )
 
 
-def _scores(paths: list[pd.DataFrame], limit: float) -> np.ndarray:
-    """Return the best score of each run within a KL. It is NaN if the whole path of a run is above that KL."""
-    return np.array([best_score_within(path, limit) for path in paths])
+def _scores(paths: list[pd.DataFrame], limits: ArrayLike) -> np.ndarray:
+    """Return the best score of each run within each KL, `(R,)` or `(R, K)`. NaN where a whole path is above the KL."""
+    return np.array([best_score_within(path, limits) for path in paths])
 
 
 def _row(groups: list[Group], members: list[list[pd.DataFrame]], limit: float) -> Row:

@@ -130,18 +130,21 @@ def _share(pairs: list[list[tuple[Scores, Scores]]], *, baseline: bool = False) 
     """
     every = [scores for row in pairs for pair in row for scores in pair]
     common = [prompt for prompt in every[0] if all(prompt in scores for scores in every)]
+    if not common:
+        return None
     wins = np.array([[_wins(ours, theirs, common) for ours, theirs in row] for row in pairs])  # (R, Q, N)
     wins = wins[:, :, np.isfinite(wins).all(axis=(0, 1))]
     if not wins.size:
         return None
     over_all = crossed_mean(wins[:, 0] if baseline else wins)
     if math.isnan(over_all.low):
-        return Share(*preference_rate(wins.mean(axis=(0, 1))).values())
+        share, low, high = preference_rate(wins.mean(axis=(0, 1))).values()
+        return Share(share, low, high)
     return Share(over_all.mean, max(over_all.low, 0.0), min(over_all.high, 1.0), over_all.shares)
 
 
 def _wins(ours: Scores, theirs: Scores, prompts: list[str]) -> np.ndarray:
-    width = max((len(scores[prompt]) for scores in (ours, theirs) for prompt in prompts), default=1)
+    width = max(len(scores[prompt]) for scores in (ours, theirs) for prompt in prompts)
     padded = [
         [scores[prompt] + [None] * (width - len(scores[prompt])) for prompt in prompts] for scores in (ours, theirs)
     ]

@@ -21,7 +21,7 @@ from rlhf_recipes.comparison.curves import smooth
 from rlhf_recipes.comparison.frontier import Row
 from rlhf_recipes.comparison.groups import Group, final_kl, run_alarms, run_path
 from rlhf_recipes.comparison.head_to_head import Answer, Share, WinMatrix, shared_answers
-from rlhf_recipes.comparison.runs import TrackedRun
+from rlhf_recipes.comparison.runs import Evaluation, TrackedRun
 from rlhf_recipes.comparison.verdict import Verdict
 from rlhf_recipes.data.messages import as_text
 from rlhf_recipes.evaluation.statistics import CrossedMean
@@ -76,7 +76,7 @@ def write_report(
         differing=differing,
         verdict=verdict,
         rows=[_frontier_row(row, verdict) for row in verdict.frontier.rows] if verdict.frontier else [],
-        alarms={group.run_name(run): found for group in groups for run in group.runs if (found := run_alarms(run))},
+        alarms=_alarms(groups),
         figures=figures.compared_figures(groups, verdict),
         scripts=_scripts(environment),
         matrices=[_matrix_entry(matrix) for matrix in verdict.matrices],
@@ -94,10 +94,20 @@ def _scripts(environment: jinja2.Environment) -> list[tuple[Markup, str]]:
     return [(Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()) for text in texts]
 
 
+def _alarms(groups: list[Group]) -> dict[str, list[str]]:
+    """Return the names of the runs that raise each alarm."""
+    names: dict[str, list[str]] = {}
+    for group in groups:
+        for run in group.runs:
+            for sentence in run_alarms(run):
+                names.setdefault(sentence, []).append(group.run_name(run))
+    return names
+
+
 def _prompts(groups: list[Group], num_shown: int) -> list[dict[str, Any]]:
     """Return some prompts, with the answers of the baselines and of one run per group, and those of the other runs."""
     first: set[str] = set()
-    evaluations = {}
+    evaluations: dict[str, Evaluation] = {}
     for group in groups:
         named = {group.run_name(run): run.evaluation for run in group.runs if run.evaluation and run.evaluation.rows}
         first |= {*list(named)[:1]}

@@ -13,8 +13,6 @@ from rlhf_recipes.comparison.runs import Evaluation
 
 # Three runs give a spread of seeds that is not itself an accident of two.
 ENOUGH_SEEDS = 3
-# Share of the reached KL. A group that leads for less is not named: noise makes such leads.
-SHORT = 0.05
 
 
 @dataclass(frozen=True)
@@ -170,9 +168,8 @@ def _figure(share: Share | None) -> str:
 def _findings(frontier: Frontier) -> list[str]:
     """Return which groups lead within which KL, in the order of the KL."""
     spans = sorted((start, end, name) for name, own in frontier.leads.items() for start, end in own)
-    clear = [span for span in spans if span[1] - span[0] >= SHORT * (frontier.kl[-1] - frontier.kl[0])] or spans
-    parts = ", ".join(f"{name} from {max(start, 0.0):.2f} to {end:.2f}" for start, end, name in clear)
-    return [f"By the score of the training, these groups lead within a KL (nats): {parts}."]
+    parts = ", ".join(f"{name} from {max(start, 0.0):.2f} to {end:.2f}" for start, end, name in spans)
+    return [f"By the score of the training, these groups lead within a KL (nats): {parts}."] if spans else []
 
 
 def _missing(groups: list[Group], matrix: WinMatrix | None, first: Group | None) -> list[str]:

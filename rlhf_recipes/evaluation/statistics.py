@@ -118,14 +118,14 @@ class CrossedMean:
 def crossed_mean(values: ArrayLike) -> CrossedMean:
     """Return the mean of values that several random factors cross, with a 95 % interval over all of them.
 
-    Each axis is one factor, for example the runs of a group, the runs of another group, and the prompts. With s_i^2, the
-    sample variance of the n_i means along axis i:
-    `variance = sum_i s_i^2 / n_i`, `df = variance^2 / sum_i (s_i^2 / n_i)^2 / (n_i - 1)`, `interval = mean +- t(df) sd`.
+    Each axis is one factor, for example the runs of a group, the runs of another group, and the prompts. Let s_i^2 be
+    the sample variance of the n_i means along axis i, and `v_i = s_i^2 / n_i`:
+    `variance = sum_i v_i`, `df = variance^2 / sum_i (v_i^2 / (n_i - 1))`, `interval = mean +- t(df) sqrt(variance)`.
 
     For one axis this is the t interval of a mean. For the differences `a_i - b_j` it is the interval of Welch's test.
-    What factors do together is counted in several terms, so the interval is rather too wide. A bootstrap over two or
-    three runs is far too narrow: it draws from the runs that are there. An axis with one value has no variance, so then
-    there is no interval: one seed shows nothing about other seeds.
+    Effects that belong to two factors together count in both terms, so the interval is rather too wide. A bootstrap
+    over two or three runs is far too narrow, because it draws from these runs alone. An axis with one value has no
+    variance, so there is no interval: one seed shows nothing about other seeds.
 
     Args:
         values: Finite numbers, at least one axis, no empty one.
@@ -147,7 +147,7 @@ def crossed_mean(values: ArrayLike) -> CrossedMean:
 
 
 def wins_per_prompt(scores: Samples, rival_scores: Samples) -> np.ndarray:
-    """Return for each prompt the share of samples that beat the rival's, `(N,)`. A tie counts half; NaN without a pair.
+    """Return for each prompt the share of samples that beat the rival's, `(N,)`. A tie counts half. No pair is NaN.
 
     Args:
         scores: Scores, `(N, S)`. `None` or NaN is a missing score.

@@ -19,12 +19,12 @@ function layout(own) {
     hovermode: "closest",
     dragmode: narrow.matches ? false : "zoom", // a finger scrolls the page
     uirevision: "same", // a redrawn figure keeps its zoom
-    margin: { l: 8, r: 12, t: 8, b: 8 },
+    margin: { l: 8, r: 12, t: narrow.matches ? 8 : 30, b: 8 },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: "var(--ink)", size: 12, family: "system-ui, sans-serif" },
     hoverlabel: { bgcolor: "var(--card)", bordercolor: "var(--quiet)", font: { color: "var(--ink)" }, align: "left" },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: "var(--quiet)", activecolor: "var(--accent)", orientation: "v" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: "var(--quiet)", activecolor: "var(--accent)" },
     ...own,
     xaxis: { ...axis, ...own.xaxis },
     yaxis: { ...axis, ...own.yaxis },
@@ -39,6 +39,8 @@ function draw() {
     const options = {
       responsive: true,
       displaylogo: false,
+      showSendToCloud: false, // by default plotly.js offers to upload the figure
+      plotlyServerURL: "",
       displayModeBar: narrow.matches ? false : "hover",
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
       toImageButtonOptions: { format: "svg", filename: figure.title },
