@@ -4,7 +4,7 @@
     python recipes/compare.py --experiment my_experiment --runs 3f2a91c0 8b17e5d4 --tracking_uri http://mlflow:5000
 
 Writes `report.html`, one file that needs no network. Runs that differ only in their seed are one group. Evaluations
-(`recipes/evaluate.py`) add win rates and completions: without them no group is named the winner.
+(`recipes/evaluate.py`) add win rates and completions. Without them no group is named the winner.
 """
 
 from pathlib import Path
