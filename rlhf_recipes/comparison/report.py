@@ -27,6 +27,7 @@ from rlhf_recipes.data.messages import as_text
 from rlhf_recipes.evaluation.statistics import CrossedMean
 
 MISSING = "–"
+SCRIPT = Path(__file__).parent / "templates" / "report.js"
 # How the page draws the dashes and the markers of plotly.js in its legend.
 SVG_DASHES = {"solid": "none", "dash": "7 3", "dashdot": "7 3 2 3", "dot": "2 3"}
 SVG_MARKERS = {
@@ -78,7 +79,7 @@ def write_report(
         rows=[_frontier_row(row, verdict) for row in verdict.frontier.rows] if verdict.frontier else [],
         alarms=_alarms(groups),
         figures=figures.compared_figures(groups, verdict),
-        scripts=_scripts(environment),
+        scripts=_scripts(),
         matrices=[_matrix_entry(matrix) for matrix in verdict.matrices],
         prompts=_prompts(groups, num_shown),
     )
@@ -87,10 +88,9 @@ def write_report(
     return path
 
 
-def _scripts(environment: jinja2.Environment) -> list[tuple[Markup, str]]:
+def _scripts() -> list[tuple[Markup, str]]:
     """Return the scripts, each with the hash by which the page allows it. Nothing else may run."""
-    source, *_ = environment.loader.get_source(environment, "report.js") if environment.loader else ("",)
-    texts = [get_plotlyjs(), source]
+    texts = [get_plotlyjs(), SCRIPT.read_text(encoding="utf-8")]
     return [(Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()) for text in texts]
 
 

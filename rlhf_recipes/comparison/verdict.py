@@ -130,13 +130,13 @@ def _undecided(first: Group, doubts: list[Group], matrix: WinMatrix) -> str:
 def _ahead(groups: list[Group], matrix: WinMatrix) -> Group | None:
     """Return the group with the highest mean share against the others; None if nothing compares two groups."""
     merits = {
-        group.label: float(np.mean(shares))
+        group.name: float(np.mean(shares))
         for group in groups
         if (shares := [share.share for rival in groups if (share := _share(matrix, group, rival))])
     }
     return min(
-        (group for group in groups if group.label in merits),
-        key=lambda group: (-merits[group.label], group.label),
+        (group for group in groups if group.name in merits),
+        key=lambda group: (-merits[group.name], group.label),
         default=None,
     )
 

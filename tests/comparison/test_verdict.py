@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -224,6 +225,13 @@ def test_a_group_that_is_not_beaten_is_in_question():
     verdict = _judged([1.5, 1.6, 1.7], [0.0, 0.1, 0.2], [1.4, 1.5, 1.6], [9.0])
     assert verdict.headline.startswith("No winner: D (lam 0.3) is ahead")
     assert verdict.headline.endswith("In question: A, B, C.")
+
+
+def test_groups_of_one_label_stay_apart():
+    """Runs without a recorded configuration are groups of their own, and may have one name."""
+    runs = [_run([_row(p, lam, 0) for p in "pqr"], {"lam": lam}, 0, _line(2, 1)) for lam in (0, 1, 2)]
+    verdict = decide(group_runs([replace(run, options={}) for run in runs])[0])
+    assert verdict.headline.startswith("No winner: C (ppo) is ahead")
 
 
 def test_what_makes_the_uncertainty_is_named():
