@@ -1,9 +1,10 @@
-"""Bring curves of several runs to common axes: smoothing, bands over seeds, best score within a KL."""
+"""Bring curves of several runs to common axes: smoothing, bands over seeds, the frontier of score and KL."""
 
 import math
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from rlhf_recipes.evaluation.alarms import finite
 
@@ -73,21 +74,51 @@ def frontier_path(kl: pd.Series, scores: pd.Series) -> pd.DataFrame:
     return path.sort_index()
 
 
-def best_score_within(path: pd.DataFrame, limit: float) -> float:
-    """Return the highest score on the part of a path whose KL is at most `limit`.
+def best_score_within(path: pd.DataFrame, limits: ArrayLike) -> np.ndarray:
+    """Return the highest score on the part of a path whose KL is at most each limit.
 
     The path is linear between its points, so a crossing of the limit counts. An adaptive controller can bring the KL
     back under the limit. That part counts too.
 
     Args:
         path: Path that `frontier_path` returned.
-        limit: Largest KL, nats.
+        limits: Largest KL, nats, `(K,)` or one number.
 
     Returns:
-        The score. NaN if the whole path is above the limit.
+        The scores, in the shape of `limits`. NaN where the whole path is above the limit.
     """
     kl, score = path["kl"].to_numpy(dtype=float), path["score"].to_numpy(dtype=float)
-    crossing = np.flatnonzero((kl[:-1] - limit) * (kl[1:] - limit) < 0)
-    share = (limit - kl[crossing]) / (kl[crossing + 1] - kl[crossing])
-    at_limit = score[crossing] + share * (score[crossing + 1] - score[crossing])
-    return float(max([*score[kl <= limit], *at_limit], default=math.nan))
+    limit = np.asarray(limits, dtype=float)[..., None]
+    below = np.where(kl <= limit, score, -np.inf)
+    crosses = (kl[:-1] - limit) * (kl[1:] - limit) < 0
+    share = np.divide(limit - kl[:-1], np.diff(kl), out=np.zeros(crosses.shape), where=crosses)
+    at_limit = np.where(crosses, score[:-1] + share * np.diff(score), -np.inf)
+    best = np.concatenate([below, at_limit], axis=-1).max(axis=-1, initial=-np.inf)
+    found: np.ndarray = np.where(np.isfinite(best), best, math.nan)
+    return found
+
+
+def leaders(scores: np.ndarray) -> np.ndarray:
+    """Return which groups have the highest score within each KL, `(G, K)`. Equal scores lead together.
+
+    A group whose score is lower than that of another group at every KL leads nowhere. A group that moves little keeps
+    its best score at larger KLs, where it leads only if no other group has reached more with the larger KL.
+
+    Args:
+        scores: Score of each of G groups within each of K limits of KL, `(G, K)`. NaN where a group has none.
+    """
+    known = np.isfinite(scores)
+    best = np.where(known, scores, -np.inf).max(axis=0)
+    leading: np.ndarray = known & (scores == best)
+    return leading
+
+
+def stretches(kl: np.ndarray, leading: np.ndarray) -> list[tuple[float, float]]:
+    """Return the first and the last KL of each unbroken stretch in which a group leads.
+
+    Args:
+        kl: Limits of KL, `(K,)`, ascending.
+        leading: Whether the group leads within each limit, `(K,)`.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], leading.astype(int), [0]])))
+    return [(float(kl[start]), float(kl[end - 1])) for start, end in zip(edges[::2], edges[1::2], strict=True)]

@@ -1,4 +1,4 @@
-"""Compare final policies with each other, on the held-out prompts that their evaluations share.
+"""Compare the final policies of groups with each other, on the held-out prompts that their evaluations share.
 
 The evaluations have recorded the completions and their scores. Nothing is generated or judged here.
 """
@@ -12,19 +12,51 @@ from typing import Any
 import numpy as np
 
 from rlhf_recipes.comparison.runs import Evaluation
-from rlhf_recipes.evaluation.statistics import win_rate
+from rlhf_recipes.evaluation.statistics import crossed_mean, preference_rate, wins_per_prompt
 
 Scores = dict[str, list[float | None]]  # of the samples of each prompt
 
 
 @dataclass(frozen=True)
+class Share:
+    """The share of prompts on which one group beats another, with a 95 % interval.
+
+    Args:
+        share: Mean over all pairs of their runs and over the common prompts, in [0, 1].
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        sources: Share of the variance that each factor brings: the runs of the one, the runs of the other (not for a
+            baseline), the prompts. None if one of the groups has a single run: the interval is then over prompts only,
+            and says nothing about other seeds.
+    """
+
+    share: float
+    low: float
+    high: float
+    sources: tuple[float, ...] | None = None
+
+    @property
+    def separates(self) -> bool:
+        """Whether the interval is over seeds and prompts and does not hold 0.5."""
+        return self.sources is not None and not self.low <= 0.5 <= self.high
+
+
+@dataclass(frozen=True)
 class WinMatrix:
-    """The share of prompts on which a row beats a column: `(share, low, high)`, or None without common prompts."""
+    """The share of prompts on which a row beats a column, or None. The last column is the baseline of the row."""
 
     judge: str
     names: list[str]
-    cells: list[list[tuple[float, float, float] | None]]
+    cells: list[list[Share | None]]
     num_prompts: int
+
+    def cell(self, name: str, rival: str) -> Share | None:
+        """Return the share of one group against another."""
+        return self.cells[self.names.index(name)][self.names.index(rival)]
+
+    def over_baseline(self, name: str) -> Share | None:
+        """Return the share of one group against its baseline."""
+        return self.cells[self.names.index(name)][-1]
 
 
 @dataclass(frozen=True)
@@ -43,31 +75,35 @@ def judges_of(evaluations: Iterable[Evaluation]) -> list[str]:
     return sorted(judges, key=lambda judge: (judge == "reward_model", judge))
 
 
-def win_matrices(policies: dict[str, Evaluation]) -> list[WinMatrix]:
-    """Compare every two policies, and each with its baseline, on the prompts that both have answered.
+def win_matrices(groups: dict[str, list[Evaluation]]) -> list[WinMatrix]:
+    """Compare every two groups, and each with its baseline, on the prompts that all their runs have answered.
 
     Scores of `reward_model` are compared only between evaluations with the same reward model.
 
     Args:
-        policies: Evaluations by the name of the policy.
+        groups: Evaluations of the runs of each group, by the name of the group.
 
     Returns:
-        One matrix per judge. Its last column is the baseline of the policy in the row.
+        One matrix per judge.
     """
-    return [_win_matrix(judge, policies) for judge in judges_of(policies.values())]
+    evaluations = [evaluation for runs in groups.values() for evaluation in runs]
+    return [_win_matrix(judge, groups) for judge in judges_of(evaluations)]
 
 
-def _win_matrix(judge: str, policies: dict[str, Evaluation]) -> WinMatrix:
-    scores = {name: _scores_by_prompt(evaluation, f"policy_{judge}") for name, evaluation in policies.items()}
-    baselines = {name: _scores_by_prompt(evaluation, f"baseline_{judge}") for name, evaluation in policies.items()}
+def _win_matrix(judge: str, groups: dict[str, list[Evaluation]]) -> WinMatrix:
+    scores = {name: [_scores_by_prompt(run, f"policy_{judge}") for run in runs] for name, runs in groups.items()}
     cells = []
-    for name, evaluation in policies.items():
+    for name, runs in groups.items():
         row = [
-            None if other == name or not _one_scale(judge, evaluation, rival) else _beats(scores[name], scores[other])
-            for other, rival in policies.items()
+            None
+            if rival == name or not all(_one_scale(judge, ours, theirs) for ours in runs for theirs in others)
+            else _share([[(ours, theirs) for theirs in scores[rival]] for ours in scores[name]])
+            for rival, others in groups.items()
         ]
-        cells.append([*row, _beats(scores[name], baselines[name])])
-    return WinMatrix(judge, list(policies), cells, max(len(known) for known in scores.values()))
+        baselines = [_scores_by_prompt(run, f"baseline_{judge}") for run in runs]
+        cells.append([*row, _share([[pair] for pair in zip(scores[name], baselines, strict=True)], baseline=True)])
+    most = max(len(known) for own in scores.values() for known in own)
+    return WinMatrix(judge, list(groups), cells, most)
 
 
 def _one_scale(judge: str, evaluation: Evaluation, rival: Evaluation) -> bool:
@@ -87,16 +123,32 @@ def prompt_key(row: dict[str, Any]) -> str:
     return json.dumps(row["prompt"], sort_keys=True)
 
 
-def _beats(ours: Scores, theirs: Scores) -> tuple[float, float, float] | None:
-    common = [prompt for prompt in ours if prompt in theirs]
+def _share(pairs: list[list[tuple[Scores, Scores]]], *, baseline: bool = False) -> Share | None:
+    """Return the share of one group against another from the scores of each pair of their runs, `(R, Q)`.
+
+    A prompt without a score of each run does not count.
+    """
+    every = [scores for row in pairs for pair in row for scores in pair]
+    common = [prompt for prompt in every[0] if all(prompt in scores for scores in every)]
     if not common:
         return None
-    width = max(len(scores[prompt]) for scores in (ours, theirs) for prompt in common)
-    padded = [[s[prompt] + [None] * (width - len(s[prompt])) for prompt in common] for s in (ours, theirs)]
-    outcome = win_rate(*np.array(padded, dtype=float))
-    if math.isnan(outcome["win_rate"]):
+    wins = np.array([[_wins(ours, theirs, common) for ours, theirs in row] for row in pairs])  # (R, Q, N)
+    wins = wins[:, :, np.isfinite(wins).all(axis=(0, 1))]
+    if not wins.size:
         return None
-    return outcome["win_rate"], outcome["win_rate_low"], outcome["win_rate_high"]
+    over_all = crossed_mean(wins[:, 0] if baseline else wins)
+    if math.isnan(over_all.low):
+        share, low, high = preference_rate(wins.mean(axis=(0, 1))).values()
+        return Share(share, low, high)
+    return Share(over_all.mean, max(over_all.low, 0.0), min(over_all.high, 1.0), over_all.shares)
+
+
+def _wins(ours: Scores, theirs: Scores, prompts: list[str]) -> np.ndarray:
+    width = max(len(scores[prompt]) for scores in (ours, theirs) for prompt in prompts)
+    padded = [
+        [scores[prompt] + [None] * (width - len(scores[prompt])) for prompt in prompts] for scores in (ours, theirs)
+    ]
+    return wins_per_prompt(*np.array(padded, dtype=float).reshape(2, -1, width))
 
 
 def shared_answers(policies: dict[str, Evaluation], num_prompts: int) -> list[tuple[Any, list[Answer]]]:

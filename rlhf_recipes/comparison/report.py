@@ -1,49 +1,43 @@
-"""Write the comparison as one HTML page that needs no network, and its figures as PNG.
+"""Write the comparison as one HTML page that needs no network.
 
-The page is `templates/report.html.jinja`, which escapes every text. This module formats numbers and computes none.
+The page is `templates/report.html.jinja`, which escapes every text. Only two scripts may run:
+plotly.js, and `templates/report.js`. This module formats numbers and computes none.
 """
 
+import base64
+import hashlib
 import math
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
+from plotly.offline import get_plotlyjs
 
-from rlhf_recipes.comparison.curves import seed_band, smooth
-from rlhf_recipes.comparison.head_to_head import Answer, WinMatrix, shared_answers, win_matrices
-from rlhf_recipes.comparison.plots import (
-    COLOURS,
-    COMPARED_PANELS,
-    GRID,
-    INK,
-    LINES,
-    Band,
-    RunPath,
-    draw_bands,
-    draw_frontier,
-    inline_svg,
-    save_png,
-)
-from rlhf_recipes.comparison.ranking import (
-    Group,
-    Verdict,
-    all_count_samples,
-    curve_over,
-    held_out_winner,
-    run_alarms,
-    run_path,
-)
-from rlhf_recipes.comparison.runs import TrackedRun
+from rlhf_recipes.comparison import figures
+from rlhf_recipes.comparison.curves import smooth
+from rlhf_recipes.comparison.frontier import Row
+from rlhf_recipes.comparison.groups import Group, final_kl, run_alarms, run_path
+from rlhf_recipes.comparison.head_to_head import Answer, Share, WinMatrix, shared_answers
+from rlhf_recipes.comparison.runs import Evaluation, TrackedRun
+from rlhf_recipes.comparison.verdict import Verdict
 from rlhf_recipes.data.messages import as_text
+from rlhf_recipes.evaluation.statistics import CrossedMean
 
 MISSING = "–"
+SCRIPT = Path(__file__).parent / "templates" / "report.js"
+# How the page draws the dashes and the markers of plotly.js in its legend.
+SVG_DASHES = {"solid": "none", "dash": "7 3", "dashdot": "7 3 2 3", "dot": "2 3"}
+SVG_MARKERS = {
+    "circle": "M12 5a5 5 0 1 0 10 0a5 5 0 1 0-10 0",
+    "square": "M12.5.5h9v9h-9z",
+    "triangle-up": "M17 0l5.5 9.5h-11z",
+    "diamond": "M17-1l6 6-6 6-6-6z",
+    "triangle-down": "M17 10l5.5-9.5h-11z",
+    "cross": "M15.2 0h3.6v3.2H22v3.6h-3.2V10h-3.6V6.8H12V3.2h3.2z",
+}
 
 
 def write_report(
@@ -54,13 +48,13 @@ def write_report(
     output_dir: Path,
     num_shown: int,
 ) -> Path:
-    """Write `report.html`, and `frontier.png` and `curves.png` if the runs have curves.
+    """Write `report.html`.
 
     Args:
         experiment: Name of the experiment.
         groups: Groups that `group_runs` returned.
         differing: Options that differ, with one value per group.
-        verdict: Verdict that `rank_groups` returned.
+        verdict: Verdict that `decide` returned.
         output_dir: Directory of the report.
         num_shown: Number of prompts whose completions are shown.
 
@@ -68,8 +62,6 @@ def write_report(
         Path of the page.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    named = {group.run_name(run): run for group in groups for run in group.runs}
-    evaluations = {name: run.evaluation for name, run in named.items() if run.evaluation and run.evaluation.rows}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rlhf_recipes.comparison"),
         autoescape=True,
@@ -80,24 +72,55 @@ def write_report(
     environment.filters["code"] = _code
     page = environment.get_template("report.html.jinja").render(
         experiment=experiment,
-        groups=[_group_entry(number, group) for number, group in enumerate(groups)],
-        num_runs=len(named),
+        groups=[_group_entry(number, group, verdict) for number, group in enumerate(groups)],
+        num_runs=sum(len(group.runs) for group in groups),
         differing=differing,
         verdict=verdict,
-        held_out=held_out_winner(groups),
-        alarms={name: alarms for name, run in named.items() if (alarms := run_alarms(run))},
-        figures=_figures(groups, verdict, output_dir),
-        runs=[_run_row(name, run) for name, run in named.items()],
-        matrices=[_matrix_entry(matrix) for matrix in win_matrices(evaluations)],
-        prompts=[
-            (as_text(prompt).strip(), [_answer_entry(answer) for answer in answers])
-            for prompt, answers in shared_answers(evaluations, num_shown)
-        ],
-        number=_number,
+        rows=[_frontier_row(row, verdict) for row in verdict.frontier.rows] if verdict.frontier else [],
+        alarms=_alarms(groups),
+        figures=figures.compared_figures(groups, verdict),
+        scripts=_scripts(),
+        matrices=[_matrix_entry(matrix) for matrix in verdict.matrices],
+        prompts=_prompts(groups, num_shown),
     )
     path = output_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _scripts() -> list[tuple[Markup, str]]:
+    """Return the scripts, each with the hash by which the page allows it. Nothing else may run."""
+    texts = [get_plotlyjs(), SCRIPT.read_text(encoding="utf-8")]
+    return [(Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()) for text in texts]
+
+
+def _alarms(groups: list[Group]) -> dict[str, list[str]]:
+    """Return the names of the runs that raise each alarm."""
+    names: dict[str, list[str]] = {}
+    for group in groups:
+        for run in group.runs:
+            for sentence in run_alarms(run):
+                names.setdefault(sentence, []).append(group.run_name(run))
+    return names
+
+
+def _prompts(groups: list[Group], num_shown: int) -> list[dict[str, Any]]:
+    """Return some prompts, with the answers of the baselines and of one run per group, and those of the other runs."""
+    first: set[str] = set()
+    evaluations: dict[str, Evaluation] = {}
+    for group in groups:
+        named = {group.run_name(run): run.evaluation for run in group.runs if run.evaluation and run.evaluation.rows}
+        first |= {*list(named)[:1]}
+        evaluations |= named
+    others = {*evaluations} - first
+    return [
+        {
+            "prompt": as_text(prompt).strip(),
+            "shown": [_answer_entry(answer) for answer in answers if answer.name not in others],
+            "folded": [_answer_entry(answer) for answer in answers if answer.name in others],
+        }
+        for prompt, answers in shared_answers(evaluations, num_shown)
+    ]
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -119,69 +142,52 @@ def _code(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def _group_entry(number: int, group: Group) -> dict[str, Any]:
-    seeds = ", ".join(f"{group.run_name(run)}: seed {run.seed or 'unknown'}" for run in group.runs)
-    dashes = ("none", "7 3", "7 3 2 3", "2 3")[(number // len(COLOURS)) % len(LINES)]
+def _group_entry(number: int, group: Group, verdict: Verdict) -> dict[str, Any]:
+    frontier, matrix = verdict.frontier, verdict.matrix
+    leads = (
+        [f"{_number(max(start, 0.0))} to {_number(end)}" for start, end in frontier.leads.get(group.name, [])]
+        if frontier
+        else []
+    )
     return {
         "name": group.name,
         "label": group.label,
-        "seeds": seeds,
-        "colour": number % len(COLOURS),
-        "dashes": dashes,
+        "colour": figures.colour(number),
+        "dashes": SVG_DASHES[figures.dash(number)],
+        "marker": SVG_MARKERS[figures.marker(number)],
+        "score": _interval(frontier.best.get(group.name)) if frontier else MISSING,
+        "kl": _number(final_kl(group)),
+        "leads": leads,
+        "win_rate": _share(matrix.over_baseline(group.name) if matrix and group.name in matrix.names else None),
+        "failed": sum(run.failed for run in group.runs),
+        "runs": [_run_row(group.run_name(run), run) for run in group.runs],
     }
 
 
-def _figures(groups: list[Group], verdict: Verdict, output_dir: Path) -> dict[str, Any]:
-    """Return the figures as SVG with their alternative texts, and write the PNGs."""
-    legend = [shorten(f"{group.name}: {group.label}", 60) for group in groups]
-    paths = [
-        RunPath(group.run_name(run), number, path, _held_out_point(run), run.failed)
-        for number, group in enumerate(groups)
-        for run in group.runs
-        if len(path := run_path(run))
-    ]
-    frontier = None
-    if paths:
-        draw = partial(draw_frontier, paths=paths, common_kl=verdict.common_kl)
-        save_png([draw], legend, output_dir / "frontier.png")
-        ends = "; ".join(
-            f"{p.name} ends at {p.path['kl'].iloc[-1]:.2f}, {p.path['score'].iloc[-1]:.2f}" for p in paths
-        )
-        frontier = (_svg(draw, "frontier", (4.8, 3.8)), f"Score over KL, a path per run (KL, score): {ends}.")
-    samples = all_count_samples([run for group in groups for run in group.runs])
-    x_label = "completions sampled" if samples else "optimiser step"
-    panels: dict[str, Callable[[Axes], Any]] = {}
-    for metric, title in COMPARED_PANELS.items():
-        bands = [_band(number, group, metric, samples) for number, group in enumerate(groups)]
-        if any(len(curve) for band in bands for curve in band.curves):
-            panels[title] = partial(draw_bands, bands=bands, title=title, x_label=x_label)
-    if panels:
-        save_png(list(panels.values()), legend, output_dir / "curves.png")
-    curves = [
-        (_svg(draw, f"curve{number}", (4.3, 3.0)), f"{title} over {x_label}, one band per group.")
-        for number, (title, draw) in enumerate(panels.items())
-    ]
-    return {"frontier": frontier, "curves": curves, "x_label": x_label}
+def _interval(mean: CrossedMean | None) -> str:
+    """Return a mean with its interval, or alone without one."""
+    if mean is None or math.isnan(mean.low):
+        return _number(None if mean is None else mean.mean)
+    return f"{_number(mean.mean)} [{_number(mean.low)}, {_number(mean.high)}]"
 
 
-def _svg(draw: Callable[[Axes], Any], name: str, size: tuple[float, float]) -> Markup:
-    """Return a figure whose colours are the page's, so that it follows a dark scheme."""
-    svg = inline_svg(draw, name, size).replace(INK, "currentColor").replace(GRID, "var(--grid)")
-    for number, colour in enumerate(COLOURS):
-        svg = svg.replace(colour, f"var(--group{number})")
-    return Markup(svg)
+def _share(share: Share | None) -> str:
+    if share is None:
+        return MISSING
+    return f"{_number(share.share)} [{_number(share.low)}, {_number(share.high)}]{'' if share.sources else ' *'}"
 
 
-def _held_out_point(run: TrackedRun) -> tuple[float, float] | None:
-    metrics = run.evaluation.metrics if run.evaluation else {}
-    known = "policy/kl" in metrics and "reward_model/policy" in metrics
-    return (metrics["policy/kl"], metrics["reward_model/policy"]) if known else None
-
-
-def _band(number: int, group: Group, metric: str, samples: bool) -> Band:
-    curves = [smooth(curve_over(run, metric, samples=samples)) for run in group.runs]
-    ended = [curve for curve, run in zip(curves, group.runs, strict=True) if not run.failed]
-    return Band(group.name, number, curves, [run.failed for run in group.runs], seed_band(ended))
+def _frontier_row(row: Row, verdict: Verdict) -> dict[str, Any]:
+    matrix = verdict.matrix
+    names = [group.name for group in row.leaders]
+    rates = [_share(matrix.over_baseline(name) if matrix and name in matrix.names else None) for name in names]
+    return {
+        "kl": _number(row.kl),
+        "leaders": ", ".join(names),
+        "score": _interval(row.score),
+        "close": ", ".join(group.name for group in row.close) or "none",
+        "win_rates": rates,
+    }
 
 
 def _run_row(name: str, run: TrackedRun) -> dict[str, Any]:
@@ -214,7 +220,7 @@ def _run_row(name: str, run: TrackedRun) -> dict[str, Any]:
 
 def _matrix_entry(matrix: WinMatrix) -> dict[str, Any]:
     """Return a matrix whose cells hold their text, and their distance from 0.5 for the shading."""
-    rows = [[None if cell is None else _cell(*cell) for cell in row] for row in matrix.cells]
+    rows = [[None if cell is None else _cell(cell) for cell in row] for row in matrix.cells]
     return {
         "judge": matrix.judge,
         "names": matrix.names,
@@ -223,13 +229,13 @@ def _matrix_entry(matrix: WinMatrix) -> dict[str, Any]:
     }
 
 
-def _cell(share: float, low: float, high: float) -> dict[str, Any]:
+def _cell(share: Share) -> dict[str, Any]:
     return {
-        "share": _number(share),
-        "interval": f"[{_number(low)}, {_number(high)}]",
-        "wins": share >= 0.5,
-        "strength": round(abs(share - 0.5) * 140),  # percent of the full shade
-        "certain": not low <= 0.5 <= high,
+        "share": _number(share.share),
+        "interval": f"[{_number(share.low)}, {_number(share.high)}]{'' if share.sources else ' *'}",
+        "wins": share.share >= 0.5,
+        "strength": round(abs(share.share - 0.5) * 140),  # percent of the full shade
+        "certain": share.separates,
     }
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -89,13 +90,71 @@ def win_rate(scores: ArrayLike, baseline_scores: ArrayLike, *, seed: int = 0) ->
         baseline_scores: Scores of the baseline on the same prompts, same shape.
         seed: Seed of the bootstrap.
     """
-    outcomes = (np.sign(_differences(scores, baseline_scores)) + 1) / 2
-    return _mean_with_interval("win_rate", outcomes, seed)
+    return _mean_with_interval("win_rate", _outcomes(scores, baseline_scores), seed)
 
 
 def mean_gain(scores: ArrayLike, baseline_scores: ArrayLike, *, seed: int = 0) -> dict[str, float]:
     """Return the mean of score minus baseline score, with an interval. The arguments are those of `win_rate`."""
     return _mean_with_interval("gain", _differences(scores, baseline_scores), seed)
+
+
+@dataclass(frozen=True)
+class CrossedMean:
+    """A mean, its 95 % interval, and the share of the variance that each axis brings.
+
+    Without an interval, `low`, `high` and the shares are NaN.
+    """
+
+    mean: float
+    low: float
+    high: float
+    shares: tuple[float, ...]
+
+    def excludes(self, value: float) -> bool:
+        """Return whether the interval is there and does not hold a value."""
+        return not math.isnan(self.low) and not self.low <= value <= self.high
+
+
+def crossed_mean(values: ArrayLike) -> CrossedMean:
+    """Return the mean of values that several random factors cross, with a 95 % interval over all of them.
+
+    Each axis is one factor, for example the runs of a group, the runs of another group, and the prompts. Let s_i^2 be
+    the sample variance of the n_i means along axis i, and `v_i = s_i^2 / n_i`:
+    `variance = sum_i v_i`, `df = variance^2 / sum_i (v_i^2 / (n_i - 1))`, `interval = mean +- t(df) sqrt(variance)`.
+
+    For one axis this is the t interval of a mean. For the differences `a_i - b_j` it is the interval of Welch's test.
+    Effects that belong to two factors together count in both terms, so the interval is rather too wide. A bootstrap
+    over two or three runs is far too narrow, because it draws from these runs alone. An axis with one value has no
+    variance, so there is no interval: one seed shows nothing about other seeds.
+
+    Args:
+        values: Finite numbers, at least one axis, no empty one.
+
+    Source: Satterthwaite 1946, "An approximate distribution of estimates of variance components".
+    """
+    values = np.asarray(values, dtype=float)
+    sizes, mean = np.array(values.shape), float(values.mean())
+    if (sizes < 2).any():
+        return CrossedMean(mean, math.nan, math.nan, (math.nan,) * values.ndim)
+    others = [tuple(axis for axis in range(values.ndim) if axis != kept) for kept in range(values.ndim)]
+    terms = np.array([values.mean(axis=axes).var(ddof=1) for axes in others]) / sizes
+    variance = terms.sum()
+    if variance == 0:
+        return CrossedMean(mean, mean, mean, (0.0,) * values.ndim)
+    freedom = variance**2 / (terms**2 / (sizes - 1)).sum()
+    half = float(scipy.stats.t.ppf(0.975, freedom) * math.sqrt(variance))
+    return CrossedMean(mean, mean - half, mean + half, tuple(float(share) for share in terms / variance))
+
+
+def wins_per_prompt(scores: Samples, rival_scores: Samples) -> np.ndarray:
+    """Return for each prompt the share of samples that beat the rival's, `(N,)`. A tie counts half. No pair is NaN.
+
+    Args:
+        scores: Scores, `(N, S)`. `None` or NaN is a missing score.
+        rival_scores: Scores of the rival on the same prompts, same shape.
+    """
+    outcomes: np.ndarray = _outcomes(scores, rival_scores).mean(axis=1).filled(math.nan)
+    return outcomes
 
 
 def preference_rate(preferences: ArrayLike, *, seed: int = 0) -> dict[str, float]:
@@ -128,7 +187,12 @@ def swapped_preferences(
     return [(a + 1 - b) / 2 for a, b in zip(first, second, strict=True)]
 
 
-def _differences(scores: ArrayLike, baseline_scores: ArrayLike) -> np.ma.MaskedArray:
+def _outcomes(scores: Samples, baseline_scores: Samples) -> np.ma.MaskedArray:
+    """Return 1 for a win, 0.5 for a tie and 0 for a loss, `(N, S)`. A missing score masks its pair."""
+    return (np.sign(_differences(scores, baseline_scores)) + 1) / 2
+
+
+def _differences(scores: Samples, baseline_scores: Samples) -> np.ma.MaskedArray:
     """Return the differences, `(N, S)`. A missing score masks its pair."""
     return _by_prompt(np.asarray(scores, dtype=float) - np.asarray(baseline_scores, dtype=float))
 

@@ -175,7 +175,7 @@ class ComparisonArguments:
         default=None,
         metadata={"help": "MLflow store. Default: $MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` here."},
     )
-    output_dir: str = field(default="runs/compare", metadata={"help": "Directory for the report and its figures."})
+    output_dir: str = field(default="runs/compare", metadata={"help": "Directory for the report."})
     num_shown: int = field(default=4, metadata={"help": "Held-out prompts whose completions are shown side by side."})
 
     def __post_init__(self) -> None:

@@ -9,8 +9,9 @@ import tiny
 import yaml
 from processes import run_script
 
-from rlhf_recipes.comparison.ranking import group_runs, rank_groups
+from rlhf_recipes.comparison.groups import group_runs
 from rlhf_recipes.comparison.runs import read_experiment
+from rlhf_recipes.comparison.verdict import decide
 
 pytestmark = pytest.mark.recipe
 
@@ -63,8 +64,8 @@ def test_a_comparison_ranks_all_methods(directory):
     assert [run.held_out for run in runs] == [False, False, False, True]
     groups, _ = group_runs(runs)
     assert [f"method {name}" in group.label for name, group in zip(STAGES, groups, strict=True)] == [True] * 4
-    verdict = rank_groups(groups)
-    assert {ranked.group.name for ranked in verdict.ranking} == {"A", "B", "C", "D"}
+    verdict = decide(groups)
+    assert {*verdict.frontier.best} == {"A", "B", "C", "D"}
     assert any("The training of D logs no score and KL of its own answers" in caveat for caveat in verdict.caveats)
     code, output = run_script(RECIPES / "compare.py", "--experiment", "rlhf_recipes", directory=directory)
     assert code == 0, output[-3000:]

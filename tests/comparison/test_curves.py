@@ -7,7 +7,15 @@ import pandas as pd
 import pytest
 from tolerances import EXACT, FP64, assert_close
 
-from rlhf_recipes.comparison.curves import best_score_within, frontier_path, over_samples, seed_band, smooth
+from rlhf_recipes.comparison.curves import (
+    best_score_within,
+    frontier_path,
+    leaders,
+    over_samples,
+    seed_band,
+    smooth,
+    stretches,
+)
 from rlhf_recipes.evaluation.alarms import finite
 
 
@@ -78,7 +86,7 @@ def test_a_path_needs_both_numbers_and_keeps_the_order_of_training():
     ],
 )
 def test_the_score_at_a_kl_is_interpolated(limit, expected):
-    assert_close(best_score_within(_path((0, 0), (2, 2), (4, 3)), limit), expected, FP64)
+    assert_close(float(best_score_within(_path((0, 0), (2, 2), (4, 3)), limit)), expected, FP64)
 
 
 def test_a_kl_that_comes_back_counts():
@@ -90,6 +98,25 @@ def test_a_score_that_falls_with_the_kl_keeps_its_best():
     assert best_score_within(_path((0, 0), (2, 3), (4, 1)), 4.0) == 3.0
 
 
+def test_many_limits_are_one_call():
+    path = _path((0, 0), (2, 2), (4, 3))
+    found = best_score_within(path, [0.0, 1.0, 3.0, 9.0])
+    assert_close(found.tolist(), [0.0, 1.0, 2.5, 3.0], FP64)
+
+
 def test_a_path_above_the_limit_has_no_score():
     assert math.isnan(best_score_within(_path((3, 1), (4, 2)), 2.0))
     assert math.isnan(best_score_within(_path(), 2.0))
+
+
+def test_the_leader_within_each_kl_by_hand():
+    """B has no score at the first limit. Equal scores lead together. Where nobody has a score, nobody leads."""
+    nan = math.nan
+    scores = np.array([[0.0, 1.0, 2.0, nan], [nan, 2.0, 2.0, nan]])
+    assert leaders(scores).tolist() == [[True, False, True, False], [False, True, True, False]]
+
+
+def test_stretches_are_cut_where_another_leads():
+    kl = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert stretches(kl, np.array([True, True, False, False, True])) == [(0.0, 1.0), (4.0, 4.0)]
+    assert stretches(kl, np.zeros(5, dtype=bool)) == []

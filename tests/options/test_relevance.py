@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from rlhf_recipes.comparison.ranking import group_runs
+from rlhf_recipes.comparison.groups import group_runs
 from rlhf_recipes.comparison.runs import TrackedRun
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.recipes import EvaluationArguments

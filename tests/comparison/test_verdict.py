@@ -1,9 +1,11 @@
-"""PPO runs in a SQLite store are read, grouped and ranked."""
+"""PPO runs in a SQLite store are read, grouped and compared, and a winner is named only if the data shows one."""
 
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from tolerances import EXACT, FP64, assert_close
@@ -15,9 +17,11 @@ from tracked_experiments import (
     log_ppo_run,
 )
 
+from rlhf_recipes.comparison.groups import all_count_samples, group_runs, run_alarms
 from rlhf_recipes.comparison.head_to_head import shared_answers, win_matrices
-from rlhf_recipes.comparison.ranking import all_count_samples, group_runs, held_out_winner, rank_groups, run_alarms
-from rlhf_recipes.comparison.runs import read_experiment
+from rlhf_recipes.comparison.runs import Evaluation, TrackedRun, read_experiment
+from rlhf_recipes.comparison.verdict import decide
+from rlhf_recipes.evaluation.statistics import crossed_mean
 
 CONFIGURATIONS = {0.02: {"gain": 2.6, "kl": 8.0}, 0.05: {"gain": 2.2, "kl": 5.0}, 0.2: {"gain": 0.8, "kl": 4.0}}
 
@@ -75,11 +79,13 @@ def test_three_configurations_of_two_seeds(store):
         ["A0", "A1"], ["B0", "B1"], ["C0", "C1"],
     ]  # fmt: skip
     assert differing == {"kl_coef": ["0.02", "0.05", "0.2"]}, "seeds, names and directories do not count"
-    verdict = rank_groups(groups)
-    assert {ranked.group.name for ranked in verdict.ranking} == {"A", "B", "C"}
-    assert verdict.ranking[-1].group.name == "C"
-    assert 3.5 < verdict.common_kl < 4.2, "what the group of the smallest KL reaches"
-    assert "which trains no policy, A beats its baseline most often: win rate 0.70" in held_out_winner(groups)
+    verdict = decide(groups)
+    assert {*verdict.frontier.best} == {"A", "B", "C"}
+    assert min(verdict.frontier.best, key=lambda name: verdict.frontier.best[name].mean) == "C"
+    assert [group.name for group in verdict.frontier.rows[-1].leaders] == ["A"]
+    assert 7.5 < verdict.frontier.kl[-1] < 9, "what the run of the largest KL reaches"
+    assert verdict.matrix.judge == "gold_score", "which trains no policy"
+    assert "A (kl_coef 0.02) is ahead on held-out prompts, judged by gold_score" in verdict.headline
     assert all(run.evaluation is not None and run_alarms(run) == [] for group in groups for run in group.runs)
 
 
@@ -135,57 +141,140 @@ def test_a_store_that_cannot_be_read_says_why():
 def test_a_single_run(store):
     groups, differing = _experiment(store, "single", ({}, _line(2, 1), {"name": "alone"}))
     assert (len(groups), differing) == (1, {})
-    verdict = rank_groups(groups)
+    verdict = decide(groups)
     assert verdict.headline == "One configuration, A (alone): its best score is 1.00 within a KL of 2.00 nats."
-    assert held_out_winner(groups) == ""
+    assert (verdict.findings, verdict.missing, verdict.matrix) == ([], [], None)
     assert win_matrices({}) == []
     assert shared_answers({}, 4) == []
 
 
-def test_scores_are_compared_at_the_kl_that_all_reach(store):
-    """At 2 nats, A has 2 * 3 / 4 = 1.5, and B ends with 2. A ends higher, at a larger KL."""
+def test_scores_are_compared_within_every_kl(store):
+    """B rises by 1.05 per nat and ends at 2 nats, A by 0.775 up to 4 nats: B leads until A passes its 2.1 at 2.7."""
     groups, _ = _experiment(
         store,
-        "equal-kl",
+        "every-kl",
         ({"lam": 0.9}, _line(4, 3), {"seed": 0}),
         ({"lam": 0.9}, _line(4, 3.2), {"seed": 1}),
         ({"lam": 1.0}, _line(2, 2), {"seed": 0}),
         ({"lam": 1.0}, _line(2, 2.2), {"seed": 1}),
     )
-    verdict = rank_groups(groups)
-    assert verdict.common_kl == 2.0
-    assert [ranked.group.name for ranked in verdict.ranking] == ["B", "A"]
-    numbers = [(r.score, r.low, r.high, r.final_kl) for r in verdict.ranking]
-    assert_close(numbers, [(2.1, 2.0, 2.2, 2.0), (1.55, 1.5, 1.6, 4.0)], FP64)
-    assert verdict.headline.startswith("Best at equal KL: B (lam 1.0) scores 2.10 against 1.55 of A (lam 0.9)")
-    assert verdict.caveats == []
-
-
-def test_overlapping_seeds_have_no_winner(store):
-    groups, _ = _experiment(
-        store,
-        "overlap",
-        ({"lam": 0.9}, _line(2, 1.0), {"seed": 0}),
-        ({"lam": 0.9}, _line(2, 2.0), {"seed": 1}),
-        ({"lam": 1.0}, _line(2, 1.5), {"seed": 0}),
-        ({"lam": 1.0}, _line(2, 1.9), {"seed": 1}),
+    verdict = decide(groups)
+    (b, a) = verdict.frontier.leads["B"], verdict.frontier.leads["A"]
+    assert (round(b[0][1], 1), round(a[0][0], 1), a[0][1]) == (2.7, 2.7, 4.0)
+    assert_close([verdict.frontier.best[name].mean for name in "AB"], [3.1, 2.1], FP64)
+    assert verdict.findings[0].startswith(
+        "By the score of the training, these groups lead within a KL (nats): B from 0.0"
     )
-    headline = rank_groups(groups).headline
-    assert headline.startswith("No clear winner at equal KL: B (lam 1.0) scores 1.70 against 1.50 of A (lam 0.9)")
+    assert verdict.headline == "No winner: no evaluation has compared answers to held-out prompts."
+    assert verdict.missing == [
+        "1 more seed of each of A, B",
+        "evaluations of A0, A1, B0, B1 on the same prompts, with `recipes/evaluate.py`",
+        "a judge that trains no policy: `--judge_functions` or `--judge_models` of `recipes/evaluate.py`",
+    ]
 
 
-def test_one_seed_each_is_said(store):
-    groups, _ = _experiment(store, "one-seed", ({"lam": 0.9}, _line(2, 1), {}), ({"lam": 1.0}, _line(2, 2), {}))
-    assert any("One seed cannot show the effect of chance" in caveat for caveat in rank_groups(groups).caveats)
+def _run(rows, options, seed, curves):
+    """Return a run as it is read from a store."""
+    evaluation = Evaluation("e" * 32, "evaluation", {}, rows, "runs/rm") if rows else None
+    history = {name: pd.Series(values, index=range(1, len(values) + 1)) for name, values in curves.items()}
+    run_id = f"{options['lam']}-{seed}"
+    return TrackedRun(run_id, "ppo", "FINISHED", str(seed), options, {}, history, evaluation=evaluation)
 
 
-def test_a_winner_with_alarms_is_no_plain_winner(store):
+def _judged(*groups, prompts=60, judge="gold_score", curves=None, more=()):
+    """Decide between groups of runs. A group lists how much better each of its runs is than the baseline."""
+    runs = []
+    for number, advantages in enumerate(groups):
+        for seed, advantage in enumerate(advantages):
+            rows = [
+                _row(row["prompt"], row[f"policy_{judge}"], row[f"baseline_{judge}"], judge)
+                for row in evaluation_rows(10 * number + seed, advantage, prompts=prompts)
+            ]
+            runs.append(_run(rows, {"lam": number / 10}, seed, curves or _line(2, 1)))
+    return decide(group_runs([*more, *runs])[0])
+
+
+def test_a_winner_beats_each_other_group_over_seeds_and_prompts():
+    verdict = _judged([2.0, 2.2, 1.9], [0.0, 0.1, -0.2], [0.3, 0.2, 0.4])
+    assert verdict.headline.startswith(
+        "Winner: A (lam 0.0). It beats every other group on held-out prompts, judged by gold_score: 0."
+    )
+    assert verdict.headline.endswith(" against C (lam 0.2), the closest of the others.")
+    assert verdict.missing == []
+    shares = [verdict.matrix.cell("A", rival) for rival in "BC"]
+    assert all(0.5 < share.low < share.share < share.high and share.separates for share in shares)
+
+
+def test_one_seed_never_names_a_winner():
+    """A wins on all prompts. Only seeds are missing."""
+    verdict = _judged([9.0], [0.0])
+    assert verdict.headline == (
+        "No winner: A (lam 0.0) is ahead on held-out prompts, judged by gold_score, but one seed does not show that "
+        "it is better than B (lam 0.1): 1.00 [1.00, 1.00] over prompts only."
+    )
+    assert verdict.missing == ["2 more seeds of each of A, B"]
+
+
+def test_one_seed_of_the_rival_names_no_winner_either():
+    verdict = _judged([9.0, 9.1, 9.2], [0.0])
+    assert verdict.headline.startswith("No winner: A (lam 0.0) is ahead")
+    assert verdict.missing == ["2 more seeds of B"]
+
+
+def test_a_group_that_is_not_beaten_is_in_question():
+    verdict = _judged([1.5, 1.6, 1.7], [0.0, 0.1, 0.2], [1.4, 1.5, 1.6], [9.0])
+    assert verdict.headline.startswith("No winner: D (lam 0.3) is ahead")
+    assert verdict.headline.endswith("In question: A, B, C.")
+
+
+def test_groups_of_one_label_stay_apart():
+    """Runs without a recorded configuration are groups of their own, and may have one name."""
+    runs = [_run([_row(p, lam, 0) for p in "pqr"], {"lam": lam}, 0, _line(2, 1)) for lam in (0, 1, 2)]
+    verdict = decide(group_runs([replace(run, options={}) for run in runs])[0])
+    assert verdict.headline.startswith("No winner: C (ppo) is ahead")
+
+
+def test_what_makes_the_uncertainty_is_named():
+    """Seeds that differ by 3 make most of it in the first case. In the second they agree on each of 12 prompts."""
+    seeds = _judged([3.0, 0.0, 1.5], [0.4, 0.5, 0.6])
+    assert seeds.missing == ["more seeds of A and B, which make most of the uncertainty between A and B"]
+    assert "but the interval over seeds and prompts does not show that it beats B" in seeds.headline
+    rows = {0.0: [_row(str(n), (-1) ** (n % 3), 0) for n in range(12)], 0.1: [_row(str(n), 0, 0) for n in range(12)]}
+    runs = [_run(own, {"lam": lam}, seed, _line(2, 1)) for lam, own in rows.items() for seed in range(3)]
+    prompts = decide(group_runs(runs)[0])
+    assert prompts.missing == ["more held-out prompts, which make most of the uncertainty between A and B"]
+
+
+def test_a_judge_that_trained_the_policies_names_no_winner():
+    verdict = _judged([9.0, 9.1, 9.2], [0.0, 0.1, 0.2], judge="reward_model")
+    assert (
+        verdict.headline == "No winner: A (lam 0.0) is ahead, but the only judge, reward_model, trained the policies."
+    )
+    assert "a judge that trains no policy" in verdict.missing[0]
+
+
+def test_groups_whose_evaluations_share_nothing_have_no_winner():
+    runs = [_run([_row(prompt, 1, 0)], {"lam": number}, 0, _line(2, 1)) for number, prompt in enumerate("pq")]
+    verdict = decide(group_runs(runs)[0])
+    assert verdict.headline == "No winner: no two groups have answered the same held-out prompts for the same judge."
+    assert verdict.missing[0] == "2 more seeds of each of A, B"
+
+
+def test_a_group_without_evaluation_is_missing():
+    verdict = _judged([9.0, 9.1, 9.2], [0.0, 0.1, 0.2], more=[_run([], {"lam": 9.0}, 0, _line(2, 1))])
+    assert verdict.headline.startswith("No winner: B (lam 0.0) is ahead")
+    assert "but nothing compares it with A (lam 9.0)." in verdict.headline
+    assert verdict.missing == [
+        "2 more seeds of A",
+        "evaluations of A on the same prompts, with `recipes/evaluate.py`",
+    ]
+
+
+def test_a_winner_with_alarms_is_no_plain_winner():
     suspicious = learning_curves(3, gain=3.0, rising_length=1.0)
-    groups, _ = _experiment(
-        store, "suspicious", ({"lam": 0.9}, suspicious, {}), ({"lam": 1.0}, learning_curves(4, gain=1.0), {})
-    )
-    assert "scores highest at equal KL" in (headline := rank_groups(groups).headline)
-    assert "raises alarms" in headline
+    verdict = _judged([9.0, 9.1], [0.0, 0.1], curves=suspicious)
+    assert verdict.headline.startswith("A (lam 0.0) beats every other group on held-out prompts")
+    assert verdict.headline.endswith("But it raises alarms: read them first.")
 
 
 def test_failed_runs_and_runs_without_numbers_are_named_not_ranked(store):
@@ -200,24 +289,24 @@ def test_failed_runs_and_runs_without_numbers_are_named_not_ranked(store):
         ({"lam": 1.0}, broken, {"seed": 0}),
         ({"lam": 1.0}, {}, {"seed": 1, "status": "KILLED"}),
     )
-    verdict = rank_groups(groups)
-    assert [ranked.group.name for ranked in verdict.ranking] == ["A"]
-    assert verdict.ranking[0].low == verdict.ranking[0].high, "of the finished seed alone"
+    verdict = decide(groups)
+    assert [*verdict.frontier.best] == ["A"]
+    assert math.isnan(verdict.frontier.best["A"].low), "of the finished seed alone"
     assert "Not ranked: A1 (failed), B0 (no numbers for score and KL), B1 (killed)." in verdict.caveats
     assert run_alarms(groups[1].runs[0]) == ["The score is not a number at 40 of 40 steps, first at step 1."]
 
 
 def test_nothing_to_rank(store):
     groups, _ = _experiment(store, "crashes", ({}, _line(2, 1), {"status": "FAILED"}))
-    verdict = rank_groups(groups)
+    verdict = decide(groups)
     assert "nothing to rank" in verdict.headline
-    assert (verdict.ranking, verdict.common_kl) == ([], None)
+    assert (verdict.frontier, verdict.matrices) == (None, [])
 
 
 def test_a_running_run_counts_and_is_named(store):
     groups, _ = _experiment(store, "running", ({}, _line(2, 1), {"status": "RUNNING"}))
-    verdict = rank_groups(groups)
-    assert verdict.ranking
+    verdict = decide(groups)
+    assert verdict.frontier.best
     assert any("Still running, or MLflow did not record the end" in caveat for caveat in verdict.caveats)
 
 
@@ -237,9 +326,9 @@ def test_different_rewards_are_not_ranked_against_each_other(store):
         ({"lam": 0.9}, _line(2, 1), {"tags": {"lineage.reward_model": "a" * 32}}),
         ({"lam": 1.0}, _line(2, 9), {"tags": {"lineage.reward_model": "b" * 32}}),
     )
-    verdict = rank_groups(groups)
-    assert "different rewards" in verdict.headline
-    assert verdict.ranking == []
+    verdict = decide(groups)
+    assert any("different rewards" in caveat for caveat in verdict.caveats)
+    assert verdict.frontier is None
     assert groups[0].runs[0].lineage == {"reward model": "aaaaaaaa"}, "a run that is gone keeps its short id"
 
 
@@ -249,15 +338,14 @@ def test_lineage_names_the_runs(store):
     assert groups[0].runs[0].lineage == {"reward model": f"my reward model ({source[:8]})"}
 
 
-def test_a_run_that_hardly_moves_is_named(store):
-    groups, _ = _experiment(
-        store,
-        "still",
-        ({"lr": 0.1}, _line(4, 3), {}),
-        ({"lr": 0.2}, _line(5, 3), {}),
-        ({"lr": 0.0}, _line(0.1, 0), {}),
-    )
-    assert any(caveat.startswith("C has the smallest KL, which limits") for caveat in rank_groups(groups).caveats)
+def test_a_run_that_hardly_moves_limits_nothing(store):
+    moving = [({"lr": 0.1}, _line(4, 3), {}), ({"lr": 0.2}, _line(5, 3), {})]
+    groups, _ = _experiment(store, "still", *moving, ({"lr": 0.0}, _line(0.1, 0), {}))
+    ours, without = decide(groups).frontier, decide(groups[:2]).frontier
+    assert [(row.kl, [group.name for group in row.leaders]) for row in ours.rows] == [
+        (row.kl, [group.name for group in row.leaders]) for row in without.rows
+    ]
+    assert ours.leads["C"] == []
 
 
 def test_a_run_without_a_configuration_is_a_group_of_its_own(store):
@@ -274,7 +362,7 @@ def test_a_run_without_a_configuration_is_a_group_of_its_own(store):
 def test_samples_are_the_axis_only_if_every_run_counts_them(store):
     counting = read_experiment("sweep", [], store)
     assert all_count_samples(counting)
-    assert not all_count_samples([*counting, *read_experiment("equal-kl", [], store)])
+    assert not all_count_samples([*counting, *read_experiment("every-kl", [], store)])
 
 
 def _row(prompt, policy, baseline, judge="gold_score", text="a"):
@@ -294,32 +382,56 @@ def _evaluations(store, name, *row_lists, tags=({}, {})):
     return {run.options["lam"]: run.evaluation for run in read_experiment(name, [], store)}
 
 
+def _alone(evaluations):
+    """Make each evaluation a group."""
+    return {name: [evaluation] for name, evaluation in evaluations.items()}
+
+
 def test_win_rates_by_hand(store):
     """On the common prompts p, q, r and s, the first policy wins twice, ties once and loses once: 2.5 of 4."""
     first = [_row(p, s, 0.0) for p, s in zip("pqrsx", [1.0, 2.0, 3.0, 0.0, 9.0], strict=True)]
     second = [_row(p, s, 5.0) for p, s in zip("srqpy", [1.0, 3.0, 1.0, 0.0, 9.0], strict=True)]
-    (matrix,) = win_matrices(_evaluations(store, "by-hand", first, second))
+    (matrix,) = win_matrices(_alone(_evaluations(store, "by-hand", first, second)))
     assert (matrix.judge, matrix.num_prompts) == ("gold_score", 5)
     assert matrix.cells[0][0] is None
     assert matrix.cells[1][1] is None
-    share, low, high = matrix.cells[0][1]
-    assert share == 0.625
-    assert low < share < high
-    assert matrix.cells[1][0][0] == 0.375
-    assert matrix.cells[0][2][0] == 0.9, "the baseline is beaten on four of five and tied on one"
-    assert matrix.cells[1][2][0] == 0.2
+    against = matrix.cells[0][1]
+    assert against.share == 0.625
+    assert against.low < against.share < against.high
+    assert not against.separates, "one run each"
+    assert matrix.cells[1][0].share == 0.375
+    assert matrix.cells[0][2].share == 0.9, "the baseline is beaten on four of five and tied on one"
+    assert matrix.cells[1][2].share == 0.2
 
 
 def test_samples_of_a_prompt_are_one_prompt(store):
     """One prompt is won in one of two samples, the other in all: 0.75. A missing score is no loss."""
     first = [_row("p", 2.0, 0), _row("p", 0.0, 0), _row("q", 3.0, 0), _row("q", None, 0)]
     second = [_row("p", 1.0, 0), _row("p", 1.0, 0), _row("q", 1.0, 0), _row("q", 1.0, 0)]
-    (matrix,) = win_matrices(_evaluations(store, "samples", first, second))
-    assert matrix.cells[0][1][0] == 0.75
+    (matrix,) = win_matrices(_alone(_evaluations(store, "samples", first, second)))
+    assert matrix.cells[0][1].share == 0.75
+
+
+def test_win_rates_of_groups_are_means_over_all_pairs_of_runs():
+    """Three runs against two on the prompts p and q. Run 0 has no score for r, so r does not count."""
+    first = [[_row(p, s, 0) for p, s in zip("pqr", row, strict=True)] for row in ([1, 0, None], [3, 3, 9], [2, 1, 9])]
+    second = [[_row(p, s, 0) for p, s in zip("pqr", row, strict=True)] for row in ([2, 1, 0], [0, 0, 0])]
+    groups = {"A": first, "B": second}
+    (matrix,) = win_matrices(
+        {name: [Evaluation("", "", {}, rows, "") for rows in runs] for name, runs in groups.items()}
+    )
+    wins = np.array([[[0, 0], [1, 0.5]], [[1, 1], [1, 1]], [[0.5, 0.5], [1, 1]]])
+    expected = crossed_mean(wins)
+    found = matrix.cell("A", "B")
+    assert_close([found.share, *found.sources], [wins.mean(), *expected.shares], FP64)
+    assert_close([found.low, found.high], [max(expected.low, 0), min(expected.high, 1)], FP64)
+    baseline = crossed_mean([[1, 0.5], [1, 1], [1, 1]])
+    assert_close(matrix.over_baseline("A").share, baseline.mean, FP64)
+    assert len(matrix.over_baseline("A").sources) == 2, "runs and prompts"
 
 
 def test_policies_without_common_prompts_or_scores_are_not_compared(store):
-    (matrix,) = win_matrices(_evaluations(store, "disjoint", [_row("p", 1, 0)], [_row("q", None, 0)]))
+    (matrix,) = win_matrices(_alone(_evaluations(store, "disjoint", [_row("p", 1, 0)], [_row("q", None, 0)])))
     assert matrix.cells[0][1] is None
     assert matrix.cells[1][2] is None
 
@@ -327,14 +439,14 @@ def test_policies_without_common_prompts_or_scores_are_not_compared(store):
 def test_scores_of_different_reward_models_are_not_compared(store):
     rows = [_row("p", 1, 0, judge="reward_model"), _row("q", 1, 0, judge="reward_model")]
     tags = ({"lineage.reward_model": "a"}, {"lineage.reward_model": "b"})
-    (matrix,) = win_matrices(_evaluations(store, "two-judges", rows, rows, tags=tags))
+    (matrix,) = win_matrices(_alone(_evaluations(store, "two-judges", rows, rows, tags=tags)))
     assert matrix.cells[0][1] is None
-    assert matrix.cells[0][2][0] == 1.0, "against the own baseline they do"
+    assert matrix.cells[0][2].share == 1.0, "against the own baseline they do"
 
 
 def test_held_out_judges_come_first(store):
     evaluations = {run.name: run.evaluation for run in read_experiment("sweep", [], store)}
-    assert [matrix.judge for matrix in win_matrices(evaluations)] == ["gold_score", "reward_model"]
+    assert [matrix.judge for matrix in win_matrices(_alone(evaluations))] == ["gold_score", "reward_model"]
 
 
 def test_the_latest_finished_evaluation_counts(store):
