@@ -9,6 +9,7 @@ import re
 import subprocess
 import tomllib
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,6 +32,8 @@ YOURS = {
 }
 SHELL = {"cd", "source", "mkdir", "git"}  # need nothing that a machine lacks
 ELSEWHERE = {"docker", "kubectl", "trl"}  # need something that is named above the block
+# Settings of PEFT and transformers that are no options of a recipe.
+OF_OTHERS = {"init_lora_weights", "output_router_logits", "num_return_sequences", "num_beams", "do_sample"}
 PLACEHOLDERS = {"N": "0", "STAGE": "ppo", "COMMAND": "ppo", "FILE": "accelerate_configs/multi_gpu.yaml"}
 
 
@@ -171,3 +174,21 @@ def test_the_commands_in_recipes_and_configurations(project, monkeypatch):
             if re.match(r" *(accelerate launch|python recipes/|rlhf) ", line):
                 for words in commands_of(line):
                     commands.run(words, "named beside it")
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_an_option_with_a_value_is_one(page):
+    text = page.read_text()
+    files = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    given = {name for file in files if not file.startswith("services:") for name in yaml.safe_load(file)}
+    given |= set(re.findall(r"`([a-z]\w*_\w+): [\w.:-]+`", text))
+    known = {name for kinds in PARSERS.values() for kind in kinds for name in kind.__dataclass_fields__}
+    assert given <= known | OF_OTHERS
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_names_that_python_on_a_page_imports_are_there(page):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                assert all(hasattr(import_module(node.module), name.name) for name in node.names), block
