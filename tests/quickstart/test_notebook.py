@@ -47,9 +47,10 @@ def _is_command(node):
     return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "rlhf"
 
 
-@pytest.mark.slow  # runs the quickstart, for minutes
+@pytest.mark.slow  # runs the quickstart, for minutes; `test_the_notebook_shows_a_run` runs the cells without it
+@pytest.mark.timeout(3600)
 def test_it_runs_from_its_first_cell_to_its_last(notebook, tmp_path):
-    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in _code(notebook) for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert any("Win rate over SFT by the gold score: 0." in output.get("text", "") for output in outputs)
