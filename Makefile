@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test gpu-test check format learning smollm2 mlflow-ui compat cluster-check lock audit clean
+.PHONY: help install demo test gpu-test check format docs learning smollm2 mlflow-ui compat cluster-check lock audit clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ check: install ## Lint, check formatting and types, run the fast tests
 format: install ## Format the code and fix simple lint errors
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install ## Build the documentation as a site in build/site, and fail at a broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 learning: install ## Repeat the quickstart with several seeds
 	$(BIN)/python benchmarks/quickstart_seeds.py

@@ -3,51 +3,34 @@
 import ast
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 import trl
 import yaml
+from documents import DOCUMENTS, PARSERS, RECIPES, ROOT
 from processes import run_command
 
-import rlhf_recipes
 from rlhf_recipes import PPOConfig, RewardModelConfig
-from rlhf_recipes.command.main import TOOLS
-from rlhf_recipes.command.running import LAUNCHER_FLAGS, LAUNCHER_OPTIONS
+from rlhf_recipes.command.plan import HARDWARE, plan
+from rlhf_recipes.command.project import write
 from rlhf_recipes.command.stages import STAGES
 from rlhf_recipes.options import recipes as arguments
-from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments, DPOConfig
+from rlhf_recipes.options.baselines import BaselineArguments, DPOConfig
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.shipped import shipped_configurations
 from rlhf_recipes.quickstart.stages import STAGES as QUICKSTART
 
-ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "recipes"
 IN_CLUSTERS = [
     path for stage in ("ppo", "reward_modeling") for path in (ROOT / "cluster/kubernetes").rglob(f"{stage}.yaml")
 ]
 YAMLS = sorted([*(RECIPES / "configs").rglob("*.yaml"), *IN_CLUSTERS])
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *RECIPES.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-HOMES = (arguments, rlhf_recipes, trl)
-
-
-def _parser_classes(recipe):
-    """Return the classes of the one `RecipeParser((...))` in a recipe."""
-    calls = (node for node in ast.walk(ast.parse(recipe.read_text())) if isinstance(node, ast.Call))
-    (classes,) = (call.args[0].elts for call in calls if getattr(call.func, "id", "") == "RecipeParser")
-    return tuple(next(getattr(home, name.id) for home in HOMES if hasattr(home, name.id)) for name in classes)
-
-
-PARSERS = {
-    path.stem: _parser_classes(path)
-    for path in sorted(RECIPES.glob("*.py"))
-    if "RecipeParser(" in path.read_text() and path.stem != "baseline"
+# Learning rate of each stage of a project whose file names none.
+RATES = {
+    "sft": trl.SFTConfig.learning_rate,
+    "reward_modeling": RewardModelConfig.learning_rate,
+    "ppo": PPOConfig.learning_rate,
 }
-# The method chooses the class of the baselines' options.
-_AROUND = (trl.ModelConfig, arguments.TrackingArguments, arguments.PreflightArguments)
-PARSERS |= {f"baseline_{method}": (BaselineArguments, config, *_AROUND) for method, config in CONFIGS.items()}
-PARSERS["baseline"] = PARSERS["baseline_rloo"]
 # Our classes of options: the base from TRL whose options they inherit, and the variables that hold them.
 OURS = {
     PPOConfig: (trl.GRPOConfig, {"args", "training_args", "limits"}),
@@ -176,17 +159,6 @@ def test_options_in_the_documentation_exist():
                 assert not unknown, f"{document.name}: {line}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_commands_of_rlhf_in_the_documentation_exist(document):
-    for line in re.findall(r"^ *rlhf .*$", document.read_text(), re.MULTILINE):
-        name, *arguments = line.partition("#")[0].split()[1:]
-        assert name in {*STAGES, *TOOLS}, line
-        if name in STAGES and STAGES[name].kinds:
-            known = {field.name for kind in STAGES[name].options() for field in dataclasses.fields(kind)}
-            options = {argument[2:] for argument in arguments if argument.startswith("--")}
-            assert options <= {*known, *LAUNCHER_OPTIONS, *LAUNCHER_FLAGS, "config", "help"}, line
-
-
 @pytest.mark.parametrize("stage", sorted(path.stem for path in RECIPES.glob("*.py")))
 def test_help_and_docstring(stage):
     script = RECIPES / f"{stage}.py"
@@ -233,3 +205,64 @@ def test_every_row_of_the_tables_has_its_test(page, column):
         named = re.findall(r"`(test_\w+)`", cells[column])
         assert named, row
         assert set(named) <= defined, row
+
+
+def definitions(path):
+    """Return the names of the functions and classes in a file."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_link_to_the_code_names_is_there(document):
+    for name, path in re.findall(r"\[`(\w+)`\]\(([\w./-]+\.py)\)", document.read_text()):
+        assert name in definitions(document.parent / path), f"{document.name} finds no {name} in {path}"
+
+
+def test_every_formula_names_its_function_and_its_test():
+    text = (ROOT / "docs/how-ppo-works.md").read_text()
+    formulas = re.findall(r"(?:```math\n.*?```\s*)+(.*?)\n\n", text, re.DOTALL)
+    assert len(formulas) >= 20
+    for below in formulas:
+        code, _, test = below.partition("Test: ")
+        assert re.match(r"Code: \[`\w+`\]\(\.\./rlhf_recipes/", code), below
+        assert re.match(r"\[`test_\w+`\]\(\.\./tests/", test), below
+
+
+def test_the_table_of_hyper_parameters_is_that_of_rlhf_init(tmp_path):
+    text = (ROOT / "docs/hyper-parameters.md").read_text()
+    rows = {
+        row[0].strip("`"): row[1:]
+        for row in re.findall(r"^\| (`[a-z][a-z0-9-]+`) " + r"\| (.*?) " * 6 + r"\|$", text, re.M)
+    }
+    assert rows.keys() == HARDWARE.keys()
+    for hardware, model in HARDWARE.items():
+        project = plan("mine", model, hardware)
+        write(project, tmp_path / hardware)
+        stages = {stage: yaml.safe_load((tmp_path / hardware / f"{stage}.yaml").read_text()) for stage in RATES}
+        rates = [f"{stages[stage].get('learning_rate', default):.0e}" for stage, default in RATES.items()]
+        trained = ("LoRA" if project.lora else "all") + (" on 4-bit weights" if project.four_bit else "")
+        expected = (model.split("/")[1], trained, *(rate.replace("e-0", "e-") for rate in rates), str(project.rollout))
+        assert rows[hardware] == expected
+
+
+def test_the_messages_of_the_troubleshooting_page_are_in_the_code():
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    table = text.split("## By message")[1].split("## By curve")[0]
+    quoted = [
+        message for row in re.findall(r"^\| (`.*?) \|", table, re.M) for message in re.findall(r"`([^`]+)`", row)
+    ]
+    assert len(quoted) >= 12
+    sources = [ast.walk(ast.parse(path.read_text())) for path in (ROOT / "rlhf_recipes").rglob("*.py")]
+    said = "\n".join(
+        n.value for nodes in sources for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    )
+    missing = [message for message in quoted if message not in said.replace("`", "")]
+    assert not missing
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs/README.md").read_text()
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= set(
+        re.findall(r"\]\(([\w-]+\.md)\)", index)
+    )

@@ -6,7 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import mlflow
+import nbformat
 import pytest
 from processes import free_port, run_command, run_launch
 
@@ -68,6 +70,23 @@ def pipeline(tmp_path_factory):
             held_out = directory / "runs/quickstart/prompts/test.jsonl"
             held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:HELD_OUT]))
     return directory, reports
+
+
+def test_the_notebook_shows_a_run(pipeline, tmp_path, monkeypatch, capsys):
+    """Every cell runs in this process. The stages that they start have run already."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "notebook").symlink_to(pipeline[0])
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    first, *cells = (c for c in nbformat.read(ROOT / "notebooks/quickstart.ipynb", 4).cells if c.cell_type == "code")
+    exec(first.source, names)
+    names["rlhf"] = lambda *command: None
+    for cell in cells:
+        exec(cell.source, names)
+    assert len(plt.get_fignums()) == 2
+    assert all(axes.lines and len(axes.lines[0].get_xdata()) for n in plt.get_fignums() for axes in plt.figure(n).axes)
+    plt.close("all")
+    assert "Win rate over SFT by the gold score: 0." in capsys.readouterr().out
 
 
 def test_artifacts(pipeline):
