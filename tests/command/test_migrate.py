@@ -20,7 +20,7 @@ from rlhf_recipes.preflight.schedule import kl_findings, rollout_schedule, sched
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "coming-from-trl.md"
 TRL = ROOT / "build" / "trl-1.12" / "trl"
-needs_trl_1_12 = pytest.mark.skipif(not TRL.is_dir(), reason="TRL 1.12 is not in build/trl-1.12 (benchmarks/README.md)")
+needs_trl_1_12 = pytest.mark.skipif(not TRL.is_dir(), reason="no TRL 1.12 in build/trl-1.12")
 # The command in the docstring of TRL 1.12's `ppo.py`, with some options of its own more.
 SCRIPT = """
 # the run of last week
