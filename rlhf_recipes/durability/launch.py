@@ -43,13 +43,11 @@ def main(arguments: Sequence[str]) -> None:
     except CalledProcessError as error:  # of one process
         sys.exit(exit_code([error.returncode]))
     except ChildFailedError as error:
-        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
-        code = exit_code(failure.exitcode for failure in failures)
+        failures = sorted(error.failures.items(), key=lambda failure: failure[1].timestamp)
+        code = exit_code(failure.exitcode for _, failure in failures)
         if code != EXIT_CODE:
-            first = failures[0]
-            sys.stderr.write(
-                f"Process {first.global_rank} ended first, with {first.exitcode}. Its message is above.\n"
-            )
+            rank, first = failures[0]
+            sys.stderr.write(f"Process {rank} ended first, with {first.exitcode}. Its message is above.\n")
         sys.exit(code)
     except (ConnectionError, ValueError) as error:  # a port that is taken, or options that contradict each other
         sys.exit(f"Error: {' '.join(str(error).split())}")
