@@ -12,7 +12,6 @@ NEEDED = {
     "load_in_8bit": ("bitsandbytes", "'rlhf-recipes[quantization]'"),
     "use_vllm": ("vllm", "'rlhf-recipes[vllm]'"),
     "deepspeed": ("deepspeed", "'rlhf-recipes[deepspeed]'"),
-    "use_liger_kernel": ("liger_kernel", "liger-kernel"),
 }
 
 
