@@ -22,7 +22,7 @@ TITLES = {
     **{"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "pipeline": "Pipeline"},
 }
 ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
-ROLES = {"policy": "starts from", "reward_model": "reward model", "baseline": "baseline"}
+ROLES = {"policy": "policy", "reward_model": "reward model", "baseline": "baseline"}
 # Figures of the log whose names a reader may not know. All win rates are shown, too.
 FIGURES = {
     "objective/scores": "score",
@@ -38,6 +38,7 @@ FIGURES = {
     "policy/kl": "KL to the baseline (nats)",
     "policy/length": "tokens per answer",
 }
+LOSSES = ("loss", "eval_loss")  # they say little where the reward has a score
 MAX_FIGURES, MAX_CELL, MAX_ALARMS = 16, 200, 5
 
 
@@ -90,14 +91,20 @@ class Description:
         """Return the Markdown, with `LAST_LINE` as its last line."""
         title = f"**{TITLES.get(self.stage, _plain(self.stage))}**"
         parts = [f"{title}: {self.end}" if self.end else title]
-        parts += [f"- {_plain(alarm)}" for alarm in self.alarms[:MAX_ALARMS]]
-        tables = _table("", "", [(given.role, _linked(given)) for given in (*self.inputs, *self.data)])
-        return "\n\n".join([*parts, *tables, *_table("figure", "value", self._shown_figures()), LAST_LINE])
+        alarms = [("alarm", _plain(alarm)) for alarm in self.alarms[:MAX_ALARMS]]
+        inputs = [(given.role, _linked(given)) for given in (*self.inputs, *self.data)]
+        parts += [_listed(rows) for rows in (alarms, self._shown_figures(), inputs) if rows]
+        return "\n\n".join([*parts, LAST_LINE])
 
     def _shown_figures(self) -> list[tuple[str, str]]:
         rates = sorted(name for name in self.figures if name.endswith("/win_rate"))
         labels = {name: f"win rate by {_judge(name)}" for name in rates} | FIGURES
-        return [(_plain(labels[name]), self._value(name)) for name in labels if name in self.figures][:MAX_FIGURES]
+        shown = [name for name in labels if name in self.figures and not (self._has_scores and name in LOSSES)]
+        return [(_plain(labels[name]), self._value(name)) for name in shown[:MAX_FIGURES]]
+
+    @property
+    def _has_scores(self) -> bool:
+        return any(name.endswith("objective/scores") for name in self.figures)
 
     def _value(self, name: str) -> str:
         """Return the last value with its interval, after the first one if there are several."""
@@ -165,10 +172,9 @@ def _linked(given: Input) -> str:
     return f"[{name}]({given.link})" if given.link else name
 
 
-def _table(first: str, second: str, rows: list[tuple[str, str]]) -> list[str]:
-    """Return a table of two columns as a list of one text; an empty list without rows."""
-    lines = [f"| {first} | {second} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return ["\n".join(lines)] if rows else []
+def _listed(rows: list[tuple[str, str]]) -> str:
+    """Return a list, because MLflow shows the columns of a table without a space between them."""
+    return "\n".join(f"- {name}: {value}" for name, value in rows)
 
 
 def _plain(text: str) -> str:

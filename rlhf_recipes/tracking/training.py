@@ -76,7 +76,7 @@ def train_and_save(trainer: Any, tracking: TrackingArguments) -> dict[str, float
 @contextmanager
 def _attached(trainer: Any, callbacks: list[TrainerCallback]) -> Iterator[None]:
     """Give a trainer the callbacks of the record, and one that answers signals, inside."""
-    trainer.remove_callback(MLflowCallback)  # transformers' own would open a second run
+    trainer.remove_callback(MLflowCallback)  # transformers' own would record all twice
     known = {type(callback) for callback in trainer.callback_handler.callbacks}
     own = [*callbacks] if PreemptionCallback in known else [*callbacks, PreemptionCallback()]
     # The callbacks that print take a figure out of the log, so they come last.

@@ -7,20 +7,21 @@ from rlhf_recipes.tracking.description import LAST_LINE, Description, Input, sen
 
 
 def test_the_end_comes_first_and_figures_have_their_intervals():
-    description = Description("ppo", [Input("starts from", "my_run|a (out/sft)", "#/experiments/1/runs/a")])
+    description = Description("ppo", [Input("policy", "my_run|a (out/sft)", "#/experiments/1/runs/a")])
     description.add_log([{"step": 1, "objective/scores": -0.00001, "eval_gold/win_rate": 0.5, "note": "text"}])
     win_rate = {"eval_gold/win_rate": 0.7123, "eval_gold/win_rate_low": 0.65, "eval_gold/win_rate_high": 0.7654}
-    description.add_log([{"step": 40, "objective/scores": 1234567.0, "completions/mean_length": 12.0, **win_rate}])
+    description.add_log(
+        [{"step": 40, "objective/scores": 1234567.0, "loss": 0.0, "completions/mean_length": 12.0, **win_rate}]
+    )
     description.alarms = ["The KL accelerates."]
     description.end = sentence_of_end("FINISHED", 40, 100)
     assert description.text().split("\n") == [
         "**PPO**: finished at step 40 of 100.",
-        *("", "- The KL accelerates.", "", "|  |  |", "|---|---|"),
-        *(r"| starts from | [my\_run\|a (out/sft)](#/experiments/1/runs/a) |", ""),
-        *("| figure | value |", "|---|---|"),
-        "| win rate by gold | 0.5 at step 1, 0.712 (95 %: 0.65 to 0.765) at step 40 |",
-        "| score | -1e-05 at step 1, 1,234,567 at step 40 |",
-        "| tokens per answer | 12 |",
+        *("", "- alarm: The KL accelerates.", ""),
+        "- win rate by gold: 0.5 at step 1, 0.712 (95 %: 0.65 to 0.765) at step 40",
+        "- score: -1e-05 at step 1, 1,234,567 at step 40",
+        "- tokens per answer: 12",
+        *("", r"- policy: [my\_run\|a (out/sft)](#/experiments/1/runs/a)"),
         *("", LAST_LINE),
     ]
 
@@ -29,7 +30,7 @@ def test_the_end_comes_first_and_figures_have_their_intervals():
 def test_every_number_can_be_described(value):
     description = Description("ppo")
     description.add_figures({"loss": value}, 0)
-    assert f"| loss | {value + 0.0:g} |" in description.text()
+    assert f"- loss: {value + 0.0:g}\n" in description.text()
 
 
 def test_a_failure_says_why_on_one_line_without_secrets():

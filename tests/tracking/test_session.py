@@ -221,12 +221,11 @@ def test_a_page_says_what_a_run_is_and_how_it_ended(stages):
     experiment = mlflow.MlflowClient(uri).get_experiment(runs["ppo"].info.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     page = f"#/experiments/{experiment.experiment_id}/runs/{runs['reward_modeling'].info.run_id}"
-    assert f"| reward model | [out/rm (out/rm)]({page}?workflowType=machine_learning) |" in notes["ppo"]
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in notes["ppo"]}
-    assert rows["training data"].endswith("/prompts: 8 rows |")
-    assert re.fullmatch(
-        r"\| win rate by longer \| 0.5 at step 0, .* \(95 %: .* to .*\) at step 4 \|", rows["win rate by longer"]
-    )
+    assert f"- reward model: [out/rm (out/rm)]({page}?workflowType=machine_learning)" in notes["ppo"]
+    rows = {line.split(": ")[0].removeprefix("- "): line for line in notes["ppo"]}
+    assert rows["training data"].endswith("/prompts: 8 rows")
+    rate = rows["win rate by longer"]
+    assert re.fullmatch(r"- win rate by longer: 0.5 at step 0, .* \(95 %: .* to .*\) at step 4", rate)
     assert "accuracy on held-out pairs" in "".join(notes["reward_modeling"])
     assert "win rate by reward\\_model" in "".join(notes["evaluation"])
 

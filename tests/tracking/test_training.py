@@ -52,6 +52,9 @@ def test_the_example_of_the_readme(client, tmp_path, monkeypatch, capsys):
     }
     assert runs["ppo"].data.tags["lineage.reward_model"] == runs["reward_modeling"].info.run_id
     assert "eval_accuracy" in runs["reward_modeling"].data.metrics
+    for name in runs["ppo"].data.metrics:
+        steps = [value.step for value in client.get_metric_history(runs["ppo"].info.run_id, name)]
+        assert len(set(steps)) == len(steps), f"{name} is recorded twice at a step"
     assert "total_flos" in runs["ppo"].data.metrics, "transformers prints the others, and takes this one out"
     assert [len(run.outputs.model_outputs) for run in runs.values()] == [1, 1]
     assert {tag.value for data in runs["ppo"].inputs.dataset_inputs for tag in data.tags} == {"training"}
