@@ -12,6 +12,7 @@ from transformers.integrations import MLflowCallback
 
 from rlhf_recipes.durability.earlier_run import own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.rewards.card import CARD_FILE
@@ -83,8 +84,12 @@ def _attached(trainer: Any, callbacks: list[TrainerCallback]) -> Iterator[None]:
     printing = [trainer.pop_callback(kind) for kind in (ProgressCallback, PrinterCallback)]
     for callback in (*own, *filter(None, printing)):
         trainer.add_callback(callback)
+    given = trainer.args
+    # TRL's profiling would write to MLflow itself, and wait for it.
+    trainer.args = with_changes(given, report_to=[name for name in given.report_to if name != "mlflow"])
     try:
         yield
     finally:
+        trainer.args = given
         for callback in own:
             trainer.remove_callback(type(callback))  # a checkpoint may have replaced the object
