@@ -17,6 +17,7 @@ from rlhf_recipes.command.mistakes import UsageError
 from rlhf_recipes.command.plan import HARDWARE, plan, size_of
 from rlhf_recipes.command.running import split_launcher
 from rlhf_recipes.command.stages import STAGES
+from rlhf_recipes.options.commands import COMMAND, following_command
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.shipped import shipped
 from rlhf_recipes.preflight.schedule import kl_findings, rollout_schedule, schedule_findings
@@ -111,6 +112,24 @@ def test_each_stage_reads_what_an_earlier_one_writes(hardware, tmp_path, monkeyp
         assert head.startswith(f"# rlhf {file.replace('_', '-')} ")
         assert f"{head[2:]}\n" in Path("README.md").read_text()
         split_launcher(head.split()[3:])  # its files exist
+
+
+@pytest.mark.parametrize("hardware", HARDWARE)
+def test_each_stage_ends_with_the_next_command_of_the_readme(hardware, tmp_path, monkeypatch):
+    _init(tmp_path, monkeypatch, hardware)
+    sft, reward_model, ppo = (yaml.safe_load(Path(f"{file}.yaml").read_text()) for file in FILES[:3])
+    source, result = "model_name_or_path", "output_dir"
+    needed = {
+        "reward_modeling": {source: sft[result]},
+        "ppo": {source: reward_model[source], "reward_model_path": reward_model[result]},
+        "evaluate": {source: ppo[result], "baseline_path": ppo[source]},
+        "compare": {"experiment": "rlhf_recipes"},
+    }
+    commands = [line.strip() for line in Path("README.md").read_text().splitlines() if line.startswith("   rlhf ")][1:]
+    for (recipe, options), typed, following in zip(needed.items(), commands, commands[1:], strict=False):
+        monkeypatch.setenv(COMMAND, typed)
+        assert following_command(recipe, options, typed.split()[2:]) == following
+    assert following.startswith("rlhf compare ")
 
 
 def test_three_rows_of_each_kind_and_split(tmp_path, monkeypatch):
