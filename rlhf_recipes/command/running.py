@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from rlhf_recipes.command.mistakes import UsageError, did_you_mean
+from rlhf_recipes.command.mistakes import UsageError
 from rlhf_recipes.command.stages import Stage
 from rlhf_recipes.durability import launch
 from rlhf_recipes.options import commands
 from rlhf_recipes.options.shipped import shipped, shipped_configurations, shipped_launch_files
+from rlhf_recipes.options.spelling import did_you_mean
 
 
 def run_recipe(stage: Stage, arguments: Sequence[str]) -> NoReturn:
