@@ -22,6 +22,7 @@ from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.shipped import shipped
 from rlhf_recipes.preflight.schedule import kl_findings, rollout_schedule, schedule_findings
 
+NEXT = {"sft": "reward_modeling", "reward_modeling": "ppo", "ppo": "evaluate"}
 FILES = ("sft", "reward_modeling", "ppo", "evaluate")
 MODELS = (None, "me/tiny-5M", "meta/Llama-3.1-8B", "gpt2")
 
@@ -196,6 +197,12 @@ def test_the_chain_runs_on_its_example_rows(hardware, tmp_path, monkeypatch):
         script = shipped("recipes") / f"{stage}.py"
         result = run_command(script, "--config", f"{stage}.yaml", *options, directory=project)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+        last = result.stdout.splitlines()[-1]
+        if following := NEXT.get(stage):
+            start = "python" if following == "evaluate" else "accelerate launch"
+            assert last == f"Next: {start} recipes/{following}.py --config {following}.yaml"
+        else:
+            assert "Next: " not in result.stdout, "nothing was recorded, so there is nothing to compare"
     results = json.loads((project / "runs" / "mine" / "evaluate" / "results.json").read_text())
     assert results["prompts"] == 3
 
