@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import MLflowCallback
 
-from rlhf_recipes.durability.earlier_run import own_directory
+from rlhf_recipes.durability.earlier_run import move_earlier_run, own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
@@ -47,7 +47,7 @@ def train(
     evaluation = evaluation if isinstance(evaluation, Dataset) else None
     name = args.run_name or args.output_dir
     with (
-        own_directory(args, checks),
+        own_directory(args, checks, recorded, trainer.given),
         track_run(recorded, name, trainer.stage, trainer.given, args) as callbacks,
         _attached(trainer, callbacks),
     ):
@@ -67,6 +67,7 @@ def train_and_save(trainer: Any, tracking: TrackingArguments) -> dict[str, float
         The final metrics.
     """
     args = trainer.args
+    move_earlier_run(args.output_dir)
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics | trainer.conclude()
     card = Path(args.output_dir, CARD_FILE)
     log_results(metrics, *[card] * card.is_file())

@@ -10,7 +10,7 @@ from datasets import DatasetDict
 import rlhf_recipes
 from rlhf_recipes import train
 from rlhf_recipes.comparison.runs import read_experiment
-from rlhf_recipes.options.recipes import TrackingArguments
+from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.tracking.callback import RunCallback
 
 pytestmark = pytest.mark.tiny
@@ -76,8 +76,13 @@ def test_a_resume_continues_the_run(client, tmp_path):
 
 
 def test_nothing_is_recorded_without_mlflow_in_report_to(client, tmp_path):
-    train(tiny.reward_trainer(tmp_path / "out"))
+    trainer, weights = tiny.reward_trainer(tmp_path / "out"), tmp_path / "out" / "model.safetensors"
+    weights.parent.mkdir(exist_ok=True)
+    weights.write_text("earlier")
+    train(trainer, checks=PreflightArguments(overwrite=True))
     assert _runs(client) == {}
+    assert (tmp_path / "out.replaced-1" / weights.name).read_text() == "earlier"
+    assert weights.stat().st_size > len("earlier")
     assert (tmp_path / "out" / "reward_model_card.json").exists()
 
 
