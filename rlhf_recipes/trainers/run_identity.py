@@ -111,7 +111,8 @@ class IdentifiedTrainer(SavingTrainer):
     def _warn_of_length(self, file: Path) -> None:
         before, now = TrainerState.load_from_json(str(file)).max_steps, self.state.max_steps
         schedule = SchedulerType(self.args.lr_scheduler_type).value
-        if before != now and not schedule.startswith("constant"):
+        trains = self.state.global_step < now and not self._has_stopped
+        if trains and before != now and not schedule.startswith("constant"):
             logger.warning(
                 f"The run had {before:,} steps, and has {now:,} now. `lr_scheduler_type` {schedule} depends on this "
                 f"length, so the learning rate jumps at step {self.state.global_step:,}. For the schedule of before, "
