@@ -54,7 +54,7 @@ def main(
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
     with (
-        own_directory(training_args, preflight_args),
+        own_directory(training_args, preflight_args, script_args, model_args, tracking_args),
         track_run(recorded, run_name, script_args.method, script_args, training_args, model_args) as callbacks,
     ):
         trainer_class = TRAINERS[script_args.method]

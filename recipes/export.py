@@ -11,11 +11,12 @@ from rlhf_recipes.console import print_lines, quiet_start  # first: imports belo
 # isort: split
 from trl import ModelConfig
 
+from rlhf_recipes.durability.earlier_run import check_output_dir
 from rlhf_recipes.durability.finite import all_finite
 from rlhf_recipes.durability.occupied import check_writable
 from rlhf_recipes.evaluation.policies import eos_token_ids
 from rlhf_recipes.models.generation import mend_generation_config
-from rlhf_recipes.models.loading import check_output_dir, load_policy, load_tokenizer, model_init_kwargs
+from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import ExportArguments
 from rlhf_recipes.tracking.registry import require_model

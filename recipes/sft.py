@@ -11,11 +11,11 @@ from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from rlhf_recipes.data.loading import load_demonstrations
-from rlhf_recipes.durability.earlier_run import own_directory
+from rlhf_recipes.durability.earlier_run import check_output_dir, own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.evaluation.stage import begin_stage, end_stage
 from rlhf_recipes.evaluation.verdicts import sft_verdict
-from rlhf_recipes.models.loading import check_output_dir, load_tokenizer, model_init_kwargs
+from rlhf_recipes.models.loading import load_tokenizer, model_init_kwargs
 from rlhf_recipes.options.changes import options_of_trainer
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import BoundaryArguments, PreflightArguments, TrackingArguments
@@ -44,7 +44,7 @@ def main(
     run_name = training_args.run_name or training_args.output_dir
     recorded = preflight_args.recorded(tracking_args)
     with (
-        own_directory(training_args, preflight_args),
+        own_directory(training_args, preflight_args, script_args, model_args, tracking_args),
         track_run(recorded, run_name, "sft", script_args, training_args, model_args, boundary_args) as callbacks,
     ):
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)

@@ -107,6 +107,10 @@ def _show_error(kind: type[BaseException], error: BaseException, trace: Tracebac
         sys.stderr.write(_shown("".join(traceback.format_exception(kind, error, trace))))
 
 
+if Path(sys.argv[0]).resolve().parent.name == "recipes":
+    sys.excepthook = _show_error  # already now: the other imports of a recipe take seconds, and Ctrl-C may come
+
+
 def print_table(title: str, rows: dict[str, Any], columns: Sequence[str] = ("metric", "value")) -> None:
     """Print a mapping as a table. A value is a number, a text, or a sequence of these for several columns."""
     table = Table(*columns, title=title)

@@ -1,5 +1,6 @@
 """What is printed gives the terminal no orders, and holds no secrets."""
 
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -73,3 +74,14 @@ def test_a_traceback_shows_no_secret_and_gives_no_orders(end):
     assert "***" in ended.stderr
     assert "word" not in ended.stderr.replace(end, "")
     assert "\x1b" not in ended.stderr
+
+
+@pytest.mark.parametrize(("folder", "is_quiet"), [("recipes", True), ("mine", False)])
+def test_ctrl_c_during_the_imports_of_a_recipe_shows_no_traceback(tmp_path, folder, is_quiet):
+    script = tmp_path / folder / "ppo.py"
+    script.parent.mkdir()
+    script.write_text("from rlhf_recipes.console import quiet_start\nimport slow\nquiet_start()\n")
+    (script.parent / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == -signal.SIGINT, "a shell shows 130"
+    assert (ended.stderr == "") == is_quiet

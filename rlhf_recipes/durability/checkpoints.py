@@ -154,11 +154,6 @@ def wished_checkpoint(resume: str | bool | None, output_dir: str) -> Path | None
     return ([None, *sorted(checkpoints_by_age(output_dir), key=has_files)])[-1]
 
 
-def is_new_run(resume: str | bool | None) -> bool:
-    """Return whether `resume_from_checkpoint` asks for no checkpoint."""
-    return _wish(resume) == "false"
-
-
 def _wish(resume: str | bool | None) -> str:
     """Return `true`, `false` or a path, in lower case: a YAML holds a boolean, a command line a text."""
     return str(resume or False).lower()

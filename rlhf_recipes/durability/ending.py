@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -14,11 +15,12 @@ from rlhf_recipes.durability.going_on import remedy
 from rlhf_recipes.durability.termination import EXIT_CODE, TerminatedError, is_first_process
 
 CLOSED_KEY = "rlhf_recipes/closed"  # in the store of the processes: the first one has closed the record of the run
+_ends = count()  # of this process: a script may train several times, and the store keeps its keys
 GLOO_SECONDS = 0.5  # a thread needs milliseconds for it, even with many more threads than cores
 
 
 def wait_to_end() -> None:
-    """Wait for every process, as the last collective of a program.
+    """Wait for every process, as the last collective of a training or a program. Every process calls it equally often.
 
     The first process may still upload a model, for longer than `ddp_timeout`. The others wait for its word, and not in
     a collective.
@@ -37,9 +39,10 @@ def _wait_for_first_process() -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
     store = _get_default_store()
+    key = f"{CLOSED_KEY}/{next(_ends)}"
     if PartialState().is_main_process:
-        store.set(CLOSED_KEY, "")
-    while not store.check([CLOSED_KEY]):
+        store.set(key, "")
+    while not store.check([key]):
         time.sleep(GLOO_SECONDS)
 
 

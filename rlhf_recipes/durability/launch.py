@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -21,6 +22,8 @@ from threading import Thread
 import psutil
 
 from rlhf_recipes.durability.termination import EXIT_CODE, SIGNALS, STOPS, leave_closed_terminal
+
+CHECKS = ("accelerate.commands.launch", "accelerate.utils.launch")  # modules that check options and ports
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -50,9 +53,17 @@ def main(arguments: Sequence[str]) -> None:
             sys.stderr.write(f"Process {rank} ended first, with {first.exitcode}. Its message is above.\n")
         sys.exit(code)
     except (ConnectionError, ValueError) as error:  # a port that is taken, or options that contradict each other
+        if not _is_refusal(error):
+            raise
         sys.exit(f"Error: {' '.join(str(error).split())}")
     except SignalException as error:
         sys.exit(128 + error.sigval)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether a check of accelerate has raised an error. Another error keeps its traceback."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__") in CHECKS
 
 
 def listen() -> None:

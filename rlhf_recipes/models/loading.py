@@ -7,7 +7,6 @@ import functools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,25 +175,6 @@ def only_active_adapter(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         yield
     finally:
         del model.save_pretrained
-
-
-def check_output_dir(directory: str, *, adapter: bool) -> None:
-    """Refuse a directory with weights of the other kind: loading would prefer them to the weights of the run.
-
-    Args:
-        directory: Directory in which the run saves.
-        adapter: Whether the run saves an adapter, and not a whole model.
-
-    Raises:
-        ValueError: If the directory holds the other kind.
-    """
-    kinds = {True: "an adapter", False: "a whole model"}
-    patterns = {True: "adapter_model*", False: "model*.safetensors"}
-    if any(Path(directory).glob(patterns[not adapter])):
-        raise ValueError(
-            f"`output_dir` {directory} holds {kinds[not adapter]}, and this run would save {kinds[adapter]} beside "
-            "it. Choose another `output_dir`, or move the files."
-        )
 
 
 def position_limit(model: PreTrainedModel | PeftModel) -> int | None:

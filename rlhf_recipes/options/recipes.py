@@ -232,7 +232,7 @@ class PreflightArguments:
         default=False,
         metadata={
             "help": "Start a new run in an `output_dir` that holds an earlier one, whose files are moved to a "
-            "directory beside it, `NAME.replaced-1`. Without effect on a run that resumes."
+            "directory beside it, `NAME.replaced-1`, after the preflight. Without effect on a run that resumes."
         },
     )
     preflight_only: bool = field(

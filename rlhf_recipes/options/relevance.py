@@ -97,12 +97,12 @@ def config_group(options: Mapping[str, Mapping[str, Any]]) -> str:
 def options_that_count(args: Any, *, length_is_free: bool = False) -> dict[str, Any]:
     """Return the options of a trainer that must be equal on a resume.
 
-    The length of the run is one of them, because a learning rate that decays depends on it. With a constant learning
-    rate, the length is free.
+    With PPO, the length of the run is one of them, because a learning rate that decays depends on it. With a constant
+    learning rate, the length is free.
 
     Args:
         args: Options.
-        length_is_free: Whether the length is free with every schedule.
+        length_is_free: Whether the length is free with every schedule, because the trainer warns of a change.
     """
     (options,) = public_options((args,)).values()
     is_free = length_is_free or str(options["lr_scheduler_type"]).startswith("constant")

@@ -1,5 +1,6 @@
 """Train from Python as the recipes do: checked before the first step, recorded, and saved."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,15 +9,16 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.integrations import MLflowCallback
+from transformers.integrations import MLflowCallback, TensorBoardCallback
 
-from rlhf_recipes.durability.earlier_run import own_directory
+from rlhf_recipes.durability.earlier_run import move_earlier_run, own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.rewards.card import CARD_FILE
 from rlhf_recipes.tracking.session import log_datasets, log_model, log_results, track_run
+from rlhf_recipes.tracking.trackers import LOGGING_DIR
 
 
 def train(
@@ -47,7 +49,7 @@ def train(
     evaluation = evaluation if isinstance(evaluation, Dataset) else None
     name = args.run_name or args.output_dir
     with (
-        own_directory(args, checks),
+        own_directory(args, checks, recorded, trainer.given),
         track_run(recorded, name, trainer.stage, trainer.given, args) as callbacks,
         _attached(trainer, callbacks),
     ):
@@ -67,6 +69,7 @@ def train_and_save(trainer: Any, tracking: TrackingArguments) -> dict[str, float
         The final metrics.
     """
     args = trainer.args
+    move_earlier_run(args.output_dir)
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics | trainer.conclude()
     card = Path(args.output_dir, CARD_FILE)
     log_results(metrics, *[card] * card.is_file())
@@ -78,6 +81,11 @@ def train_and_save(trainer: Any, tracking: TrackingArguments) -> dict[str, float
 def _attached(trainer: Any, callbacks: list[TrainerCallback]) -> Iterator[None]:
     """Give a trainer the callbacks of the record, and one that answers signals, inside."""
     trainer.remove_callback(MLflowCallback)  # transformers' own would record all twice
+    events = [
+        c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback) and not c.logging_dir
+    ]
+    for callback in events:  # it has read the environment before the run was open
+        callback.logging_dir = os.environ.get(LOGGING_DIR)
     known = {type(callback) for callback in trainer.callback_handler.callbacks}
     own = [*callbacks] if PreemptionCallback in known else [*callbacks, PreemptionCallback()]
     # The callbacks that print take a figure out of the log, so they come last.
@@ -91,5 +99,7 @@ def _attached(trainer: Any, callbacks: list[TrainerCallback]) -> Iterator[None]:
         yield
     finally:
         trainer.args = given
+        for callback in events:
+            callback.logging_dir = None  # the next run has a directory of its own
         for callback in own:
             trainer.remove_callback(type(callback))  # a checkpoint may have replaced the object

@@ -14,9 +14,10 @@ from rlhf_recipes.data.margins import check_margins
 from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, join_prefill, mend_transcripts, readable_rows
+from rlhf_recipes.durability.earlier_run import check_output_dir
 from rlhf_recipes.evaluation.statistics import preference_metrics
 from rlhf_recipes.models.adapter_base import check_is_merged
-from rlhf_recipes.models.loading import check_output_dir, from_pretrained_kwargs, load_tokenizer
+from rlhf_recipes.models.loading import from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked
 from rlhf_recipes.models.reward_model import ScoreHead, check_score_layer, load_reward_model_base, store_in_float32
 from rlhf_recipes.models.vocabulary import with_special_tokens

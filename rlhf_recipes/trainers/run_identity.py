@@ -12,6 +12,8 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from transformers import SchedulerType, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf_recipes.data.digest import dataset_digest
 from rlhf_recipes.models.adapter_base import base_of_adapter
@@ -75,7 +77,7 @@ class IdentifiedTrainer(SavingTrainer):
     _identity: RunIdentity
 
     def identify(self, args: Any, *, model: Any, network: Any, peft_config: Any, **data: Any) -> None:
-        """Note the facts that must be the same when the run is resumed. The length may change.
+        """Note the facts that must be the same when the run is resumed. For another length there is a warning.
 
         Args:
             args: Options, as the user wrote them. TRL's own have no `allow_changes_on_resume`.
@@ -102,7 +104,20 @@ class IdentifiedTrainer(SavingTrainer):
                 f"{checkpoint} is of an older version, which did not note models, data and options: this "
                 "run cannot be compared with it."
             )
+        if checkpoint is not None and self.is_world_process_zero():
+            self._warn_of_length(Path(checkpoint, TRAINER_STATE_NAME))
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _warn_of_length(self, file: Path) -> None:
+        before, now = TrainerState.load_from_json(str(file)).max_steps, self.state.max_steps
+        schedule = SchedulerType(self.args.lr_scheduler_type).value
+        trains = self.state.global_step < now and not self._has_stopped
+        if trains and before != now and not schedule.startswith("constant"):
+            logger.warning(
+                f"The run had {before:,} steps, and has {now:,} now. `lr_scheduler_type` {schedule} depends on this "
+                f"length, so the learning rate jumps at step {self.state.global_step:,}. For the schedule of before, "
+                "set the length of before."
+            )
 
 
 def _start(model: Any) -> str:

@@ -19,6 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_recipes.data.prompts import AnyDataset, add_separator, check_prompts_fit, first_prompts
 from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
+from rlhf_recipes.durability.earlier_run import check_output_dir
 from rlhf_recipes.evaluation.policies import eos_token_ids
 from rlhf_recipes.models.adapter_base import at_saved_revision, find_base
 from rlhf_recipes.models.adapters import copy_adapter
@@ -27,7 +28,6 @@ from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.forward import add_completion_forward
 from rlhf_recipes.models.generation import check_generation_kwargs
 from rlhf_recipes.models.loading import (
-    check_output_dir,
     from_pretrained_kwargs,
     load_causal_lm,
     load_tokenizer,

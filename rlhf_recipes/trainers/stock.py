@@ -11,7 +11,8 @@ from rlhf_recipes.data.loading import without_answers
 from rlhf_recipes.data.margins import check_margins
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering, mend_transcripts, readable_rows
-from rlhf_recipes.models.loading import check_output_dir, only_active_adapter
+from rlhf_recipes.durability.earlier_run import check_output_dir
+from rlhf_recipes.models.loading import only_active_adapter
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_calls import RewardCallConfig

@@ -177,9 +177,10 @@ def test_what_another_callback_ended_is_not_over(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"max_steps": 12}, {"num_train_epochs": 9, "max_steps": -1}])
-def test_more_steps_do_not_continue_a_run_that_ended_itself(tmp_path, change):
+def test_more_steps_do_not_continue_a_run_that_ended_itself(tmp_path, change, caplog):
     first, _ = _train(_sft, tmp_path, callbacks=_stop())
     _check_over(_sft, tmp_path, first, 4, callbacks=_stop(3), **change)
+    assert "the learning rate jumps" not in caplog.text, "no step has one"
 
 
 def test_a_checkpoint_from_before_the_end_trains_on(tmp_path):

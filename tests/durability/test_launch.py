@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rlhf_recipes.durability.launch import exit_code
+from rlhf_recipes.durability.launch import exit_code, main
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,27 @@ from rlhf_recipes.durability.launch import exit_code
 def test_one_exit_code_for_all_processes(codes, expected):
     assert exit_code(codes) == expected
     assert exit_code(iter(codes)) == expected
+
+
+@pytest.fixture
+def deaf(monkeypatch):
+    """No handlers of signals for this process."""
+    monkeypatch.setattr("rlhf_recipes.durability.launch.listen", lambda: None)
+
+
+def test_options_that_contradict_each_other_are_one_line(deaf):
+    with pytest.raises(SystemExit, match=r"^Error: You need to use at least 2 processes to use `--multi_gpu`\.$"):
+        main(["--multi_gpu", "--num_processes", "1", "script.py"])
+
+
+@pytest.mark.parametrize("kind", [ValueError, ConnectionError])
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(deaf, monkeypatch, kind):
+    def broken(args):
+        raise kind("of another library")
+
+    monkeypatch.setattr("accelerate.commands.launch.simple_launcher", broken)
+    with pytest.raises(kind, match="of another library"):
+        main(["--cpu", "--num_processes", "1", "script.py"])
 
 
 def test_the_launcher_imports_no_trainer():

@@ -63,6 +63,8 @@ def _leave_late(rank, world_size):
     PartialState(cpu=True)
     limit_collectives(2)
     with leave_together():
+        pass  # an earlier training of the same script
+    with leave_together():
         time.sleep(6 if rank == 0 else 0)  # uploads a model
     return True
 

@@ -1,5 +1,6 @@
 """A trainer that a script builds is checked, recorded, saved and compared as by a recipe."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from datasets import DatasetDict
 import rlhf_recipes
 from rlhf_recipes import train
 from rlhf_recipes.comparison.runs import read_experiment
-from rlhf_recipes.options.recipes import TrackingArguments
+from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.tracking.callback import RunCallback
 
 pytestmark = pytest.mark.tiny
@@ -66,18 +67,31 @@ def test_the_example_of_the_readme(client, tmp_path, monkeypatch, capsys):
 
 
 def test_a_resume_continues_the_run(client, tmp_path):
-    options = {"report_to": ["mlflow"], "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    others = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    options = {
+        "report_to": ["mlflow", *others],
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lr_scheduler_type": "constant",
+    }
     train(tiny.ppo_trainer(tmp_path / "out", max_steps=2, **options))
     resumed = tiny.ppo_trainer(tmp_path / "out", max_steps=4, resume_from_checkpoint="true", **options)
     train(resumed, TrackingArguments(log_model=False))
     run = _runs(client)["ppo"]
     assert [value.step for value in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
     assert run.data.tags["mlflow.note.content"].startswith("**PPO**: finished at step 4 of 4.")
+    folders = [path.name for path in (tmp_path / "out").glob("runs/*")]
+    assert folders == [run.info.run_id for _ in others], "TensorBoard shows one run, too"
 
 
 def test_nothing_is_recorded_without_mlflow_in_report_to(client, tmp_path):
-    train(tiny.reward_trainer(tmp_path / "out"))
+    trainer, weights = tiny.reward_trainer(tmp_path / "out"), tmp_path / "out" / "model.safetensors"
+    weights.parent.mkdir(exist_ok=True)
+    weights.write_text("earlier")
+    train(trainer, checks=PreflightArguments(overwrite=True))
     assert _runs(client) == {}
+    assert (tmp_path / "out.replaced-1" / weights.name).read_text() == "earlier"
+    assert weights.stat().st_size > len("earlier")
     assert (tmp_path / "out" / "reward_model_card.json").exists()
 
 

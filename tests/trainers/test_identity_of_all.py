@@ -68,12 +68,15 @@ def test_the_same_run_and_an_allowed_change_resume(trained, tmp_path, caplog):
     same.train(resume_from_checkpoint=str(checkpoint))
     assert same.state.global_step == 2
     assert "of another run" not in caplog.text
-    other = make(tmp_path / "other", learning_rate=0.5, allow_changes_on_resume=True)
+    assert "the learning rate jumps" not in caplog.text
+    other = make(tmp_path / "other", learning_rate=0.5, max_steps=3, allow_changes_on_resume=True)
     other.train(resume_from_checkpoint=str(checkpoint))
     assert re.search("of another run: `learning_rate` .*resumes anyway", caplog.text)
+    message = "The run had 2 steps, and has 3 now. `lr_scheduler_type` linear .* the learning rate jumps at step 1"
+    assert len(re.findall(message, caplog.text)) == 1
 
 
-def test_a_new_head_of_a_model_in_memory_is_no_other_model(tmp_path):
+def test_a_new_head_of_a_model_in_memory_is_no_other_model(tmp_path, caplog):
     """A user of the library draws it anew in each session. The checkpoint has the trained one."""
     _reward_model(tmp_path, max_steps=1, lr_scheduler_type="constant").train()
     tok = tiny.tokenizer()
@@ -83,6 +86,7 @@ def test_a_new_head_of_a_model_in_memory_is_no_other_model(tmp_path):
     resumed = tiny.reward_trainer(tmp_path, model, data=tiny.preferences(count=8), **options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 2
+    assert "the learning rate jumps" not in caplog.text, "the length has no part in a constant one"
 
 
 def test_a_checkpoint_of_an_older_version_resumes_and_says_it(tmp_path, caplog):
