@@ -135,30 +135,6 @@ def test_paths_in_the_documentation_exist(document):
         assert (ROOT / mention).exists(), f"{document.name} mentions {mention}"
 
 
-def test_make_targets_in_the_documentation_exist():
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    mentioned = {
-        m for d in DOCUMENTS for m in re.findall(r"(?:^|`|\$ )make ([a-z0-9-]+)", d.read_text(), re.MULTILINE)
-    }
-    assert mentioned
-    assert mentioned <= targets
-
-
-def test_options_in_the_documentation_exist():
-    known = {field.name for classes in PARSERS.values() for cls in classes for field in dataclasses.fields(cls)}
-    quickstart = set(re.findall(r"--(\w+)", (ROOT / "rlhf_recipes/quickstart/stages.py").read_text()))
-    launch = {
-        *("config", "config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip"),
-        *("backend", "help", "output_dir"),
-    }
-    for document in DOCUMENTS:
-        for line in document.read_text().splitlines():
-            if "recipes/" in line:  # options before it belong to a launcher
-                own = line[line.index("recipes/") :]
-                unknown = set(re.findall(r"--(\w+)", own)) - known - launch - quickstart
-                assert not unknown, f"{document.name}: {line}"
-
-
 @pytest.mark.parametrize("stage", sorted(path.stem for path in RECIPES.glob("*.py")))
 def test_help_and_docstring(stage):
     script = RECIPES / f"{stage}.py"

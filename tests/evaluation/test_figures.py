@@ -1,6 +1,7 @@
 """What is printed of a figure: rounded, with its unit, the most important first."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def test_a_line_of_ppo_begins_with_what_decides_and_fits_the_terminal():
     assert line == "step   8/100  score -0.431  KL 0.000 nats  length 31.2 tokens  loss 0.000"
     wide = log_line(PPO, 8, 100, 300)
     assert wide.endswith("entropy 2.12 nats  rate 3e-05  gradient 0.831"), "the reward of TRL is the same score"
+
+
+@pytest.mark.parametrize(("script", "places"), [("image", 1), ("slurm", 1)])
+def test_the_checks_of_the_cluster_wait_for_the_line_of_a_training_step(script, places):
+    text = (Path(__file__).parents[2] / f"cluster/checks/{script}.sh").read_text()
+    patterns = re.findall(r"grep -\w+ '(\^step.*?)'", text)
+    assert len(patterns) == places
+    for pattern in patterns:
+        assert re.search(pattern, log_line(PPO, 8, 100, 80))
+        assert not re.search(pattern, log_line({"eval_objective/scores": 1.0}, 8, 100, 80))
 
 
 def test_an_evaluation_shows_the_held_out_judge_first_with_its_interval():
