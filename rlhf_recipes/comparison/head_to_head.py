@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_recipes.comparison.runs import Evaluation
+from rlhf_recipes.evaluation.figures import held_out_first
 from rlhf_recipes.evaluation.statistics import (
     CrossedMean,
     preference_rate,
@@ -79,7 +80,7 @@ def judges_of(evaluations: Iterable[Evaluation]) -> list[str]:
     """Return the judges of some evaluations. `reward_model` is last, because it trains the policies."""
     columns = {name for evaluation in evaluations for row in evaluation.rows[:1] for name in row}
     judges = {name.removeprefix("policy_") for name in columns if name.startswith("policy_")} - {"completion"}
-    return sorted(judges, key=lambda judge: (judge == "reward_model", judge))
+    return held_out_first(sorted(judges))
 
 
 def win_matrices(groups: dict[str, list[Evaluation]]) -> list[WinMatrix]:

@@ -81,7 +81,9 @@ def _answer(
     if len(groups) == 1:
         return _alone(groups[0], frontier), []
     if matrix is None:
-        return "No winner: no evaluation has compared answers to held-out prompts.", _missing(groups, None, held_out, None)
+        return "No winner: no evaluation has compared answers to held-out prompts.", _missing(
+            groups, None, held_out, None
+        )
     first = _winner(groups, matrix) or _ahead(groups, matrix)
     missing = _missing(groups, matrix, held_out, first)
     if first is None:
@@ -217,12 +219,7 @@ def _missing_seeds(groups: list[Group]) -> list[str]:
 
 
 def _missing_evaluations(groups: list[Group], held_out: list[WinMatrix]) -> list[str]:
-    bare = [
-        group.run_name(run)
-        for group in groups
-        for run in group.counted
-        if not _is_evaluated(run.evaluation)
-    ]
+    bare = [group.run_name(run) for group in groups for run in group.counted if not _is_evaluated(run.evaluation)]
     texts = [f"evaluations of {', '.join(bare)} on the same prompts, with `rlhf evaluate`"] if bare else []
     if not held_out:
         texts.append("a judge that trains no policy: `--judge_functions` or `--judge_models` of `rlhf evaluate`")

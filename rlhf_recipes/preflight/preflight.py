@@ -194,7 +194,9 @@ def _check_supervised(report: Report, trainer: Any, train: Dataset, evaluation: 
 
 def _check_rate(report: Report, trainer: Any) -> None:
     options, lora = type(trainer.args), isinstance(trainer.model, PeftModel)
-    parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trainer.model.parameters())
+    # ZeRO-3 leaves no weight whole, and a quantised one packs several numbers into one.
+    sharded = [weight.ds_numel for weight in trainer.model.parameters() if hasattr(weight, "ds_numel")]
+    parameters = sum(sharded) or trainer.model.num_parameters()
     report.lines["rate"] = rate_line(options, trainer.args.learning_rate, parameters, lora=lora)
     report.findings += rate_findings(options, trainer.args.learning_rate, parameters, lora=lora)
 

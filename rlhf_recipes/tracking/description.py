@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
+from rlhf_recipes.durability.termination import TerminatedError
+from rlhf_recipes.evaluation.figures import rounded
 from rlhf_recipes.options.secrets import redact
 from rlhf_recipes.tracking.lineage import UPSTREAM
 from rlhf_recipes.tracking.unfinished import find_run
@@ -67,6 +69,7 @@ class Description:
         figures: Values of each figure by step.
         alarms: Sentences of the alarms.
         end: Sentence about the end; empty while the run goes on.
+        best_step: Step whose weights the model has, if the best ones were loaded at the end.
     """
 
     stage: str
@@ -75,6 +78,7 @@ class Description:
     figures: dict[str, dict[int, float]] = field(default_factory=dict)
     alarms: list[str] = field(default_factory=list)
     end: str = ""
+    best_step: int | None = None
 
     def add_log(self, log_history: Iterable[Mapping[str, Any]]) -> None:
         """Add the figures of a trainer's log."""
@@ -107,14 +111,18 @@ class Description:
         return any(name.endswith("objective/scores") for name in self.figures)
 
     def _value(self, name: str) -> str:
-        """Return the last value with its interval, after the first one if there are several."""
+        """Return the value of the model with its interval, after the first one if there are several.
+
+        The value is the last one. Of a held-out figure, it is that of the best weights, if these were loaded.
+        """
         values, interval = self.figures[name], ""
-        first, last = min(values), max(values)
+        is_of_best = name.startswith("eval_") and self.best_step in values
+        first, last = min(values), self.best_step if is_of_best else max(values)
         ends = [self.figures.get(f"{name}_{end}", {}).get(last) for end in ("low", "high")]
         if all(end is not None for end in ends):
-            interval = f" (95 %: {' to '.join(map(_number, ends))})"
-        start = f"{_number(values[first])} at step {first}, " if first < last else ""
-        return f"{start}{_number(values[last])}{interval}" + (f" at step {last}" if start else "")
+            interval = f" (95 %: {' to '.join(rounded(end) for end in ends)})"
+        start = f"{rounded(values[first])} at step {first}, " if first < last else ""
+        return f"{start}{rounded(values[last])}{interval}" + (f" at step {last}" if start else "")
 
 
 def described_inputs(configs: tuple[Any, ...], upstream: Mapping[str, Mapping[str, str]]) -> list[Input]:
@@ -141,6 +149,13 @@ def described_inputs(configs: tuple[Any, ...], upstream: Mapping[str, Mapping[st
 def run_link(experiment_id: str, run_id: str) -> str:
     """Return the address of a run's page, relative to the server."""
     return f"#/experiments/{experiment_id}/runs/{run_id}?{TRAINING_VIEW}"
+
+
+def outcome(error: BaseException) -> str:
+    """Return the status of a run that an exception ended."""
+    if isinstance(error, KeyboardInterrupt | TerminatedError):
+        return "KILLED"
+    return "FINISHED" if isinstance(error, SystemExit) and not error.code else "FAILED"
 
 
 def sentence_of_end(status: str, step: int | None, max_steps: int, reason: str = "") -> str:
@@ -182,7 +197,3 @@ def _plain(text: str) -> str:
     line = " ".join(redact(text).split())
     line = line if len(line) <= MAX_CELL else f"{line[: MAX_CELL - 1]}…"
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", line)
-
-
-def _number(value: float | None) -> str:
-    return f"{value + 0.0:,.3g}" if value is not None and abs(value) < 1000 else f"{value:,.0f}"

@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import StrictUndefined, Template
 
 from rlhf_recipes.durability.origin import Origin, public_text
+from rlhf_recipes.evaluation.figures import rounded
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 CARD_NAME = "README.md"
@@ -52,12 +52,12 @@ class Figure:
     @property
     def text(self) -> str:
         """Return the value with three digits."""
-        return _rounded(self.value)
+        return rounded(self.value)
 
     @property
     def interval(self) -> str:
         """Return the interval; an empty text without one."""
-        return "" if self.bounds is None else f"{_rounded(self.bounds[0])} to {_rounded(self.bounds[1])}"
+        return "" if self.bounds is None else f"{rounded(self.bounds[0])} to {rounded(self.bounds[1])}"
 
 
 @dataclass(frozen=True)
@@ -175,20 +175,6 @@ def _judge(name: str) -> str:
     return "the trained score" if judge == "score" else f"the judge `{judge}`"
 
 
-def evaluation_of(log_history: Iterable[Mapping[str, Any]], step: int | None) -> dict[str, Any]:
-    """Return the latest evaluation in a log; empty without one.
-
-    Args:
-        log_history: Entries of the log.
-        step: Step whose weights the model has; `None`: those of the last step.
-    """
-    found: dict[str, Any] = {}
-    for entry in log_history:
-        if any(name.startswith("eval_") for name in entry) and step in (None, entry["step"]):
-            found = dict(entry)
-    return found
-
-
 def hub_name(name: str | None) -> str | None:
     """Return a name on the Hub: this one, or the base in the card of a local model; `None` if there is none."""
     if name is None:
@@ -202,8 +188,3 @@ def hub_name(name: str | None) -> str | None:
 
 def _cell(text: str) -> str:
     return " ".join(public_text(text).split()).replace("|", r"\|")
-
-
-def _rounded(value: float) -> str:
-    text = f"{value:.3g}"
-    return "0" if float(text) == 0 else text

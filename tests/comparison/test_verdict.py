@@ -208,14 +208,13 @@ def test_a_winner_beats_each_other_group_over_seeds_and_prompts():
 
 
 def _ordered(*scores, prompts=120, judge="gold_score"):
-    """Decide between groups of three runs each. `scores` lists the scores of the groups on prompts 0, 1, 2 and so on."""
-    runs = [
+    """Return three runs of each group. `scores` lists the scores of the groups on prompts 0, 1, 2 and so on."""
+    return [
         _run([_row(str(n), scores[n % len(scores)][number], 0, judge) for n in range(prompts)], {"lam": number}, seed,
              _line(2, 1))
         for number in range(len(scores[0]))
         for seed in range(3)
     ]  # fmt: skip
-    return runs
 
 
 def test_a_winner_need_not_have_the_highest_mean_share():
@@ -255,7 +254,7 @@ def test_held_out_judges_that_disagree_name_no_winner():
 
 
 def test_a_judge_is_the_reward_of_a_run_by_its_path_not_by_its_name():
-    """The first judge is the reward of PPO under another name. The second one is named as a reward, and trained none."""
+    """The first judge is the reward of PPO under another name. The second one has the name alone."""
     runs = _ordered((2, 1), judge="reward_modeling")
     judged = {"judge_paths": {"reward_modeling": "runs/p/reward_modeling/"}}
     trained = [
@@ -277,7 +276,7 @@ def test_a_judge_is_the_reward_of_a_run_by_its_path_not_by_its_name():
 
 
 def test_a_run_that_does_not_count_is_no_seed_and_no_evaluation():
-    """A third run of A has no numbers for score and KL, and one of B failed. Both were evaluated, and lose or win all."""
+    """The third run of A has no numbers for score and KL, and that of B failed. Both were evaluated."""
     runs = _ordered((2, 1))
     runs[2] = replace(runs[2], curves={}, evaluation=replace(runs[2].evaluation, rows=[_row("other", 0, 9)]))
     runs[5] = replace(runs[5], status="FAILED", evaluation=replace(runs[5].evaluation, metrics={"policy/kl": 60.0}))

@@ -10,7 +10,7 @@ from datasets import DatasetDict
 import rlhf_recipes
 from rlhf_recipes import train
 from rlhf_recipes.comparison.runs import read_experiment
-from rlhf_recipes.options.recipes import TrackingArguments
+from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.tracking.callback import RunCallback
 
 pytestmark = pytest.mark.tiny
@@ -75,8 +75,11 @@ def test_a_resume_continues_the_run(client, tmp_path):
     assert run.data.tags["mlflow.note.content"].startswith("**PPO**: finished at step 4 of 4.")
 
 
-def test_nothing_is_recorded_without_mlflow_in_report_to(client, tmp_path):
+def test_nothing_is_recorded_without_mlflow_in_report_to_or_without_training(client, tmp_path):
     train(tiny.reward_trainer(tmp_path / "out"))
+    other = tiny.reward_trainer(tmp_path / "other", report_to=["mlflow"])
+    with pytest.raises(SystemExit):
+        train(other, checks=PreflightArguments(preflight_only=True))
     assert _runs(client) == {}
     assert (tmp_path / "out" / "reward_model_card.json").exists()
 
