@@ -222,6 +222,18 @@ def test_the_table_of_hyper_parameters_is_that_of_rlhf_init(tmp_path):
         assert rows[hardware] == expected
 
 
+def test_no_message_names_the_file_of_a_recipe():
+    """An installed package has no such file. `options/commands.py` chooses between the file and `rlhf`."""
+    for path in (ROOT / "rlhf_recipes").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        docstrings = {ast.get_docstring(n, clean=False) for n in ast.walk(tree) if isinstance(n, documented)}
+        said = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        assert not [text for text in said - docstrings if re.search(r"recipes/\w+\.py", text)], path
+    pages = (ROOT / "rlhf_recipes/comparison/templates").glob("*.jinja")
+    assert not [page for page in pages if re.search(r"recipes/\w+\.py", page.read_text())]
+
+
 def test_the_messages_of_the_troubleshooting_page_are_in_the_code():
     text = (ROOT / "docs/troubleshooting.md").read_text()
     table = text.split("## By message")[1].split("## By curve")[0]

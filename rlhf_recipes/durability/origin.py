@@ -156,11 +156,8 @@ class Origin:
         Args:
             num_processes: Processes that accelerate started.
         """
-        return cls(
-            command_of(sys.argv, num_processes, _module_of(sys.argv[0])),
-            configuration_of(sys.argv),
-            *_code_in(os.getcwd()),
-        )
+        command = command_of(sys.argv, num_processes, _module_of(sys.argv[0]))
+        return cls(command, configuration_of(sys.argv), *_code_in(os.getcwd()))
 
 
 @functools.cache  # the code that a process has loaded is that of its start

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_recipes.console import duration
 
-# Printed figures, most important first: label and unit. Of two figures with one label, the first counts.
+# Figures that readers see, most important first: label and unit. Of two figures with one label, the first is printed.
 FIGURES = {
     "win_rate": ("win rate", ""),
     "objective/scores": ("score", ""),
@@ -18,6 +18,8 @@ FIGURES = {
     "objective/kl": ("KL", "nats"),
     "kl": ("KL", "nats"),
     "completions/mean_length": ("length", "tokens"),
+    "policy/clip_fraction": ("clipped", ""),
+    "clip_ratio/region_mean": ("clipped", ""),
     "accuracy": ("accuracy", ""),
     "loss": ("loss", ""),
     "rewards/accuracies": ("accuracy", ""),
@@ -27,8 +29,6 @@ FIGURES = {
     "calibration_error": ("calibration error", ""),
     "length_correlation": ("length correlation", ""),
     "entropy": ("entropy", "nats"),
-    "policy/clip_fraction": ("clipped", ""),
-    "clip_ratio/region_mean": ("clipped", ""),
     "val/explained_variance_mc": ("critic explains", ""),
     "completions/clipped_ratio": ("cut off", ""),
     "learning_rate": ("rate", ""),
@@ -68,6 +68,14 @@ def figure(name: str, value: float) -> str:
     label, unit = FIGURES[name]
     text = rate(value) if name == "learning_rate" else rounded(value)
     return f"{label} {text} {unit}".rstrip()
+
+
+def title(name: str) -> str:
+    """Return the label of a figure with its unit, and whether it is from an evaluation: for pages and cards."""
+    own = name.removeprefix("eval_")
+    last = own.rpartition("/")[2]
+    label, unit = FIGURES.get(own) or FIGURES.get(last) or (last, UNITS.get(last, ""))
+    return f"{label}{f' ({unit})' if unit else ''}{', held out' if name != own else ''}"
 
 
 def log_line(logs: Mapping[str, Any], step: int, steps: int, width: int) -> str:

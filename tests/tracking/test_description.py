@@ -21,7 +21,7 @@ def test_the_end_comes_first_and_figures_have_their_intervals():
         *("", "- alarm: The KL accelerates.", ""),
         "- win rate by gold: 0.500 at step 1, 0.712 (95 %: 0.650 to 0.765) at step 40",
         "- score: 0.000 at step 1, 1,234,567 at step 40",
-        "- tokens per answer: 12.0",
+        "- length (tokens): 12.0",
         *("", r"- policy: [my\_run\|a (out/sft)](#/experiments/1/runs/a)"),
         *("", LAST_LINE),
     ]
