@@ -49,7 +49,10 @@ STAGES = {
     "sft": Stage(
         "sft",
         "Train a policy on demonstrations: the policy that PPO starts from.",
-        ("trl:ScriptArguments", "rlhf_recipes.options.sft:SFTConfig", *_AROUND, f"{_RECIPES}BoundaryArguments"),
+        (
+            *("trl:ScriptArguments", "rlhf_recipes.options.sft:SFTConfig", "trl:ModelConfig"),
+            *(f"{_RECIPES}BoundaryArguments", *_AROUND[1:]),
+        ),
         f"{_RUN} num_train_epochs per_device_train_batch_size {_SAFETY}",
         launched=True,
     ),

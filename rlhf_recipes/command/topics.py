@@ -93,7 +93,8 @@ def _options(kind: Any) -> Iterable[Option]:
     for field in dataclasses.fields(kind):
         if field.init:
             name, text = field.name, " ".join(field.metadata.get("help", "").replace("%%", "%").split())
-            yield Option(name, _default(field), _kind(hints[name]), text, _owner(kind, name), topic_of(name))
+            default = _default(field) + _of_lora(kind, name)
+            yield Option(name, default, _kind(hints[name]), text, _owner(kind, name), topic_of(name))
 
 
 def _owner(kind: type, name: str) -> str:

@@ -103,7 +103,8 @@ def test_a_spawned_stage_runs_and_fails_as_a_forked_one(tmp_path):
     script = tmp_path / "spawned.py"
     script.write_text(SPAWNED)
     options = ("--start", "preferences", "--until", "preferences", "--directory", "here")
-    result = run_command(script, ROOT / "recipes" / "quickstart.py", *options, directory=tmp_path)
+    typed = {COMMAND: " ".join(("rlhf quickstart", *options))}
+    result = run_command(script, ROOT / "recipes" / "quickstart.py", *options, directory=tmp_path, **typed)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stdout.splitlines()[1:] == ["Stage 3 of 6, preferences: sample pairs of answers, and label them."]
@@ -113,5 +114,5 @@ def test_a_spawned_stage_runs_and_fails_as_a_forked_one(tmp_path):
         == "Error: `model` is runs/quickstart/sft, which does not exist. Run `rlhf quickstart --until sft` first."
     )
     assert end.startswith("The stage `preferences` failed after ")
-    assert "; its message is above. Remove the cause. To go on: " in end
-    assert end.endswith(" --until preferences --directory here --start preferences")
+    again = "rlhf quickstart --until preferences --directory here --start preferences"
+    assert end.endswith(f"; its message is above. Remove the cause. To go on: {again}")

@@ -132,6 +132,7 @@ def test_tables_hold_what_was_said(tmp_path):
     tables = {file.name: pd.read_json(file, orient="split") for file in (tmp_path / "samples").glob("*.json")}
     assert sorted(tables) == [
         *(f"evaluation-{step:06d}.json" for step in (0, 4, 8)),
+        "evaluation.json",
         *(f"training-{step:06d}.json" for step in (4, 8)),
     ]
     training, evaluation = tables["training-000008.json"], tables["evaluation-000008.json"]

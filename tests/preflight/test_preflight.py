@@ -31,7 +31,9 @@ def _say(trainer, capsys, data=None, evaluation=None, *, only=False, tracking=NO
     data = trainer.train_dataset if data is None else data
     capsys.readouterr()
     try:
-        preflight.preflight(trainer, data, evaluation, PreflightArguments(only), tracking, with_answers=answers)
+        preflight.preflight(
+            trainer, data, evaluation, PreflightArguments(preflight_only=only), tracking, with_answers=answers
+        )
     finally:
         lines = capsys.readouterr().out.splitlines()
     return lines

@@ -7,10 +7,10 @@ import tiny
 import torch
 from faults import SignalAt
 from processes import run_in_processes
-from trl import SFTConfig
 
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.options.baselines import CONFIGS
+from rlhf_recipes.options.sft import SFTConfig
 from rlhf_recipes.trainers.baselines import TRAINERS
 from rlhf_recipes.trainers.sft import SFTTrainer
 from rlhf_recipes.trainers.stock import Scoring
@@ -228,7 +228,7 @@ def test_figures_over_all_ranks_continue_on_one(tmp_path, base):
     checkpoint = tmp_path / "checkpoint-4"
     saved = [torch.load(checkpoint / f"progress_{rank}.pt") for rank in range(2)]
     assert saved[0]["loss"] != saved[1]["loss"]
-    resumed = _make("sft", tmp_path / "resumed", base, **STEPS, **LONG_LOGS)
+    resumed = _make("sft", tmp_path / "resumed", base, **STEPS, **LONG_LOGS, allow_changes_on_resume=True)
     resumed._resumed_from = str(checkpoint)
     assert resumed._progress_to_resume()["loss"] == (saved[0]["loss"] + saved[1]["loss"]) / 2
     resumed.train(resume_from_checkpoint=str(checkpoint))
