@@ -32,7 +32,7 @@ from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_
 from rlhf_recipes.models.quantization import saved_quantization
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.parser import RecipeParser
-from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments, experiment_of
+from rlhf_recipes.options.recipes import EvaluationArguments, TrackingArguments, experiment_of, is_recorded
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.judges import load_judges
@@ -103,7 +103,8 @@ def main(
         log_answers(answers_table(completions), output_dir)
         completions_table(completions, script_args.num_shown)
         print_table("Evaluation", table_of(results))
-    needed = {"experiment": experiment_of(tracking_args)}
+    recorded = {"experiment": experiment_of(tracking_args), "tracking_uri": tracking_args.tracking_uri}
+    needed = recorded if is_recorded(tracking_args) else {}
     end_stage(script_args.output_dir, evaluation_verdict(results), "compare", needed)
     return results
 

@@ -35,6 +35,7 @@ from rlhf_recipes.quickstart.stages import LAST, asked, titles
 from rlhf_recipes.quickstart.worlds import WORLDS, World
 from rlhf_recipes.tracking.pipeline import track_pipeline
 from rlhf_recipes.tracking.store import ui_command
+from rlhf_recipes.trainers.run_identity import IDENTITY_FILE
 
 RECIPES = Path(__file__).resolve().parent
 SEPARATOR = "\n"  # as in the configurations of both worlds
@@ -73,7 +74,8 @@ def run_stage(stage: str, name: str, seed: int, num_pairs: int, parent: list[str
             make_preferences(world, run, seed, num_pairs)
         else:
             script, config = str(RECIPES / f"{stage}.py"), str(RECIPES / "configs" / name / f"{stage}.yaml")
-            sys.argv = [script, "--config", config, "--seed", str(seed), *parent, *continued(run / stage, start)]
+            going_on = continued(run / stage, start, seed, IDENTITY_FILE)
+            sys.argv = [script, "--config", config, "--seed", str(seed), *parent, *going_on]
             runpy.run_path(script, run_name="__main__")
     except Exception:
         sys.excepthook(*sys.exc_info())

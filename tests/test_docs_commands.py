@@ -33,7 +33,14 @@ YOURS = {
 SHELL = {"cd", "source", "mkdir", "git"}  # need nothing that a machine lacks
 ELSEWHERE = {"docker", "hf", "kubectl", "trl"}  # need something that is named above the block
 # Settings of PEFT, transformers and TRL 1.12 that are no options of a recipe.
-OF_OTHERS = {"stop_token", "init_lora_weights", "output_router_logits", "num_return_sequences", "num_beams", "do_sample"}
+OF_OTHERS = {
+    "stop_token",
+    "init_lora_weights",
+    "output_router_logits",
+    "num_return_sequences",
+    "num_beams",
+    "do_sample",
+}
 PLACEHOLDERS = {"N": "0", "STAGE": "ppo", "COMMAND": "ppo", "FILE": "accelerate_configs/multi_gpu.yaml"}
 
 
@@ -57,6 +64,7 @@ class Commands:
     def __init__(self, monkeypatch):
         self.monkeypatch, self.needs = monkeypatch, ""
         monkeypatch.setattr(running.launch, "main", lambda words: self.launch(["launch", *words]))
+        monkeypatch.setattr("torch.accelerator.device_count", lambda: 8 if self.needs else 0)
         monkeypatch.setattr(os, "execv", lambda _, words: self.python(words[1:]))
 
     def run(self, words, needs=""):

@@ -3,7 +3,8 @@
 import argparse
 from typing import Any, NoReturn
 
-from rlhf_recipes.command.mistakes import UsageError, did_you_mean
+from rlhf_recipes.command.mistakes import UsageError
+from rlhf_recipes.options.spelling import did_you_mean
 
 
 class ArgumentParser(argparse.ArgumentParser):

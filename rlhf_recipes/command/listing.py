@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from rlhf_recipes.command.arguments import ArgumentParser
-from rlhf_recipes.command.mistakes import UsageError, did_you_mean
+from rlhf_recipes.command.mistakes import UsageError
 from rlhf_recipes.command.stages import STAGES, Stage
 from rlhf_recipes.command.topics import Option, options_of
 from rlhf_recipes.options.shipped import shipped_configurations
+from rlhf_recipes.options.spelling import did_you_mean
 
 WIDTH = 100
 

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
-from rlhf_recipes.command.mistakes import UsageError, did_you_mean
+from rlhf_recipes.command.mistakes import UsageError
 from rlhf_recipes.command.stages import STAGES
 from rlhf_recipes.options.commands import COMMAND
+from rlhf_recipes.options.spelling import did_you_mean
 
 # Commands of this library, beside the recipes: the module with its `main`, and a line for the list.
 TOOLS = {

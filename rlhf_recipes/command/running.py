@@ -7,27 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from rlhf_recipes.command.mistakes import UsageError, did_you_mean
+from rlhf_recipes.command.mistakes import UsageError
 from rlhf_recipes.command.stages import Stage
 from rlhf_recipes.durability import launch
+from rlhf_recipes.options import commands
 from rlhf_recipes.options.shipped import shipped, shipped_configurations, shipped_launch_files
-
-# Options of `accelerate launch` that a training takes too. For all others there is `rlhf launch`. No recipe has an
-# option with one of these names.
-LAUNCHER_OPTIONS = (
-    "config_file",
-    "num_processes",
-    "num_machines",
-    "machine_rank",
-    "main_process_ip",
-    "main_process_port",
-    "gpu_ids",
-    "mixed_precision",
-    "rdzv_backend",
-    "rdzv_conf",
-    "max_restarts",
-)
-LAUNCHER_FLAGS = ("cpu", "same_network")
+from rlhf_recipes.options.spelling import did_you_mean
 
 
 def run_recipe(stage: Stage, arguments: Sequence[str]) -> NoReturn:
@@ -78,19 +63,12 @@ def split_launcher(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     Without `--config_file` and `--num_processes` there is one process, unless `accelerate config` has written the
     user's own file.
     """
-    parser = _LauncherParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name in LAUNCHER_OPTIONS:
-        parser.add_argument(f"--{name}")
-    for name in LAUNCHER_FLAGS:
-        parser.add_argument(f"--{name}", action="store_true")
-    namespace, options = parser.parse_known_args(arguments)
-    asked = vars(namespace)
+    asked, options = commands.split_launcher(arguments, _LauncherParser)
     if "config_file" in asked:
         asked["config_file"] = found("config_file", asked["config_file"], shipped_launch_files())
     elif not _has_own_file():
         asked = _one_process(asked) | asked
-    pairs = [[f"--{name}"] if value is True else [f"--{name}", value] for name, value in asked.items()]
-    return [part for pair in pairs for part in pair], options
+    return commands.as_arguments(asked), options
 
 
 def check_processes(launcher: Sequence[str]) -> None:

@@ -12,8 +12,9 @@ from rlhf_recipes.console import print_lines
 from rlhf_recipes.data.files import find_defect, is_beside_data
 from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.data.rows import mend_transcripts, readable_rows
-from rlhf_recipes.options.paths import did_you_mean, require_path
+from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.recipes import PPOArguments
+from rlhf_recipes.options.spelling import directory_meant
 
 NO_DATA = "It holds no file with JSON lines, CSV or Parquet. Write `train.jsonl` there, with one JSON object a line."
 BESIDE = ""  # key of the files that are left out
@@ -74,7 +75,7 @@ def _load_from_hub(name: str, config: str | None, option: str) -> DatasetDict:
         dataset = load_dataset(name, config)
     except (OSError, ValueError) as error:
         where = f"{_with_config(config)} (not a directory here, so it was looked for on the Hub)"
-        reason = f"{' '.join(str(error).split())}.{did_you_mean(name)}"
+        reason = f"{' '.join(str(error).split())}.{directory_meant(name)}"
         raise ValueError(f"`{option}` {name!r} cannot be loaded{where}: {reason}") from error
     assert isinstance(dataset, DatasetDict)
     return dataset

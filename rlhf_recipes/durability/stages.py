@@ -1,5 +1,6 @@
 """Stages that follow each other, each in a process of its own."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from rlhf_recipes.console import duration, print_lines
 from rlhf_recipes.durability.checkpoints import checkpoints_by_age
 from rlhf_recipes.durability.going_on import remedy
 from rlhf_recipes.durability.launch import exit_code
+from rlhf_recipes.durability.state import STATE_FILE
 from rlhf_recipes.durability.termination import EXIT_CODE, STOPS, TerminatedError, leave_closed_terminal
 from rlhf_recipes.options.commands import COMMAND
 
@@ -64,15 +66,33 @@ def run_stages(stages: Mapping[str, str], run: Callable[..., None], *arguments: 
         print_lines(f"The stage `{stage}` took {took}.")
 
 
-def continued(folder: Path, start: str) -> list[str]:
+def continued(folder: Path, start: str, seed: int, identity_file: str) -> list[str]:
     """Return the options with which a training goes on that a signal has stopped, if it is the first stage of now.
+
+    A training with another seed is another one, and starts anew.
 
     Args:
         folder: Output directory of the training, with the name of its stage.
         start: Name of the first stage.
+        seed: Seed of now.
+        identity_file: File in a checkpoint with the options of its run. PPO has them in its state.
     """
-    is_stopped = bool(checkpoints_by_age(folder)) and not (folder / "model.safetensors").exists()
-    return ["--resume_from_checkpoint", "true"] if folder.name == start and is_stopped else []
+    checkpoints = checkpoints_by_age(folder)
+    if folder.name != start or not checkpoints or (folder / "model.safetensors").exists():
+        return []
+    is_same = _seed_of(checkpoints[-1], identity_file) in (None, seed)
+    return ["--resume_from_checkpoint", "true"] if is_same else []
+
+
+def _seed_of(checkpoint: Path, identity_file: str) -> int | None:
+    """Return the seed of the run of a checkpoint; `None` if it does not say."""
+    files = [path for path in (checkpoint / identity_file, checkpoint / STATE_FILE) if path.is_file()]
+    try:
+        state = json.loads(files[0].read_text(encoding="utf-8")) if files else {}
+    except ValueError:  # a damaged checkpoint, which the resume names
+        return None
+    seed: int | None = state.get("run", state).get("`seed`")
+    return seed
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The settings of a `GenerationConfig`: their effect on a rollout, and values that transformers does not save."""
 
 import copy
-import difflib
 import logging
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from rlhf_recipes.models.critic import causal_lm
+from rlhf_recipes.options.spelling import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,7 @@ def check_generation_kwargs(args: Any) -> None:
     for name, value in (args.generation_kwargs or {}).items():
         setting = SETTINGS.get(name)
         if setting is None and not args.use_vllm:  # vLLM knows others, and refuses those that it does not know
-            close = difflib.get_close_matches(name, SETTINGS, 1)
-            hint = f" Do you mean `{close[0]}`?" if close else ""
+            hint = did_you_mean(name, SETTINGS)
             raise ValueError(f"`generation_kwargs` has `{name}`, which transformers does not know.{hint}")
         if setting is None or value in setting.neutral:
             continue

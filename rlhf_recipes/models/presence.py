@@ -3,7 +3,8 @@
 import os
 
 from rlhf_recipes.models.fingerprint import ADAPTER_CONFIG
-from rlhf_recipes.options.paths import did_you_mean, is_address, require_path, why_unread
+from rlhf_recipes.options.paths import is_address, require_path, why_unread
+from rlhf_recipes.options.spelling import directory_meant
 
 
 def require_present(option: str, path: str | None, revision: str | None = None) -> str:
@@ -26,5 +27,5 @@ def require_present(option: str, path: str | None, revision: str | None = None) 
         return path
     is_here = os.path.exists(path)
     what = "a directory" if is_here else "no directory here, so it was looked for on the Hub"
-    hint = "" if is_here else f".{did_you_mean(path)}"
+    hint = "" if is_here else f".{directory_meant(path)}"
     raise ValueError(f"`{option}` {path!r} cannot be loaded ({what}): {reason}{hint}")

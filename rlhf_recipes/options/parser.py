@@ -1,6 +1,5 @@
 """The command line and the YAML of a recipe, read into checked options."""
 
-import difflib
 import os
 import sys
 from collections.abc import Hashable, Iterable
@@ -17,6 +16,7 @@ from rlhf_recipes.options.learning_rates import rates_of
 from rlhf_recipes.options.machine import fit_to_machine, said
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
+from rlhf_recipes.options.spelling import did_you_mean
 from rlhf_recipes.options.training import check_training
 
 
@@ -93,8 +93,7 @@ class RecipeParser(TrlParser):
         return {field.name for kind in self.dataclass_types for field in fields(kind)}
 
     def _refuse_unknown(self, name: str, place: str) -> NoReturn:
-        near = difflib.get_close_matches(name.replace("-", "_"), self._names(), n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else " `--help` lists the options."
+        hint = did_you_mean(name.replace("-", "_"), self._names(), "`--help` lists the options.")
         raise ValueError(f"`{name}`{place} is no option of this recipe.{hint}")
 
     def error(self, message: str) -> NoReturn:

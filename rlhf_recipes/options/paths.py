@@ -1,6 +1,5 @@
 """Options that name something elsewhere: the output of an earlier stage, a model on the Hub, a server, a function."""
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from huggingface_hub.errors import (
 from transformers.utils import cached_file
 
 from rlhf_recipes.options.shipped import shipped_configurations
+from rlhf_recipes.options.spelling import directory_meant
 
 # Reasons why the Hub gives no file, by the error; the first one that fits counts.
 REASONS = (
@@ -65,15 +65,6 @@ def _reason(error: Exception) -> str:
     return next(known, " ".join(str(error).split()))
 
 
-def did_you_mean(path: str) -> str:
-    """Return a hint at the directory whose name is nearest to one that does not exist; "" if none is near."""
-    folder, name = os.path.split(path.rstrip("/"))
-    place = Path(folder or ".")
-    there = [entry.name for entry in place.iterdir() if entry.is_dir()] if place.is_dir() else []
-    near = difflib.get_close_matches(name, there, n=1)
-    return f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
-
-
 def require_path(option: str, path: str | None) -> str:
     """Return an existing local path, or a name on the Hub; for a missing output of a stage, name the stage's command.
 
@@ -103,5 +94,5 @@ def require_path(option: str, path: str | None) -> str:
             config = next((c for c in shipped_configurations(name) if c.startswith(f"{model}/")), own)
             command = f"`rlhf {recipe[1].replace('_', '-')} --config {config}`"
         case _:
-            raise FileNotFoundError(f"`{option}` is {path}, which does not exist.{did_you_mean(path)}")
+            raise FileNotFoundError(f"`{option}` is {path}, which does not exist.{directory_meant(path)}")
     raise FileNotFoundError(f"`{option}` is {path}, which does not exist. Run {command} first.")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational
 
+from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.reward_model import with_score_head
 from rlhf_recipes.options.paths import is_address, is_function
 from rlhf_recipes.rewards.card import RewardModelCard
@@ -106,6 +107,22 @@ def check_reward_functions(functions: list[Any], *, dataset: Any, response_separ
                 scorer.tokenizer,
                 conversational=is_conversational(next(iter(dataset))),
                 response_separator=response_separator,
+            )
+
+
+def check_used_once(reward_funcs: Any, reward_adapter: str | None) -> None:
+    """Refuse a reward model that is given by its path and as the reward adapter: its score would count twice.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if reward_adapter is None:
+        return
+    for reward in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if isinstance(reward, str) and fingerprint(reward) == fingerprint(reward_adapter):
+            raise ValueError(
+                f"`reward_model_path` {reward} and `reward_adapter` {reward_adapter} are the same reward model, whose "
+                "score would count twice. Leave out `reward_model_path`."
             )
 
 

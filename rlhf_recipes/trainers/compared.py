@@ -128,7 +128,10 @@ class ComparedTrainer(SavingTrainer):
     def card_facts(self) -> dict[str, str]:
         """Add the rewards and the judges to the card."""
         named = getattr((self._named or (None,))[0], "reward_model_path", None)
-        facts = {f"reward `{scorer.__name__}`": _quality(scorer, named) for scorer in self.scorers}
+        places = [getattr(scorer, "source", None) for scorer in self.scorers]
+        if places and named is not None:
+            places[:1] = [named]  # a recipe gives the reward model of this option first
+        facts = {f"reward `{s.__name__}`": _quality(s, place) for s, place in zip(self.scorers, places, strict=True)}
         judges = ", ".join(f"`{name}`" for name in (*self.held_out.judges, *self.held_out.pairwise_judges))
         return super().card_facts() | facts | ({"judges, not trained on": judges} if judges else {})
 
@@ -157,14 +160,19 @@ class ComparedTrainer(SavingTrainer):
             self.held_out.check_baseline(checkpoint)
 
 
-def _quality(scorer: Scorer, path: str | None) -> str:
-    """Return what is known about a reward: the place and the card of a reward model."""
+def _quality(scorer: Scorer, source: Any) -> str:
+    """Return what is known about a reward: the place and the card of a reward model.
+
+    Args:
+        scorer: Scorer of the reward.
+        source: Its path or address, or the model in memory that became the scorer.
+    """
     card = scorer.card
     if card is None:
         return f"function `{scorer.origin}`" if scorer.origin else "no card"
     known = {"accuracy": card.eval_accuracy, "calibration error": card.calibration_error}
     figures = ", ".join(f"{name} {value:.3g}" for name, value in known.items() if value is not None)
-    place = f"`{path}`, " if path is not None else ""
+    place = f"`{source}`, " if isinstance(source, str) else ""
     return f"reward model {place}trained from `{card.base_model}`; on its own evaluation: {figures or 'not evaluated'}"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from jinja2 import StrictUndefined, Template
 
 from rlhf_recipes.durability.origin import Origin, public_text
@@ -175,10 +175,18 @@ def hub_name(name: str | None) -> str | None:
     if name is None:
         return None
     if os.path.isdir(name):
-        card = Path(name, CARD_NAME)
-        named = ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.is_file() else None
+        named = _base_in_card(Path(name, CARD_NAME))
         name = named if isinstance(named, str) and not os.path.exists(named) else ""
     return name if _HUB_NAME.fullmatch(name) and not name.startswith(".") and not os.path.exists(name) else None
+
+
+def _base_in_card(card: Path) -> Any:
+    """Return the base that the head of a card names; `None` without one. Anyone may have written the card."""
+    try:
+        head = metadata_load(card) if card.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):  # it must not stop the checkpoint that is being written
+        head = None
+    return (head or {}).get("base_model")
 
 
 def _cell(text: str) -> str:

@@ -37,6 +37,7 @@ class SavingTrainer(ProgressTrainer):
     _method = ""  # of the training, in the card
     _tag_names: list[str]  # TRL's
     _paper: dict[str, str]  # TRL's
+    _origin: Origin
     _named: tuple[Any, Any] | None = None
     _tags: Any = ()  # in the card
     best_step: int | None = None  # whose weights the model has, where the best ones were loaded at the end
@@ -48,7 +49,8 @@ class SavingTrainer(ProgressTrainer):
         hide_secrets_from_trackers(self)
         print_short_lines(self)
         self._base = base_of_adapter(self.model, self._revision)  # before another run can replace it
-        self._origin = Origin.of_process(self.args.world_size)  # the files may change while it trains
+        if self.is_world_process_zero():  # it alone writes cards, and on many processes `git` would be slow
+            self._origin = Origin.of_process(self.args.world_size)  # now: the files may change while it trains
 
     def note_source(self, model: Any, args: Any) -> None:
         """Note where the model comes from, before it is loaded."""

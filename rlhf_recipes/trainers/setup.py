@@ -41,7 +41,7 @@ from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.preflight.policy import check_ends
 from rlhf_recipes.rewards.adapter import RewardAdapterScorer
-from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
+from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions, check_used_once
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.trainers.adapter_critic import check_adapter_critic
 from rlhf_recipes.trainers.numbers import given_model
@@ -110,6 +110,7 @@ def prepare_parts(
     critic_dataset = readable_rows(critic_dataset, ("prompt", "chosen", "rejected"), "critic_dataset")
     check_rollout_fits(train_dataset, args)
     check_generation_kwargs(args)
+    check_used_once(reward_funcs, args.reward_adapter)
     load = policy_loader(model, args, quantization_config)
     policy = load()
     directory = model if isinstance(model, str) else policy.config._name_or_path

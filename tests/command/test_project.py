@@ -17,10 +17,12 @@ from rlhf_recipes.command.mistakes import UsageError
 from rlhf_recipes.command.plan import HARDWARE, plan, size_of
 from rlhf_recipes.command.running import split_launcher
 from rlhf_recipes.command.stages import STAGES
+from rlhf_recipes.options.commands import COMMAND, following_command
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.shipped import shipped
 from rlhf_recipes.preflight.schedule import kl_findings, rollout_schedule, schedule_findings
 
+NEXT = {"sft": "reward_modeling", "reward_modeling": "ppo", "ppo": "evaluate"}
 FILES = ("sft", "reward_modeling", "ppo", "evaluate")
 MODELS = (None, "me/tiny-5M", "meta/Llama-3.1-8B", "gpt2")
 
@@ -113,6 +115,24 @@ def test_each_stage_reads_what_an_earlier_one_writes(hardware, tmp_path, monkeyp
         split_launcher(head.split()[3:])  # its files exist
 
 
+@pytest.mark.parametrize("hardware", HARDWARE)
+def test_each_stage_ends_with_the_next_command_of_the_readme(hardware, tmp_path, monkeypatch):
+    _init(tmp_path, monkeypatch, hardware)
+    sft, reward_model, ppo = (yaml.safe_load(Path(f"{file}.yaml").read_text()) for file in FILES[:3])
+    source, result = "model_name_or_path", "output_dir"
+    needed = {
+        "reward_modeling": {source: sft[result]},
+        "ppo": {source: reward_model[source], "reward_model_path": reward_model[result]},
+        "evaluate": {source: ppo[result], "baseline_path": ppo[source]},
+        "compare": {"experiment": "rlhf_recipes"},
+    }
+    commands = [line.strip() for line in Path("README.md").read_text().splitlines() if line.startswith("   rlhf ")][1:]
+    for (recipe, options), typed, following in zip(needed.items(), commands, commands[1:], strict=False):
+        monkeypatch.setenv(COMMAND, typed)
+        assert following_command(recipe, options, typed.split()[2:]) == following
+    assert following.startswith("rlhf compare ")
+
+
 def test_three_rows_of_each_kind_and_split(tmp_path, monkeypatch):
     _init(tmp_path, monkeypatch)
     columns = {"demonstrations": ["prompt", "completion"], "preferences": ["prompt", "chosen", "rejected"]}
@@ -177,6 +197,12 @@ def test_the_chain_runs_on_its_example_rows(hardware, tmp_path, monkeypatch):
         script = shipped("recipes") / f"{stage}.py"
         result = run_command(script, "--config", f"{stage}.yaml", *options, directory=project)
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+        last = result.stdout.splitlines()[-1]
+        if following := NEXT.get(stage):
+            start = "python" if following == "evaluate" else "accelerate launch"
+            assert last == f"Next: {start} recipes/{following}.py --config {following}.yaml"
+        else:
+            assert "Next: " not in result.stdout, "nothing was recorded, so there is nothing to compare"
     results = json.loads((project / "runs" / "mine" / "evaluate" / "results.json").read_text())
     assert results["prompts"] == 3
 

@@ -8,15 +8,9 @@ from accelerate.commands.launch import launch_command_parser
 
 from rlhf_recipes.command import running
 from rlhf_recipes.command.mistakes import UsageError
-from rlhf_recipes.command.running import (
-    LAUNCHER_FLAGS,
-    LAUNCHER_OPTIONS,
-    found,
-    run_recipe,
-    split_launcher,
-    with_configuration,
-)
+from rlhf_recipes.command.running import found, run_recipe, split_launcher, with_configuration
 from rlhf_recipes.command.stages import STAGES
+from rlhf_recipes.options.commands import LAUNCHER_FLAGS, LAUNCHER_OPTIONS
 from rlhf_recipes.options.shipped import shipped, shipped_configurations, shipped_launch_files
 
 ROOT = Path(__file__).parents[2]

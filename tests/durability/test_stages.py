@@ -1,5 +1,7 @@
 """Stages in processes of their own: how they are started, and what a user sees of one that fails."""
 
+import functools
+import json
 import os
 import re
 import signal
@@ -13,8 +15,10 @@ from processes import run_command
 
 from rlhf_recipes.durability import stages
 from rlhf_recipes.durability.stages import continued, run_stages, start_method
+from rlhf_recipes.durability.state import STATE_FILE
 from rlhf_recipes.durability.termination import TerminatedError
 from rlhf_recipes.options.commands import COMMAND
+from rlhf_recipes.trainers.run_identity import IDENTITY_FILE
 
 ROOT = Path(__file__).parents[2]
 SPAWNED = """
@@ -89,12 +93,28 @@ def test_a_signal_reaches_the_stage_and_the_command_that_goes_on_is_told(monkeyp
 
 def test_only_the_first_stage_goes_on_and_only_if_it_was_stopped(tmp_path):
     resume = ["--resume_from_checkpoint", "true"]
-    assert continued(tmp_path / "ppo", "ppo") == []
+    goes_on = functools.partial(continued, tmp_path / "ppo", seed=1, identity_file=IDENTITY_FILE)
+    assert goes_on("ppo") == []
     (tmp_path / "ppo" / "checkpoint-4").mkdir(parents=True)
-    assert continued(tmp_path / "ppo", "ppo") == resume
-    assert continued(tmp_path / "ppo", "sft") == []
+    assert goes_on("ppo") == resume
+    assert goes_on("sft") == []
     (tmp_path / "ppo" / "model.safetensors").touch()
-    assert continued(tmp_path / "ppo", "ppo") == []
+    assert goes_on("ppo") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "seeds"),
+    [
+        (IDENTITY_FILE, json.dumps({"`seed`": 1}), {1}),
+        (STATE_FILE, json.dumps({"run": {"`seed`": 1}}), {1}),
+        (STATE_FILE, json.dumps({"held_out": {}}), {1, 2}),
+        (STATE_FILE, "{", {1, 2}),
+    ],
+)
+def test_a_stage_goes_on_with_its_own_seed_alone(tmp_path, file, text, seeds):
+    (tmp_path / "ppo" / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "ppo" / "checkpoint-4" / file).write_text(text)
+    assert {seed for seed in (1, 2) if continued(tmp_path / "ppo", "ppo", seed, IDENTITY_FILE)} == seeds
 
 
 @pytest.mark.recipe

@@ -89,7 +89,7 @@ def test_a_setting_that_transformers_would_ignore(tmp_path, use_vllm):
     if use_vllm:
         check_generation_kwargs(config)
         return
-    with pytest.raises(ValueError, match="does not know. Do you mean `no_repeat_ngram_size`"):
+    with pytest.raises(ValueError, match="does not know. Did you mean `no_repeat_ngram_size`"):
         check_generation_kwargs(config)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from trl import SFTConfig
 
-from rlhf_recipes.options.paths import is_address, is_function, why_unread
+from rlhf_recipes.options.paths import is_address, is_function, require_path, why_unread
 from rlhf_recipes.options.recipes import JudgeArguments
 from rlhf_recipes.options.secrets import reason_of
 from rlhf_recipes.options.training import check_training
@@ -40,6 +40,19 @@ def test_a_directory_without_the_file_is_told_from_one_that_has_it(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     assert why_unread(str(tmp_path), "config.json", "other.json") is None
     assert "not a/valid/name" in why_unread("not a/valid/name", "config.json")
+
+
+def test_a_directory_that_cannot_be_read_hides_no_message(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"`m` is .*which does not exist. Did you mean `{tmp_path}/base`\?$"):
+        require_path("m", f"{tmp_path}/bse/")
+    monkeypatch.setattr("pathlib.Path.iterdir", _refuse)  # root reads all
+    with pytest.raises(FileNotFoundError, match=r"`m` is .*bse, which does not exist\.$"):
+        require_path("m", f"{tmp_path}/bse")
+
+
+def _refuse(path):
+    raise PermissionError
 
 
 def test_a_chat_template_that_is_nowhere_is_refused(tmp_path):

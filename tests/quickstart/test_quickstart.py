@@ -21,7 +21,7 @@ SHORT = {
     "sft": ["--max_steps", "4"],
     "reward_modeling": ["--max_steps", "2"],
     "ppo": ["--max_steps", "4", "--eval_steps", "4", "--kl_horizon", "64", "--per_device_train_batch_size", "16"],
-    "evaluate": ["--num_prompts", "8"],
+    "evaluate": ["--num_prompts", "8", "--tracking_uri", "sqlite:///mlflow.db"],
 }
 BEGINS = {
     "sft": "runs/quickstart/base, with runs/quickstart/data",
@@ -125,7 +125,8 @@ def test_every_stage_ends_with_its_result_a_verdict_and_the_next_command(pipelin
         config = CONFIGS / f"{following}.yaml"
         launcher = "python" if following == "evaluate" else "accelerate launch"
         assert command == f"Next: {launcher} recipes/{following}.py --config {config}"
-    assert reports["evaluate"].stdout.splitlines()[-1] == "Next: python recipes/compare.py --experiment rlhf_recipes"
+    compare = "python recipes/compare.py --experiment rlhf_recipes --tracking_uri sqlite:///mlflow.db"
+    assert reports["evaluate"].stdout.splitlines()[-1] == f"Next: {compare}"
 
 
 def test_what_a_stage_prints_is_rounded_and_fit_for_a_file(pipeline):

@@ -157,6 +157,13 @@ def test_an_adapter_without_a_score_head_is_no_reward_model(tmp_path, directory)
         _trainer(directory, tmp_path / "out", adapter=tmp_path / "sft")
 
 
+@pytest.mark.parametrize("in_a_list", [True, False])
+def test_a_reward_model_does_not_count_twice(tmp_path, directory, in_a_list):
+    path = f"{directory}/./rm"
+    with pytest.raises(ValueError, match="are the same reward model, whose score would count twice. Leave out"):
+        _trainer(directory, tmp_path, rewards=[path] if in_a_list else path)
+
+
 def test_no_reward_at_all_is_refused(tmp_path, directory):
     with pytest.raises(ValueError, match="There is no reward"):
         _trainer(directory, tmp_path, adapter=None)

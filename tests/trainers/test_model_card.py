@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,8 +82,10 @@ def test_the_card_of_a_reward_model_has_its_evaluation(reward_model):
 
 
 def test_the_card_of_ppo_names_kl_win_rate_and_reward_model(reward_model, tmp_path):
+    shutil.copytree(reward_model.folder, tmp_path / "second", ignore=shutil.ignore_patterns("checkpoint-*"))
+    rewards = [str(reward_model.folder), str(tmp_path / "second")]
     trainer = tiny.ppo_trainer(
-        tmp_path, rewards=[str(reward_model.folder)], eval_data=tiny.prompts(), judges={"short": _short},
+        tmp_path, rewards=rewards, eval_data=tiny.prompts(), judges={"short": _short},
         eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=2, num_iterations=1,
     )  # fmt: skip
     trainer.describe(SCRIPT, MODEL)
@@ -97,9 +100,8 @@ def test_the_card_of_ppo_names_kl_win_rate_and_reward_model(reward_model, tmp_pa
     row = next(line for line in card.text.splitlines() if "by the judge `short`" in line)
     assert f"| {rounded(low)} to {rounded(high)} |" in row
     assert "On 8 held-out prompts, after step 2." in card.text
-    assert (
-        f"reward model `runs/rm`, trained from `{public_text(reward_model.trainer._card['base_model'])}`" in card.text
-    )
+    base = public_text(reward_model.trainer._card["base_model"])
+    assert all(f"reward model `{place}`, trained from `{base}`" in card.text for place in ("runs/rm", "second"))
     assert "calibration error" in card.text
     assert "loss" not in results
     assert "| judges, not trained on | `short` |" in card.text
@@ -110,7 +112,7 @@ def test_the_card_of_ppo_names_kl_win_rate_and_reward_model(reward_model, tmp_pa
 
     (tmp_path / "README.md").unlink()
     resumed = tiny.ppo_trainer(
-        tmp_path, rewards=[str(reward_model.folder)], eval_data=tiny.prompts(), judges={"short": _short},
+        tmp_path, rewards=rewards, eval_data=tiny.prompts(), judges={"short": _short},
         eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=2, num_iterations=1,
     )  # fmt: skip
     resumed.describe(SCRIPT, MODEL)
@@ -186,6 +188,29 @@ def test_a_command_is_written_without_machine_and_secrets(tmp_path, monkeypatch)
 )
 def test_only_a_name_on_the_hub_is_linked(name, known):
     assert hub_name(name) == known
+
+
+@pytest.mark.parametrize(
+    ("head", "known"),
+    [
+        (b"---\nbase_model: me/ancestor\nlanguage: 1\n1: 2\n---\n", "me/ancestor"),
+        (b"---\n- a\n---\n", None),
+        (b"---\na: [\n---\n", None),
+        (b"---\n---\n", None),
+        (b"\xff\xfe", None),
+    ],
+)
+def test_the_card_of_a_local_base_is_read_if_it_can_be(tmp_path, head, known):
+    (tmp_path / "README.md").write_bytes(head)
+    assert hub_name(str(tmp_path)) == known
+
+
+def test_only_the_process_that_writes_cards_asks_for_the_origin(tmp_path, monkeypatch):
+    monkeypatch.setattr(Origin, "of_process", lambda *_: pytest.fail("another process asked"))
+    monkeypatch.setattr(SFTTrainer, "is_world_process_zero", lambda trainer: False)
+    data = Dataset.from_dict({"text": tiny.TEXTS})
+    args = SFTConfig(str(tmp_path), **tiny.QUIET)
+    SFTTrainer(tiny.policy(tiny.tokenizer()), args, train_dataset=data, processing_class=tiny.tokenizer())
 
 
 def test_a_run_from_memory_is_described_too(tmp_path, caplog):
