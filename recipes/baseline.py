@@ -52,10 +52,12 @@ def main(
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
-    recorded = preflight_args.recorded(tracking_args)
+    recorded, trains = preflight_args.recorded(tracking_args), not preflight_args.preflight_only
     with (
         own_directory(training_args, preflight_args, script_args, model_args, tracking_args),
-        track_run(recorded, run_name, script_args.method, script_args, training_args, model_args) as callbacks,
+        track_run(
+            recorded, run_name, script_args.method, script_args, training_args, model_args, trains=trains
+        ) as callbacks,
     ):
         trainer_class = TRAINERS[script_args.method]
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
@@ -87,7 +89,8 @@ def main(
         preflight(trainer, train, evaluation, preflight_args, tracking_args, with_answers=answered)
         metrics = train_and_save(trainer, tracking_args)
     needed = {"model_name_or_path": training_args.output_dir, "baseline_path": source}
-    end_stage(training_args.output_dir, policy_verdict(trainer.state.log_history), "evaluate", needed)
+    verdict = policy_verdict(trainer.state.log_history, best_step=trainer.best_step)
+    end_stage(training_args.output_dir, verdict, "evaluate", needed)
     trainer.accelerator.end_training()
     return metrics
 

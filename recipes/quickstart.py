@@ -73,10 +73,10 @@ def run_stage(stage: str, name: str, seed: int, num_pairs: int, parent: list[str
         elif stage == "preferences":
             make_preferences(world, run, seed, num_pairs)
         else:
-            script, config = f"{stage}.py", str(RECIPES / "configs" / name / f"{stage}.yaml")
+            script, config = str(RECIPES / f"{stage}.py"), str(RECIPES / "configs" / name / f"{stage}.yaml")
             going_on = continued(run / stage, start, seed, IDENTITY_FILE)
             sys.argv = [script, "--config", config, "--seed", str(seed), *parent, *going_on]
-            runpy.run_path(str(RECIPES / script), run_name="__main__")
+            runpy.run_path(script, run_name="__main__")
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)

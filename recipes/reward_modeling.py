@@ -42,10 +42,12 @@ def main(
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
-    recorded = preflight_args.recorded(tracking_args)
+    recorded, trains = preflight_args.recorded(tracking_args), not preflight_args.preflight_only
     with (
         own_directory(training_args, preflight_args, script_args, model_args, tracking_args),
-        track_run(recorded, run_name, "reward_modeling", script_args, training_args, model_args) as callbacks,
+        track_run(
+            recorded, run_name, "reward_modeling", script_args, training_args, model_args, trains=trains
+        ) as callbacks,
     ):
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code)

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *RECIPES.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 HOMES = (arguments, rlhf_recipes, trl)
+# Scripts whose parser is built in a module.
+PARSED_ELSEWHERE = {RECIPES / "quickstart.py": ROOT / "rlhf_recipes" / "quickstart" / "stages.py"}
 
 
 def _parser_classes(recipe):
@@ -72,7 +74,8 @@ def commands_of(text):
 
 
 def options_of_script(script):
-    """Return the options that a script adds to its own parser, read from its source."""
+    """Return the options that a script adds to its own parser, read from the source that adds them."""
+    script = PARSED_ELSEWHERE.get(script, script)
     nodes = [*ast.walk(ast.parse(script.read_text()))]
     calls = (node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument")
     added = {call.args[0].value for call in calls if isinstance(call.args[0], ast.Constant)}

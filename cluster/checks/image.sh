@@ -37,7 +37,7 @@ say "its user has trained SFT and reward model"
 ppo=("$entrypoint" launch recipes/ppo.py --config recipes/configs/quickstart/ppo.yaml --max_steps 24 --logging_steps 2
     --eval_steps 12 --resume_from_checkpoint true)
 run "${ppo[@]}" >"$work/ppo.log" 2>&1 &
-until grep -q "'num_tokens'" "$work/ppo.log"; do
+until grep -Eq '^step +[0-9]+/[0-9]+  ' "$work/ppo.log"; do # the line of a log of the training
     kill -0 $! || { tail -n 20 "$work/ppo.log"; exit 1; }
     sleep 0.2
 done

@@ -83,7 +83,7 @@ wait_for_end() { # of one job, or of all jobs of an array; the second argument i
 }
 
 wait_for_step() { # of a run, counted by the lines of its log
-    until grep -qs "'num_tokens'" "rlhf-$1.out" && (($(grep -o "'num_tokens'" "rlhf-$1.out" | wc -l) >= $2)); do
+    until (($(cat "rlhf-$1.out" 2>/dev/null | grep -Ec '^step +[0-9]+/[0-9]+  ') >= $2)); do
         [[ $(state_of "$1") =~ PENDING|RUNNING|CONFIGURING ]] || { tail -n 40 "rlhf-$1.out"; exit 1; }
         sleep 0.2
     done

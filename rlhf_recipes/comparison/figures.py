@@ -151,7 +151,7 @@ def _win_rates(groups: list[Group], matrix: WinMatrix | None) -> dict[str, Any]:
     traces, told = [], []
     for number, group in enumerate(groups):
         share = matrix.over_baseline(group.name) if matrix and group.name in matrix.names else None
-        kl = [run.evaluation.metrics.get("policy/kl", math.nan) for run in group.runs if run.evaluation]
+        kl = [run.evaluation.metrics.get("policy/kl", math.nan) for run in group.counted if run.evaluation]
         if share is None or not np.isfinite(kl).any():
             continue
         over = "seeds and prompts" if share.sources else "prompts only"

@@ -3,8 +3,10 @@
 `rlhf_recipes/options/relevance.py` says which options may differ inside a group.
 """
 
+import functools
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from string import ascii_uppercase
 
@@ -24,6 +26,11 @@ class Group:
     name: str
     label: str
     runs: list[TrackedRun]
+
+    @functools.cached_property
+    def counted(self) -> list[TrackedRun]:
+        """Runs that count for a verdict: they did not fail, and have finite numbers for score and KL."""
+        return [run for run in self.runs if not run.failed and len(run_path(run))]
 
     def run_name(self, run: TrackedRun) -> str:
         """Return a short name of one of the runs: the letter of the group, and the seed if there are several runs."""
@@ -93,9 +100,18 @@ def all_count_samples(runs: list[TrackedRun]) -> bool:
     return all(np.isfinite(run.curves.get("episode", pd.Series(dtype=float))).any() for run in runs)
 
 
-def reward_names(run: TrackedRun) -> list[str]:
-    """Return the names of the judges that the run was trained on."""
-    return ["reward_model", *(str(name).split(":")[-1] for name in run.options.get("reward_functions") or ())]
+def trained_judges(runs: Iterable[TrackedRun]) -> set[str]:
+    """Return the judges that some of the runs was trained on.
+
+    A judge that is a reward model is the reward of a run if both have one path, or were trained by one run. The reward
+    model of a run without recorded options is unknown, so the judge `reward_model` may be its reward.
+    """
+    runs = list(runs)
+    functions = {str(name).split(":")[-1] for run in runs for name in run.options.get("reward_functions") or ()}
+    rewards = {name for run in runs for name in run.reward_models}
+    judges = [judge for run in runs if run.evaluation for judge in run.evaluation.reward_models.items()]
+    unknown = {"reward_model"} if any(not run.options for run in runs) else set()
+    return functions | unknown | {name for name, known in judges if known & rewards}
 
 
 def run_alarms(run: TrackedRun) -> list[str]:
@@ -105,5 +121,5 @@ def run_alarms(run: TrackedRun) -> list[str]:
         run.curves,
         run.evaluation.metrics if run.evaluation else {},
         target_kl=run.options.get("target_kl") if adaptive else None,
-        rewards=reward_names(run),
+        rewards=trained_judges([run]),
     )

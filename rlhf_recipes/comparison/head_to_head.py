@@ -3,6 +3,7 @@
 The evaluations have recorded the completions and their scores. Nothing is generated or judged here.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -12,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from rlhf_recipes.comparison.runs import Evaluation
-from rlhf_recipes.evaluation.statistics import crossed_mean, preference_rate, wins_per_prompt
+from rlhf_recipes.evaluation.figures import held_out_first
+from rlhf_recipes.evaluation.statistics import (
+    CrossedMean,
+    preference_rate,
+    share_between,
+    share_over_baseline,
+    wins_per_prompt,
+)
 
 Scores = dict[str, list[float | None]]  # of the samples of each prompt
 
@@ -37,8 +45,8 @@ class Share:
 
     @property
     def separates(self) -> bool:
-        """Whether the interval is over seeds and prompts and does not hold 0.5."""
-        return self.sources is not None and not self.low <= 0.5 <= self.high
+        """Whether the interval is over seeds and prompts, has a width, and does not hold 0.5."""
+        return self.sources is not None and self.low < self.high and not self.low <= 0.5 <= self.high
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ def judges_of(evaluations: Iterable[Evaluation]) -> list[str]:
     """Return the judges of some evaluations. `reward_model` is last, because it trains the policies."""
     columns = {name for evaluation in evaluations for row in evaluation.rows[:1] for name in row}
     judges = {name.removeprefix("policy_") for name in columns if name.startswith("policy_")} - {"completion"}
-    return sorted(judges, key=lambda judge: (judge == "reward_model", judge))
+    return held_out_first(sorted(judges))
 
 
 def win_matrices(groups: dict[str, list[Evaluation]]) -> list[WinMatrix]:
@@ -97,11 +105,11 @@ def _win_matrix(judge: str, groups: dict[str, list[Evaluation]]) -> WinMatrix:
         row = [
             None
             if rival == name or not all(_one_scale(judge, ours, theirs) for ours in runs for theirs in others)
-            else _share([[(ours, theirs) for theirs in scores[rival]] for ours in scores[name]])
+            else _share_between(scores[name], scores[rival])
             for rival, others in groups.items()
         ]
         baselines = [_scores_by_prompt(run, f"baseline_{judge}") for run in runs]
-        cells.append([*row, _share([[pair] for pair in zip(scores[name], baselines, strict=True)], baseline=True)])
+        cells.append([*row, _share_over(scores[name], baselines)])
     most = max(len(known) for own in scores.values() for known in own)
     return WinMatrix(judge, list(groups), cells, most)
 
@@ -123,22 +131,37 @@ def prompt_key(row: dict[str, Any]) -> str:
     return json.dumps(row["prompt"], sort_keys=True)
 
 
-def _share(pairs: list[list[tuple[Scores, Scores]]], *, baseline: bool = False) -> Share | None:
-    """Return the share of one group against another from the scores of each pair of their runs, `(R, Q)`.
-
-    A prompt without a score of each run does not count.
-    """
-    every = [scores for row in pairs for pair in row for scores in pair]
-    common = [prompt for prompt in every[0] if all(prompt in scores for scores in every)]
-    if not common:
+def _share_between(ours: list[Scores], theirs: list[Scores]) -> Share | None:
+    """Return the share of one group against another. A prompt without a score of each run does not count."""
+    runs = [*ours, *theirs]
+    if not (common := _common(runs)):
         return None
-    wins = np.array([[_wins(ours, theirs, common) for ours, theirs in row] for row in pairs])  # (R, Q, N)
+    wins = np.full((len(runs), len(runs), len(common)), 0.5)
+    for i, j in itertools.combinations(range(len(runs)), 2):
+        wins[i, j] = _wins(runs[i], runs[j], common)
+        wins[j, i] = 1 - wins[i, j]
     wins = wins[:, :, np.isfinite(wins).all(axis=(0, 1))]
-    if not wins.size:
+    between = wins[: len(ours), len(ours) :]
+    return _as_share(share_between(wins, len(ours)), between.mean(axis=(0, 1))) if wins.size else None
+
+
+def _share_over(ours: list[Scores], baselines: list[Scores]) -> Share | None:
+    """Return the share of a group against the baselines of its runs."""
+    if not (common := _common([*ours, *baselines])):
         return None
-    over_all = crossed_mean(wins[:, 0] if baseline else wins)
+    wins = np.array([_wins(scores, baseline, common) for scores, baseline in zip(ours, baselines, strict=True)])
+    wins = wins[:, np.isfinite(wins).all(axis=0)]
+    return _as_share(share_over_baseline(wins), wins.mean(axis=0)) if wins.size else None
+
+
+def _common(runs: list[Scores]) -> list[str]:
+    return [prompt for prompt in runs[0] if all(prompt in scores for scores in runs)]
+
+
+def _as_share(over_all: CrossedMean, by_prompt: np.ndarray) -> Share:
+    """Return the share with its interval: over prompts only, if one of the groups has a single run."""
     if math.isnan(over_all.low):
-        share, low, high = preference_rate(wins.mean(axis=(0, 1))).values()
+        share, low, high = preference_rate(by_prompt).values()
         return Share(share, low, high)
     return Share(over_all.mean, max(over_all.low, 0.0), min(over_all.high, 1.0), over_all.shares)
 

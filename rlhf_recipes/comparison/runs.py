@@ -4,6 +4,7 @@ Nothing is written to the store. A record that a run does not have is no error.
 """
 
 import json
+import posixpath
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -50,6 +51,7 @@ class Evaluation:
         rows: One row per completion: `prompt`, `policy_completion`, `baseline_completion`, `policy_<judge>`,
             `baseline_<judge>`.
         reward_model: Identity of the judge `reward_model`. Scores of two reward models cannot be compared.
+        judge_paths: Path of each judge that is a reward model, by the name of the judge.
     """
 
     run_id: str
@@ -57,6 +59,13 @@ class Evaluation:
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
     reward_model: str
+    judge_paths: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reward_models(self) -> dict[str, set[str]]:
+        """The judges that are reward models, each with its path and the run that trained it, as far as known."""
+        known = {name: {_path(path)} for name, path in self.judge_paths.items()}
+        return known | {"reward_model": known.get("reward_model", set()) | {_path(self.reward_model)}}
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class TrackedRun:
         peak_memory: Gigabytes by device, from the system metrics.
         evaluation: Latest finished evaluation, if any.
         held_out: Whether the curves are those of the evaluations.
+        reward_model: Id of the run that trained the reward model. Empty if unknown.
     """
 
     run_id: str
@@ -95,6 +105,7 @@ class TrackedRun:
     peak_memory: dict[str, float] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     held_out: bool = False
+    reward_model: str = ""
 
     @property
     def failed(self) -> bool:
@@ -106,6 +117,16 @@ class TrackedRun:
         """The rewards of the run. The scores of two runs have the same unit only if this is equal."""
         model = self.lineage.get("reward model") or self.options.get("reward_model_path")
         return str((model, self.options.get("reward_adapter"), self.options.get("reward_functions")))
+
+    @property
+    def reward_models(self) -> set[str]:
+        """The reward models that the run was trained on: paths, and the run that trained one, as far as known."""
+        paths = (self.options.get("reward_model_path"), self.options.get("reward_adapter"))
+        return {_path(str(name)) for name in (self.reward_model, *paths) if name}
+
+
+def _path(path: str) -> str:
+    return posixpath.normpath(path)
 
 
 def read_experiment(experiment: str, run_ids: Iterable[str], tracking_uri: str) -> list[TrackedRun]:
@@ -165,7 +186,7 @@ def _selected(trained: list[Run], runs: list[Run], experiment: str, wanted: Iter
         others = ", ".join(f"{count} {stage}" for stage, count in stages.items()) or "none"
         raise ValueError(
             f"`experiment` {experiment!r} has no run of PPO, RLOO, GRPO or DPO (runs there: {others}): train with "
-            f"`recipes/ppo.py --experiment_name {experiment}`, or choose another experiment."
+            f"`rlhf ppo --experiment_name {experiment}`, or choose another experiment."
         )
     chosen: list[Run] = []
     for name in wanted:
@@ -216,6 +237,7 @@ def _read_run(client: MlflowClient, run: Run, evaluation: Run | None, tracking_u
         peak_memory=peaks.groupby([device for device, _ in memory]).max().to_dict() if memory else {},
         evaluation=None if evaluation is None else _read_evaluation(client, evaluation, tracking_uri),
         held_out=held_out,
+        reward_model=tags.get("lineage.reward_model", ""),
     )
 
 
@@ -241,12 +263,16 @@ def _read_options(client: MlflowClient, run_id: str, tracking_uri: str) -> dict[
 def _read_evaluation(client: MlflowClient, run: Run, tracking_uri: str) -> Evaluation:
     text = _read_artifact(client, run.info.run_id, "completions.jsonl", tracking_uri)
     options = _read_options(client, run.info.run_id, tracking_uri)
+    paths = {posixpath.basename(_path(path)): path for path in options.get("judge_models") or ()}
+    if path := options.get("reward_model_path"):
+        paths["reward_model"] = path
     return Evaluation(
         run_id=run.info.run_id,
         name=run.info.run_name,
         metrics=run.data.metrics,
         rows=[json.loads(line) for line in text.split("\n") if line],
         reward_model=run.data.tags.get("lineage.reward_model") or str(options.get("reward_model_path")),
+        judge_paths=paths,
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from rlhf_recipes.comparison.frontier import Frontier, find_frontier
-from rlhf_recipes.comparison.groups import Group, reward_names, run_alarms, run_path
+from rlhf_recipes.comparison.groups import Group, run_alarms, run_path, trained_judges
 from rlhf_recipes.comparison.head_to_head import Share, WinMatrix, win_matrices
 from rlhf_recipes.comparison.runs import Evaluation
 
@@ -43,65 +43,84 @@ def decide(groups: list[Group]) -> Verdict:
 
     The winner beats each other group on held-out prompts, by a judge that trained no run, and each interval over seeds
     and prompts shows it. All of these comparisons must hold, so none of them needs a correction for their number.
-    Runs that failed or logged no numbers do not count; the caveats name them.
+    Another held-out judge may be undecided, but must not show the opposite. Runs that failed or logged no numbers do
+    not count; the caveats name them.
     """
-    paths = {run.run_id: run_path(run) for group in groups for run in group.runs if not run.failed}
-    paths = {run_id: path for run_id, path in paths.items() if len(path)}
-    ranked = [group for group in groups if any(run.run_id in paths for run in group.runs)]
+    paths = {run.run_id: run_path(run) for group in groups for run in group.counted}
+    ranked = [group for group in groups if group.counted]
     evaluations = {group.name: own for group in ranked if (own := _evaluations(group))}
     matrices = win_matrices(evaluations)
-    matrix = _deciding(matrices, ranked)
+    trained = trained_judges(run for group in ranked for run in group.counted)
+    matrix = _deciding(matrices, trained)
+    held_out = [each for each in matrices if each.judge not in trained]
     caveats = [*_left_out(groups, paths), *_running(groups), *_held_out_curves(ranked)]
-    one_unit = len({run.reward for group in ranked for run in group.runs}) <= 1
+    one_unit = len({run.reward for group in ranked for run in group.counted}) <= 1
     if not one_unit:
         caveats.append("The runs were trained on different rewards. Their scores have different units: no frontier.")
     frontier = find_frontier(ranked, paths) if ranked and one_unit else None
-    headline, missing = _answer(ranked, matrix, frontier)
+    headline, missing = _answer(ranked, matrix, held_out, frontier)
     findings = _findings(frontier) if frontier and len(ranked) > 1 else []
     return Verdict(headline, findings, missing, caveats, frontier, matrices, matrix)
 
 
 def _evaluations(group: Group) -> list[Evaluation]:
-    return [run.evaluation for run in group.runs if run.evaluation and run.evaluation.rows and not run.failed]
+    return [run.evaluation for run in group.counted if run.evaluation and run.evaluation.rows]
 
 
-def trained_judges(groups: list[Group]) -> set[str]:
-    """Return the judges that some run was trained on."""
-    return {name for group in groups for run in group.runs for name in reward_names(run)}
-
-
-def _deciding(matrices: list[WinMatrix], groups: list[Group]) -> WinMatrix | None:
+def _deciding(matrices: list[WinMatrix], trained: set[str]) -> WinMatrix | None:
     """Return the matrix that decides: of a judge that no run was trained on, and that compares the most groups."""
-    trained = trained_judges(groups)
     return min(matrices, key=lambda m: (m.judge in trained, -sum(map(bool, sum(m.cells, [])))), default=None)
 
 
-def _answer(groups: list[Group], matrix: WinMatrix | None, frontier: Frontier | None) -> tuple[str, list[str]]:
+def _answer(
+    groups: list[Group], matrix: WinMatrix | None, held_out: list[WinMatrix], frontier: Frontier | None
+) -> tuple[str, list[str]]:
     """Return the headline, and what is missing for a winner."""
     if not groups:
         return "No finished run has finite scores and KL: nothing to rank.", []
     if len(groups) == 1:
         return _alone(groups[0], frontier), []
     if matrix is None:
-        return "No winner: no evaluation has compared answers to held-out prompts.", _missing(groups, None, None)
-    first = _ahead(groups, matrix)
-    missing = _missing(groups, matrix, first)
+        return "No winner: no evaluation has compared answers to held-out prompts.", _missing(
+            groups, None, held_out, None
+        )
+    first = _winner(groups, matrix) or _ahead(groups, matrix)
+    missing = _missing(groups, matrix, held_out, first)
     if first is None:
         return "No winner: no two groups have answered the same held-out prompts for the same judge.", missing
-    if matrix.judge in trained_judges(groups):
+    if matrix not in held_out:
         return (
             f"No winner: {_title(first)} is ahead, but the only judge, {matrix.judge}, trained the policies.",
             missing,
         )
+    return _by_held_out_judges(groups, first, matrix, held_out, missing)
+
+
+def _by_held_out_judges(
+    groups: list[Group], first: Group, matrix: WinMatrix, held_out: list[WinMatrix], missing: list[str]
+) -> tuple[str, list[str]]:
+    """Return the headline about the group that is ahead by a judge that trained no run, and what is missing."""
     rivals = [group for group in groups if group is not first]
     if doubts := [rival for rival in rivals if not _beats(matrix, first, rival)]:
         return _undecided(first, doubts, matrix), missing
+    if against := [(each, rival) for each in held_out for rival in rivals if _beats(each, rival, first)]:
+        return _disagreement(first, matrix, *against[0])
     closest = min(rivals, key=lambda rival: _mean(matrix, first, rival))
     where = f"on held-out prompts, judged by {matrix.judge}: {_figure(_share(matrix, first, closest))}"
-    against = f"against {_title(closest)}{', the closest of the others' if len(rivals) > 1 else ''}"
+    whom = f"against {_title(closest)}{', the closest of the others' if len(rivals) > 1 else ''}"
     if any(run_alarms(run) for run in first.runs):
-        return f"{_title(first)} beats every other group {where} {against}. But it raises alarms: read them first.", []
-    return f"Winner: {_title(first)}. It beats every other group {where} {against}.", []
+        return f"{_title(first)} beats every other group {where} {whom}. But it raises alarms: read them first.", []
+    return f"Winner: {_title(first)}. It beats every other group {where} {whom}.", []
+
+
+def _disagreement(first: Group, matrix: WinMatrix, other: WinMatrix, rival: Group) -> tuple[str, list[str]]:
+    """Say which held-out judge shows the opposite of the deciding one."""
+    judges = f"{matrix.judge} and {other.judge}"
+    headline = (
+        f"No winner: the held-out judges disagree. By {matrix.judge}, {_title(first)} beats every other group; by "
+        f"{other.judge}, {_title(rival)} beats it: {_figure(_share(other, rival, first))}."
+    )
+    return headline, [f"a choice between {judges}: read the answers, and evaluate with the judge that you trust"]
 
 
 def _alone(group: Group, frontier: Frontier | None) -> str:
@@ -125,6 +144,11 @@ def _undecided(first: Group, doubts: list[Group], matrix: WinMatrix) -> str:
         reason = f"the interval over seeds and prompts does not show that it beats {title}: {_figure(share)}"
     others = f" In question: {', '.join(rival.name for rival in doubts)}." if len(doubts) > 1 else ""
     return f"No winner: {_title(first)} is ahead on held-out prompts, judged by {matrix.judge}, but {reason}.{others}"
+
+
+def _winner(groups: list[Group], matrix: WinMatrix) -> Group | None:
+    """Return the group that beats each other group; None if there is none."""
+    return next((g for g in groups if all(_beats(matrix, g, rival) for rival in groups if rival is not g)), None)
 
 
 def _ahead(groups: list[Group], matrix: WinMatrix) -> Group | None:
@@ -172,11 +196,13 @@ def _findings(frontier: Frontier) -> list[str]:
     return [f"By the score of the training, these groups lead within a KL (nats): {parts}."] if spans else []
 
 
-def _missing(groups: list[Group], matrix: WinMatrix | None, first: Group | None) -> list[str]:
+def _missing(
+    groups: list[Group], matrix: WinMatrix | None, held_out: list[WinMatrix], first: Group | None
+) -> list[str]:
     """Return what to add before a winner can be named."""
     return [
         *_missing_seeds(groups),
-        *_missing_evaluations(groups, matrix),
+        *_missing_evaluations(groups, held_out),
         *(_missing_precision(groups, matrix, first) if matrix and first else []),
     ]
 
@@ -184,8 +210,7 @@ def _missing(groups: list[Group], matrix: WinMatrix | None, first: Group | None)
 def _missing_seeds(groups: list[Group]) -> list[str]:
     by_count: dict[int, list[str]] = {}
     for group in groups:
-        finished = sum(not run.failed for run in group.runs)
-        by_count.setdefault(ENOUGH_SEEDS - finished, []).append(group.name)
+        by_count.setdefault(ENOUGH_SEEDS - len(group.counted), []).append(group.name)
     return [
         f"{count} more seed{'s' if count > 1 else ''} of {'each of ' if len(names) > 1 else ''}{', '.join(names)}"
         for count, names in sorted(by_count.items(), reverse=True)
@@ -193,16 +218,11 @@ def _missing_seeds(groups: list[Group]) -> list[str]:
     ]
 
 
-def _missing_evaluations(groups: list[Group], matrix: WinMatrix | None) -> list[str]:
-    bare = [
-        group.run_name(run)
-        for group in groups
-        for run in group.runs
-        if not run.failed and not _is_evaluated(run.evaluation)
-    ]
-    texts = [f"evaluations of {', '.join(bare)} on the same prompts, with `recipes/evaluate.py`"] if bare else []
-    if matrix is None or matrix.judge in trained_judges(groups):
-        texts.append("a judge that trains no policy: `--judge_functions` or `--judge_models` of `recipes/evaluate.py`")
+def _missing_evaluations(groups: list[Group], held_out: list[WinMatrix]) -> list[str]:
+    bare = [group.run_name(run) for group in groups for run in group.counted if not _is_evaluated(run.evaluation)]
+    texts = [f"evaluations of {', '.join(bare)} on the same prompts, with `rlhf evaluate`"] if bare else []
+    if not held_out:
+        texts.append("a judge that trains no policy: `--judge_functions` or `--judge_models` of `rlhf evaluate`")
     return texts
 
 
@@ -219,7 +239,7 @@ def _missing_precision(groups: list[Group], matrix: WinMatrix, first: Group) -> 
         share = _share(matrix, first, rival)
         if share is None:
             texts.append(f"evaluations of {first.name} and {rival.name} on the same prompts, by the same judge")
-        elif share.sources and min(len(first.runs), len(rival.runs)) >= ENOUGH_SEEDS:
+        elif share.sources and min(len(first.counted), len(rival.counted)) >= ENOUGH_SEEDS:
             more = "held-out prompts" if share.sources[-1] > 0.5 else f"seeds of {first.name} and {rival.name}"
             texts.append(f"more {more}, which make most of the uncertainty between {first.name} and {rival.name}")
     return texts

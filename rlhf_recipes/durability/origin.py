@@ -66,7 +66,7 @@ def _public_path(path: str) -> str:
     return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else whole.name
 
 
-def command_of(arguments: Sequence[str], num_processes: int = 1) -> str | None:
+def command_of(arguments: Sequence[str], num_processes: int = 1, module: str | None = None) -> str | None:
     """Return the command that starts a run again; `None` if no script has started it.
 
     A shipped recipe is written as a command of `rlhf`.
@@ -74,16 +74,23 @@ def command_of(arguments: Sequence[str], num_processes: int = 1) -> str | None:
     Args:
         arguments: `sys.argv` of the run.
         num_processes: Processes that accelerate started.
+        module: Name of the module that `python -m` runs; `None` for a file.
     """
     script, options = Path(arguments[0]), list(arguments[1:])
     if script.suffix != ".py" or "ipykernel" in script.name:
         return None
-    is_recipe = (shipped("recipes") / script.name).is_file()
+    is_recipe = script.resolve() == (shipped("recipes") / script.name).resolve()  # a user may have a `ppo.py`, too
     start = ["rlhf", script.stem.replace("_", "-")] if is_recipe else ["accelerate", "launch"]
     if num_processes > 1:
         start += ["--num_processes", str(num_processes)]
-    own = [] if is_recipe else [script.name]
+    own = [] if is_recipe else ["-m", module] if module else [script.name]
     return shlex.join([*start, *own, *(_public_argument(script.stem, part) for part in _without_tracking(options))])
+
+
+def _module_of(script: str) -> str | None:
+    """Return the module that `python -m` runs, if this is its file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None or spec.origin != script else str(spec.name).removesuffix(".__main__")
 
 
 def _without_tracking(options: list[str]) -> list[str]:
@@ -149,7 +156,8 @@ class Origin:
         Args:
             num_processes: Processes that accelerate started.
         """
-        return cls(command_of(sys.argv, num_processes), configuration_of(sys.argv), *_code_in(os.getcwd()))
+        command = command_of(sys.argv, num_processes, _module_of(sys.argv[0]))
+        return cls(command, configuration_of(sys.argv), *_code_in(os.getcwd()))
 
 
 @functools.cache  # the code that a process has loaded is that of its start

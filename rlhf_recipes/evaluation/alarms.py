@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from transformers import TrainerCallback
 
-from rlhf_recipes.evaluation.held_out import TRAINED_SCORE
+from rlhf_recipes.evaluation.figures import TRAINED_SCORE
 from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY
 
 logger = logging.getLogger(__name__)

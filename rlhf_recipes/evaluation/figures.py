@@ -5,12 +5,12 @@ Only what is printed is short. The tracked figures and those in JSON files stay 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rlhf_recipes.console import duration
 
-# Printed figures, most important first: label and unit. Of two figures with one label, the first counts.
+# Figures that readers see, most important first: label and unit. Of two figures with one label, the first is printed.
 FIGURES = {
     "win_rate": ("win rate", ""),
     "objective/scores": ("score", ""),
@@ -18,6 +18,8 @@ FIGURES = {
     "objective/kl": ("KL", "nats"),
     "kl": ("KL", "nats"),
     "completions/mean_length": ("length", "tokens"),
+    "policy/clip_fraction": ("clipped", ""),
+    "clip_ratio/region_mean": ("clipped", ""),
     "accuracy": ("accuracy", ""),
     "loss": ("loss", ""),
     "rewards/accuracies": ("accuracy", ""),
@@ -27,8 +29,6 @@ FIGURES = {
     "calibration_error": ("calibration error", ""),
     "length_correlation": ("length correlation", ""),
     "entropy": ("entropy", "nats"),
-    "policy/clip_fraction": ("clipped", ""),
-    "clip_ratio/region_mean": ("clipped", ""),
     "val/explained_variance_mc": ("critic explains", ""),
     "completions/clipped_ratio": ("cut off", ""),
     "learning_rate": ("rate", ""),
@@ -36,6 +36,7 @@ FIGURES = {
 }
 SEPARATOR = "  "
 ENDS = ("", "_low", "_high")  # of the names of a figure with its interval
+TRAINED_SCORE = "score"  # the judge that is the reward itself
 HIDDEN = ("total_flos", "epoch")  # nobody decides by them; the log of the trainer keeps them
 UNITS = {"length": "tokens", "kl": "nats"}  # of figures with a judge or a policy before their name
 
@@ -67,6 +68,14 @@ def figure(name: str, value: float) -> str:
     label, unit = FIGURES[name]
     text = rate(value) if name == "learning_rate" else rounded(value)
     return f"{label} {text} {unit}".rstrip()
+
+
+def title(name: str) -> str:
+    """Return the label of a figure with its unit, and whether it is from an evaluation: for pages and cards."""
+    own = name.removeprefix("eval_")
+    last = own.rpartition("/")[2]
+    label, unit = FIGURES.get(own) or FIGURES.get(last) or (last, UNITS.get(last, ""))
+    return f"{label}{f' ({unit})' if unit else ''}{', held out' if name != own else ''}"
 
 
 def log_line(logs: Mapping[str, Any], step: int, steps: int, width: int) -> str:
@@ -101,8 +110,7 @@ def _figures(found: Mapping[str, float]) -> list[str]:
 
 def _judged(found: Mapping[str, float]) -> list[str]:
     """Return the win rate of each judge with its interval; a held-out judge before the trained score."""
-    judges = [name.removesuffix("/win_rate") for name in found if name.endswith("/win_rate")]
-    judges.sort(key=lambda judge: judge == "score")
+    judges = held_out_first(name.removesuffix("/win_rate") for name in found if name.endswith("/win_rate"))
     return [f"win rate by {judge} {interval(*(found[f'{judge}/win_rate{end}'] for end in ENDS))}" for judge in judges]
 
 
@@ -110,6 +118,25 @@ def _end_line(logs: Mapping[str, Any], step: int) -> str:
     seconds = logs["train_runtime"]
     loss = f", mean loss {rounded(logs['train_loss'])}" if "train_loss" in logs else ""
     return f"Trained {step:,} steps in {duration(seconds)} ({seconds / max(step, 1):.2g} s per step){loss}."
+
+
+def evaluation_of(log_history: Iterable[Mapping[str, Any]], step: int | None) -> dict[str, Any]:
+    """Return the latest evaluation in a log; empty without one.
+
+    Args:
+        log_history: Entries of the log.
+        step: Step whose weights the model has; `None`: those of the last step.
+    """
+    found: dict[str, Any] = {}
+    for entry in log_history:
+        if any(name.startswith("eval_") for name in entry) and step in (None, entry["step"]):
+            found = dict(entry)
+    return found
+
+
+def held_out_first(judges: Iterable[str]) -> list[str]:
+    """Return names of judges in their order, but those that a policy may be trained on last."""
+    return sorted(judges, key=lambda judge: judge in (TRAINED_SCORE, "reward_model"))
 
 
 def table_of(metrics: Mapping[str, float]) -> dict[str, str]:

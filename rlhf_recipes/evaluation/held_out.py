@@ -13,11 +13,11 @@ import torch
 from accelerate.utils import gather_object
 
 from rlhf_recipes.data.messages import answer_to
+from rlhf_recipes.evaluation.figures import TRAINED_SCORE
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
 from rlhf_recipes.rewards.calls import RewardCalls
 
 Judge = Callable[..., Any]
-TRAINED_SCORE = "score"
 JUDGED = "judge/"  # prefix of the name of a judge in a row
 
 

@@ -4,6 +4,7 @@ The tables are files in the output directory, in the format of MLflow's tables. 
 `pandas.read_json(path, orient="split")` read them.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
@@ -78,6 +79,12 @@ def write_table(rows: list[dict[str, Any]], output_dir: str | Path, kind: str, s
         logger.warning(f"The table {file} could not be written: {error}. The training goes on without it.")
         return None
     return file
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """Return a table that `write_table` wrote. Texts stay texts, also where pandas would see numbers or times."""
+    table = json.loads(file.read_text(encoding="utf-8"))
+    return pd.DataFrame(table["data"], columns=table["columns"])
 
 
 def write_evaluation(rows: list[dict[str, Any]], output_dir: str | Path, step: int) -> None:

@@ -111,8 +111,8 @@ class CrossedMean:
     shares: tuple[float, ...]
 
     def excludes(self, value: float) -> bool:
-        """Return whether the interval is there and does not hold a value."""
-        return not math.isnan(self.low) and not self.low <= value <= self.high
+        """Return whether the interval is there and does not hold a value. Without width it shows nothing."""
+        return self.low < self.high and not self.low <= value <= self.high
 
 
 def crossed_mean(values: ArrayLike) -> CrossedMean:
@@ -137,13 +137,58 @@ def crossed_mean(values: ArrayLike) -> CrossedMean:
     if (sizes < 2).any():
         return CrossedMean(mean, math.nan, math.nan, (math.nan,) * values.ndim)
     others = [tuple(axis for axis in range(values.ndim) if axis != kept) for kept in range(values.ndim)]
-    terms = np.array([values.mean(axis=axes).var(ddof=1) for axes in others]) / sizes
+    return _over_factors(mean, np.array([values.mean(axis=axes).var(ddof=1) for axes in others]), sizes)
+
+
+def _over_factors(mean: float, variances: np.ndarray, sizes: np.ndarray) -> CrossedMean:
+    """Return the interval of a mean from the variance between the levels of each factor, and their numbers."""
+    terms = variances / sizes
     variance = terms.sum()
     if variance == 0:
-        return CrossedMean(mean, mean, mean, (0.0,) * values.ndim)
+        return CrossedMean(mean, mean, mean, (0.0,) * len(terms))
     freedom = variance**2 / (terms**2 / (sizes - 1)).sum()
     half = float(scipy.stats.t.ppf(0.975, freedom) * math.sqrt(variance))
     return CrossedMean(mean, mean - half, mean + half, tuple(float(share) for share in terms / variance))
+
+
+def share_between(wins: ArrayLike, num_ours: int) -> CrossedMean:
+    """Return the share that some runs win against the others, with a 95 % interval over both and over prompts.
+
+    Near 0 and 1 the wins between two groups hide how far the runs of one group lie apart. So the variance between the
+    runs of a group is that of their wins against all other runs, of both groups. The difference of the means of these
+    is the share less a half, so the interval is that of Welch's test on ranks. The variance over prompts counts one
+    more prompt that is won and one that is lost. So prompts that all agree leave an interval with a width.
+
+    Args:
+        wins: Wins of each run against each, ours first, `(R, R, N)` over N prompts, with 0.5 against itself.
+        num_ours: Number of our runs.
+    """
+    wins = np.asarray(wins, dtype=float)
+    between, strengths = wins[:num_ours, num_ours:], wins.mean(axis=(1, 2))
+    mean, sizes = float(between.mean()), np.array([num_ours, len(wins) - num_ours, wins.shape[2]])
+    if (sizes < 2).any():
+        return CrossedMean(mean, math.nan, math.nan, (math.nan,) * 3)
+    groups = (strengths[:num_ours], strengths[num_ours:])
+    variances = [*(group.var(ddof=1) for group in groups), _variance_over_prompts(between.mean(axis=(0, 1)))]
+    return _over_factors(mean, np.array(variances), sizes)
+
+
+def share_over_baseline(wins: ArrayLike) -> CrossedMean:
+    """Return the share that runs win, each against its own baseline, with a 95 % interval over runs and prompts.
+
+    Args:
+        wins: Wins of each run, `(R, N)` over N prompts.
+    """
+    wins = np.asarray(wins, dtype=float)
+    mean, sizes = float(wins.mean()), np.array(wins.shape)
+    if (sizes < 2).any():
+        return CrossedMean(mean, math.nan, math.nan, (math.nan,) * 2)
+    variances = [wins.mean(axis=1).var(ddof=1), _variance_over_prompts(wins.mean(axis=0))]
+    return _over_factors(mean, np.array(variances), sizes)
+
+
+def _variance_over_prompts(shares: np.ndarray) -> float:
+    return float(np.append(shares, (0.0, 1.0)).var(ddof=1))
 
 
 def wins_per_prompt(scores: Samples, rival_scores: Samples) -> np.ndarray:

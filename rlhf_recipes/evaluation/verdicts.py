@@ -12,8 +12,7 @@ import pandas as pd
 import scipy
 
 from rlhf_recipes.evaluation.alarms import KL_OVER_TARGET, alarms_of_log, curves_of_log, finite, first_and_last
-from rlhf_recipes.evaluation.figures import ENDS, interval, rounded
-from rlhf_recipes.evaluation.held_out import TRAINED_SCORE
+from rlhf_recipes.evaluation.figures import ENDS, evaluation_of, held_out_first, interval, rounded
 from rlhf_recipes.rewards.quality import (
     CALIBRATED,
     CHANCE,
@@ -91,21 +90,28 @@ def _length(correlation: float) -> Judgement:
     return Judgement(level, f"{shown}: it prefers {side} answers, and PPO will write them. Balance the pairs.")
 
 
-def policy_verdict(log_history: Iterable[Mapping[str, Any]], target_kl: float | None = None) -> list[Judgement]:
+def policy_verdict(
+    log_history: Iterable[Mapping[str, Any]], target_kl: float | None = None, best_step: int | None = None
+) -> list[Judgement]:
     """Judge a policy by its held-out win rate, by score, KL and length, and by its alarms.
 
     Args:
         log_history: Log of transformers' `TrainerState`.
         target_kl: Target of an adaptive controller, nats.
+        best_step: Step whose weights the model has; `None`: those of the last step.
     """
     log = list(log_history)
     curves, alarms = curves_of_log(log), alarms_of_log(log, target_kl=target_kl)
     count = f"{len(alarms)} alarm{'s' * (len(alarms) > 1)}: {alarms[0]}" if alarms else "no alarm in its curves"
-    return [_latest_win_rate(curves), _course(curves, target_kl), Judgement("doubtful" if alarms else "good", count)]
+    return [
+        _win_rate(evaluation_of(log, best_step)),
+        _course(curves, target_kl),
+        Judgement("doubtful" if alarms else "good", count),
+    ]
 
 
-def _latest_win_rate(curves: Mapping[str, pd.Series]) -> Judgement:
-    latest = {name.removeprefix("eval_"): x.iloc[-1] for name, x in curves.items() if name.startswith("eval_")}
+def _win_rate(evaluation: Mapping[str, Any]) -> Judgement:
+    latest = {name.removeprefix("eval_"): value for name, value in evaluation.items() if name.startswith("eval_")}
     judges = judges_of(latest)
     if not judges:
         return Judgement("doubtful", "no held-out evaluation: set `eval_strategy: steps`, or run the next command")
@@ -114,8 +120,7 @@ def _latest_win_rate(curves: Mapping[str, pd.Series]) -> Judgement:
 
 def judges_of(results: Mapping[str, float]) -> list[str]:
     """Return the judges with a win rate: held-out ones first, those that the policy was trained on last."""
-    judges = [name.removesuffix("/win_rate") for name in results if name.endswith("/win_rate")]
-    return sorted(judges, key=lambda judge: judge in (TRAINED_SCORE, "reward_model"))
+    return held_out_first(name.removesuffix("/win_rate") for name in results if name.endswith("/win_rate"))
 
 
 def win_rate_judgement(results: Mapping[str, float], judge: str, baseline: str) -> Judgement:

@@ -137,7 +137,7 @@ def check_reward_config(config: Any, path: str, *, trained: bool = False) -> boo
     if trained and not is_classifier:
         raise ValueError(
             f"{path} is not a reward model ({', '.join(config.architectures or ['no architecture'])}). Train one with "
-            "`recipes/reward_modeling.py`."
+            "`rlhf reward-modeling`."
         )
     return is_classifier
 

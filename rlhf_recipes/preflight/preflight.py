@@ -46,6 +46,7 @@ from rlhf_recipes.preflight.resources import (
     gigabytes,
     memory_findings,
     memory_to_come,
+    number_of_parameters,
     parameter_bytes,
     planned_bytes,
     scoring_bytes,
@@ -194,7 +195,7 @@ def _check_supervised(report: Report, trainer: Any, train: Dataset, evaluation: 
 
 def _check_rate(report: Report, trainer: Any) -> None:
     options, lora = type(trainer.args), isinstance(trainer.model, PeftModel)
-    parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trainer.model.parameters())
+    parameters = number_of_parameters(trainer.model)
     report.lines["rate"] = rate_line(options, trainer.args.learning_rate, parameters, lora=lora)
     report.findings += rate_findings(options, trainer.args.learning_rate, parameters, lora=lora)
 

@@ -37,6 +37,12 @@ class Sizes:
     critic: int = 0
 
 
+def number_of_parameters(model: Any) -> int:
+    """Return the parameters of a model, also of one that ZeRO-3 shards, or whose weights are packed."""
+    sharded = sum(getattr(weight, "ds_numel", 0) for weight in model.parameters())
+    return sharded or int(model.num_parameters())
+
+
 def parameter_bytes(models: Iterable[nn.Module], *, trained: bool = False) -> int:
     """Return the bytes of all distinct parameters, or of the trained ones. A shard of ZeRO-3 counts as a whole."""
     parameters = {id(p): p for model in models for p in model.parameters() if p.requires_grad or not trained}

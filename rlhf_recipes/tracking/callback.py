@@ -56,6 +56,7 @@ class RunCallback(MLflowCallback):
                 figures = {name: value for name, value in entry.items() if name != "step"}
                 self._ml_flow.log_metrics(figures, step=entry["step"])  # sends only those that the run does not have
             self._ml_flow.log_missing_artifacts(self._tables, SAMPLES_DIRECTORY)
+            self._has_latest = latest_table(self._output_dir) is not None
             self._show_tables()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any = None, **kwargs: Any) -> None:
@@ -106,6 +107,8 @@ class RunCallback(MLflowCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the note of the run before the weights are saved, and record the alarms."""
+        if args.load_best_model_at_end:
+            self.description.best_step = state.best_global_step
         self.on_save(args, state, control)
 
     def describe_end(self, status: str, error: BaseException | None) -> None:

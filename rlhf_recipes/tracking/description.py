@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
+from rlhf_recipes.durability.termination import TerminatedError
+from rlhf_recipes.evaluation.figures import rounded, title
 from rlhf_recipes.options.secrets import redact
 from rlhf_recipes.tracking.lineage import UPSTREAM
 from rlhf_recipes.tracking.unfinished import find_run
@@ -23,21 +25,12 @@ TITLES = {
 }
 ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 ROLES = {"policy": "policy", "reward_model": "reward model", "baseline": "baseline"}
-# Figures of the log whose names a reader may not know. All win rates are shown, too.
-FIGURES = {
-    "objective/scores": "score",
-    "eval_objective/scores": "score on held-out prompts",
-    "objective/kl": "KL to the reference (nats)",
-    "eval_objective/kl": "KL on held-out prompts (nats)",
-    "completions/mean_length": "tokens per answer",
-    "eval_accuracy": "accuracy on held-out pairs",
-    "eval_calibration_error": "calibration error",
-    "eval_length_correlation": "correlation of score and length",
-    "loss": "loss",
-    "eval_loss": "loss on held-out rows",
-    "policy/kl": "KL to the baseline (nats)",
-    "policy/length": "tokens per answer",
-}
+# Figures of the log and of evaluations that the page shows after all win rates.
+SHOWN = (
+    *("objective/scores", "eval_objective/scores", "objective/kl", "eval_objective/kl", "completions/mean_length"),
+    *("eval_accuracy", "eval_calibration_error", "eval_length_correlation", "loss", "eval_loss"),
+    *("policy/kl", "policy/length"),
+)
 LOSSES = ("loss", "eval_loss")  # they say little where the reward has a score
 MAX_FIGURES, MAX_CELL, MAX_ALARMS = 16, 200, 5
 
@@ -67,6 +60,7 @@ class Description:
         figures: Values of each figure by step.
         alarms: Sentences of the alarms.
         end: Sentence about the end; empty while the run goes on.
+        best_step: Step whose weights the model has, if the best ones were loaded at the end.
     """
 
     stage: str
@@ -75,6 +69,7 @@ class Description:
     figures: dict[str, dict[int, float]] = field(default_factory=dict)
     alarms: list[str] = field(default_factory=list)
     end: str = ""
+    best_step: int | None = None
 
     def add_log(self, log_history: Iterable[Mapping[str, Any]]) -> None:
         """Add the figures of a trainer's log."""
@@ -89,8 +84,8 @@ class Description:
 
     def text(self) -> str:
         """Return the Markdown, with `LAST_LINE` as its last line."""
-        title = f"**{TITLES.get(self.stage, _plain(self.stage))}**"
-        parts = [f"{title}: {self.end}" if self.end else title]
+        stage = f"**{TITLES.get(self.stage, _plain(self.stage))}**"
+        parts = [f"{stage}: {self.end}" if self.end else stage]
         alarms = [("alarm", _plain(alarm)) for alarm in self.alarms[:MAX_ALARMS]]
         inputs = [(given.role, _linked(given)) for given in (*self.inputs, *self.data)]
         parts += [_listed(rows) for rows in (alarms, self._shown_figures(), inputs) if rows]
@@ -98,7 +93,7 @@ class Description:
 
     def _shown_figures(self) -> list[tuple[str, str]]:
         rates = sorted(name for name in self.figures if name.endswith("/win_rate"))
-        labels = {name: f"win rate by {_judge(name)}" for name in rates} | FIGURES
+        labels = {name: f"win rate by {_judge(name)}" for name in rates} | {name: title(name) for name in SHOWN}
         shown = [name for name in labels if name in self.figures and not (self._has_scores and name in LOSSES)]
         return [(_plain(labels[name]), self._value(name)) for name in shown[:MAX_FIGURES]]
 
@@ -107,14 +102,19 @@ class Description:
         return any(name.endswith("objective/scores") for name in self.figures)
 
     def _value(self, name: str) -> str:
-        """Return the last value with its interval, after the first one if there are several."""
+        """Return the value of the model with its interval, after the first one if there are several.
+
+        The value is the last one. Of a held-out figure, it is that of the best weights, if these were loaded.
+        """
         values, interval = self.figures[name], ""
         first, last = min(values), max(values)
-        ends = [self.figures.get(f"{name}_{end}", {}).get(last) for end in ("low", "high")]
-        if all(end is not None for end in ends):
-            interval = f" (95 %: {' to '.join(map(_number, ends))})"
-        start = f"{_number(values[first])} at step {first}, " if first < last else ""
-        return f"{start}{_number(values[last])}{interval}" + (f" at step {last}" if start else "")
+        if name.startswith("eval_") and self.best_step is not None and self.best_step in values:
+            last = self.best_step
+        low, high = (self.figures.get(f"{name}_{end}", {}).get(last) for end in ("low", "high"))
+        if low is not None and high is not None:
+            interval = f" (95 %: {rounded(low)} to {rounded(high)})"
+        start = f"{rounded(values[first])} at step {first}, " if first < last else ""
+        return f"{start}{rounded(values[last])}{interval}" + (f" at step {last}" if start else "")
 
 
 def described_inputs(configs: tuple[Any, ...], upstream: Mapping[str, Mapping[str, str]]) -> list[Input]:
@@ -141,6 +141,13 @@ def described_inputs(configs: tuple[Any, ...], upstream: Mapping[str, Mapping[st
 def run_link(experiment_id: str, run_id: str) -> str:
     """Return the address of a run's page, relative to the server."""
     return f"#/experiments/{experiment_id}/runs/{run_id}?{TRAINING_VIEW}"
+
+
+def outcome(error: BaseException) -> str:
+    """Return the status of a run that an exception ended."""
+    if isinstance(error, KeyboardInterrupt | TerminatedError):
+        return "KILLED"
+    return "FINISHED" if isinstance(error, SystemExit) and not error.code else "FAILED"
 
 
 def sentence_of_end(status: str, step: int | None, max_steps: int, reason: str = "") -> str:
@@ -182,7 +189,3 @@ def _plain(text: str) -> str:
     line = " ".join(redact(text).split())
     line = line if len(line) <= MAX_CELL else f"{line[: MAX_CELL - 1]}…"
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", line)
-
-
-def _number(value: float | None) -> str:
-    return f"{value + 0.0:,.3g}" if value is not None and abs(value) < 1000 else f"{value:,.0f}"

@@ -9,7 +9,8 @@ from typing import Any
 from rlhf_recipes.durability.stages import start_method
 from rlhf_recipes.durability.termination import signals_held, terminate
 from rlhf_recipes.options.recipes import TrackingArguments, is_recorded
-from rlhf_recipes.tracking.session import outcome, signals_as_exceptions
+from rlhf_recipes.tracking.description import outcome
+from rlhf_recipes.tracking.session import signals_as_exceptions
 from rlhf_recipes.tracking.store import end_run, open_run
 
 

@@ -30,7 +30,7 @@ from rlhf_recipes.options.recipes import TrackingArguments, is_recorded, trackin
 from rlhf_recipes.options.secrets import redact
 from rlhf_recipes.tracking.callback import RunCallback
 from rlhf_recipes.tracking.delivery import Delivery
-from rlhf_recipes.tracking.description import Input
+from rlhf_recipes.tracking.description import Input, outcome
 from rlhf_recipes.tracking.logged_model import describe_model
 from rlhf_recipes.tracking.starting import kept_environment
 from rlhf_recipes.tracking.store import open_run, system_metrics
@@ -46,7 +46,7 @@ _open: ContextVar[RunCallback | None] = ContextVar("open", default=None)
 
 @contextmanager
 def track_run(
-    tracking: TrackingArguments, run_name: str, stage: str, *configs: Any
+    tracking: TrackingArguments, run_name: str, stage: str, *configs: Any, trains: bool = True
 ) -> Iterator[list[TrainerCallback]]:
     """Record the body of the `with` statement as one MLflow run, on the main process.
 
@@ -60,6 +60,7 @@ def track_run(
         run_name: Name in MLflow.
         stage: `sft`, `reward_modeling`, `ppo` or `evaluation`: a tag for filters.
         configs: Dataclasses with the options of the run.
+        trains: Whether the body does more than the preflight. If not, no tracker records it.
 
     Yields:
         Callbacks for the trainer, in place of `report_to: mlflow`; see `options.changes.options_of_trainer`.
@@ -72,7 +73,7 @@ def track_run(
     output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
     is_training = any(hasattr(config, "resume_from_checkpoint") for config in configs)
     with leave_together(*(("--resume_from_checkpoint", "true") if is_training else ())):
-        if not PartialState().is_main_process:
+        if not (trains and PartialState().is_main_process):
             yield []
         elif not is_recorded(tracking):
             with other_trackers(report_to, run_name, output_dir, None) as others:
@@ -120,13 +121,6 @@ def _recorded(
             with suppress(Exception):
                 mlflow.end_run(status)
                 note_end(output_dir)
-
-
-def outcome(error: BaseException) -> str:
-    """Return the status of a run that an exception ended."""
-    if isinstance(error, KeyboardInterrupt | TerminatedError):
-        return "KILLED"
-    return "FINISHED" if isinstance(error, SystemExit) and not error.code else "FAILED"
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY, tables_of_step
+from rlhf_recipes.evaluation.samples import SAMPLES_DIRECTORY, read_table, tables_of_step
 from rlhf_recipes.options.secrets import reason_of
+from rlhf_recipes.tracking.description import outcome
 
 WITH_TABLES = ("wandb", "trackio")
 LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"  # of transformers
@@ -43,7 +43,8 @@ class TableCallback(TrainerCallback):
             if file in self._sent:
                 continue
             self._sent.add(file)
-            table, name = pd.read_json(file, orient="split"), f"{SAMPLES_DIRECTORY}/{file.stem.rpartition('-')[0]}"
+            table = read_table(file)
+            name = f"{SAMPLES_DIRECTORY}/{file.stem.rpartition('-')[0]}"
             for tracker in self._trackers:
                 tracker.log({name: tracker.Table(dataframe=table), STEP: state.global_step})
 
@@ -103,9 +104,11 @@ def _wandb_run(run_name: str, run_id: str | None) -> Iterator[None]:
             f"`report_to` names wandb, which cannot start a run: {reason_of(error)} Log in (`wandb login`), set "
             "`WANDB_MODE=offline`, or leave it out."
         ) from error
-    exit_code = 1
+    exit_code = 0
     try:
         yield
-        exit_code = 0
+    except BaseException as error:
+        exit_code = int(outcome(error) != "FINISHED")
+        raise
     finally:
         run.finish(exit_code=exit_code)

@@ -27,7 +27,9 @@ def train(
     """Check, train and save a trainer of this library, record the run, and return its final metrics.
 
     The run is recorded in MLflow if `report_to` of the trainer's options names `mlflow`, and in the other trackers of
-    `report_to`. `resume_from_checkpoint` of the options resumes it. Every process must call this.
+    `report_to`. The run ends with the call, and takes transformers' own callback for MLflow from the trainer: a later
+    `trainer.evaluate()` is recorded in the other trackers alone. `resume_from_checkpoint` of the options resumes the
+    run. Every process must call this.
 
     Args:
         trainer: `PPOTrainer`, `RewardModelTrainer`, or another trainer of `rlhf_recipes.trainers`.
@@ -39,7 +41,8 @@ def train(
             reached, or the training data are no `datasets.Dataset`.
     """
     args, wanted, checks = trainer.args, tracking or TrackingArguments(), checks or PreflightArguments()
-    recorded = replace(wanted, tracking=wanted.tracking and "mlflow" in args.report_to)
+    wanted = replace(wanted, tracking=wanted.tracking and "mlflow" in args.report_to)
+    recorded, trains = checks.recorded(wanted), not checks.preflight_only
     rows, evaluation = trainer.given_data or (trainer.train_dataset, trainer.eval_dataset)
     if not isinstance(rows, Dataset):
         raise ValueError(
@@ -50,12 +53,12 @@ def train(
     name = args.run_name or args.output_dir
     with (
         own_directory(args, checks, recorded, trainer.given),
-        track_run(recorded, name, trainer.stage, trainer.given, args) as callbacks,
+        track_run(recorded, name, trainer.stage, trainer.given, args, trains=trains) as callbacks,
         _attached(trainer, callbacks),
     ):
         log_datasets(rows.info.dataset_name or "a dataset in memory", training=rows, evaluation=evaluation)
-        preflight(trainer, rows, evaluation, checks, recorded)
-        return train_and_save(trainer, recorded)
+        preflight(trainer, rows, evaluation, checks, wanted)
+        return train_and_save(trainer, wanted)
 
 
 def train_and_save(trainer: Any, tracking: TrackingArguments) -> dict[str, float]:

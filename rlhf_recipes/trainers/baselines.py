@@ -215,7 +215,7 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         if evaluates and (is_deepspeed_zero3_enabled() or args.fsdp):
             raise ValueError(
                 "DPO's evaluation needs whole weights on each process: use DDP or ZeRO-2, or set `eval_strategy: no` "
-                "and judge the trained policy by `recipes/evaluate.py`."
+                "and judge the trained policy by `rlhf evaluate`."
             )
         rewards = checked_rewards(scoring, args, parts["train_dataset"]) if evaluates or scoring.rewards else []
         self._held_out_prompts = first_of_each_prompt(parts["eval_dataset"]) if evaluates else None

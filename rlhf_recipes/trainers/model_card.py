@@ -17,20 +17,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from jinja2 import StrictUndefined, Template
 
 from rlhf_recipes.durability.origin import Origin, public_text
+from rlhf_recipes.evaluation.figures import rounded, title
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 CARD_NAME = "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Figures of an evaluation that a card shows: title by the name in the log. The win rates of judges come before them.
-TITLES = {
-    "eval_objective/kl": "KL to the reference policy, nats per answer",
-    "eval_completions/mean_length": "length of an answer, tokens",
-    "eval_accuracy": "pairs in the order of the annotators",
-    "eval_calibration_error": "calibration error",
-    "eval_length_correlation": "correlation of score and length",
-    "eval_mean_token_accuracy": "tokens predicted rightly",
-    "eval_loss": "loss",
-}
+# Figures of an evaluation that a card shows after the win rates of judges.
+SHOWN = (
+    *("objective/kl", "completions/mean_length", "accuracy", "calibration_error", "length_correlation"),
+    *("mean_token_accuracy", "loss"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,12 +48,12 @@ class Figure:
     @property
     def text(self) -> str:
         """Return the value with three digits."""
-        return _rounded(self.value)
+        return rounded(self.value)
 
     @property
     def interval(self) -> str:
         """Return the interval; an empty text without one."""
-        return "" if self.bounds is None else f"{_rounded(self.bounds[0])} to {_rounded(self.bounds[1])}"
+        return "" if self.bounds is None else f"{rounded(self.bounds[0])} to {rounded(self.bounds[1])}"
 
 
 @dataclass(frozen=True)
@@ -148,20 +144,20 @@ def _card_data(described: Description, figures: list[Figure]) -> ModelCardData:
 
 
 def figures_of(evaluation: Mapping[str, float]) -> list[Figure]:
-    """Return the figures of an evaluation that a card shows: first the win rates, then those of `TITLES`."""
+    """Return the figures of an evaluation that a card shows: first the win rates, then those of `SHOWN`."""
     titles = {
         name: f"win rate over the policy before training, by {_judge(name)}"
         for name in evaluation
         if name.endswith("/win_rate")
     }
     # The loss of a policy that is judged says nothing about it.
-    titles |= {name: title for name, title in TITLES.items() if name != "eval_loss" or not titles}
+    titles |= {f"eval_{name}": title(name) for name in SHOWN if name != "loss" or not titles}
     found = []
-    for name, title in titles.items():
+    for name, label in titles.items():
         if math.isfinite(evaluation.get(name, math.nan)):
             low, high = (evaluation.get(f"{name}_{end}") for end in ("low", "high"))
             bounds = (low, high) if low is not None and high is not None else None
-            found.append(Figure(name, title, evaluation[name], bounds))
+            found.append(Figure(name, label, evaluation[name], bounds))
     return found
 
 
@@ -173,20 +169,6 @@ def _prompts(evaluation: Mapping[str, float]) -> str:
 def _judge(name: str) -> str:
     judge = name.removeprefix("eval_").removesuffix("/win_rate")
     return "the trained score" if judge == "score" else f"the judge `{judge}`"
-
-
-def evaluation_of(log_history: Iterable[Mapping[str, Any]], step: int | None) -> dict[str, Any]:
-    """Return the latest evaluation in a log; empty without one.
-
-    Args:
-        log_history: Entries of the log.
-        step: Step whose weights the model has; `None`: those of the last step.
-    """
-    found: dict[str, Any] = {}
-    for entry in log_history:
-        if any(name.startswith("eval_") for name in entry) and step in (None, entry["step"]):
-            found = dict(entry)
-    return found
 
 
 def hub_name(name: str | None) -> str | None:
@@ -210,8 +192,3 @@ def _base_in_card(card: Path) -> Any:
 
 def _cell(text: str) -> str:
     return " ".join(public_text(text).split()).replace("|", r"\|")
-
-
-def _rounded(value: float) -> str:
-    text = f"{value:.3g}"
-    return "0" if float(text) == 0 else text

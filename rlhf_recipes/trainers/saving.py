@@ -9,14 +9,16 @@ from peft import PeftModel
 
 from rlhf_recipes.durability.origin import Origin
 from rlhf_recipes.durability.progress import ProgressTrainer
+from rlhf_recipes.evaluation.figures import evaluation_of
 from rlhf_recipes.models.adapter_base import base_of_adapter, save_base
 from rlhf_recipes.models.dropout import disable_dropout
 from rlhf_recipes.models.generation import mend_generation_config
 from rlhf_recipes.models.quantization import save_quantization
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.given import GivenInputs
-from rlhf_recipes.trainers.model_card import CARD_NAME, Description, evaluation_of, model_card
+from rlhf_recipes.trainers.model_card import CARD_NAME, Description, model_card
 from rlhf_recipes.trainers.printing import print_short_lines
+from rlhf_recipes.trainers.shown_options import hide_secrets_from_trackers
 
 
 class SavingTrainer(ProgressTrainer):
@@ -38,12 +40,13 @@ class SavingTrainer(ProgressTrainer):
     _origin: Origin
     _named: tuple[Any, Any] | None = None
     _tags: Any = ()  # in the card
-    _best_step: int | None = None  # whose weights the model has, where the best ones were loaded at the end
+    best_step: int | None = None  # whose weights the model has, where the best ones were loaded at the end
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if getattr(self.args, "disable_dropout", False):
             disable_dropout(self.model)
+        hide_secrets_from_trackers(self)
         print_short_lines(self)
         self._base = base_of_adapter(self.model, self._revision)  # before another run can replace it
         if self.is_world_process_zero():  # it alone writes cards, and on many processes `git` would be slow
@@ -104,12 +107,12 @@ class SavingTrainer(ProgressTrainer):
             self._tags = ModelCard.load(path).data.tags or []
         tags = [*self._tags, *([tags] if isinstance(tags, str) else tags or ())]
         described = self._description(model_name or self.name_of_run(), dataset_name, tags)
-        evaluation = evaluation_of(self.state.log_history, self._best_step)
+        evaluation = evaluation_of(self.state.log_history, self.best_step)
         model_card(described, evaluation, self._origin).save(path)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._best_step = self.state.best_global_step
+        self.best_step = self.state.best_global_step
 
     def save_card(self) -> None:
         """Write the card again, beside the saved model, with the latest evaluation. Every rank makes the call."""
@@ -141,7 +144,7 @@ class SavingTrainer(ProgressTrainer):
             "revision of the base": None if self._revision in (None, "main") else self._revision,
             "data": _data(script_args, self.train_dataset),
             "steps": f"{self.state.global_step:,} of {self.state.max_steps:,}" if self.state.max_steps else None,
-            "weights of step": None if self._best_step is None else f"{self._best_step:,}, with the best evaluation",
+            "weights of step": None if self.best_step is None else f"{self.best_step:,}, with the best evaluation",
             "seed": str(self.args.seed),
             "seed of the order of the data": None if self.args.data_seed is None else str(self.args.data_seed),
             "processes": str(self.args.world_size),

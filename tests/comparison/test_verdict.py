@@ -17,11 +17,12 @@ from tracked_experiments import (
     log_ppo_run,
 )
 
+from rlhf_recipes.comparison.figures import compared_figures
 from rlhf_recipes.comparison.groups import all_count_samples, group_runs, run_alarms
 from rlhf_recipes.comparison.head_to_head import shared_answers, win_matrices
 from rlhf_recipes.comparison.runs import Evaluation, TrackedRun, read_experiment
 from rlhf_recipes.comparison.verdict import decide
-from rlhf_recipes.evaluation.statistics import crossed_mean
+from rlhf_recipes.evaluation.statistics import share_between
 
 CONFIGURATIONS = {0.02: {"gain": 2.6, "kl": 8.0}, 0.05: {"gain": 2.2, "kl": 5.0}, 0.2: {"gain": 0.8, "kl": 4.0}}
 
@@ -168,8 +169,8 @@ def test_scores_are_compared_within_every_kl(store):
     assert verdict.headline == "No winner: no evaluation has compared answers to held-out prompts."
     assert verdict.missing == [
         "1 more seed of each of A, B",
-        "evaluations of A0, A1, B0, B1 on the same prompts, with `recipes/evaluate.py`",
-        "a judge that trains no policy: `--judge_functions` or `--judge_models` of `recipes/evaluate.py`",
+        "evaluations of A0, A1, B0, B1 on the same prompts, with `rlhf evaluate`",
+        "a judge that trains no policy: `--judge_functions` or `--judge_models` of `rlhf evaluate`",
     ]
 
 
@@ -178,6 +179,7 @@ def _run(rows, options, seed, curves):
     evaluation = Evaluation("e" * 32, "evaluation", {}, rows, "runs/rm") if rows else None
     history = {name: pd.Series(values, index=range(1, len(values) + 1)) for name, values in curves.items()}
     run_id = f"{options['lam']}-{seed}"
+    options = {"reward_model_path": "runs/rm", **options}
     return TrackedRun(run_id, "ppo", "FINISHED", str(seed), options, {}, history, evaluation=evaluation)
 
 
@@ -203,6 +205,90 @@ def test_a_winner_beats_each_other_group_over_seeds_and_prompts():
     assert verdict.missing == []
     shares = [verdict.matrix.cell("A", rival) for rival in "BC"]
     assert all(0.5 < share.low < share.share < share.high and share.separates for share in shares)
+
+
+def _ordered(*scores, prompts=120, judge="gold_score"):
+    """Return three runs of each group. `scores` lists the scores of the groups on prompts 0, 1, 2 and so on."""
+    return [
+        _run([_row(str(n), scores[n % len(scores)][number], 0, judge) for n in range(prompts)], {"lam": number}, seed,
+             _line(2, 1))
+        for number in range(len(scores[0]))
+        for seed in range(3)
+    ]  # fmt: skip
+
+
+def test_a_winner_need_not_have_the_highest_mean_share():
+    """A beats B and C on 13 of 20 prompts each. B beats C on 19 of 20, so its mean share is higher."""
+    verdict = decide(group_runs(_ordered(*[(3, 2, 1)] * 13, *[(1, 3, 2)] * 6, (1, 2, 3)))[0])
+    assert verdict.matrix.cell("B", "C").share > 0.9
+    assert verdict.headline.startswith("Winner: A (lam 0). It beats every other group")
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [(2, 2), (4, 2), (4, 3)])
+def test_wins_on_all_of_few_prompts_name_no_winner(prompts, seeds):
+    verdict = _judged([9.0] * seeds, [0.0] * seeds, prompts=prompts)
+    share = verdict.matrix.cell("A", "B")
+    assert share.share == 1.0
+    assert share.low < 0.5
+    assert verdict.headline.startswith("No winner: A (lam 0.0) is ahead")
+
+
+def test_seeds_far_apart_name_no_winner_though_all_prompts_are_won():
+    """Each run of A beats each run of B on all prompts. Yet the runs of one group differ as much as the groups."""
+    share = _judged([30.0, 20.0], [10.0, 0.0]).matrix.cell("A", "B")
+    assert share.share == 1.0
+    assert share.low < 0.5
+
+
+def test_held_out_judges_that_disagree_name_no_winner():
+    first, second = _ordered((2, 1), judge="a"), _ordered((1, 2), judge="b")
+    runs = []
+    for run, other in zip(first, second, strict=True):
+        rows = [row | more for row, more in zip(run.evaluation.rows, other.evaluation.rows, strict=True)]
+        runs.append(replace(run, evaluation=replace(run.evaluation, rows=rows)))
+    verdict = decide(group_runs(runs)[0])
+    assert verdict.headline.startswith(
+        "No winner: the held-out judges disagree. By a, A (lam 0) beats every other group; by b, B (lam 1) beats it: "
+    )
+    assert verdict.missing[0].startswith("a choice between a and b: ")
+
+
+def test_a_judge_is_the_reward_of_a_run_by_its_path_not_by_its_name():
+    """The first judge is the reward of PPO under another name. The second one has the name alone."""
+    runs = _ordered((2, 1), judge="reward_modeling")
+    judged = {"judge_paths": {"reward_modeling": "runs/p/reward_modeling/"}}
+    trained = [
+        replace(
+            run,
+            options=run.options | {"reward_model_path": "runs/p/reward_modeling"},
+            evaluation=replace(run.evaluation, **judged),
+        )
+        for run in runs
+    ]
+    assert "the only judge, reward_modeling, trained the policies" in decide(group_runs(trained)[0]).headline
+    free = [
+        replace(run, options=run.options | {"reward_model_path": None, "reward_functions": ["rewards:length"]})
+        for run in _ordered((2, 1), judge="reward_model")
+    ]
+    assert decide(group_runs(free)[0]).headline.startswith("Winner: A")
+    unknown = [replace(run, options={}) for run in _ordered((2, 1), judge="reward_model")]
+    assert "the only judge, reward_model, trained the policies" in decide(group_runs(unknown)[0]).headline
+
+
+def test_a_run_that_does_not_count_is_no_seed_and_no_evaluation():
+    """The third run of A has no numbers for score and KL, and that of B failed. Both were evaluated."""
+    runs = _ordered((2, 1))
+    runs[2] = replace(runs[2], curves={}, evaluation=replace(runs[2].evaluation, rows=[_row("other", 0, 9)]))
+    runs[5] = replace(runs[5], status="FAILED", evaluation=replace(runs[5].evaluation, metrics={"policy/kl": 60.0}))
+    groups = group_runs(runs)[0]
+    verdict = decide(groups)
+    assert "Not ranked: A2 (no numbers for score and KL), B2 (failed)." in verdict.caveats
+    assert verdict.headline.startswith("Winner: A"), "on prompts that the run without numbers did not answer"
+    known = [replace(run, evaluation=replace(run.evaluation, metrics={"policy/kl": 2.0})) for run in runs[:2]]
+    (_, chart, *_) = compared_figures(group_runs([*known, *runs[3:]])[0], verdict)
+    assert [trace["x"] for trace in chart["data"]] == [[2.0]], "not moved by the KL of the failed run"
+    near = decide(group_runs([replace(run, evaluation=runs[0].evaluation) for run in runs])[0])
+    assert near.missing[0] == "1 more seed of each of A, B"
 
 
 def test_one_seed_never_names_a_winner():
@@ -266,7 +352,7 @@ def test_a_group_without_evaluation_is_missing():
     assert "but nothing compares it with A (lam 9.0)." in verdict.headline
     assert verdict.missing == [
         "2 more seeds of A",
-        "evaluations of A on the same prompts, with `recipes/evaluate.py`",
+        "evaluations of A on the same prompts, with `rlhf evaluate`",
     ]
 
 
@@ -421,12 +507,12 @@ def test_win_rates_of_groups_are_means_over_all_pairs_of_runs():
         {name: [Evaluation("", "", {}, rows, "") for rows in runs] for name, runs in groups.items()}
     )
     wins = np.array([[[0, 0], [1, 0.5]], [[1, 1], [1, 1]], [[0.5, 0.5], [1, 1]]])
-    expected = crossed_mean(wins)
+    scores = np.array([[1, 0], [3, 3], [2, 1], [2, 1], [0, 0]])
+    expected = share_between((np.sign(scores[:, None] - scores) + 1) / 2, 3)
     found = matrix.cell("A", "B")
     assert_close([found.share, *found.sources], [wins.mean(), *expected.shares], FP64)
     assert_close([found.low, found.high], [max(expected.low, 0), min(expected.high, 1)], FP64)
-    baseline = crossed_mean([[1, 0.5], [1, 1], [1, 1]])
-    assert_close(matrix.over_baseline("A").share, baseline.mean, FP64)
+    assert_close(matrix.over_baseline("A").share, np.mean([[1, 0.5], [1, 1], [1, 1]]), FP64)
     assert len(matrix.over_baseline("A").sources) == 2, "runs and prompts"
 
 

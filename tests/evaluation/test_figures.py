@@ -1,13 +1,14 @@
 """What is printed of a figure: rounded, with its unit, the most important first."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 from tracked_experiments import evaluation_metrics
 
 from rlhf_recipes.console import duration
-from rlhf_recipes.evaluation.figures import ENDS, FIGURES, interval, log_line, rate, rounded, table_of
+from rlhf_recipes.evaluation.figures import ENDS, FIGURES, interval, log_line, rate, rounded, table_of, title
 
 PPO = {
     "loss": -0.00012345678901234567,
@@ -16,6 +17,7 @@ PPO = {
     "objective/scores": -0.4312345,
     "objective/kl": -1.2e-06,
     "completions/mean_length": 31.234567,
+    "policy/clip_fraction": 0.0123456,
     "reward": -0.4312345,
     "entropy": 2.1234567,
     "epoch": 0.123456789,
@@ -45,11 +47,35 @@ def test_rates_intervals_and_times():
     assert [duration(x) for x in (0.25, 59.7, 61, 3725)] == ["0.2 s", "1 min 0 s", "1 min 1 s", "1 h 2 min"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("eval_objective/kl", "KL (nats), held out"),
+        ("policy/kl", "KL (nats)"),
+        ("policy/length", "length (tokens)"),
+        ("completions/mean_length", "length (tokens)"),
+        ("eval_accuracy", "accuracy, held out"),
+    ],
+)
+def test_pages_and_cards_name_a_figure_as_the_terminal_does(name, text):
+    assert title(name) == text
+
+
 def test_a_line_of_ppo_begins_with_what_decides_and_fits_the_terminal():
     line = log_line(PPO, 8, 100, 80)
-    assert line == "step   8/100  score -0.431  KL 0.000 nats  length 31.2 tokens  loss 0.000"
+    assert line == "step   8/100  score -0.431  KL 0.000 nats  length 31.2 tokens  clipped 0.012"
     wide = log_line(PPO, 8, 100, 300)
     assert wide.endswith("entropy 2.12 nats  rate 3e-05  gradient 0.831"), "the reward of TRL is the same score"
+
+
+@pytest.mark.parametrize(("script", "places"), [("image", 1), ("slurm", 1)])
+def test_the_checks_of_the_cluster_wait_for_the_line_of_a_training_step(script, places):
+    text = (Path(__file__).parents[2] / f"cluster/checks/{script}.sh").read_text()
+    patterns = re.findall(r"grep -\w+ '(\^step.*?)'", text)
+    assert len(patterns) == places
+    for pattern in patterns:
+        assert re.search(pattern, log_line(PPO, 8, 100, 80))
+        assert not re.search(pattern, log_line({"eval_objective/scores": 1.0}, 8, 100, 80))
 
 
 def test_an_evaluation_shows_the_held_out_judge_first_with_its_interval():

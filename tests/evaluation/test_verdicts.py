@@ -85,6 +85,14 @@ def test_a_win_rate_is_judged_by_its_interval(rate, level):
     assert policy_verdict(log)[0].level == level
 
 
+def test_the_win_rate_is_that_of_the_weights_that_were_saved():
+    log = _log(**learning_curves(0))
+    for entry, rates in ((log[20], (0.7, 0.6, 0.8)), (log[-1], (0.3, 0.2, 0.4))):
+        entry |= {f"eval_gold/win_rate{end}": x for end, x in zip(("", "_low", "_high"), rates, strict=True)}
+    assert policy_verdict(log)[0].level == "bad"
+    assert policy_verdict(log, best_step=log[20]["step"])[0].level == "good"
+
+
 def test_a_policy_whose_score_falls_and_a_short_run():
     falling = np.linspace(1, -1, 40)
     assert policy_verdict(_log(**{"objective/scores": falling}))[1].level == "bad"

@@ -12,7 +12,13 @@ from rlhf_recipes.data.loading import load_split, without_answers
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.preflight import preflight
 from rlhf_recipes.preflight.policy import answers_of
-from rlhf_recipes.preflight.resources import SMALL_FILES, checkpoint_bytes, parameter_bytes, training_sizes
+from rlhf_recipes.preflight.resources import (
+    SMALL_FILES,
+    checkpoint_bytes,
+    number_of_parameters,
+    parameter_bytes,
+    training_sizes,
+)
 from rlhf_recipes.rewards.card import RewardModelCard, tokenizer_fingerprint
 
 pytestmark = pytest.mark.tiny
@@ -127,6 +133,10 @@ def test_a_checkpoint_of_a_quantised_policy(tmp_path):
     trainer = tiny.ppo_trainer(tmp_path / "out", model=base, peft=tiny.lora(), quantization=four_bits)
     sizes = training_sizes(trainer.model, trainer.args, adapter=True)
     assert sizes.saved == parameter_bytes([trainer.model], trained=True) < parameter_bytes([trainer.model])
+    weights = [*trainer.model.parameters()]
+    packed = sum(weight.numel() for weight in weights if weight.dtype == torch.uint8)
+    assert number_of_parameters(trainer.model) == sum(weight.numel() for weight in weights) + packed, "two in a byte"
+    assert packed
 
 
 @pytest.mark.parametrize(("free", "only"), [(100, False), (100, True), (25_000_000, True)])

@@ -3,6 +3,7 @@
 import pytest
 from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
+from rlhf_recipes.evaluation.figures import rounded
 from rlhf_recipes.tracking.description import LAST_LINE, Description, Input, sentence_of_end, with_own_text
 
 
@@ -18,9 +19,9 @@ def test_the_end_comes_first_and_figures_have_their_intervals():
     assert description.text().split("\n") == [
         "**PPO**: finished at step 40 of 100.",
         *("", "- alarm: The KL accelerates.", ""),
-        "- win rate by gold: 0.5 at step 1, 0.712 (95 %: 0.65 to 0.765) at step 40",
-        "- score: -1e-05 at step 1, 1,234,567 at step 40",
-        "- tokens per answer: 12",
+        "- win rate by gold: 0.500 at step 1, 0.712 (95 %: 0.650 to 0.765) at step 40",
+        "- score: 0.000 at step 1, 1,234,567 at step 40",
+        "- length (tokens): 12.0",
         *("", r"- policy: [my\_run\|a (out/sft)](#/experiments/1/runs/a)"),
         *("", LAST_LINE),
     ]
@@ -30,7 +31,16 @@ def test_the_end_comes_first_and_figures_have_their_intervals():
 def test_every_number_can_be_described(value):
     description = Description("ppo")
     description.add_figures({"loss": value}, 0)
-    assert f"- loss: {value + 0.0:g}\n" in description.text()
+    assert f"- loss: {rounded(value)}\n" in description.text()
+
+
+def test_held_out_figures_are_those_of_the_weights_that_were_saved():
+    description = Description("ppo", best_step=20)
+    for step, rate in ((10, 0.5), (20, 0.75), (30, 0.25)):
+        description.add_figures({"eval_gold/win_rate": rate, "objective/scores": rate}, step)
+    text = description.text()
+    assert "win rate by gold: 0.500 at step 10, 0.750 at step 20\n" in text
+    assert "score: 0.500 at step 10, 0.250 at step 30\n" in text
 
 
 def test_a_failure_says_why_on_one_line_without_secrets():

@@ -226,7 +226,7 @@ def test_a_page_says_what_a_run_is_and_how_it_ended(stages):
     assert rows["training data"].endswith("/prompts: 8 rows")
     rate = rows["win rate by longer"]
     assert re.fullmatch(r"- win rate by longer: 0.5 at step 0, .* \(95 %: .* to .*\) at step 4", rate)
-    assert "accuracy on held-out pairs" in "".join(notes["reward_modeling"])
+    assert "accuracy, held out" in "".join(notes["reward_modeling"])
     assert "win rate by reward\\_model" in "".join(notes["evaluation"])
 
 

@@ -5,18 +5,21 @@ import importlib.util
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import tiny
 from transformers import TrainerControl, TrainerState
 
-from rlhf_recipes import PPOTrainer
-from rlhf_recipes.evaluation.samples import write_table
+from rlhf_recipes import PPOTrainer, train
+from rlhf_recipes.evaluation.samples import write_evaluation, write_table
 from rlhf_recipes.options import trackers as options
 from rlhf_recipes.options.changes import options_of_trainer
-from rlhf_recipes.options.recipes import TrackingArguments
+from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.options.trackers import check_trackers
+from rlhf_recipes.tracking.callback import RunCallback
+from rlhf_recipes.tracking.description import Description
 from rlhf_recipes.tracking.session import track_run
 from rlhf_recipes.tracking.trackers import TableCallback, other_trackers
 
@@ -54,11 +57,12 @@ def _values(client):
 def test_tensorboard_has_the_figures_of_mlflow_also_after_a_resume(client, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _run(tmp_path / "out", ["tensorboard"], max_steps=2)
+    _run(tmp_path / "out", ["tensorboard"], max_steps=2, model_init_kwargs={"token": "sesame"})
     _run(tmp_path / "out", ["tensorboard"], resume_from_checkpoint=True)
     run, values = _values(client)
     (folder,) = (tmp_path / "out" / "runs").iterdir()
     assert folder.name == run.info.run_id
+    assert not [file for file in folder.iterdir() if b"sesame" in file.read_bytes()]
     events = EventAccumulator(str(folder)).Reload()
     assert set(events.Tags()["scalars"]) == set(values)
     for name, expected in values.items():
@@ -120,6 +124,20 @@ def test_wandb_has_the_figures_and_tables_of_mlflow_also_after_a_resume(client, 
     assert len(table["data"]) == len(tiny.PROMPTS)
 
 
+def test_mlflow_keeps_the_latest_table_of_a_run_that_is_continued(tmp_path):
+    """The run goes on between two evaluations."""
+    write_evaluation([{"prompt": "p", "completion": "c"}], tmp_path, 2)
+    tags = {}
+    delivery = SimpleNamespace(
+        log_metrics=lambda *args, **kwargs: None, log_missing_artifacts=lambda *args: None, set_tags=tags.update,
+    )  # fmt: skip
+    run = {"run_id": "1"}
+    callback = RunCallback(delivery, str(tmp_path), run, Description("ppo"), is_continued=True)
+    callback.on_train_begin(None, TrainerState(global_step=3), TrainerControl(), model=None)
+    shown = [entry["path"] for entry in json.loads(tags["mlflow.loggedArtifacts"])]
+    assert shown == ["samples/evaluation.json", "samples/evaluation-000002.json"]
+
+
 class Tracker:
     """Keep what wandb and trackio would get."""
 
@@ -134,7 +152,7 @@ class Tracker:
 
 
 def test_each_table_is_sent_once_at_its_step(tmp_path):
-    tracker, rows = Tracker(), [{"prompt": "p", "completion": "c", "score": 0.5}]
+    tracker, rows = Tracker(), [{"prompt": "p", "completion": "007", "asked_at": "2024", "score": 0.5}]
     callback, state = TableCallback([tracker], str(tmp_path)), TrainerState(global_step=4)
     for kind in ("training", "evaluation"):
         write_table(rows, tmp_path, kind, 4)
@@ -166,6 +184,29 @@ def test_a_tracker_that_is_not_there_is_said_before_anything_is_loaded(monkeypat
     with pytest.raises(ValueError, match=message):
         check_trackers(["mlflow", "tensorboard", name])
     check_trackers(["mlflow", "tensorboard"])
+
+
+@needs["wandb"]
+@pytest.mark.parametrize(("error", "code"), [(SystemExit(0), 0), (RuntimeError("broken"), 1)])
+def test_a_run_of_wandb_ends_as_the_run_of_mlflow_does(tmp_path, monkeypatch, error, code):
+    import wandb
+
+    codes = []
+    run = SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
+    monkeypatch.setattr(wandb, "init", lambda **options: run)
+    with pytest.raises(type(error)), other_trackers(["wandb"], "mine", str(tmp_path), "id"):
+        raise error
+    assert codes == [code]
+
+
+@needs["wandb"]
+def test_a_preflight_alone_opens_no_run_of_another_tracker(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **options: pytest.fail("a run was opened"))
+    trainer = tiny.ppo_trainer(tmp_path, report_to=["wandb"])
+    with pytest.raises(SystemExit):
+        train(trainer, checks=PreflightArguments(preflight_only=True))
 
 
 @needs["wandb"]

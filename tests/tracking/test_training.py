@@ -84,11 +84,14 @@ def test_a_resume_continues_the_run(client, tmp_path):
     assert folders == [run.info.run_id for _ in others], "TensorBoard shows one run, too"
 
 
-def test_nothing_is_recorded_without_mlflow_in_report_to(client, tmp_path):
+def test_nothing_is_recorded_without_mlflow_in_report_to_or_without_training(client, tmp_path):
     trainer, weights = tiny.reward_trainer(tmp_path / "out"), tmp_path / "out" / "model.safetensors"
     weights.parent.mkdir(exist_ok=True)
     weights.write_text("earlier")
     train(trainer, checks=PreflightArguments(overwrite=True))
+    other = tiny.reward_trainer(tmp_path / "other", report_to=["mlflow"])
+    with pytest.raises(SystemExit):
+        train(other, checks=PreflightArguments(preflight_only=True))
     assert _runs(client) == {}
     assert (tmp_path / "out.replaced-1" / weights.name).read_text() == "earlier"
     assert weights.stat().st_size > len("earlier")

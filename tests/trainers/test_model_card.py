@@ -16,6 +16,7 @@ from tolerances import FP32
 from trl import SFTConfig
 
 from rlhf_recipes.durability.origin import Origin, command_of, configuration_of, public_text
+from rlhf_recipes.evaluation.figures import rounded
 from rlhf_recipes.options.shipped import shipped
 from rlhf_recipes.trainers.model_card import hub_name
 from rlhf_recipes.trainers.sft import SFTTrainer
@@ -97,7 +98,7 @@ def test_the_card_of_ppo_names_kl_win_rate_and_reward_model(reward_model, tmp_pa
     assert results["objective/kl"] == pytest.approx(last["eval_objective/kl"], abs=FP32["atol"])
     low, high = (last[f"eval_short/win_rate_{end}"] for end in ("low", "high"))
     row = next(line for line in card.text.splitlines() if "by the judge `short`" in line)
-    assert f"| {low:.3g} to {high:.3g} |" in row
+    assert f"| {rounded(low)} to {rounded(high)} |" in row
     assert "On 8 held-out prompts, after step 2." in card.text
     base = public_text(reward_model.trainer._card["base_model"])
     assert all(f"reward model `{place}`, trained from `{base}`" in card.text for place in ("runs/rm", "second"))
@@ -142,6 +143,10 @@ def test_the_card_of_an_adapter_replaces_that_of_peft(tmp_path, monkeypatch):
 
 def test_a_command_is_written_without_machine_and_secrets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/x/pkg/__main__.py"])
+    main = SimpleNamespace(__spec__=SimpleNamespace(name="pkg.__main__", origin="/x/pkg/__main__.py"))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert Origin.of_process(1).command == "accelerate launch -m pkg"
     config = tmp_path / "my.yaml"
     config.write_text(
         f"output_dir: {tmp_path}/runs/a\ntracking_uri: http://intern:5000\nhub_token: {TOKEN}\nseed: 3\n"
@@ -152,7 +157,11 @@ def test_a_command_is_written_without_machine_and_secrets(tmp_path, monkeypatch)
     assert command_of(argv) == "rlhf ppo --config my.yaml --learning_rate 1e-5"
     assert command_of(argv[:3], 4) == "rlhf ppo --num_processes 4 --config my.yaml"
     shipped_yaml = str(shipped("recipes") / "configs" / "quickstart" / "ppo.yaml")
-    assert command_of(["ppo.py", "--config", shipped_yaml]) == "rlhf ppo --config quickstart/ppo"
+    assert command_of([recipe, "--config", shipped_yaml]) == "rlhf ppo --config quickstart/ppo"
+    assert command_of(["ppo.py", "--mine", "1"]) == "accelerate launch ppo.py --mine 1", "a script of the user's own"
+    assert command_of(["/x/pkg/train.py", "--a=1"], 2, "pkg.train") == (
+        "accelerate launch --num_processes 2 -m pkg.train --a=1"
+    )
     assert command_of(["/usr/bin/pytest", "-q"]) is None
     assert command_of(["/x/ipykernel_launcher.py", "-f", "/x/kernel.json"]) is None
     assert configuration_of(argv) == {
