@@ -33,14 +33,8 @@ YOURS = {
 SHELL = {"cd", "source", "mkdir", "git"}  # need nothing that a machine lacks
 ELSEWHERE = {"docker", "hf", "kubectl", "trl"}  # need something that is named above the block
 # Settings of PEFT, transformers and TRL 1.12 that are no options of a recipe.
-OF_OTHERS = {
-    "stop_token",
-    "init_lora_weights",
-    "output_router_logits",
-    "num_return_sequences",
-    "num_beams",
-    "do_sample",
-}
+OF_OTHERS = {"init_lora_weights", "output_router_logits", "num_return_sequences", "num_beams", "do_sample"}
+OF_OTHERS |= {"stop_token"}
 PLACEHOLDERS = {"N": "0", "STAGE": "ppo", "COMMAND": "ppo", "FILE": "accelerate_configs/multi_gpu.yaml"}
 
 
