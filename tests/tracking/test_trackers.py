@@ -57,7 +57,7 @@ def _values(client):
 def test_tensorboard_has_the_figures_of_mlflow_also_after_a_resume(client, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _run(tmp_path / "out", ["tensorboard"], max_steps=2, model_init_kwargs={"token": "sesame"})
+    _run(tmp_path / "out", ["tensorboard"], max_steps=2, model_init_kwargs={"proxy": "http://me:sesame@host"})
     _run(tmp_path / "out", ["tensorboard"], resume_from_checkpoint=True)
     run, values = _values(client)
     (folder,) = (tmp_path / "out" / "runs").iterdir()
