@@ -30,17 +30,11 @@ YOURS = {
     "my_rloo.yaml": "quickstart/baseline_rloo.yaml",
     "my_evaluation.yaml": "quickstart/evaluate.yaml",
 }
-SHELL = {"cd", "source", "mkdir", "git"}  # need nothing that a machine lacks
+SHELL = {"cd", "source", "mkdir", "git", "mv"}  # need nothing that a machine lacks
 ELSEWHERE = {"docker", "hf", "kubectl", "trl"}  # need something that is named above the block
 # Settings of PEFT, transformers and TRL 1.12 that are no options of a recipe.
-OF_OTHERS = {
-    "stop_token",
-    "init_lora_weights",
-    "output_router_logits",
-    "num_return_sequences",
-    "num_beams",
-    "do_sample",
-}
+OF_OTHERS = {"init_lora_weights", "output_router_logits", "num_return_sequences", "num_beams", "do_sample"}
+OF_OTHERS |= {"stop_token"}
 PLACEHOLDERS = {"N": "0", "STAGE": "ppo", "COMMAND": "ppo", "FILE": "accelerate_configs/multi_gpu.yaml"}
 
 
