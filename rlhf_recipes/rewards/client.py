@@ -87,7 +87,7 @@ class RemoteRewardModel(Scorer):
         except (KeyError, TypeError, RewardCallError, PermanentRewardError) as error:
             raise ValueError(
                 f"No reward model is served at {self.url} ({error}). Start it there: "
-                "`rlhf serve-reward-model --model_name_or_path DIRECTORY`."
+                "`rlhf serve --model_name_or_path DIRECTORY`."
             ) from error
         if self.card is None:
             logger.warning(

@@ -405,7 +405,7 @@ def test_no_more_requests_at_a_time_than_allowed():
 
 
 def test_nothing_there_names_the_command(no_pauses):
-    with pytest.raises(ValueError, match=r"No reward model is served at .* Start it there: `python recipes/serve_rew"):
+    with pytest.raises(ValueError, match=r"No reward model is served at .* Start it there: `rlhf serve --model_name"):
         RemoteRewardModel(f"http://127.0.0.1:{free_port()}", retries=1)
 
 

@@ -204,8 +204,8 @@ def test_recipes_take_models_from_mlflow(world):
     )
     before = _logits(load_registered_policy("models:/policy@candidate"))
     _recipe(
-        world, "ppo", model_name_or_path="models:/policy@candidate", reward_model_path="models:/rm/1",
-        reward_adapter=f"models:/{reward_model}", output_dir="out/second", registered_model_name="policy",
+        world, "ppo", model_name_or_path="models:/policy@candidate", output_dir="out/second",
+        reward_adapter=f"models:/{reward_model}", registered_model_name="policy",
         registered_model_alias="candidate", learning_rate=0.01,
     )  # fmt: skip
     _recipe(

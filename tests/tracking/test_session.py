@@ -225,7 +225,7 @@ def test_a_page_says_what_a_run_is_and_how_it_ended(stages):
     rows = {line.split(": ")[0].removeprefix("- "): line for line in notes["ppo"]}
     assert rows["training data"].endswith("/prompts: 8 rows")
     rate = rows["win rate by longer"]
-    assert re.fullmatch(r"- win rate by longer: 0.5 at step 0, .* \(95 %: .* to .*\) at step 4", rate)
+    assert re.fullmatch(r"- win rate by longer: 0\.500 at step 0, .* \(95 %: .* to .*\) at step 4", rate)
     assert "accuracy, held out" in "".join(notes["reward_modeling"])
     assert "win rate by reward\\_model" in "".join(notes["evaluation"])
 
