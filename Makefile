@@ -28,13 +28,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## Train a small model with PPO on the CPU and show what changed
 	$(BIN)/python recipes/quickstart.py
 
-# One worker per core, one thread each: more of either does not help models this small. Files are in memory if it has
-# 4 GB for them: each checkpoint and each statement to a store waits for the disk.
+# One thread each: more does not help models this small. Many tests wait for other processes, servers or deadlines, so
+# there are more workers than cores. Files are in memory if it has 4 GB for them: each checkpoint and each statement to a
+# store waits for the disk.
 IN_MEMORY = $$(test "$$(df --output=avail /dev/shm 2>/dev/null | tail -1)" -gt 4000000 2>/dev/null \
 	&& echo PYTEST_DEBUG_TEMPROOT=/dev/shm)
 test: install ## Run the whole default test suite
 	env $(IN_MEMORY) HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		$(BIN)/python -m pytest --numprocesses $$(( $$(nproc) > 2 ? 4 : 3 )) --dist loadfile --no-loadscope-reorder \
 		-o tmp_path_retention_policy=failed $(PYTEST_ARGS)
 
 gpu-test: install ## Run the tests that a GPU can run on a GPU
