@@ -100,6 +100,7 @@ class PreemptionCallback(TrainerCallback, ExportableState):
                 with suppress(OSError):  # not `sys.stderr`, which this signal may have interrupted
                     os.write(2, INTERRUPTED)
         elif time.monotonic() - self._received[1] > ECHO_SECONDS:
+            self._received = number, time.monotonic()  # the end must not be interrupted by its own echo
             terminate(number, frame)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -107,7 +107,7 @@ def _go_on(directory, output):
 def test_a_signal_to_ppo_leaves_a_checkpoint_and_the_command_that_goes_on(directory, number, processes):
     typed = ("ppo", "--config", "ppo.yaml", *(("--num_processes", processes) if processes == "2" else ()))
     if processes == "2":
-        typed += ("--cpu",)
+        typed += ("--config_file", "multi_gpu")
     with _Command(directory, *typed) as command:
         wait_for(directory / "sampling")
         if number == signal.SIGINT:
