@@ -137,8 +137,14 @@ def _pairs(words: list[str]) -> dict[str, Any]:
             found[name] = [value] if mark else []
         elif name is not None:
             found[name].append(word)
-    values = {name: [yaml.safe_load(word) for word in given] for name, given in found.items()}
+    values = {name: [_value(word) for word in given] for name, given in found.items()}
     return {name: given[0] if len(given) == 1 else given or True for name, given in values.items()}
+
+
+def _value(word: str) -> Any:
+    """Return a word of a command as a number, a truth value or a mapping; any other text stays, also with a `#`."""
+    parsed = yaml.safe_load(word) if "#" not in word else word
+    return parsed if isinstance(parsed, int | float) or word[:1] in ("{", "[") else word
 
 
 def batches_of(old: Mapping[str, Any], processes: int) -> Batches:

@@ -35,6 +35,7 @@ class Stage:
         Args:
             method: Method of `baseline`, which chooses one of its dataclasses.
         """
+        import_module("rlhf_recipes.console")  # first: imports below print notes
         found = (_named(kind) for kind in self.kinds)
         return tuple(kind[method] if isinstance(kind, Mapping) else kind for kind in found)
 

@@ -107,10 +107,10 @@ def _fit(options: dict[str, Any]) -> None:
     chosen = fit_to_machine(options)
     line = said(options, chosen)
     options.update(chosen)
-    if line is not None:
+    if options["bf16"] is False and not options["fp16"]:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the file of a launcher may ask for another one
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"{line}\n")
+    if line is not None and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{line}\n")
 
 
 def _reason(error: Exception) -> str:

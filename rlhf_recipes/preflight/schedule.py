@@ -125,6 +125,12 @@ def schedule_findings(args: Any, schedule: Schedule, evaluation_rows: int | None
             f"`early_stopping_patience` ({patience}) cannot end a run of {schedule.evaluations} evaluations. Lower "
             "it, or `eval_steps`."
         )
+    warmup = getattr(args, "critic_warmup_steps", 0)
+    if warmup and warmup >= schedule.steps:
+        findings.append(
+            f"`critic_warmup_steps` ({warmup}) covers all of the run's {schedule.steps} optimiser steps: the policy "
+            "stays as it is. Lower it, or train longer."
+        )
     if evaluation_rows is not None and evaluation_rows < MIN_EVALUATION_PROMPTS:
         findings.append(
             f"There are {evaluation_rows} prompts to evaluate on: the 95 % interval of a win rate is then about ±"

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import MLflowCallback, TensorBoardCallback
 
-from rlhf_recipes.durability.earlier_run import move_earlier_run, own_directory
+from rlhf_recipes.durability.earlier_run import keep_foreign_card, move_earlier_run, own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
@@ -73,6 +73,7 @@ def train_and_save(trainer: Any, tracking: TrackingArguments) -> dict[str, float
     """
     args = trainer.args
     move_earlier_run(args.output_dir)
+    keep_foreign_card(args.output_dir)
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics | trainer.conclude()
     card = Path(args.output_dir, CARD_FILE)
     log_results(metrics, *[card] * card.is_file())

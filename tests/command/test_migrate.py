@@ -70,6 +70,13 @@ def test_a_script_becomes_a_configuration_that_parses(tmp_path, monkeypatch, cap
     assert "max_steps: 313 # 313 rollouts: `total_episodes` 10,000 / 32\n" in text
 
 
+def test_a_value_in_quotes_stays_whole(tmp_path, monkeypatch, capsys):
+    words = '--output_dir "o #1" --exp_name "a: b" --learning_rate 3e-6 --bf16 false'
+    new, _ = migrated(tmp_path, monkeypatch, f"python ppo.py {words}", ".sh")
+    assert (new["output_dir"], new["run_name"]) == ("o #1", "a: b")
+    assert (new["learning_rate"], new["bf16"]) == (3e-6, False)
+
+
 def test_a_yaml_file_is_read_too(tmp_path, monkeypatch, capsys):
     old = {
         "num_ppo_epochs": 2, "per_device_train_batch_size": 64, "num_mini_batches": 4, "num_train_epochs": 1,

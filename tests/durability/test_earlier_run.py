@@ -5,7 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_recipes.durability.earlier_run import check_output_dir, move_earlier_run, own_directory
+from rlhf_recipes.durability.earlier_run import (
+    check_output_dir,
+    keep_earlier_file,
+    keep_foreign_card,
+    move_earlier_run,
+    own_directory,
+)
 from rlhf_recipes.durability.occupied import LOCK_FILE
 from rlhf_recipes.options.recipes import PreflightArguments
 
@@ -166,3 +172,21 @@ def test_a_move_that_fails_halfway_is_undone_or_said(tmp_path, monkeypatch, back
 
 def _other_disk(self, target):
     raise OSError(18, "Invalid cross-device link")
+
+
+def test_a_readme_of_the_user_and_an_earlier_result_keep_a_name(tmp_path, caplog):
+    readme, result = tmp_path / "README.md", tmp_path / "results.json"
+    readme.write_text("Made by rlhf_recipes 0.1.0.")
+    keep_foreign_card(str(tmp_path))
+    assert readme.exists(), "a card of this library is written again"
+    readme.write_text("My notes.")
+    keep_foreign_card(str(tmp_path))
+    assert (tmp_path / "README.replaced-1.md").read_text() == "My notes."
+    for number in range(2):
+        result.write_text(str(number))
+        keep_earlier_file(result)
+    assert [(tmp_path / f"results.replaced-{n}.json").read_text() for n in (1, 2)] == ["0", "1"]
+    assert not readme.exists()
+    assert not result.exists()
+    assert "is now README.replaced-1.md" in caplog.text
+    keep_earlier_file(result)  # nothing to keep

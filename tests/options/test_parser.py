@@ -1,5 +1,7 @@
 """Each wrong line of a recipe is refused in one line that names it, before anything is loaded."""
 
+import os
+
 import pytest
 import tiny
 import trl
@@ -74,6 +76,13 @@ def test_a_line_of_the_command(line, message):
 def test_a_file(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         _parse(*_file(tmp_path, text))
+
+
+@pytest.mark.parametrize(("bf16", "precision"), [("false", "no"), ("true", "bf16")])
+def test_the_precision_of_a_launch_file_yields_to_that_of_the_options(monkeypatch, bf16, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    RecipeParser(CLASSES).parse_args_and_config(["--use_cpu", "true", "--bf16", bf16, "--output_dir", "out"])
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == precision
 
 
 def test_what_a_file_may_hold(tmp_path):

@@ -123,6 +123,7 @@ def _messages(tmp_path, rows=32, evaluation_rows=80, **options):
             {"eval_strategy": "steps", "eval_steps": 20, "early_stopping_patience": 3},
             "`early_stopping_patience` (3) cannot end a run of 3",
         ),
+        ({"critic_warmup_steps": 40}, "`critic_warmup_steps` (40) covers all of the run's 40 optimiser steps"),
         ({"evaluation_rows": 12}, "12 prompts to evaluate on: the 95 % interval of a win rate is then about ±0.28"),
         ({"beta": 0.1}, "The KL is paid twice"),
         ({"target_kl": 3.0}, "`target_kl` (3) does nothing with `kl_controller: fixed`"),
@@ -140,6 +141,7 @@ def test_each_oddity_is_named(tmp_path, options, message):
     [
         {},
         {"eval_strategy": "steps", "eval_steps": 40, "early_stopping_patience": 1},
+        {"critic_warmup_steps": 39},
         {"evaluation_rows": None},
         {"evaluation_rows": 30},
         {"beta": 0.1, "kl_coef": 0.0},
