@@ -22,7 +22,7 @@ from trl import ModelConfig
 from rlhf_recipes.data.loading import load_prompts
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering
-from rlhf_recipes.durability.earlier_run import keep_earlier_file
+from rlhf_recipes.durability.earlier_run import keep_earlier_files
 from rlhf_recipes.durability.occupied import occupied
 from rlhf_recipes.evaluation.figures import table_of
 from rlhf_recipes.evaluation.policies import answers_table, best_of_n, compare_policies, eos_token_ids
@@ -98,11 +98,11 @@ def main(
 
         output_dir = Path(script_args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json", "completions.jsonl"):  # of another policy, perhaps
-            keep_earlier_file(output_dir / name)
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        pd.DataFrame(completions).to_json(output_dir / "completions.jsonl", orient="records", lines=True)
-        log_results(results, output_dir / "results.json", output_dir / "completions.jsonl")
+        files = output_dir / "results.json", output_dir / "completions.jsonl"
+        keep_earlier_files(*files)  # they may be of another policy
+        files[0].write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        pd.DataFrame(completions).to_json(files[1], orient="records", lines=True)
+        log_results(results, *files)
         log_answers(answers_table(completions), output_dir)
         completions_table(completions, script_args.num_shown)
         print_table("Evaluation", table_of(results))

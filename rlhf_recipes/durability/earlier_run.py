@@ -61,9 +61,11 @@ def move_earlier_run(output_dir: str) -> None:
         _same_on_all(refusal)
 
 
-def keep_earlier_file(path: Path) -> None:
-    """Give a file of an earlier run, or of the user, another name if it is there: `README.replaced-1.md`."""
-    if path.exists() and PartialState().is_main_process:
+def keep_earlier_files(*paths: Path) -> None:
+    """Give files of an earlier run, or of the user, other names if they are there: `README.replaced-1.md`."""
+    for path in paths if PartialState().is_main_process else ():
+        if not path.exists():
+            continue
         names = (path.with_stem(f"{path.stem}.replaced-{number}") for number in count(1))
         kept = next(name for name in names if not name.exists())
         path.rename(kept)
@@ -74,7 +76,7 @@ def keep_foreign_card(output_dir: str) -> None:
     """Keep a README.md that no run of this library has written: the model card takes its name."""
     path = Path(output_dir, "README.md")
     if path.is_file() and "rlhf_recipes" not in path.read_text(encoding="utf-8", errors="replace"):
-        keep_earlier_file(path)
+        keep_earlier_files(path)
 
 
 def check_output_dir(directory: str, *, adapter: bool) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_recipes.durability.earlier_run import (
     check_output_dir,
-    keep_earlier_file,
+    keep_earlier_files,
     keep_foreign_card,
     move_earlier_run,
     own_directory,
@@ -184,9 +184,9 @@ def test_a_readme_of_the_user_and_an_earlier_result_keep_a_name(tmp_path, caplog
     assert (tmp_path / "README.replaced-1.md").read_text() == "My notes."
     for number in range(2):
         result.write_text(str(number))
-        keep_earlier_file(result)
+        keep_earlier_files(result)
     assert [(tmp_path / f"results.replaced-{n}.json").read_text() for n in (1, 2)] == ["0", "1"]
     assert not readme.exists()
     assert not result.exists()
     assert "is now README.replaced-1.md" in caplog.text
-    keep_earlier_file(result)  # nothing to keep
+    keep_earlier_files(result)  # nothing to keep
