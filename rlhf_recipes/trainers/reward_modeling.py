@@ -50,7 +50,7 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
         ValueError: If a column is missing or empty, or the model has several outputs.
     """
 
-    stage, model_type = "reward_modeling", "reward_model"
+    stage, model_type, ends_with_evaluation = "reward_modeling", "reward_model", True
     _tag_names = ["trl", "reward-trainer", "rlhf-recipes"]
     _method = "reward modelling on pairs of answers"
     _too_large = "`learning_rate` or `l2_coefficient`"
@@ -171,14 +171,6 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             self.card.save(Path(output_dir or self.args.output_dir))
-
-    def conclude(self) -> dict[str, float]:
-        """Evaluate after saving: an evaluation that fails must not cost the model. The card gets its result."""
-        figures = super().conclude()
-        if self.eval_dataset is not None:
-            figures |= self.evaluate()
-            self.save_card()
-        return figures
 
     def save_card(self) -> None:
         """Write both cards again, beside the saved model, with the result of the latest evaluation."""

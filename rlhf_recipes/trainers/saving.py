@@ -31,6 +31,7 @@ class SavingTrainer(ProgressTrainer):
     train_dataset: Any
     stage = ""  # value of the tag `stage` in MLflow
     model_type = "policy"
+    ends_with_evaluation = False  # others are evaluated during the training, or by a recipe of its own
     given_data: tuple[Any, Any] | None = None  # training and evaluation rows, where TRL replaces them by token ids
     _source = ""  # directory or name of the model that training starts from; set before `__init__`
     _revision: str | None = None  # on the Hub, of that model
@@ -63,9 +64,16 @@ class SavingTrainer(ProgressTrainer):
         return GivenInputs(self._source or None, self._revision)
 
     def conclude(self) -> dict[str, float]:
-        """Save the trained model. Return the figures of the evaluation that ends the stage, if one does."""
+        """Save the trained model, and return the figures of the evaluation that ends the stage, if one does.
+
+        An evaluation that fails must not cost the model, so it comes after the save. The card then gets its result.
+        """
         self.save_model(self.args.output_dir)
-        return {}
+        if not self.ends_with_evaluation or self.eval_dataset is None:
+            return {}
+        figures: dict[str, float] = self.evaluate()
+        self.save_card()
+        return figures
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         mend_generation_config(self.accelerator.unwrap_model(self.model))

@@ -24,7 +24,7 @@ TEXT_COLUMNS = ("completion", "text")  # plain text, to which TRL adds the EOS t
 class SFTTrainer(IdentifiedTrainer, TRLSFTTrainer):
     """Train as TRL does, but write a checkpoint whole or not at all, also on a quantised base."""
 
-    stage = "sft"
+    stage, ends_with_evaluation = "sft", True
     _tag_names = ["trl", "sft", "rlhf-recipes"]
     _method = "supervised fine-tuning"
 
@@ -52,14 +52,6 @@ class SFTTrainer(IdentifiedTrainer, TRLSFTTrainer):
             check_adapter_vocabulary(self, tokens)
         check_prepared(self, **{name: given.get(name) for name in ("train_dataset", "eval_dataset")})
         keep_unpacked(self.model)
-
-    def conclude(self) -> dict[str, float]:
-        """Evaluate after saving, if there are rows for it, and write the result into the card."""
-        figures = super().conclude()
-        if self.eval_dataset is not None:
-            figures |= self.evaluate()
-            self.save_card()
-        return figures
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
