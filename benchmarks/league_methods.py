@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from instruction_base import LORA, RECIPES, Sizes
 from instruction_base import build_base as build_instructions
 from instructions import instruction_score
@@ -99,11 +100,10 @@ class Method:
         return paths
 
 
-def quickstart(name: str, steps: int, budgets: tuple[float, ...], until: str, **changes: Any) -> World:
-    """Return a world of `recipes/quickstart.py`, which builds the bases up to the stage `until`."""
-    built, build = BUILT[name], partial(build_quickstart, name, until)
-    given: dict[str, Any] = {"methods": tuple(METHODS)}
-    return World(name, steps, budgets, built.gold_score, built.max_completion_length, build, **(given | changes))
+def quickstart(name: str, steps: int, budgets: tuple[float, ...], build: Callable[..., None], **changes: Any) -> World:
+    """Return a world of `recipes/quickstart.py`, whose bases `build` writes."""
+    built, given = BUILT[name], {"methods": tuple(METHODS)} | changes
+    return World(name, steps, budgets, built.gold_score, built.max_completion_length, build, **given)
 
 
 def build_quickstart(name: str, until: str, folder: Path, seed: int, model: Path | None, data: Path | None) -> None:
@@ -115,16 +115,34 @@ def build_quickstart(name: str, until: str, folder: Path, seed: int, model: Path
     (scratch / "runs" / name).rename(folder)
 
 
+def build_reports(folder: Path, *given: Any) -> None:
+    """Build the base of reports. Its pairs have the labels of the true score, without the noise of the recipe."""
+    build_quickstart("report", "preferences", folder, *given)
+    for file in sorted((folder / "preferences").iterdir()):
+        pairs = Dataset.from_json(str(file))
+        pairs.map(true_labels, batched=True, remove_columns=pairs.column_names).to_json(str(file))
+
+
+def true_labels(pairs: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return the pairs whose answers have different true scores, the better answer as `chosen`."""
+    names = ("chosen", "rejected")
+    scores = [BUILT["report"].gold_score(prompts=pairs["prompt"], completions=pairs[name]) for name in names]
+    rows = zip(pairs["prompt"], *(pairs[name] for name in names), *scores, strict=True)
+    better = [(prompt, *((a, b) if x > y else (b, a))) for prompt, a, b, x, y in rows if x != y]
+    return {name: [row[i] for row in better] for i, name in enumerate(("prompt", *names))}
+
+
 def report(steps: int, **changes: Any) -> World:
     """Return the world of reports. Its true score is the reward, as a program's verdict can be.
 
     The answers have 75 tokens, so there is much credit to spread. RLOO pays `beta` for a nat in the scores' own unit,
-    and PPO pays `kl_coef` in standard deviations of the scores. A standard deviation is about three units here.
+    and PPO pays `kl_coef` in standard deviations of the scores. A standard deviation is about three units here. DPO
+    has pairs that the true score has labelled. TRL 1.12's PPO takes no reward but a model, so it cannot run here.
     """
     score = ["rlhf_recipes.quickstart.report_world:report_score"]
     no_model = {"reward_model_path": None, "critic": None, "critic_dataset_name": None, "missing_eos_penalty": None}
     given: dict[str, Any] = {
-        "methods": ("ppo", "rloo", "grpo"),
+        "methods": ("ppo", "rloo", "grpo", "dpo", "ppo-as-it-was"),
         "has_reward_model": False,
         "own_bases": False,
         "samples": (3, 8),
@@ -132,9 +150,10 @@ def report(steps: int, **changes: Any) -> World:
         "settings": {
             "ppo": [{"kl_coef": kl_coef, "lam": lam} for kl_coef, lam in ((0.03, 0.95), (0.05, 0.98))],
             "rloo": [{"beta": x} for x in (0.3, 0.15)],
+            "ppo-as-it-was": [{"target_kl": x} for x in (3.0, 2.0)],
         },
     }
-    return quickstart("report", steps, (1.0, 2.0), "sft", **(given | changes))
+    return quickstart("report", steps, (1.0, 2.0), build_reports, **(given | changes))
 
 
 def instructions(sizes: Sizes, steps: int, **changes: Any) -> World:
@@ -200,7 +219,7 @@ METHODS = {
 WORLDS = {
     each.name: each
     for each in (
-        quickstart("quickstart", 60, (2.0, 3.0), "reward_modeling"),
+        quickstart("quickstart", 60, (2.0, 3.0), partial(build_quickstart, "quickstart", "reward_modeling")),
         report(steps=60),
         instructions(Sizes(), steps=48),
     )

@@ -16,8 +16,10 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import instruction_base  # noqa: E402
 from instruction_base import Sizes, differing_pairs, questions  # noqa: E402
 from league import Cell, build_base, main, measure_base, measure_path, run_recipe  # noqa: E402
-from league_methods import METHODS, WORLDS, instructions  # noqa: E402
+from league_methods import METHODS, WORLDS, instructions, true_labels  # noqa: E402
 from league_report import best_policies, gold_at, known_part  # noqa: E402
+
+from rlhf_recipes.quickstart.report_world import REPORT_WORLD  # noqa: E402
 
 SIZES = Sizes(answered=8, held_out_answered=2, max_completion_length=6)
 
@@ -125,6 +127,13 @@ def test_gold_at_a_budget(path, expected):
     assert gold_at(result, budget=4.0) == pytest.approx(expected)
 
 
+def test_pairs_of_reports_have_the_labels_of_the_true_score():
+    prompt = next(iter(REPORT_WORLD.plans))
+    best = REPORT_WORLD.best_response(prompt)
+    pairs = {"prompt": [prompt] * 3, "chosen": [best, "no", best], "rejected": ["no", best, best]}
+    assert true_labels(pairs) == {"prompt": [prompt] * 2, "chosen": [best] * 2, "rejected": ["no"] * 2}
+
+
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 def test_a_run_can_be_sent_to_its_process(world):
     cell = Cell(world, METHODS["ppo"], 0, 0, Path())
@@ -146,7 +155,7 @@ def test_the_curve_ends_where_few_answers_decide():
     assert known_part(points, answers=8) == []
 
 
-@pytest.mark.parametrize(("world", "method"), [("report", "dpo"), ("instructions", "ppo-trl-1.12")])
+@pytest.mark.parametrize(("world", "method"), [("report", "ppo-trl-1.12"), ("instructions", "ppo-as-it-was")])
 def test_a_method_that_a_world_lacks_is_refused(world, method, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["league.py", "--world", world, "--methods", "ppo", method])
     with pytest.raises(SystemExit):
