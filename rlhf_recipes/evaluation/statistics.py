@@ -82,15 +82,15 @@ def win_rate(scores: ArrayLike, baseline_scores: ArrayLike, *, seed: int = 0) ->
     """Return the share of prompts on which a policy beats the baseline, with a 95 % bootstrap interval over prompts.
 
     A tie counts as half a win. A pair without two finite scores does not count. Samples of the same prompt are not
-    independent, so they are averaged first. The percentile bootstrap is used, because the accelerated one is undefined
-    if all outcomes are equal. The interval then has width 0.
+    independent, so they are averaged first. If every prompt is won, or every one is lost, the bootstrap shows no
+    spread. The interval is then the exact one of Clopper and Pearson. If every prompt is a tie, it has width 0.
 
     Args:
         scores: One score per prompt, `(N,)`, or one per sample, `(N, S)`.
         baseline_scores: Scores of the baseline on the same prompts, same shape.
         seed: Seed of the bootstrap.
     """
-    return _mean_with_interval("win_rate", _outcomes(scores, baseline_scores), seed)
+    return _rate_with_interval(_outcomes(scores, baseline_scores), seed)
 
 
 def mean_gain(scores: ArrayLike, baseline_scores: ArrayLike, *, seed: int = 0) -> dict[str, float]:
@@ -133,20 +133,20 @@ def crossed_mean(values: ArrayLike) -> CrossedMean:
     Source: Satterthwaite 1946, "An approximate distribution of estimates of variance components".
     """
     values = np.asarray(values, dtype=float)
-    sizes, mean = np.array(values.shape), float(values.mean())
-    if (sizes < 2).any():
-        return CrossedMean(mean, math.nan, math.nan, (math.nan,) * values.ndim)
     others = [tuple(axis for axis in range(values.ndim) if axis != kept) for kept in range(values.ndim)]
-    return _over_factors(mean, np.array([values.mean(axis=axes).var(ddof=1) for axes in others]), sizes)
+    return _over_factors(values, [_variance(values.mean(axis=axes)) for axes in others], values.shape)
 
 
-def _over_factors(mean: float, variances: np.ndarray, sizes: np.ndarray) -> CrossedMean:
+def _over_factors(values: np.ndarray, variances: list[float], sizes: tuple[int, ...]) -> CrossedMean:
     """Return the interval of a mean from the variance between the levels of each factor, and their numbers."""
-    terms = variances / sizes
+    mean = float(values.mean())
+    if min(sizes) < 2:
+        return CrossedMean(mean, math.nan, math.nan, (math.nan,) * len(sizes))
+    terms = np.array(variances) / sizes
     variance = terms.sum()
     if variance == 0:
         return CrossedMean(mean, mean, mean, (0.0,) * len(terms))
-    freedom = variance**2 / (terms**2 / (sizes - 1)).sum()
+    freedom = variance**2 / (terms**2 / (np.array(sizes) - 1)).sum()
     half = float(scipy.stats.t.ppf(0.975, freedom) * math.sqrt(variance))
     return CrossedMean(mean, mean - half, mean + half, tuple(float(share) for share in terms / variance))
 
@@ -165,12 +165,9 @@ def share_between(wins: ArrayLike, num_ours: int) -> CrossedMean:
     """
     wins = np.asarray(wins, dtype=float)
     between, strengths = wins[:num_ours, num_ours:], wins.mean(axis=(1, 2))
-    mean, sizes = float(between.mean()), np.array([num_ours, len(wins) - num_ours, wins.shape[2]])
-    if (sizes < 2).any():
-        return CrossedMean(mean, math.nan, math.nan, (math.nan,) * 3)
     groups = (strengths[:num_ours], strengths[num_ours:])
-    variances = [*(group.var(ddof=1) for group in groups), _variance_over_prompts(between.mean(axis=(0, 1)))]
-    return _over_factors(mean, np.array(variances), sizes)
+    variances = [*map(_variance, groups), _variance_over_prompts(between.mean(axis=(0, 1)))]
+    return _over_factors(between, variances, (num_ours, len(wins) - num_ours, wins.shape[2]))
 
 
 def share_over_baseline(wins: ArrayLike) -> CrossedMean:
@@ -180,15 +177,17 @@ def share_over_baseline(wins: ArrayLike) -> CrossedMean:
         wins: Wins of each run, `(R, N)` over N prompts.
     """
     wins = np.asarray(wins, dtype=float)
-    mean, sizes = float(wins.mean()), np.array(wins.shape)
-    if (sizes < 2).any():
-        return CrossedMean(mean, math.nan, math.nan, (math.nan,) * 2)
-    variances = [wins.mean(axis=1).var(ddof=1), _variance_over_prompts(wins.mean(axis=0))]
-    return _over_factors(mean, np.array(variances), sizes)
+    variances = [_variance(wins.mean(axis=1)), _variance_over_prompts(wins.mean(axis=0))]
+    return _over_factors(wins, variances, wins.shape)
 
 
 def _variance_over_prompts(shares: np.ndarray) -> float:
-    return float(np.append(shares, (0.0, 1.0)).var(ddof=1))
+    return _variance(np.append(shares, (0.0, 1.0)))
+
+
+def _variance(means: np.ndarray) -> float:
+    """Return the sample variance; NaN of one value."""
+    return float(means.var(ddof=1)) if len(means) > 1 else math.nan
 
 
 def wins_per_prompt(scores: Samples, rival_scores: Samples) -> np.ndarray:
@@ -209,7 +208,7 @@ def preference_rate(preferences: ArrayLike, *, seed: int = 0) -> dict[str, float
         preferences: Probability that the policy's answer is better, `(N,)` or `(N, S)`, in [0, 1].
         seed: Seed of the bootstrap.
     """
-    return _mean_with_interval("win_rate", _by_prompt(np.asarray(preferences, dtype=float)), seed)
+    return _rate_with_interval(_by_prompt(np.asarray(preferences, dtype=float)), seed)
 
 
 def swapped_preferences(
@@ -245,6 +244,14 @@ def _differences(scores: Samples, baseline_scores: Samples) -> np.ma.MaskedArray
 def _by_prompt(samples: np.ndarray) -> np.ma.MaskedArray:
     """Return `(N, S)` for `(N,)` or `(N, S)`, with a mask where a value is not finite."""
     return np.ma.masked_invalid(samples.reshape(len(samples), -1))
+
+
+def _rate_with_interval(outcomes: np.ma.MaskedArray, seed: int) -> dict[str, float]:
+    rate, count = _mean_with_interval("win_rate", outcomes, seed), int(outcomes.mean(axis=1).count())
+    if rate["win_rate"] not in (0, 1):
+        return rate
+    exact = scipy.stats.binomtest(round(rate["win_rate"] * count), count).proportion_ci(method="exact")
+    return rate | {"win_rate_low": float(exact.low), "win_rate_high": float(exact.high)}
 
 
 def _mean_with_interval(name: str, samples: np.ma.MaskedArray, seed: int) -> dict[str, float]:

@@ -15,6 +15,7 @@ from peft import PeftModel
 from trl import is_conversational
 
 from rlhf_recipes.console import print_lines
+from rlhf_recipes.durability.checkpoints import checkpoint_to_resume
 from rlhf_recipes.durability.ending import wait_to_end
 from rlhf_recipes.models.forward import rows_without_gradient
 from rlhf_recipes.models.loading import SHARDED
@@ -106,10 +107,13 @@ def preflight(
             some of them.
 
     Raises:
-        ValueError: If a finding is certain to stop the run or to make it worthless.
+        ValueError: If a finding is certain to stop the run or to make it worthless, or if there is no checkpoint where
+            `resume_from_checkpoint` says.
         SystemExit: If `preflight_only` is set: 1 with errors, else 0.
     """
     report, state = Report(), PartialState()
+    if preflight_args.preflight_only:  # otherwise training begins with it
+        checkpoint_to_resume(trainer.args.resume_from_checkpoint, trainer.args.output_dir)
     samples = samples_rollouts(trainer.args)
     if samples:
         _check_rewards(report, trainer, with_answers)  # on all processes, because a reward model may be in shards

@@ -296,7 +296,7 @@ def test_one_seed_never_names_a_winner():
     verdict = _judged([9.0], [0.0])
     assert verdict.headline == (
         "No winner: A (lam 0.0) is ahead on held-out prompts, judged by gold_score, but one seed does not show that "
-        "it is better than B (lam 0.1): 1.00 [1.00, 1.00] over prompts only."
+        "it is better than B (lam 0.1): 1.00 [0.94, 1.00] over prompts only."
     )
     assert verdict.missing == ["2 more seeds of each of A, B"]
 

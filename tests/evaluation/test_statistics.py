@@ -62,9 +62,19 @@ def test_samples_of_one_prompt_are_not_independent():
     assert win_rate(np.repeat(scores[:, None], 50, 1), np.repeat(1 - scores[:, None], 50, 1)) == once
 
 
-def test_win_rate_of_equal_outcomes_has_no_width():
-    assert win_rate([1, 1], [0, 0]) == {"win_rate": 1.0, "win_rate_low": 1.0, "win_rate_high": 1.0}
-    assert win_rate([1], [0])["win_rate_low"] == 1.0
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_win_rate_of_equal_outcomes_has_an_exact_interval(rate):
+    """Of n wins out of n, the lower end is the rate that wins n times with probability 0.025."""
+    for count in (1, 2, 6):
+        end = 0.025 ** (1 / count)
+        outcome = win_rate([rate] * count, [1 - rate] * count)
+        low, high = (end, 1.0) if rate else (0.0, 1 - end)
+        assert_close(list(outcome.values()), [rate, low, high], FP64)
+        assert preference_rate([rate] * count) == outcome
+
+
+def test_a_win_rate_of_ties_has_no_width():
+    assert win_rate([1, 1], [1, 1]) == {"win_rate": 0.5, "win_rate_low": 0.5, "win_rate_high": 0.5}
 
 
 def test_a_missing_score_is_no_loss():

@@ -153,6 +153,12 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch, free, only):
         assert "One checkpoint needs" in str(error.value)
 
 
+def test_a_checkpoint_that_is_not_there_is_found_without_training(tmp_path, capsys):
+    trainer = tiny.ppo_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` .* does not exist"):
+        _say(trainer, capsys, only=True)
+
+
 def test_the_copy_in_a_store_here_counts(tmp_path, capsys):
     trainer = tiny.ppo_trainer(tmp_path)
     said = []
