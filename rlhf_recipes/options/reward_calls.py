@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf_recipes.algorithm.heads import HeadRule
+
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts of a call
 
 
@@ -36,6 +38,18 @@ class RewardCallConfig:
             "positions (GPT-2, OPT, ..) can read: `raise` refuses the run before it starts. `cut` lets the reward "
             "model read only the last tokens of prompt and completion."
         },
+    )
+
+    reward_heads: HeadRule = field(
+        default="mean",
+        metadata={
+            "help": "Score of a reward model with several heads (`score_heads`). `mean`: their mean. `pessimistic`: "
+            "the mean minus `reward_heads_coef` standard deviations. `soft_min`: less where they disagree, and near "
+            "their minimum for a small `reward_heads_coef`, which has the unit of the score."
+        },
+    )
+    reward_heads_coef: float = field(
+        default=1.0, metadata={"help": "Coefficient of `reward_heads: pessimistic` and `reward_heads: soft_min`."}
     )
 
     def longest_call(self) -> float:

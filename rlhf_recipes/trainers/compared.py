@@ -13,6 +13,7 @@ import torch
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from trl.trainer.utils import RepeatSampler
 
+from rlhf_recipes.algorithm.heads import combine_heads
 from rlhf_recipes.console import visible_tables
 from rlhf_recipes.data.messages import ends_in_prefill
 from rlhf_recipes.data.rendering import prompt_ids
@@ -85,8 +86,11 @@ class ComparedTrainer(SavingTrainer):
             timeout=limits.reward_timeout,
             prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
         )
-        for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
-            scorer.prepare(run)
+        rule = functools.partial(combine_heads, rule=limits.reward_heads, coef=limits.reward_heads_coef)
+        for scorer in self.scorers:
+            scorer.prepare(replace(run, combine=rule))
+        for judge in map(scorer_of, self.held_out.judges.values()):
+            judge.prepare(run)
         self._check_context(limits.reward_overflow)
         return [self.reward_calls.guard(function) for function in functions]
 
