@@ -83,8 +83,8 @@ def load_adapter_weights(path: str, heads: int = 1) -> dict[str, Tensor]:
     weights["score"] = weights.pop(layers[0])
     if len(weights["score"]) != heads:
         raise ValueError(
-            f"The score layer of the adapter {path} has {len(weights['score'])} outputs, not {heads}. Its card "
-            "(`score_heads`) says how many a reward model has."
+            f"The score head of the adapter {path} has {len(weights['score'])} outputs, not "
+            f"{'one' if heads == 1 else f'the {heads} (`score_heads`) of its card'}."
         )
     if any(name.endswith("score.bias") for name in weights):
         raise ValueError(f"The score head of the adapter {path} has a bias, which would not be used.")

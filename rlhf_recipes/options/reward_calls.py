@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_recipes.algorithm.heads import HeadRule
-
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts of a call
 
 
@@ -40,7 +38,7 @@ class RewardCallConfig:
         },
     )
 
-    reward_heads: HeadRule = field(
+    reward_heads: Literal["mean", "pessimistic", "soft_min"] = field(
         default="mean",
         metadata={
             "help": "Score of a reward model with several heads (`score_heads`). `mean`: their mean. `pessimistic`: "
