@@ -4,8 +4,8 @@
     python benchmarks/over_optimization.py --directory runs/over_optimization --variants single pessimistic --seeds 0 1
 
 The world is that of the quickstart, with a low price of KL. Each seed has its own SFT policy, preferences, reward
-model with one head and reward model with five heads. A variant is PPO on one of them with one rule. After each sixth of
-a run, the policy is measured on held-out prompts: gold score, score of its own reward model, and KL to the SFT policy.
+model with one head and reward model with five heads. A variant is PPO on one of them with one rule. After each sixth
+of a run, the policy is measured on held-out prompts: gold score, score of its own reward model, KL to the SFT policy.
 
 A run whose `result.json` exists is not repeated. Writes `over_optimization.json`, `.md` and `.png`.
 """
@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from datasets import Dataset
 from league import Cell, Judge, build_base, cpu_seconds, run_recipe
 from league_methods import WORLDS, Method
 from over_optimization_report import write_report
@@ -30,7 +30,8 @@ from score_heads import train_heads
 
 from rlhf_recipes.algorithm.heads import combine_heads
 from rlhf_recipes.console import quiet_start
-from rlhf_recipes.models.loading import load_policy
+from rlhf_recipes.evaluation.reference_answers import add_reference_answers
+from rlhf_recipes.models.loading import load_policy, load_tokenizer
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 
 HEADS = 5
@@ -45,18 +46,20 @@ class Variant(Method):
     """PPO on one of the reward models of a base."""
 
     reward_model: str = "reward_modeling"
+    data: str = ""  # folder in the base
 
     def paths(self, base: Path) -> dict[str, Path]:
         """Return the options that name the data and the reward model of a base."""
-        return super().paths(base) | {"reward_model_path": base / self.reward_model}
+        return super().paths(base / self.data) | {"reward_model_path": base / self.reward_model}
 
 
-def variant(name: str, reward_model: str = "reward_modeling", **options: Any) -> Variant:
+def variant(name: str, reward_model: str = "reward_modeling", data: str = "", **options: Any) -> Variant:
     """Return a variant with options of PPO."""
     settings = [PRICE | options]
-    return Variant(name, "ppo", "ppo.yaml", settings, reads_preferences=True, reward_model=reward_model)
+    return Variant(name, "ppo", "ppo.yaml", settings, reads_preferences=True, reward_model=reward_model, data=data)
 
 
+# The reward of `par` has a deviation of about 0.2 at the start, so the same price of a nat is a fifth.
 # A small coefficient of `soft_min` is near the minimum of the heads.
 VARIANTS = {
     each.name: each
@@ -65,16 +68,37 @@ VARIANTS = {
         variant("mean", "score_heads"),
         variant("pessimistic", "score_heads", reward_heads="pessimistic", reward_heads_coef=1.0),
         variant("soft_min", "score_heads", reward_heads="soft_min", reward_heads_coef=0.1),
+        variant("par", data="references", reward_shaping="par", reward_norm=False, kl_coef=PRICE["kl_coef"] / 5),
     )
 }
 
 
 def build(cell: Cell) -> None:
-    """Build what a run needs: the base of its seed, and its reward model with several heads."""
+    """Build what a run needs: the base of its seed, its reward model with several heads, and reference answers."""
     build_base(cell, None, None)
+    if not (cell.base / "references").exists():
+        add_references(cell.base)
     heads = cell.base / "score_heads"
     if not heads.exists():
         train_heads(cell.base, heads, HEADS, seed=cell.seed)
+
+
+def add_references(base: Path) -> None:
+    """Write prompts and preferences with answers of the SFT policy to each prompt."""
+    scratch, known = base / "building-references", {}
+    tokenizer = load_tokenizer(str(base / "sft"), padding_side="left")
+    sft = load_policy(str(base / "sft"), dtype=WORLD.dtype)
+    options = {"max_completion_length": WORLD.max_completion_length, "temperature": WORLD.temperature}
+    for split in ("train", "test"):
+        prompts = Dataset.from_json(str(base / "prompts" / f"{split}.jsonl"))
+        prompts = add_reference_answers(prompts, sft, tokenizer, response_separator=WORLD.separator, **options)
+        known |= dict(zip(prompts["prompt"], prompts["reference_answers"], strict=True))
+        pairs = Dataset.from_json(str(base / "preferences" / f"{split}.jsonl"))
+        pairs = pairs.add_column("reference_answers", [known[prompt] for prompt in pairs["prompt"]])
+        for name, dataset in (("prompts", prompts), ("preferences", pairs)):
+            (scratch / name).mkdir(parents=True, exist_ok=True)
+            dataset.to_json(scratch / name / f"{split}.jsonl")
+    scratch.rename(base / "references")
 
 
 def own_judge(cell: Cell) -> Judge:
@@ -89,7 +113,7 @@ def own_judge(cell: Cell) -> Judge:
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """Measure the SFT policy and the policy at each sixth of the run; its own score in deviations of the SFT policy's."""
+    """Measure the policy at each sixth of the run. Its own score is in deviations of the SFT policy's."""
     judge = own_judge(cell)
     _, _, start = judge.sample(judge.sft, max(cell.world.samples), seed=0)
     mean, deviation, path = start["proxy"].mean(), start["proxy"].std(), []
@@ -144,7 +168,10 @@ def main() -> None:
     (root / WORLD.name / "bases").mkdir(parents=True, exist_ok=True)
     cells = [Cell(WORLD, VARIANTS[name], 0, seed, root) for seed in args.seeds for name in args.variants]
     run_all(cells)
-    found = {name: {c.seed: c.result() for c in cells if c.method.name == name and c.result()} for name in args.variants}
+    found: dict[str, dict[int, Any]] = {name: {} for name in args.variants}
+    for cell in cells:
+        if (result := cell.result()) is not None:
+            found[cell.method.name][cell.seed] = result
     write_report(root, {name: results for name, results in found.items() if results})
 
 

@@ -57,7 +57,9 @@ def table(rows: dict[str, dict[int, dict[str, float]]]) -> str:
     lines = [f"| variant | n | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     for variant, by_seed in rows.items():
         means = [float(np.mean([row[name] for row in by_seed.values()])) for name in names]
-        lines.append(f"| {variant} | {len(by_seed)} | {' | '.join(f'{x:.2f}' for x in means[:-1])} | {means[-1]:.0f} |")
+        lines.append(
+            f"| {variant} | {len(by_seed)} | {' | '.join(f'{x:.2f}' for x in means[:-1])} | {means[-1]:.0f} |"
+        )
     lines += ["", f"Paired differences from `{RIVAL}`:", "", f"| variant | {' | '.join(COMPARED)} |"]
     lines.append("|---" * (1 + len(COMPARED)) + "|")
     for variant in [name for name in rows if name != RIVAL and RIVAL in rows]:

@@ -53,15 +53,18 @@ def train_heads(base: Path, folder: Path, heads: int, *, all_pairs: bool = False
     trainer.save_card()
 
 
-def margins(scorer: RewardModelScorer, base: Path) -> np.ndarray:
-    """Return the margin of each held-out pair by each head, `(N, K)`."""
+def held_out_pairs(scorer: RewardModelScorer, base: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the tokens of the chosen and of the rejected answers of the held-out pairs."""
     rows = [json.loads(line) for line in (base / "preferences/test.jsonl").read_text(encoding="utf-8").splitlines()]
     prompts = [f"{row['prompt']}{scorer.card.response_separator}" for row in rows]
+    chosen, rejected = ([row[name] for row in rows] for name in ("chosen", "rejected"))
     ended = [True] * len(rows)
-    chosen, rejected = (
-        scorer._score_rows(scorer.token_ids(prompts, [row[name] for row in rows], ended), [])[0]
-        for name in ("chosen", "rejected")
-    )
+    return scorer.token_ids(prompts, chosen, ended), scorer.token_ids(prompts, rejected, ended)
+
+
+def margins(scorer: RewardModelScorer, base: Path) -> np.ndarray:
+    """Return the margin of each held-out pair by each head, `(N, K)`."""
+    chosen, rejected = map(scorer.head_scores, held_out_pairs(scorer, base))
     return (chosen - rejected).double().numpy()
 
 
@@ -98,8 +101,7 @@ def area(doubt: np.ndarray, wrong: np.ndarray) -> float:
 
 def cost(one: RewardModelScorer, several: RewardModelScorer, base: Path, rounds: int = 15) -> list[float]:
     """Return the CPU time of a scoring pass with several heads, divided by that with one, for each round."""
-    rows = [json.loads(line) for line in (base / "preferences/test.jsonl").read_text(encoding="utf-8").splitlines()]
-    token_ids = one.token_ids([f"{row['prompt']}\n" for row in rows], [row["chosen"] for row in rows], [True] * len(rows))
+    token_ids, _ = held_out_pairs(one, base)
     ratios = []
     for number in range(rounds + 1):
         order = [one, several] if number % 2 else [several, one]

@@ -38,18 +38,6 @@ class RewardCallConfig:
         },
     )
 
-    reward_heads: Literal["mean", "pessimistic", "soft_min"] = field(
-        default="mean",
-        metadata={
-            "help": "Score of a reward model with several heads (`score_heads`). `mean`: their mean. `pessimistic`: "
-            "the mean minus `reward_heads_coef` standard deviations. `soft_min`: less where they disagree, and near "
-            "their minimum for a small `reward_heads_coef`, which has the unit of the score."
-        },
-    )
-    reward_heads_coef: float = field(
-        default=1.0, metadata={"help": "Coefficient of `reward_heads: pessimistic` and `reward_heads: soft_min`."}
-    )
-
     def longest_call(self) -> float:
         """Return the seconds until the last attempt of a call has failed."""
         pauses = sum(min(2.0**attempt, LONGEST_PAUSE_SECONDS) for attempt in range(self.reward_retries))

@@ -59,8 +59,8 @@ class RewardModelCard:
         calibration_error: Expected calibration error on the evaluation pairs; see `preference_metrics`.
         score_heads: Number of score heads.
         head_means: Mean score of each head over the same responses as `score_mean`.
-        disagreement: Mean over the evaluation pairs of the standard deviation of the margin over the heads; `None`
-            with one head.
+        disagreement: Mean over the same responses of the standard deviation over the heads, from a common origin;
+            `None` with one head.
     """
 
     base_model: str

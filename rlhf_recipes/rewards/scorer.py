@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_recipes.algorithm.heads import centred, combine_heads, disagreement
+from rlhf_recipes.algorithm.heads import centred, combine_heads
 from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.rendering import answered_ids, appended_end, prompt_ids
 from rlhf_recipes.models.critic import causal_lm
@@ -26,6 +26,7 @@ from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.rewards.alone import row_scores, scores_alone
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard, heads_of
 from rlhf_recipes.rewards.client import finished_completions
+from rlhf_recipes.rewards.heads import combined
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
 from rlhf_recipes.rewards.reading import (
     adapter_pad_id,
@@ -115,10 +116,7 @@ class RewardModelScorer(Scorer):
         completion_ids: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> list[float]:
-        """Return one score per completion, and give the hidden states around its tokens to `take_states`.
-
-        With several heads, TRL logs how far they disagree.
-        """
+        """Return one score per completion, and give the hidden states around its tokens to `take_states`."""
         finished = finished_completions(len(prompts), completion_ids, self.policy_eos_token_ids)
         token_ids, kept = self.token_ids(prompts, completions, finished), []
         if self.take_states is not None and completion_ids is not None:
@@ -127,9 +125,7 @@ class RewardModelScorer(Scorer):
         scores, states = self._score_rows(token_ids, kept)
         if self.take_states is not None and completion_ids is not None:
             self.take_states(states)
-        if scores.size(1) > 1 and "log_metric" in kwargs:
-            kwargs["log_metric"](f"rewards/{self.__name__}/disagreement", disagreement(scores).mean().item())
-        return self.combine(scores).tolist()
+        return combined(scores, self.combine, self.__name__, self.card, kwargs.get("log_metric"))
 
     def score_with_states(self, prompts: list[Prompt], completions: list[Prompt]) -> tuple[list[float], list[Tensor]]:
         """Return the scores of finished completions, and the hidden states around the tokens of each, `(t + 1, H)`."""
@@ -163,8 +159,8 @@ class RewardModelScorer(Scorer):
         if not token_ids:
             return None
         if isinstance(self.source, str):
-            read = {"pad_token_id": self.pad_token_id, "heads": heads_of(self.card)}
-            alone = scores_alone(self.source, token_ids, **read, like=self.model)
+            pad, heads = self.pad_token_id, heads_of(self.card)
+            alone = scores_alone(self.source, token_ids, pad_token_id=pad, heads=heads, like=self.model)
         else:
             alone = row_scores(self.model, token_ids)
         return (
@@ -178,7 +174,11 @@ class RewardModelScorer(Scorer):
 
     def score_token_ids(self, token_ids: list[list[int]]) -> list[float]:
         """Return the scores of the rows that `token_ids` returned."""
-        return self.combine(self._score_rows(token_ids, [])[0]).tolist()
+        return self.combine(self.head_scores(token_ids)).tolist()
+
+    def head_scores(self, token_ids: list[list[int]]) -> Tensor:
+        """Return the scores of the same rows by each head from a common origin, `(B, K)`."""
+        return self._score_rows(token_ids, [])[0]
 
     def _score_rows(self, token_ids: list[list[int]], kept: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
         """Return the scores of rows by each head from a common origin, `(B, K)`, and hidden states of each row.

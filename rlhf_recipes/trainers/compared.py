@@ -26,8 +26,8 @@ from rlhf_recipes.models.forward import keep_out_of_autocast, rows_without_gradi
 from rlhf_recipes.models.generation import check_static_cache, merged_config, plain_output
 from rlhf_recipes.models.loading import mixed_precision, prepare_frozen
 from rlhf_recipes.models.sampling import thrifty_sampling
+from rlhf_recipes.options.followed_rewards import FollowedRewardConfig
 from rlhf_recipes.options.given import GivenInputs
-from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.preflight.policy import check_ends, warn_of_sampling
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.context import check_context
@@ -54,7 +54,7 @@ class ComparedTrainer(SavingTrainer):
     def prepare_rewards(
         self,
         functions: list[Any],
-        limits: RewardCallConfig,
+        limits: FollowedRewardConfig,
         eos_token_ids: list[int],
         judges: dict[str, Callable[..., Any]] | None,
         pairwise_judges: dict[str, Callable[..., Any]] | None,
@@ -63,7 +63,7 @@ class ComparedTrainer(SavingTrainer):
 
         Args:
             functions: Reward functions and scorers.
-            limits: Limits of the calls.
+            limits: Limits of the calls, and the rule for several heads.
             eos_token_ids: Ids that end a completion.
             judges: Functions that score the answers of an evaluation, by name.
             pairwise_judges: Functions that compare two answers, by name.

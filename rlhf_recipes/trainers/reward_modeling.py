@@ -116,7 +116,7 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
 
         self.model.config.num_labels = args.score_heads
         if args.score_heads > 1:
-            self.data_collator = DealtPairs(self.data_collator, args.score_heads, args.seed)
+            self.data_collator: Any = DealtPairs(self.data_collator, args.score_heads, args.seed)
         check_adapter_vocabulary(self, tokens)
         check_prepared(self, train_dataset=train_dataset, eval_dataset=eval_dataset)
         keep_unpacked(self.model)

@@ -15,7 +15,7 @@ from rlhf_recipes.durability.earlier_run import check_output_dir
 from rlhf_recipes.models.loading import only_active_adapter
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.changes import with_changes
-from rlhf_recipes.options.reward_calls import RewardCallConfig
+from rlhf_recipes.options.followed_rewards import FollowedRewardConfig
 from rlhf_recipes.options.training import check_training
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.trainers.compared import ComparedTrainer
@@ -39,7 +39,7 @@ class Scoring:
     response_separator: str
     judges: dict[str, Callable[..., Any]] = field(default_factory=dict)
     pairwise_judges: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    limits: RewardCallConfig = field(default_factory=RewardCallConfig)
+    limits: FollowedRewardConfig = field(default_factory=FollowedRewardConfig)
 
 
 def prepared(

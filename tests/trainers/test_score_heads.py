@@ -2,11 +2,15 @@
 
 import functools
 import json
+import threading
 from collections import Counter
 
 import pytest
+import requests
 import tiny
 import torch
+import uvicorn
+from processes import free_port
 from tolerances import FP32, assert_close
 from torch.nn.functional import logsigmoid
 
@@ -14,7 +18,9 @@ from rlhf_recipes.algorithm.heads import combine_heads, disagreement
 from rlhf_recipes.evaluation.statistics import head_metrics
 from rlhf_recipes.models.reward_model import load_reward_model
 from rlhf_recipes.rewards.card import RewardModelCard
+from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.scorer import RewardModelScorer
+from rlhf_recipes.rewards.server import reward_app
 from rlhf_recipes.trainers.score_heads import DealtPairs
 
 pytestmark = pytest.mark.tiny
@@ -86,7 +92,9 @@ def test_an_evaluation_asks_all_heads(tmp_path, base):
     chosen, rejected = scores.chunk(2)
     assert_close(metrics["eval_loss"], -logsigmoid(chosen - rejected).mean(), FP32)
     assert_close(metrics["eval_accuracy"], (chosen.mean(1) > rejected.mean(1)).float().mean(), FP32)
-    assert_close(metrics["eval_disagreement"], (chosen - rejected).std(1).mean(), FP32)
+    assert_close(metrics["eval_margin_disagreement"], (chosen - rejected).std(1).mean(), FP32)
+    assert_close(metrics["eval_disagreement"], (scores - scores.mean(0)).std(1).mean(), FP32)
+    assert trainer.card.disagreement == metrics["eval_disagreement"]
     assert_close(torch.tensor(trainer.card.head_means), scores.mean(0), FP32)
 
 
@@ -123,7 +131,11 @@ def test_ppo_follows_the_pessimistic_score_and_logs_the_disagreement(tmp_path, b
     assert disagreement(by_head).item() > 0
     assert_close(scorer.score_token_ids(rows), [(by_head.mean() - 1.5 * by_head.std()).item()], FP32)
     trainer.train()
-    assert all(value > 0 for value in tiny.logged(trainer, "rewards/rm/disagreement").values())
+    disagreements, ratios = (tiny.logged(trainer, f"rewards/rm/disagreement{end}") for end in ("", "_ratio"))
+    assert disagreements
+    for step, value in disagreements.items():
+        assert value > 0
+        assert_close(ratios[step], value / trainer.scorers[0].card.disagreement, FP32)
 
 
 def test_a_judge_with_several_heads_gives_their_mean(tmp_path, directory):
@@ -164,4 +176,68 @@ def test_head_metrics_by_hand():
     assert_close(metrics["unanimous"], 2 / 3, FP32)
     assert metrics["accuracy_unanimous"] == 0.5
     assert metrics["accuracy_divided"] == 0.0
-    assert_close(metrics["disagreement"], 5 * 2**-0.5 / 3, FP32)
+    assert_close(metrics["margin_disagreement"], 5 * 2**-0.5 / 3, FP32)
+    # Without the mean of each head, 1/2 and 7/6 - .. the heads differ by what is left of (1, -2, 0, 0, 2, 0) - 1/6.
+    assert_close(metrics["disagreement"], (5 / 6 + 13 / 6 + 1 / 6 + 1 / 6 + 11 / 6 + 1 / 6) / 6 * 2**-0.5, FP32)
+
+
+@pytest.mark.parametrize("critic", ["policy", "reward"])
+def test_the_number_of_forwards_does_not_depend_on_the_number_of_heads(tmp_path, base, directory, critic):
+    """The critic that reads the reward model's states reads those of the same forward."""
+    one = tiny.reward_trainer(tmp_path / "one", base)
+    one.save_model()
+    counts = {}
+    for path in (str(tmp_path / "one"), directory):
+        trainer = tiny.ppo_trainer(tmp_path / "ppo", model=base, rewards=path, critic=critic, max_steps=4)
+        calls = Counter()
+        for name, model in (("policy", trainer.model), ("reward model", trainer.scorers[0].model)):
+            model.register_forward_hook(lambda *call, name=name, calls=calls: calls.update([name]))
+        trainer.train()
+        counts[path] = calls
+        if critic == "reward":
+            assert trainer.rollout.state_values.shape[0] == len(trainer.rollout.mask)
+    one, several = counts.values()
+    assert one["reward model"] == several["reward model"] > 0
+    assert one["policy"] == several["policy"]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Serve a reward model with several heads from a thread, and return its directory and its address."""
+    folder = tmp_path_factory.mktemp("served")
+    trainer = tiny.reward_trainer(
+        folder / "rm", tiny.save(tiny.policy(tiny.tokenizer()), folder / "base"), score_heads=HEADS
+    )
+    trainer.evaluate()
+    trainer.save_model()
+    port, path = free_port(), str(folder / "rm")
+    app = reward_app(RewardModelScorer.from_pretrained(path))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield path, f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_a_served_reward_model_is_combined_by_the_rule_of_the_run(address):
+    path, url = address
+    prompts, answers = ["Tell a story\n\n", "a\n\n"] * 3, ["the fox is red", "berries 3"] * 3
+    local, remote, logged = RewardModelScorer.from_pretrained(path), RemoteRewardModel(url, batch_size=4), {}
+    assert remote.card == local.card
+    for rule in ("mean", "pessimistic", "soft_min"):
+        local.combine = remote.combine = functools.partial(combine_heads, rule=rule, coef=0.5)
+        found = remote(prompts, answers, log_metric=logged.__setitem__)
+        assert_close(torch.tensor(found), local(prompts, answers), FP32)
+    assert logged.keys() == {"rewards/rm/disagreement", "rewards/rm/disagreement_ratio"}
+    body = {"prompts": prompts, "completions": answers, "finished": [True] * 6}
+    plain = requests.post(f"{url}/score", json=body, timeout=30).json()["scores"]
+    local.combine = combine_heads
+    assert_close(torch.tensor(plain), local(prompts, answers), FP32)
+
+
+def test_a_rule_reaches_a_served_reward_model(tmp_path, address):
+    options = {"reward_heads": "pessimistic", "reward_heads_coef": 3.0}
+    trainer = tiny.ppo_trainer(tmp_path, rewards=address[1], **options)
+    remote, scores = trainer.scorers[0], torch.tensor([[1.0, 2.0, 3.0]])
+    assert_close(remote.combine(scores), [-1.0], FP32)
