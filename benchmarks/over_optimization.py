@@ -74,13 +74,13 @@ VARIANTS = {
 
 
 def build(cell: Cell) -> None:
-    """Build what a run needs: the base of its seed, its reward model with several heads, and reference answers."""
+    """Build what a run needs: the base of its seed, and a reward model with several heads or reference answers."""
     build_base(cell, None, None)
-    if not (cell.base / "references").exists():
+    given = cell.method.paths(cell.base)
+    if not given["dataset_name"].exists():
         add_references(cell.base)
-    heads = cell.base / "score_heads"
-    if not heads.exists():
-        train_heads(cell.base, heads, HEADS, seed=cell.seed)
+    if not given["reward_model_path"].exists():
+        train_heads(cell.base, given["reward_model_path"], HEADS, seed=cell.seed)
 
 
 def add_references(base: Path) -> None:
