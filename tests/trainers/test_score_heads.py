@@ -10,13 +10,13 @@ import requests
 import tiny
 import torch
 import uvicorn
-from processes import free_port
-from tolerances import FP32, assert_close
+from processes import free_port, run_in_processes
+from tolerances import FP32, SPLIT, assert_close
 from torch.nn.functional import logsigmoid
 
 from rlhf_recipes.algorithm.heads import combine_heads, disagreement
 from rlhf_recipes.evaluation.statistics import head_metrics
-from rlhf_recipes.models.reward_model import load_reward_model
+from rlhf_recipes.models.reward_model import load_reward_model, load_reward_model_base
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.scorer import RewardModelScorer
@@ -25,6 +25,7 @@ from rlhf_recipes.trainers.score_heads import DealtPairs
 
 pytestmark = pytest.mark.tiny
 HEADS = 3
+FIGURES = ("disagreement", "margin_disagreement", "accuracy", "score_mean")
 
 
 @pytest.fixture
@@ -167,6 +168,28 @@ def test_training_resumes_bit_for_bit(tmp_path, base):
     whole = trained("whole")
     again = trained("whole", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert torch.equal(whole, again)
+
+
+def _trained_head(rank, world_size, base, directory):
+    options = {"score_heads": HEADS, "per_device_train_batch_size": 4 // world_size, "max_steps": 4}
+    trainer = tiny.reward_trainer(f"{directory}/{world_size}", base, learning_rate=1e-2, **options)
+    trainer.train()
+    metrics = trainer.evaluate()
+    return trainer.model.score.weight.detach().clone(), {name: metrics[f"eval_{name}"] for name in FIGURES}
+
+
+@pytest.mark.distributed
+def test_two_ranks_train_the_heads_of_one(tmp_path, base):
+    (one, figures), ranks = (
+        _trained_head(0, 1, base, tmp_path),
+        run_in_processes(_trained_head, 2, base, str(tmp_path)),
+    )
+    start = load_reward_model_base(base, heads=HEADS).score.weight
+    assert (one - start).abs().max() > 1e-3
+    for head, of_rank in ranks:
+        assert_close(head, one, SPLIT)
+        for name, value in figures.items():
+            assert_close(of_rank[name], value, SPLIT)
 
 
 def test_head_metrics_by_hand():
