@@ -86,6 +86,11 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
             )
             args = with_changes(args, model_init_kwargs=None)  # TRL warns about them beside a loaded model
         check_score_layer(model)
+        if model.config.num_labels != args.score_heads:
+            raise ValueError(
+                f"The model has `num_labels` {model.config.num_labels}, and `score_heads` is {args.score_heads}: set "
+                "`score_heads` to that number, or name the model by its path."
+            )
         if processing_class is None:
             processing_class = load_tokenizer(base_model)
         example = next(iter(train_dataset))

@@ -84,7 +84,16 @@ class IdentifiedTrainer(SavingTrainer):
 
     _identity: RunIdentity
 
-    def identify(self, args: Any, *, model: Any, network: Any, peft_config: Any, **data: Any) -> None:
+    def identify(
+        self,
+        args: Any,
+        *,
+        model: Any,
+        network: Any,
+        peft_config: Any,
+        others: Mapping[str, Any] = MappingProxyType({}),
+        **data: Any,
+    ) -> None:
         """Note the facts that must be the same when the run is resumed. For another length there is a warning.
 
         Args:
@@ -92,10 +101,11 @@ class IdentifiedTrainer(SavingTrainer):
             model: Path or model that the user gave.
             network: The same model, loaded, before anything is added to it.
             peft_config: Adapter that will be added to it.
+            others: Facts beside these, by name.
             data: `train_dataset`, and `rewards` if there are any.
         """
         facts = facts_of_training(args, **data) | options_that_count(args, length_is_free=True)
-        facts |= {"the model to start from": _start(model)} | facts_of_network(network, peft_config)
+        facts |= {"the model to start from": _start(model)} | facts_of_network(network, peft_config) | dict(others)
         allow = getattr(args, "allow_changes_on_resume", False)
         self._identity = RunIdentity(facts, allow_changes=allow, defaults=defaults_of(args))
 

@@ -115,11 +115,19 @@ class Baseline(IdentifiedTrainer, ComparedTrainer):
         """Return the columns of a dataset that the trainer may see."""
         return without_answers(dataset)
 
-    def identify_baseline(self, model: str, args: Any, parts: dict[str, Any], rewards: list[Any]) -> None:
+    def identify_baseline(
+        self, model: str, args: Any, parts: dict[str, Any], rewards: list[Any], limits: FollowedRewardConfig
+    ) -> None:
         """Note the revision of the policy and the identity of the run. `parts` is the result of `prepared`."""
         self.note_source(model, args)
+        # Checkpoints of earlier versions know no rule, and their runs had the mean.
+        rule = (
+            {}
+            if limits.reward_heads == "mean"
+            else {"`reward_heads`": [limits.reward_heads, limits.reward_heads_coef]}
+        )
         known = {"network": parts["model"], "peft_config": parts["peft_config"]}
-        self.identify(args, model=model, **known, train_dataset=parts["train_dataset"], rewards=rewards)
+        self.identify(args, model=model, **known, train_dataset=parts["train_dataset"], rewards=rewards, others=rule)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy."""

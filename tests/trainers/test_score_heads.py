@@ -151,6 +151,8 @@ def test_a_judge_with_several_heads_gives_their_mean(tmp_path, directory):
 def test_a_reward_model_with_another_number_of_heads_is_refused(tmp_path, directory):
     with pytest.raises(ValueError, match="3 labels; a reward model has one"):
         tiny.reward_trainer(tmp_path / "again", directory)
+    with pytest.raises(ValueError, match="The model has `num_labels` 1, and `score_heads` is 3: set"):
+        tiny.reward_trainer(tmp_path / "again", tiny.reward_model(tiny.tokenizer()), score_heads=HEADS)
     card = json.loads((tmp_path / "rm" / "reward_model_card.json").read_text())
     (tmp_path / "rm" / "reward_model_card.json").write_text(json.dumps(card | {"score_heads": 2}))
     with pytest.raises(ValueError, match="3 labels; a reward model has 2 here, one per score head"):
