@@ -121,13 +121,10 @@ class Baseline(IdentifiedTrainer, ComparedTrainer):
         """Note the revision of the policy and the identity of the run. `parts` is the result of `prepared`."""
         self.note_source(model, args)
         # Checkpoints of earlier versions know no rule, and their runs had the mean.
-        rule = (
-            {}
-            if limits.reward_heads == "mean"
-            else {"`reward_heads`": [limits.reward_heads, limits.reward_heads_coef]}
-        )
+        rule = [limits.reward_heads, limits.reward_heads_coef]
+        others = {} if limits.reward_heads == "mean" else {"`reward_heads`": rule}
         known = {"network": parts["model"], "peft_config": parts["peft_config"]}
-        self.identify(args, model=model, **known, train_dataset=parts["train_dataset"], rewards=rewards, others=rule)
+        self.identify(args, model=model, **known, train_dataset=parts["train_dataset"], rewards=rewards, others=others)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy."""

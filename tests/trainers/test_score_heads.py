@@ -17,11 +17,15 @@ from torch.nn.functional import logsigmoid
 from rlhf_recipes.algorithm.heads import combine_heads, disagreement
 from rlhf_recipes.evaluation.statistics import head_metrics
 from rlhf_recipes.models.reward_model import load_reward_model, load_reward_model_base
+from rlhf_recipes.options.baselines import CONFIGS
+from rlhf_recipes.options.followed_rewards import FollowedRewardConfig
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 from rlhf_recipes.rewards.server import reward_app
+from rlhf_recipes.trainers.baselines import TRAINERS
 from rlhf_recipes.trainers.score_heads import DealtPairs
+from rlhf_recipes.trainers.stock import Scoring
 
 pytestmark = pytest.mark.tiny
 HEADS = 3
@@ -137,6 +141,19 @@ def test_ppo_follows_the_pessimistic_score_and_logs_the_disagreement(tmp_path, b
     for step, value in disagreements.items():
         assert value > 0
         assert_close(ratios[step], value / trainer.scorers[0].card.disagreement, FP32)
+
+
+def test_a_baseline_follows_the_rule_and_resumes_with_no_other(tmp_path, base, directory):
+    def trainer(rule):
+        args = CONFIGS["rloo"](str(tmp_path / rule), **tiny.QUIET, num_generations=2, max_completion_length=4)
+        scoring = Scoring([directory], "\n\n", limits=FollowedRewardConfig(reward_heads=rule, reward_heads_coef=2.0))
+        given = {"train_dataset": tiny.prompts(), "processing_class": tiny.tokenizer()}
+        return TRAINERS["rloo"](base, args, scoring, **given)
+
+    mean, pessimistic = trainer("mean"), trainer("pessimistic")
+    assert pessimistic.scorers[0].combine(torch.tensor([[1.0, 2.0, 3.0]])).item() == 0.0
+    with pytest.raises(ValueError, match=r"`reward_heads` was None, is \['pessimistic', 2.0\]"):
+        pessimistic._identity.load_state_dict(mean._identity.state_dict())
 
 
 def test_a_judge_with_several_heads_gives_their_mean(tmp_path, directory):
