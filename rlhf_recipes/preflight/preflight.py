@@ -60,6 +60,7 @@ from rlhf_recipes.preflight.schedule import (
     supervised_schedule,
 )
 from rlhf_recipes.rewards.card import tokenizer_fingerprint
+from rlhf_recipes.rewards.dense import with_kept_answer
 from rlhf_recipes.rewards.protocol import Scorer
 
 LONGEST = 64  # prompts with the most characters; only their tokens are counted
@@ -220,9 +221,10 @@ def _check_rewards(report: Report, trainer: Any, with_answers: Dataset | None) -
         prompts, answers, own = probe(
             trainer.train_dataset[:PROBES]["prompt"], None if with_answers is None else answers_of(with_answers)
         )
+        scores = with_kept_answer(scorer)(prompts=prompts, completions=answers)  # a list of rewards as its sum
         # Only PPO normalises scores.
         clip = args.reward_norm_clip if getattr(args, "reward_norm", False) and len(scorers) == 1 else None
-        report.findings += score_findings(scorer, scorer(prompts, answers), own, clip)
+        report.findings += score_findings(scorer, scores, own, clip)
     report.lines["reward"] = "; ".join(described)
 
 

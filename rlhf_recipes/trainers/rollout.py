@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_recipes.algorithm.advantages import (
     explained_variance,
@@ -18,6 +19,7 @@ from rlhf_recipes.algorithm.advantages import (
     is_truncated,
     last_valid_index,
     leave_one_out_means,
+    onto_own_tokens,
     quarters,
     shape_rewards,
 )
@@ -27,7 +29,7 @@ from rlhf_recipes.algorithm.masked import masked_whiten
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.algorithm.repetition import repeated_ngrams
 from rlhf_recipes.data.messages import Text
-from rlhf_recipes.evaluation.samples import reward_columns, sample_rows
+from rlhf_recipes.evaluation.samples import dense_column, reward_columns, sample_rows
 from rlhf_recipes.models.forward import CompletionForward
 from rlhf_recipes.options.ppo import PPOConfig
 
@@ -53,6 +55,10 @@ class Rollout:
     raw_scores: Tensor = field(init=False)
     """Weighted sum, `(N,)`; NaN where no function has scored."""
 
+    # PPOTrainer.take_parts
+    token_rewards: list[Tensor] | None = field(init=False)
+    """Weighted rewards of the tokens of each completion, `(t,)`; `None` if there are only scores."""
+
     # RewardModelScorer.__call__
     critic_states: list[Tensor] = field(init=False)
     """With `critic: reward`, the reward model's hidden states before each token and after the last one, `(t + 1, H)`
@@ -72,6 +78,8 @@ class Rollout:
     """`(B, T)`, 1 = trains: the policy's own tokens, without tool output."""
     truncated: Tensor = field(init=False)
     """Completions that the length limit has cut, `(B,)`."""
+    parts: Tensor = field(init=False)
+    """Weighted rewards of the tokens, which are parts of the scores, `(B, T)`."""
     scores: Tensor = field(init=False)
     """Those of `raw_scores` that train, `(N,)`; NaN for the others."""
     old_per_token_logps: Tensor = field(init=False)
@@ -84,6 +92,8 @@ class Rollout:
     # normalize_scores
     normalized_scores: Tensor = field(init=False)
     """`(B,)`."""
+    normalized_parts: Tensor = field(init=False)
+    """`(B, T)`."""
 
     # estimate_advantages
     kl_coef: float = field(init=False)
@@ -156,6 +166,7 @@ class Rollout:
         self.scores = self.raw_scores.masked_fill(~gather(sampled.any(dim=1)), torch.nan)
         self.completion_mask = sampled * own_part(self.scores).isfinite().unsqueeze(1)
         self.mask = loss_mask(self.completion_mask, batch)
+        self.parts = onto_own_tokens(self._padded_parts(self.completion_ids), self.mask)
         is_cut = is_truncated(self.completion_ids, sampled, eos_token_ids)
         self.truncated = is_cut | ~sampled.any(dim=1)  # TRL empties the mask of those that the limit has cut
         # Padding must reach neither a loss nor its gradient.
@@ -163,6 +174,14 @@ class Rollout:
         self.ref_per_token_logps = ref_per_token_logps.masked_fill(self.mask == 0, 0)
         self.state_values = state_values
         self.k1 = estimate_kl(self.old_per_token_logps, self.ref_per_token_logps, "k1")
+
+    def _padded_parts(self, like: Tensor) -> Tensor:
+        """Return the rewards of the tokens in the shape of their ids, `(B, T)`; 0 without any."""
+        parts = torch.zeros(like.shape, device=like.device)
+        if self.token_rewards is not None:
+            rows = pad_sequence(self.token_rewards, batch_first=True).to(like.device, parts.dtype)
+            parts[:, : rows.size(1)] = rows
+        return parts
 
     def normalize_scores(self, normalizer: RewardNormalizer | None, *, update: bool) -> None:
         """Bring the scores to the normaliser's scale.
@@ -174,6 +193,7 @@ class Rollout:
         if normalizer is not None and update:
             normalizer.update(self.scores)
         self.normalized_scores = own_part(self.scores if normalizer is None else normalizer.normalize(self.scores))
+        self.normalized_parts = self.parts if normalizer is None else normalizer.normalize_parts(self.parts)
 
     def estimate_advantages(self, args: PPOConfig, *, kl_coef: float, group_size: int) -> None:
         """Shape the rewards, estimate advantages and returns, and whiten the advantages over all ranks.
@@ -189,10 +209,11 @@ class Rollout:
         self.kl_coef = kl_coef
         old, ref = self.old_per_token_logps, self.ref_per_token_logps
         self.kl = self.k1 if args.kl_estimator == "k1" else estimate_kl(old, ref, args.kl_estimator)
-        self.rewards = rewards = shape_rewards(scores, self.kl, self.mask, kl_coef=kl_coef)
+        priced: Any = {"kl_coef": kl_coef, "parts": self.normalized_parts}
+        self.rewards = rewards = shape_rewards(scores, self.kl, self.mask, **priced)
         if args.group_baseline and group_size > 1:
             scores = scores - own_part(leave_one_out_means(gather(scores), group_size))
-            rewards = shape_rewards(scores, self.kl, self.mask, kl_coef=kl_coef)
+            rewards = shape_rewards(scores, self.kl, self.mask, **priced)
 
         self.old_values, bootstrap = self.state_values[:, :-1], None
         if args.truncated_completions == "bootstrap":
@@ -220,13 +241,17 @@ class Rollout:
         """Return a row of text and figures per completion, of the first `limit` completions."""
         shown = slice(limit)
         figures = self.own_scores | {"kl": self.k1.sum(dim=1)}
-        return sample_rows(
+        rows = sample_rows(
             self.prompts,
             self.completions,
             self.completion_id_lists,
             {name: values[shown] for name, values in figures.items()},
             self.truncated[shown],
         )
+        if self.token_rewards is None:
+            return rows
+        dense = dense_column(self.parts[shown])
+        return [row | {"dense_rewards": text} for row, text in zip(rows, dense, strict=True)]
 
 
 def loss_mask(completion_mask: Tensor, batch: dict[str, Any]) -> Tensor:
@@ -242,6 +267,7 @@ def own_part(values: Tensor) -> Tensor:
 
 MEANS_OVER_COMPLETIONS = ["objective/kl", "objective/rlhf_reward", "objective/non_score_reward"]
 MEANS_OVER_COMPLETIONS += ["completions/repeated_ngrams"]
+DENSE_FIGURES = [f"objective/dense_rewards_q{quarter}" for quarter in range(1, 5)]
 
 
 def rollout_metrics(rollout: Rollout, group_size: int) -> tuple[int, dict[str, float]]:
@@ -252,11 +278,15 @@ def rollout_metrics(rollout: Rollout, group_size: int) -> tuple[int, dict[str, f
         group_size: Completions per prompt.
     """
     mask, scores = rollout.mask, rollout.scores
+    by_quarter = quarters(mask)
+    is_dense = torch.full(mask.shape[:1], float(rollout.token_rewards is not None), device=mask.device)
+    dense = ((rollout.parts * quarter).sum(dim=1) for quarter in by_quarter)
     sums = (x.sum(dim=1) for x in (rollout.k1, rollout.kl, rollout.rewards))  # 0 outside of the mask
     repeated = repeated_ngrams(rollout.completion_ids, rollout.completion_mask)
-    count, (mean_k1, paid, rlhf_reward, repetition) = global_means(mask.any(dim=1), *sums, repeated)
+    means = global_means(mask.any(dim=1), *sums, repeated, is_dense, *dense)
+    count, (mean_k1, paid, rlhf_reward, repetition, share_dense, *dense_means) = means
     explained = {"": (rollout.returns, mask), "_mc": (rollout.mc_returns, mask)}
-    explained |= {f"_mc_q{i}": (rollout.mc_returns, quarter) for i, quarter in enumerate(quarters(mask), start=1)}
+    explained |= {f"_mc_q{i}": (rollout.mc_returns, quarter) for i, quarter in enumerate(by_quarter, start=1)}
     known = scores.isfinite()
     prompts = {}
     if group_size > 1:
@@ -274,4 +304,4 @@ def rollout_metrics(rollout: Rollout, group_size: int) -> tuple[int, dict[str, f
     } | {
         f"val/explained_variance{name}": explained_variance(rollout.old_values, *target, variance=global_var).item()
         for name, target in explained.items()
-    } | prompts
+    } | prompts | (dict(zip(DENSE_FIGURES, dense_means, strict=True)) if share_dense else {})
