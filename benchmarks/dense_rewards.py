@@ -5,9 +5,9 @@
 
 The judge is the same: `report_sentence_scores` gives the parts of `report_score`. So are the SFT policy, the prompts,
 the settings and the number of completions. After each sixth of a run the policy is measured on held-out prompts, as in
-`league.py`. A run whose `result.json` exists is not repeated. Writes `dense.json` and `dense.md`: the completions after
-which the dense run of a seed has the gold score with which its sparse run ends, the gold scores at equal KL and at the
-end, and the means of the paired differences with their intervals.
+`league.py`. A run whose `result.json` exists is not repeated. Writes `dense.json` and `dense.md`. They hold for each
+seed the completions after which the dense run has the gold score with which the sparse run ends, and the gold scores
+at equal KL and at the end. Below are the means of the paired differences with their intervals.
 """
 
 import argparse
@@ -61,13 +61,8 @@ def figures(dense: dict[str, Any], sparse: dict[str, Any]) -> dict[str, float]:
     row = {"sparse gold": end, "dense gold": dense["path"][-1]["gold"]}
     row |= {"completions": completions_to(dense, end), "share": completions_to(dense, end) / budget}
     row |= {"sparse KL": sparse["path"][-1]["kl"], "dense KL": dense["path"][-1]["kl"]}
-    at = {f"{name} gold@{kl:g}": gold_at(x, kl) for kl in WORLD.budgets for name, x in named(sparse, dense)}
-    return row | at
-
-
-def named(sparse: dict[str, Any], dense: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the runs with their names."""
-    return [("sparse", sparse), ("dense", dense)]
+    runs = {"sparse": sparse, "dense": dense}
+    return row | {f"{name} gold@{kl:g}": gold_at(x, kl) for kl in WORLD.budgets for name, x in runs.items()}
 
 
 def write_report(folder: Path, results: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> None:
@@ -76,12 +71,10 @@ def write_report(folder: Path, results: dict[int, tuple[dict[str, Any], dict[str
     columns = list(next(iter(rows.values())))
     lines = ["| seed | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {seed} | " + " | ".join(f"{row[name]:.4g}" for name in columns) + " |" for seed, row in rows.items()]
-    gains = {
-        what: mean_gain(
-            [row[f"dense {what}"] for row in rows.values()], [row[f"sparse {what}"] for row in rows.values()]
-        )
-        for what in ("gold", *(f"gold@{kl:g}" for kl in WORLD.budgets))
-    }
+    gains = {}
+    for what in ("gold", *(f"gold@{kl:g}" for kl in WORLD.budgets)):
+        dense, sparse = ([row[f"{name} {what}"] for row in rows.values()] for name in ("dense", "sparse"))
+        gains[what] = mean_gain(dense, sparse)
     shares = mean_gain([row["share"] for row in rows.values()], [0.0] * len(rows))
     for name, gain in {**{f"dense - sparse, {what}": gain for what, gain in gains.items()}, "share": shares}.items():
         lines.append(f"\n{name}: {gain['gain']:.3g} ({gain['gain_low']:.3g} to {gain['gain_high']:.3g})")

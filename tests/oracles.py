@@ -109,6 +109,19 @@ def shaped_rewards(scores, kl, mask, kl_coef):
     return shaped
 
 
+def centered(parts, mask):
+    """Return parts minus the mean at their place, over the rows that have a later valid token there."""
+    goes_on = [[bool(m and any(row[t + 1 :])) for t, m in enumerate(row)] for row in mask]
+    centers = []
+    for t in range(len(mask[0])):
+        here = [row[t] for row, on in zip(parts, goes_on, strict=True) if on[t]]
+        centers.append(math.fsum(here) / len(here) if here else 0.0)
+    return [
+        [x - c if o else x for x, c, o in zip(row, centers, on, strict=True)]
+        for row, on in zip(parts, goes_on, strict=True)
+    ]
+
+
 def dense_rewards(scores, parts, kl, mask, kl_coef):
     """Return part_t - kl_coef * kl_t, but on the last valid token what is left of the score in place of its part."""
     shaped = []

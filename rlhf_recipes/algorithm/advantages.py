@@ -93,24 +93,6 @@ def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, p
     return torch.where(is_last, penalty + scores.unsqueeze(1), penalty)
 
 
-def onto_own_tokens(rewards: Tensor, mask: Tensor) -> Tensor:
-    """Move the rewards of cells outside of the mask to the last cell of the mask before them, `(B, T)`.
-
-    The policy did not choose these tokens (tool output), but what it did before led to them. Rewards before the first
-    cell of the mask go to that cell. A row with an empty mask becomes zero.
-
-    Args:
-        rewards: Rewards of tokens, `(B, T)`, 0 in the padding.
-        mask: The policy's own tokens, `(B, T)`.
-    """
-    mask = mask.bool()
-    positions = torch.arange(mask.size(1), device=mask.device).expand(mask.shape)
-    before = torch.where(mask, positions, -1).cummax(dim=1).values
-    first = torch.where(mask, positions, mask.size(1) - 1).amin(dim=1, keepdim=True)
-    moved = torch.zeros_like(rewards).scatter_add(1, torch.where(before < 0, first, before), rewards)
-    return torch.where(mask, moved, 0)
-
-
 def generalized_advantage_estimation(
     rewards: Tensor,
     values: Tensor,

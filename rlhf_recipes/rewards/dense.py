@@ -9,6 +9,7 @@ A reward function or a scorer may return, for a completion, one of two lists in 
 
 import bisect
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from os.path import commonprefix
@@ -124,7 +125,7 @@ def _part(reward: Any, parts: list[Any], row: int) -> float:
 def _checked_ends(ends: list[Any], completion: Text, row: int) -> list[int]:
     """Return the ends of the steps of a completion, which must rise up to the length of its text at most."""
     length = len(step_text(completion, row))
-    for step, (before, end) in enumerate(zip([-1, *ends[:-1]], ends, strict=True)):
+    for step, (before, end) in enumerate(itertools.pairwise([-1, *ends])):
         where = f"it returned the end {short(end)} for step {step} of completion {row}"
         if not isinstance(end, int) or isinstance(end, bool):
             raise TypeError(f"{where}, not a whole number of characters")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_recipes.rewards.dense import KeptAnswer, with_kept_answer
 from rlhf_recipes.trainers.saving import SavingTrainer
@@ -43,8 +44,8 @@ def weighted_parts(
     completions: Any,
     ids: list[list[int]],
     decode: Callable[[Any], str],
-) -> list[Tensor] | None:
-    """Return the weighted rewards of the tokens of each completion, `(t,)`; `None` if no function gave any.
+) -> Tensor | None:
+    """Return the weighted rewards of the tokens, `(B, T)`, 0 in the padding; `None` if no function gave any.
 
     Args:
         answers: Answers of the functions.
@@ -61,4 +62,4 @@ def weighted_parts(
             if row is not None:
                 part += weight * torch.tensor(row, dtype=torch.float64)
                 found = True
-    return parts if found else None
+    return pad_sequence(parts, batch_first=True) if found else None

@@ -171,6 +171,7 @@ class PPOTrainer(FittingTrainer):
         length = batch["completion_ids"].size(1)
         values = policy.state_values if self.critic is None else self.critic_values(rows, length)
         rollout.take_tokens(batch, policy.per_token_logps, self._reference_logps(batch), values, self.eos_token_ids)
+        rollout.full_kl = self._full_kl(policy, rollout, batch)
         normalizer = self.reward_normalizer if self.args.reward_norm else None
         rollout.normalize_scores(normalizer, update=self.model.training)
         group_size = self.num_generations if self.model.training else 1

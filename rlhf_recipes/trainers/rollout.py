@@ -5,13 +5,12 @@ normalised scores, shaped rewards, GAE and whitening. The formulas are in `algor
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_recipes.algorithm.advantages import (
     explained_variance,
@@ -19,10 +18,10 @@ from rlhf_recipes.algorithm.advantages import (
     is_truncated,
     last_valid_index,
     leave_one_out_means,
-    onto_own_tokens,
     quarters,
     shape_rewards,
 )
+from rlhf_recipes.algorithm.dense_rewards import centered_parts, onto_own_tokens
 from rlhf_recipes.algorithm.distributed import global_means, global_moments, global_sum, global_var
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.algorithm.masked import masked_whiten
@@ -56,8 +55,8 @@ class Rollout:
     """Weighted sum, `(N,)`; NaN where no function has scored."""
 
     # PPOTrainer.take_parts
-    token_rewards: list[Tensor] | None = field(init=False)
-    """Weighted rewards of the tokens of each completion, `(t,)`; `None` if there are only scores."""
+    token_rewards: Tensor | None = field(init=False)
+    """Weighted rewards of the tokens, `(B, t)`; `None` if there are only scores."""
 
     # RewardModelScorer.__call__
     critic_states: list[Tensor] = field(init=False)
@@ -88,6 +87,11 @@ class Rollout:
     """`(B, T + 1)`. Column t: value before token t. Last column: value after the last token."""
     k1: Tensor = field(init=False)
     """`old_per_token_logps - ref_per_token_logps` on the tokens that train, 0 elsewhere; nats, `(B, T)`."""
+
+    # ForwardTrainer._reference_logps and ._full_kl, with `kl_estimator: full`
+    reference_forward: CompletionForward = field(init=False)
+    full_kl: Tensor | None = field(init=False)
+    """KL over the vocabulary at each of the policy's own tokens, nats, `(B, T)`."""
 
     # normalize_scores
     normalized_scores: Tensor = field(init=False)
@@ -166,7 +170,10 @@ class Rollout:
         self.scores = self.raw_scores.masked_fill(~gather(sampled.any(dim=1)), torch.nan)
         self.completion_mask = sampled * own_part(self.scores).isfinite().unsqueeze(1)
         self.mask = loss_mask(self.completion_mask, batch)
-        self.parts = onto_own_tokens(self._padded_parts(self.completion_ids), self.mask)
+        rewards = torch.zeros(self.mask.shape, device=self.mask.device)
+        if self.token_rewards is not None:  # the batch may be wider than its longest completion
+            rewards[:, : self.token_rewards.size(1)] = self.token_rewards
+        self.parts = onto_own_tokens(rewards, self.mask)
         is_cut = is_truncated(self.completion_ids, sampled, eos_token_ids)
         self.truncated = is_cut | ~sampled.any(dim=1)  # TRL empties the mask of those that the limit has cut
         # Padding must reach neither a loss nor its gradient.
@@ -174,14 +181,6 @@ class Rollout:
         self.ref_per_token_logps = ref_per_token_logps.masked_fill(self.mask == 0, 0)
         self.state_values = state_values
         self.k1 = estimate_kl(self.old_per_token_logps, self.ref_per_token_logps, "k1")
-
-    def _padded_parts(self, like: Tensor) -> Tensor:
-        """Return the rewards of the tokens in the shape of their ids, `(B, T)`; 0 without any."""
-        parts = torch.zeros(like.shape, device=like.device)
-        if self.token_rewards is not None:
-            rows = pad_sequence(self.token_rewards, batch_first=True).to(like.device, parts.dtype)
-            parts[:, : rows.size(1)] = rows
-        return parts
 
     def normalize_scores(self, normalizer: RewardNormalizer | None, *, update: bool) -> None:
         """Bring the scores to the normaliser's scale.
@@ -193,7 +192,8 @@ class Rollout:
         if normalizer is not None and update:
             normalizer.update(self.scores)
         self.normalized_scores = own_part(self.scores if normalizer is None else normalizer.normalize(self.scores))
-        self.normalized_parts = self.parts if normalizer is None else normalizer.normalize_parts(self.parts)
+        parts = self.parts if normalizer is None else normalizer.normalize_parts(self.parts)
+        self.normalized_parts = parts if normalizer is None else centered_parts(parts, self.mask)
 
     def estimate_advantages(self, args: PPOConfig, *, kl_coef: float, group_size: int) -> None:
         """Shape the rewards, estimate advantages and returns, and whiten the advantages over all ranks.
@@ -207,8 +207,7 @@ class Rollout:
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * self.truncated
         self.kl_coef = kl_coef
-        old, ref = self.old_per_token_logps, self.ref_per_token_logps
-        self.kl = self.k1 if args.kl_estimator == "k1" else estimate_kl(old, ref, args.kl_estimator)
+        self.kl = self._paid_kl(args.kl_estimator)
         priced: Any = {"kl_coef": kl_coef, "parts": self.normalized_parts}
         self.rewards = rewards = shape_rewards(scores, self.kl, self.mask, **priced)
         if args.group_baseline and group_size > 1:
@@ -226,10 +225,21 @@ class Rollout:
             _, returns = generalized_advantage_estimation(*states, lam=args.value_lam, **given)
         nothing = torch.zeros_like(rewards)
         _, self.mc_returns = generalized_advantage_estimation(rewards, nothing, self.mask, gamma=args.gamma, lam=1.0)
+        if self.full_kl is not None:
+            # A full KL does not depend on the token that was chosen, so it alone would not push away from a token.
+            # This term has mean 0 in each state, and makes the gradient that of the KL: `docs/dense-rewards.md`.
+            advantages = advantages + kl_coef * (self.kl - self.k1)
         if args.whiten_advantages:
             _, mean, var = global_moments(advantages, self.mask)
             advantages = masked_whiten(advantages, self.mask, mean=mean, var=var)
         self.returns, self.advantages = returns, advantages
+
+    def _paid_kl(self, estimator: Literal["k1", "k2", "k3", "full"]) -> Tensor:
+        if estimator == "full":
+            assert self.full_kl is not None
+            return self.full_kl.masked_fill(self.mask == 0, 0)
+        given = (self.old_per_token_logps, self.ref_per_token_logps)
+        return self.k1 if estimator == "k1" else estimate_kl(*given, estimator)
 
     def columns(self) -> dict[str, Tensor]:
         """Return the tensors that the update reads; TRL shuffles and cuts them with the tokens."""
@@ -266,7 +276,7 @@ def own_part(values: Tensor) -> Tensor:
 
 
 MEANS_OVER_COMPLETIONS = ["objective/kl", "objective/rlhf_reward", "objective/non_score_reward"]
-MEANS_OVER_COMPLETIONS += ["completions/repeated_ngrams"]
+MEANS_OVER_COMPLETIONS += ["completions/repeated_ngrams", "objective/kl_full"]
 DENSE_FIGURES = [f"objective/dense_rewards_q{quarter}" for quarter in range(1, 5)]
 
 
@@ -301,7 +311,7 @@ def rollout_metrics(rollout: Rollout, group_size: int) -> tuple[int, dict[str, f
         "objective/excluded": 1 - count / scores.numel(),
         "kl_coef": rollout.kl_coef,
         "completions/repeated_ngrams": repetition,
-    } | {
+    } | ({} if rollout.full_kl is None else {"objective/kl_full": paid}) | {
         f"val/explained_variance{name}": explained_variance(rollout.old_values, *target, variance=global_var).item()
         for name, target in explained.items()
     } | prompts | (dict(zip(DENSE_FIGURES, dense_means, strict=True)) if share_dense else {})
