@@ -46,6 +46,8 @@ def _pattern(name):
 def _ppo(directory):
     trainer = tiny.ppo_trainer(
         directory,
+        rewards=lambda completion_ids, **kwargs: [[1.0] * len(ids) for ids in completion_ids],
+        kl_estimator="full",
         eval_data=tiny.prompts(),
         judges={"judge": tiny.length_reward},
         pairwise_judges={"pairs": lambda prompts, **kwargs: [0.5] * len(prompts)},
