@@ -140,7 +140,7 @@ def options_of(cell: Cell) -> dict[str, Any]:
         "run_name": f"{cell.world.name}-{cell.method.name}-{cell.setting}",
         "seed": cell.seed,
         "max_steps": cell.world.steps,
-        "save_steps": cell.world.steps // 4,
+        "save_steps": cell.world.steps // cell.world.parts,
         "max_completion_length": cell.world.max_completion_length,
     }
     sampling = cell.world.sampling if cell.method.samples else {}
@@ -152,7 +152,7 @@ def run_recipe(cell: Cell) -> None:
     """Train by the method's recipe, as its own command would."""
     name, file = cell.method.recipe, cell.folder / "config.yaml"
     options = yaml.safe_load((RECIPES / "configs" / "quickstart" / cell.method.config).read_text(encoding="utf-8"))
-    options |= {"save_total_limit": 4, "eval_strategy": "no", "log_model": False} | options_of(cell)
+    options |= {"save_total_limit": cell.world.parts, "eval_strategy": "no", "log_model": False} | options_of(cell)
     given = {name: value for name, value in options.items() if value is not None}
     cell.folder.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(given), encoding="utf-8")
@@ -199,13 +199,13 @@ def run_cell(cell: Cell) -> str:
 
 
 def measure_path(cell: Cell) -> dict[str, Any]:
-    """Measure the policy at every fourth of the run; the last one on more completions."""
+    """Measure the policy after each part of the run; the last one on more completions."""
     judge, base = Judge(cell.world, cell.base), measure_base(cell)
     theirs, path = np.asarray(base["gold"]), []
-    for quarter in range(1, 5):
-        step = quarter * cell.world.steps // 4
+    for part in range(1, cell.world.parts + 1):
+        step = part * cell.world.steps // cell.world.parts
         policy = load_policy(str(cell.folder / "run" / f"checkpoint-{step}"), dtype=cell.world.dtype).eval()
-        count = cell.world.samples[quarter == 4]
+        count = cell.world.samples[part == cell.world.parts]
         path.append({"step": step, **judge.measure(policy, count, theirs)})
     return {"sft": {"gold": float(theirs.mean()), "proxy": base["proxy_mean"], "length": base["length"]}, "path": path}
 

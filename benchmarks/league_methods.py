@@ -23,7 +23,7 @@ class World:
 
     Args:
         name: Name.
-        steps: Optimiser steps, a multiple of four.
+        steps: Optimiser steps, a multiple of `parts`.
         budgets: KL at which methods are compared, nats.
         gold: True score, a function of TRL's signature.
         max_completion_length: Tokens of an answer, at most.
@@ -40,6 +40,7 @@ class World:
         options: Options of every recipe.
         sampling: Options of the recipes that sample from the policy.
         settings: Settings of methods that differ here, by method.
+        parts: Number of times that a run is measured.
     """
 
     name: str
@@ -60,6 +61,7 @@ class World:
     options: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    parts: int = 4
 
     def settings_of(self, method: "Method") -> list[dict[str, Any]]:
         """Return the settings over which a method is tuned here."""

@@ -109,6 +109,30 @@ def shaped_rewards(scores, kl, mask, kl_coef):
     return shaped
 
 
+def centered(parts, mask):
+    """Return parts minus the mean at their place, over the rows that have a later valid token there."""
+    goes_on = [[bool(m and any(row[t + 1 :])) for t, m in enumerate(row)] for row in mask]
+    centers = []
+    for t in range(len(mask[0])):
+        here = [row[t] for row, on in zip(parts, goes_on, strict=True) if on[t]]
+        centers.append(math.fsum(here) / len(here) if here else 0.0)
+    return [
+        [x - c if o else x for x, c, o in zip(row, centers, on, strict=True)]
+        for row, on in zip(parts, goes_on, strict=True)
+    ]
+
+
+def dense_rewards(scores, parts, kl, mask, kl_coef):
+    """Return part_t - kl_coef * kl_t, but on the last valid token what is left of the score in place of its part."""
+    shaped = []
+    for score, parts_row, kl_row, mask_row in zip(scores, parts, kl, mask, strict=True):
+        own = _valid(parts_row, mask_row)
+        own[-1:] = [score - math.fsum(own[:-1])] if own else []
+        penalties = [kl_coef * x for x in _valid(kl_row, mask_row)]
+        shaped.append(_scatter([x - y for x, y in zip(own, penalties, strict=True)], mask_row))
+    return shaped
+
+
 def gae(rewards, values, mask, *, gamma, lam, bootstrap_values=None):
     """Return A_t = sum_l (gamma lam)^l delta_{t+l}, the explicit O(T^2) sum of Schulman et al. 2016, eq. 16."""
     advantages = []

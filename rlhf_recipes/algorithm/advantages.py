@@ -59,19 +59,24 @@ def leave_one_out_means(scores: Tensor, group_size: int) -> Tensor:
     return (total / others.clamp(min=1)).flatten()
 
 
-def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, parts: Tensor | None = None) -> Tensor:
     """Return the per-token reward: a KL penalty everywhere, and the score on the last token.
 
     r_t = -kl_coef * kl_t + [t = last] * score
 
+    With parts of the score that belong to single tokens, the last token has only the rest of the score:
+    r_t = -kl_coef * kl_t + [t < last] * part_t + [t = last] * (score - sum_{s < last} part_s)
+
     The last token is the EOS itself if the policy produced one, never the padding after it. A row with an empty mask
-    stays zero.
+    stays zero. The rewards of a row sum to the score minus the KL penalty, whatever the parts are. Parts of 0 before
+    the last token change no bit.
 
     Args:
         scores: Normalised scores, one per completion, `(B,)`.
         kl: Per-token KL estimate, `(B, T)`, nats.
         mask: Valid completion tokens, `(B, T)`.
         kl_coef: Price of one nat, in score units.
+        parts: Normalised rewards of tokens, `(B, T)`. Those of the last token are not read.
 
     Returns:
         `(B, T)`, zero where `mask` is 0.
@@ -82,6 +87,9 @@ def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -
     penalty = torch.where(mask, -kl_coef * kl, 0)
     positions = torch.arange(mask.size(1), device=mask.device)
     is_last = mask & (positions == last_valid_index(mask).unsqueeze(1))
+    if parts is not None:
+        earlier = torch.where(mask & ~is_last, parts, 0)
+        penalty, scores = penalty + earlier, scores - earlier.sum(dim=1)
     return torch.where(is_last, penalty + scores.unsqueeze(1), penalty)
 
 

@@ -11,6 +11,24 @@ from torch import Tensor
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
+def full_kl(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """Return KL(pi || ref) of the next token, by the sum over the vocabulary.
+
+    KL = sum_v pi(v) (log pi(v) - log ref(v))
+
+    A token that pi never chooses adds 0.
+
+    Args:
+        log_probs: Log-probabilities under pi, `(.., V)`, nats.
+        ref_log_probs: Log-probabilities under the reference, `(.., V)`, nats.
+
+    Returns:
+        `(..)`, nats, at least 0 but for rounding.
+    """
+    probabilities = log_probs.exp()
+    return torch.where(probabilities > 0, probabilities * (log_probs - ref_log_probs), 0).sum(dim=-1)
+
+
 def estimate_kl(per_token_logps: Tensor, ref_per_token_logps: Tensor, kind: KLEstimator = "k1") -> Tensor:
     """Return a per-token estimate of KL(pi || ref) for tokens sampled from pi.
 

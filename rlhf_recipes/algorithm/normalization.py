@@ -82,6 +82,14 @@ class RewardNormalizer:
         normalized = (finite.to("cpu", torch.float64) - self._mean) / self.std
         return normalized.clamp(-self.clip, self.clip).to(scores.device, scores.dtype)
 
+    def normalize_parts(self, parts: Tensor) -> Tensor:
+        """Return `clip(parts / std, -clip, +clip)`: parts of scores on their scale, without the part of the mean.
+
+        Normalised parts need not sum to the normalised score. The mean, and what clipping takes away, are missing.
+        """
+        scaled = parts.to("cpu", torch.float64) / self.std
+        return scaled.clamp(-self.clip, self.clip).to(parts.device, parts.dtype)
+
     def denormalize(self, normalized: Tensor) -> Tensor:
         """Return the score that `normalize` maps to `normalized`, without clipping."""
         return (normalized.to("cpu", torch.float64) * self.std + self._mean).to(normalized.device, normalized.dtype)

@@ -21,7 +21,8 @@ SAMPLES_DIRECTORY = "samples"
 LATEST = "evaluation.json"  # the latest evaluation: runs can be compared where they have a table of the same name
 LATEST_ROWS = 500  # prompts, so that a browser can show the tables of many runs
 LATEST_CHARACTERS = 2_000  # of a text
-COLUMNS = {"prompt", "completion", "score", "kl", "length", "stop"}  # of every table, beside those of the rewards
+# of every table, beside those of the rewards
+COLUMNS = {"prompt", "completion", "score", "kl", "length", "stop", "dense_rewards"}
 
 
 def reward_columns(rewards: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,6 +57,15 @@ def sample_rows(
         }
         for row, cut in enumerate(truncated.tolist())
     ]
+
+
+def dense_column(parts: Tensor) -> list[str]:
+    """Return the rewards of tokens as a text per completion: `12: 1, 30: -1.5` is 1 at token 12 and -1.5 at token 30.
+
+    Args:
+        parts: Rewards of tokens, `(B, T)`.
+    """
+    return [", ".join(f"{t}: {reward:.4g}" for t, reward in enumerate(row) if reward) for row in parts.tolist()]
 
 
 def write_table(rows: list[dict[str, Any]], output_dir: str | Path, kind: str, step: int) -> Path | None:

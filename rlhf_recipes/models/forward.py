@@ -37,6 +37,8 @@ class ActorCriticOutput(FusedCausalLMOutput):
     """
 
     state_values: Tensor | None = None
+    last_states: Tensor | None = None
+    """The last hidden state before each completion token, `(B, T, H)`, if it was asked for."""
 
 
 def add_completion_forward(
@@ -71,6 +73,7 @@ def add_completion_forward(
         backbone_only: bool = False,
         with_entropy: bool = True,
         own_head: bool = True,
+        keep_states: bool = False,
         **kwargs: Any,
     ) -> Any:
         if backbone_only:
@@ -93,12 +96,11 @@ def add_completion_forward(
             output = run(*args, **kwargs)
         finally:
             hook.remove()
+        kept = {"last_states": states[-1][:, :-1]} if keep_states else {}
         head = getattr(self, VALUE_HEAD_NAME, None)
-        if head is None:
-            return output
-        return ActorCriticOutput(
-            **output, state_values=head(states[-1] if value_gradient_to_backbone else states[-1].detach())
-        )
+        if head is not None:
+            kept["state_values"] = head(states[-1] if value_gradient_to_backbone else states[-1].detach())
+        return ActorCriticOutput(**output, **kept) if kept else output
 
     model.forward = types.MethodType(forward, model)
 
@@ -169,6 +171,8 @@ class CompletionForward:
             wait for the device to tell.
         own_head: Whether the model's own head may serve; see `keeps_logits`.
 
+        keep_states: Whether to keep the last hidden states.
+
     A caller that runs a batch in parts sets `columns` before each part.
     """
 
@@ -178,6 +182,8 @@ class CompletionForward:
     """Log-probabilities, `(B, T)`, after `finish`."""
     state_values: Tensor
     """Values, `(B, T + 1)`, after `finish`, if the model has a value head."""
+    last_states: Tensor
+    """Last hidden state before each token, `(B, T, H)`, after `finish`, if they are kept."""
 
     def __init__(
         self,
@@ -188,11 +194,13 @@ class CompletionForward:
         takes_positions: bool,
         columns: Sequence[int] | None = None,
         own_head: bool = True,
+        keep_states: bool = False,
     ) -> None:
-        self.own_head = own_head
+        self.own_head, self.keep_states = own_head, keep_states
         self.model, self.completion_length, self.columns = model, completion_length, columns
         self.pad_to_multiple_of, self.takes_positions = pad_to_multiple_of or 1, takes_positions
         self._values: list[Tensor] = []
+        self._states: list[Tensor] = []
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **inputs: Any) -> Any:
         """Return TRL's output for the completion only, `(B, T)`."""
@@ -208,9 +216,13 @@ class CompletionForward:
             trimmed["position_ids"] = (trimmed["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         trimmed |= {"shift_labels": labels[:, prompt_end:end]}
         trimmed |= {"with_entropy": self.with_entropy, "own_head": self.own_head}
+        if self.keep_states:
+            trimmed["keep_states"] = True
         output = self.model(**trimmed, completion_length=end - prompt_end)
         if getattr(output, "state_values", None) is not None:
             self._values.append(_widen(output.state_values, width - end))
+        if self.keep_states:
+            self._states.append(nn.functional.pad(output.last_states, (0, 0, 0, width - end)))
         return FusedCausalLMOutput(
             log_probs=_widen(output.log_probs, width - end),
             entropy=None if output.entropy is None else _widen(output.entropy, width - end),
@@ -227,7 +239,14 @@ class CompletionForward:
         self.per_token_logps = per_token_logps[original]
         if self._values:
             self.state_values = torch.cat(self._values)[original]
+        if self._states:
+            self.last_states = torch.cat(self._states)[original]
         return self.per_token_logps
+
+    def forget_states(self) -> None:
+        """Free the memory of the hidden states."""
+        self._states.clear()
+        vars(self).pop("last_states", None)
 
     def columns_of(self, attention_mask: Tensor) -> Tensor:
         """Return how many columns each row needs of prompt and completion, `(B, 2)`, at least one of each."""

@@ -123,8 +123,12 @@ class PPOConfig(CriticConfig, GuardConfig, ShapedRewardConfig, ResumeConfig, GRP
         default=0.05,
         metadata={"help": "Price of one nat of KL, in normalised score; the first one if it is adaptive."},
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = field(
-        default="k1", metadata={"help": "Estimator in the reward. Only k1 has the gradient of the KL."}
+    kl_estimator: Literal["k1", "k2", "k3", "full"] = field(
+        default="k1",
+        metadata={
+            "help": "Estimator in the reward. k1 has the gradient of the KL. `full`, the sum over the vocabulary, has "
+            "it with less noise, and needs the hidden states of a rollout in memory. k2 and k3 do not have it."
+        },
     )
     kl_controller: Literal["fixed", "adaptive"] = field(
         default="fixed", metadata={"help": "`adaptive` steers the KL per sequence towards `target_kl`."}
@@ -210,6 +214,8 @@ class PPOConfig(CriticConfig, GuardConfig, ShapedRewardConfig, ResumeConfig, GRP
             )
         if self.stop_on_decline and self.eval_strategy == "no":
             raise ValueError("`stop_on_decline` needs evaluations: set `eval_strategy: steps` and `eval_steps`.")
+        if self.kl_estimator == "full" and (self.beta != 0 or self.cast_lm_head_to_fp32):
+            raise ValueError("`kl_estimator: full` needs `beta: 0` and `cast_lm_head_to_fp32: false`.")
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError("`kl_coef` must be positive with `kl_controller: adaptive`, which scales it.")
         if self.critic == "adapter" and self.fp16:

@@ -14,7 +14,6 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import is_conversational
 
-from rlhf_recipes.console import print_lines
 from rlhf_recipes.durability.checkpoints import checkpoint_to_resume
 from rlhf_recipes.durability.ending import wait_to_end
 from rlhf_recipes.models.forward import rows_without_gradient
@@ -26,7 +25,6 @@ from rlhf_recipes.options.paths import is_address
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments, is_recorded, tracking_uri
 from rlhf_recipes.preflight.dataset import check_left_out, check_preferences, check_prompts, longer_chosen, texts
 from rlhf_recipes.preflight.examples import example_lines
-from rlhf_recipes.preflight.finding import Finding
 from rlhf_recipes.preflight.policy import (
     PROBES,
     answers_of,
@@ -39,6 +37,7 @@ from rlhf_recipes.preflight.policy import (
     turn_findings,
 )
 from rlhf_recipes.preflight.rates import rate_findings, rate_line
+from rlhf_recipes.preflight.report import Report
 from rlhf_recipes.preflight.resources import (
     activation_bytes,
     checkpoint_bytes,
@@ -61,29 +60,11 @@ from rlhf_recipes.preflight.schedule import (
     supervised_schedule,
 )
 from rlhf_recipes.rewards.card import heads_of, tokenizer_fingerprint
+from rlhf_recipes.rewards.dense import with_kept_answer
 from rlhf_recipes.rewards.protocol import Scorer
 
 LONGEST = 64  # prompts with the most characters; only their tokens are counted
 MEASURED = 10_000  # tokenised rows whose lengths are read
-
-
-class Report:
-    """Collect the lines and the findings of one preflight."""
-
-    def __init__(self) -> None:
-        self.lines: dict[str, str] = {}
-        self.findings: list[Finding] = []
-
-    def write(self, title: str) -> None:
-        """Print the lines as a block, and the findings below it."""
-        block = [f"  {name:<12}{text}" for name, text in self.lines.items()]
-        found = [f"{finding.level.capitalize()}: {finding.message}" for finding in self.findings]
-        print_lines(title, *block, *found)
-
-    @property
-    def errors(self) -> list[str]:
-        """Return the messages of the errors."""
-        return [finding.message for finding in self.findings if finding.level == "error"]
 
 
 def preflight(
@@ -224,9 +205,10 @@ def _check_rewards(report: Report, trainer: Any, with_answers: Dataset | None) -
         prompts, answers, own = probe(
             trainer.train_dataset[:PROBES]["prompt"], None if with_answers is None else answers_of(with_answers)
         )
+        scores = with_kept_answer(scorer)(prompts=prompts, completions=answers)  # a list of rewards as its sum
         # Only PPO normalises scores.
         clip = args.reward_norm_clip if getattr(args, "reward_norm", False) and len(scorers) == 1 else None
-        report.findings += score_findings(scorer, scorer(prompts, answers), own, clip)
+        report.findings += score_findings(scorer, scores, own, clip)
     report.lines["reward"] = "; ".join(described)
 
 

@@ -18,7 +18,16 @@ from functools import cached_property
 from itertools import groupby, product
 from typing import ClassVar, NamedTuple
 
-from rlhf_recipes.quickstart.world import FACT_TEMPLATES, SUBJECTS, VALUES, Fact, TextWorld, Topic, split_sentences
+from rlhf_recipes.quickstart.world import (
+    FACT_TEMPLATES,
+    SUBJECTS,
+    VALUES,
+    Fact,
+    TextWorld,
+    Topic,
+    ended_sentences,
+    split_sentences,
+)
 
 PROMPT = "Report on the {subject} and the {partner}: {attributes} and {last}."
 CLOSING = "That makes {count} about the {subject}."
@@ -132,8 +141,12 @@ class ReportWorld(TextWorld):
         A fact is in its place if no later fact of the plan was said before it and its block has no closing yet.
         The report is whole if every fact is in its place, both counts are right, and there is nothing else.
         """
-        plan, sentences = self.plans[self.question(prompt)], split_sentences(response)
-        counts: Counter[str] = Counter() if sentences else Counter(empty=1)
+        kinds = self.judge_sentences(prompt, split_sentences(response))
+        return Counter(kinds or ["empty"]) + Counter(whole=int(self._is_whole(prompt, kinds)))
+
+    def judge_sentences(self, prompt: str, sentences: Sequence[str]) -> list[str]:
+        """Return the virtue or flaw of each sentence. What comes later does not change it."""
+        plan, kinds = self.plans[self.question(prompt)], list[str]()
         seen: set[Fact | Closing | str] = set()
         place = 0  # in the plan; the facts before it are over
         for position, sentence in enumerate(sentences):
@@ -145,11 +158,24 @@ class ReportWorld(TextWorld):
                 kind, after = judge_closing(meaning, plan, place, 0 if is_second else given)
             else:
                 kind, after = self._judge_sentence(meaning, plan, place)
-            counts["repeated" if key in seen else kind] += 1
+            kinds.append("repeated" if key in seen else kind)
             place = max(place, after)
             seen.add(key)
-        whole = counts["fact"] == len(plan) and counts["count"] == 2 and len(sentences) == len(plan) + 2
-        return counts + Counter(whole=int(whole))
+        return kinds
+
+    def _is_whole(self, prompt: str, kinds: Sequence[str]) -> bool:
+        plan = self.plans[self.question(prompt)]
+        return kinds.count("fact") == len(plan) and kinds.count("count") == 2 and len(kinds) == len(plan) + 2
+
+    def score_sentences(self, prompt: str, response: str) -> list[tuple[int, float]]:
+        """Return for each sentence where it ends and its part of the gold score. The last one has the bonus, too."""
+        ended = ended_sentences(response)
+        kinds = self.judge_sentences(prompt, [sentence for sentence, _ in ended])
+        if not kinds:
+            return [(len(response), self.weights["empty"])]
+        parts = [(end, self.weights[kind]) for (_, end), kind in zip(ended, kinds, strict=True)]
+        end, last = parts.pop()
+        return [*parts, (end, last + self.weights["whole"] * self._is_whole(prompt, kinds))]
 
     def _judge_sentence(self, meaning: Fact | str, plan: Sequence[Topic], place: int) -> tuple[str, int]:
         """Return the kind of a sentence that is no closing, and the place after it."""
@@ -194,3 +220,16 @@ def report_score(prompts: Sequence[str], completions: Sequence[str], **kwargs) -
         **kwargs: Token ids, dataset columns and the trainer state, which TRL also passes. They are ignored.
     """
     return [REPORT_WORLD.gold_score(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def report_sentence_scores(
+    prompts: Sequence[str], completions: Sequence[str], **kwargs
+) -> list[list[tuple[int, float]]]:
+    """Judge the sentences of reports one by one: pairs `(end, reward)`, whose sum is `report_score`.
+
+    Args:
+        prompts: Prompts, with or without the separator.
+        completions: Plain texts without special tokens.
+        **kwargs: What TRL also passes. It is ignored.
+    """
+    return [REPORT_WORLD.score_sentences(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]

@@ -229,4 +229,10 @@ def gold_score(prompts: Sequence[str], completions: Sequence[str], **kwargs) -> 
 
 def split_sentences(text: str) -> list[str]:
     """Cut a text after every full stop. An unfinished sentence at the end is a piece too."""
-    return [piece.strip() for piece in re.findall(r"[^.]*\.|[^.]+$", text) if piece.strip()]
+    return [sentence for sentence, _ in ended_sentences(text)]
+
+
+def ended_sentences(text: str) -> list[tuple[str, int]]:
+    """Return the sentences of a text, each with the number of characters up to its end."""
+    pieces = re.finditer(r"[^.]*\.|[^.]+$", text)
+    return [(piece[0].strip(), piece.end()) for piece in pieces if piece[0].strip()]

@@ -27,12 +27,34 @@ class PermanentRewardError(ValueError):
     """Report that the same call would fail again. A reward function that raises this is not called again."""
 
 
-def checked_rewards(rewards: Any, count: int) -> list[float]:
+def checked_number(reward: Any, row: int) -> float:
+    """Return a reward as a float, NaN for `None`.
+
+    Raises:
+        TypeError: If it is something else than a number or `None`.
+        ValueError: If it is infinite in float32.
+    """
+    value = reward.item() if isinstance(reward, Tensor) and reward.numel() == 1 else reward
+    if value is None:
+        return math.nan
+    if not isinstance(value, Real):
+        raise TypeError(f"it returned {short(value)} for completion {row}, not a number or `None`")
+    try:
+        number = float(value)
+    except OverflowError:  # of a long integer
+        number = math.inf
+    if abs(number) > LARGEST_REWARD:
+        raise ValueError(f"it returned {short(value)} for completion {row}")
+    return number
+
+
+def checked_rewards(rewards: Any, count: int, read: Callable[[Any, int], float] = checked_number) -> list[float]:
     """Return rewards as floats, with NaN for `None`.
 
     Args:
         rewards: Answer of a function: numbers in the order of the completions, a tensor or an array, `(B,)`.
         count: Number of completions, B.
+        read: Function that reads and checks the reward of a row.
 
     Raises:
         TypeError: If the answer has no order or has keys, or holds something else than numbers and `None`.
@@ -41,29 +63,15 @@ def checked_rewards(rewards: Any, count: int) -> list[float]:
     if hasattr(rewards, "tolist"):
         rewards = rewards.tolist()
     if not hasattr(rewards, "__iter__") or hasattr(rewards, "keys") or isinstance(rewards, Set | bytes):
-        raise TypeError(f"it returned {_short(rewards)} instead of a list of {count} rewards")
+        raise TypeError(f"it returned {short(rewards)} instead of a list of {count} rewards")
     rewards = list(rewards)
     if len(rewards) != count:
         raise ValueError(f"it returned {len(rewards)} rewards for {count} completions")
-    return [_checked(reward, row) for row, reward in enumerate(rewards)]
+    return [read(reward, row) for row, reward in enumerate(rewards)]
 
 
-def _checked(reward: Any, row: int) -> float:
-    value = reward.item() if isinstance(reward, Tensor) and reward.numel() == 1 else reward
-    if value is None:
-        return math.nan
-    if not isinstance(value, Real):
-        raise TypeError(f"it returned {_short(value)} for completion {row}, not a number or `None`")
-    try:
-        number = float(value)
-    except OverflowError:  # of a long integer
-        number = math.inf
-    if abs(number) > LARGEST_REWARD:
-        raise ValueError(f"it returned {_short(value)} for completion {row}")
-    return number
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -20,7 +20,8 @@ from tenacity import RetryCallState
 from torch import Tensor
 from trl.trainer.utils import get_callable_name, is_async_callable, start_event_loop_in_daemon
 
-from rlhf_recipes.rewards.attempts import RewardCallError, checked_rewards, describe_error, retrying
+from rlhf_recipes.rewards.attempts import RewardCallError, describe_error, retrying
+from rlhf_recipes.rewards.dense import read_answers, with_kept_answer
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.rewards.threads import DaemonPool
 
@@ -84,7 +85,7 @@ class RewardCalls:
     def guard_judges(self, judges: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
         """Return judges with the same guards. Their caller does not await, so async judges become sync."""
         guarded = {name: self.guard(judge, name) for name, judge in judges.items()}
-        return {name: getattr(call, "now", call) for name, call in guarded.items()}
+        return {name: getattr(call, "now", None) or with_kept_answer(call) for name, call in guarded.items()}
 
     def note_attempt(self, name: str) -> None:
         """Count a failed attempt."""
@@ -206,14 +207,14 @@ class RewardCall:
         return rewards
 
     def _in_time(self, kwargs: dict[str, Any]) -> list[float]:
-        count, timeout = len(kwargs["prompts"]), self._calls.timeout
+        timeout = self._calls.timeout
         if self._is_async:
-            answer: Future[Any] = asyncio.run_coroutine_threadsafe(self._awaited(kwargs, count), event_loop())
+            answer: Future[Any] = asyncio.run_coroutine_threadsafe(self._awaited(kwargs), event_loop())
         elif timeout is None:
-            return self._called(kwargs, count)
+            return self._called(kwargs)
         else:
             self._pool = self._pool or DaemonPool()
-            answer = self._pool.submit(self._called, kwargs, count)
+            answer = self._pool.submit(self._called, kwargs)
         try:
             return answer.result(timeout)
         except TimeoutError:
@@ -225,11 +226,11 @@ class RewardCall:
                 self._pool = None
             raise TimeoutError(f"no answer within {timeout:g} s (`reward_timeout`)") from None
 
-    def _called(self, kwargs: dict[str, Any], count: int) -> list[float]:
-        return checked_rewards(self.function(**kwargs), count)
+    def _called(self, kwargs: dict[str, Any]) -> list[float]:
+        return read_answers(self.function(**kwargs), kwargs)
 
-    async def _awaited(self, kwargs: dict[str, Any], count: int) -> list[float]:
-        return checked_rewards(await self.function(**kwargs), count)
+    async def _awaited(self, kwargs: dict[str, Any]) -> list[float]:
+        return read_answers(await self.function(**kwargs), kwargs)
 
 
 class AsyncRewardCall(RewardCall):

@@ -33,11 +33,11 @@ from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.context import check_context
 from rlhf_recipes.rewards.functions import distinct_names
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun, scorer_of
-from rlhf_recipes.trainers.saving import SavingTrainer
+from rlhf_recipes.trainers.dense import DenseRewardTrainer
 from rlhf_recipes.trainers.update import COUNT_OF, episodes, weigh_means
 
 
-class ComparedTrainer(SavingTrainer):
+class ComparedTrainer(DenseRewardTrainer):
     """Compare the policy with the one that training started from, after every evaluation of TRL.
 
     A subclass sets the attributes declared here before it trains.

@@ -5,6 +5,8 @@ Overrides only, on `trl.GRPOTrainer`.
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +16,12 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.algorithm.micro_batches import cut_rows
+from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.forward import CompletionForward, rows_without_gradient
+from rlhf_recipes.models.loading import SHARDED
+from rlhf_recipes.trainers.full_kl import Side, chunked_kl
 from rlhf_recipes.trainers.numbers import NumbersCallback
-from rlhf_recipes.trainers.rollout import Rollout
+from rlhf_recipes.trainers.rollout import Rollout, loss_mask
 from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, takes_positions
 from rlhf_recipes.trainers.value_head import ValueHeadTrainer
 
@@ -29,6 +34,15 @@ class ForwardTrainer(ValueHeadTrainer):
 
     rollout: Rollout | None = None  # the latest
     numbers: NumbersCallback | None = None  # compares the forwards with plain transformers
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        kind = self.accelerator.distributed_type
+        if self.args.kl_estimator == "full" and kind in SHARDED:
+            raise ValueError(
+                f"`kl_estimator: full` needs a whole LM head on each GPU, and {kind.value} cuts it into shards. "
+                "Launch with `accelerate_configs/multi_gpu.yaml`, or set `kl_estimator: k1`."
+            )
 
     def watch_numbers(self, start: Any) -> None:
         """Compare the forwards before the first step, and the reference after it.
@@ -96,14 +110,15 @@ class ForwardTrainer(ValueHeadTrainer):
             takes_positions=self._takes_positions,
             columns=columns,
             own_head=own_head,
+            keep_states=self.args.kl_estimator == "full" and not torch.is_grad_enabled(),
         )
 
     def _forward(self, model: Any, batch: dict[str, Any]) -> CompletionForward:
         """Run a model over a whole rollout, without gradient, as TRL does."""
         args = self.args
         batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        forward = self._completion_forward(model, batch["completion_ids"].size(1))
         with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+            forward = self._completion_forward(model, batch["completion_ids"].size(1))
             self._get_per_token_logps_and_entropies(
                 forward,
                 torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
@@ -114,12 +129,44 @@ class ForwardTrainer(ValueHeadTrainer):
             )
         return forward
 
+    @contextmanager
+    def _as_reference(self) -> Iterator[Any]:
+        """Give the network of the reference: a frozen copy, or the policy without its adapter."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
+            yield self.model
+
     def _reference_logps(self, batch: dict[str, Any]) -> Tensor:
         """Return the reference's log-probabilities of a rollout, `(B, T)`; TRL has them if its own KL term is on."""
         if "ref_per_token_logps" in batch:
             return batch["ref_per_token_logps"]
-        if self.ref_model is not None:
-            return self._forward(self.ref_model, batch).per_token_logps
-        policy = self.accelerator.unwrap_model(self.model)
-        with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
-            return self._forward(self.model, batch).per_token_logps
+        with self._as_reference() as model:
+            forward = self._forward(model, batch)
+        if forward.keep_states and self.rollout is not None and not self.rollout.has("reference_forward"):
+            self.rollout.reference_forward = forward
+        return forward.per_token_logps
+
+    def _full_kl(self, policy: CompletionForward, rollout: Rollout, batch: dict[str, Any]) -> Tensor | None:
+        """Return the KL over the vocabulary at the policy's own tokens, nats, `(B, T)`, with `kl_estimator: full`."""
+        if not policy.keep_states:
+            return None
+
+        def logits(model: Any, states: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                return causal_lm(self.accelerator.unwrap_model(model)).get_output_embeddings()(states)
+
+        def of_reference(states: Tensor) -> Tensor:
+            with self._as_reference() as model:
+                return logits(model, states)
+
+        sides = Side(policy, functools.partial(logits, self.model)), Side(rollout.reference_forward, of_reference)
+        vocabulary = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        own = loss_mask(batch["completion_mask"], batch)
+        given = {"vocabulary": vocabulary, "temperature": self.temperature}
+        kl = chunked_kl(*sides, batch["completion_ids"], own, **given)
+        policy.forget_states()  # they are large, and nobody else reads them
+        rollout.forget("reference_forward")
+        return kl

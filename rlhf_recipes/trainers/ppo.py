@@ -5,6 +5,7 @@ Overrides only. Sampling, reward calls and the clipped surrogate are TRL's; ever
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +18,18 @@ from rlhf_recipes.algorithm.losses import aggregate_token_loss, trust_region_mas
 from rlhf_recipes.algorithm.masked import masked_mean
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.evaluation.alarms import AlarmCallback, DeclineStopping, current_alarms
+from rlhf_recipes.models.vocabulary import inner_tokenizer
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.relevance import defaults_of
+from rlhf_recipes.rewards.dense import KeptAnswer
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
+from rlhf_recipes.trainers.dense import weighted_parts
 from rlhf_recipes.trainers.fitting import FittingTrainer
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
 from rlhf_recipes.trainers.reference_answers import ReferenceAnswers
-from rlhf_recipes.trainers.rollout import MEANS_OVER_COMPLETIONS, Rollout, rollout_metrics
+from rlhf_recipes.trainers.rollout import Rollout
+from rlhf_recipes.trainers.rollout_metrics import DENSE_FIGURES, MEANS_OVER_COMPLETIONS, rollout_metrics
 from rlhf_recipes.trainers.run_identity import RunIdentity
 from rlhf_recipes.trainers.setup import add_networks, options_for_trl, prepare_parts, prepare_reference
 from rlhf_recipes.trainers.update import MicroBatch, critic_loss, group_by_length, row_weight
@@ -173,6 +178,7 @@ class PPOTrainer(FittingTrainer):
         length = batch["completion_ids"].size(1)
         values = policy.state_values if self.critic is None else self.critic_values(rows, length)
         rollout.take_tokens(batch, policy.per_token_logps, self._reference_logps(batch), values, self.eos_token_ids)
+        rollout.full_kl = self._full_kl(policy, rollout, batch)
         if self.references is not None:
             rollout.shape_scores(self.references)
         else:
@@ -199,6 +205,12 @@ class PPOTrainer(FittingTrainer):
         self.rollout.take_answers(prompts, completions, completion_ids_list, rewards, scores)
         return rewards_per_func
 
+    def take_parts(self, answers: list[KeptAnswer | None], completions: Any, ids: list[list[int]]) -> None:
+        """Give the rewards of steps and tokens to the rollout."""
+        assert self.rollout is not None
+        decode = functools.partial(inner_tokenizer(self.processing_class).decode, skip_special_tokens=True)
+        self.rollout.token_rewards = weighted_parts(answers, self.reward_weights.tolist(), completions, ids, decode)
+
     def _report(self, rollout: Rollout, group_size: int) -> None:
         """Let guard and controller look at a rollout, log its figures, and keep or judge its completions."""
         count, metrics = rollout_metrics(rollout, group_size)
@@ -207,7 +219,7 @@ class PPOTrainer(FittingTrainer):
         if self.args.reward_norm:
             metrics |= {"reward_norm/mean": self.reward_normalizer.mean, "reward_norm/std": self.reward_normalizer.std}
         self._log_metrics(metrics)
-        self._log_counts(count, MEANS_OVER_COMPLETIONS)
+        self._log_counts(count, [name for name in (*MEANS_OVER_COMPLETIONS, *DENSE_FIGURES) if name in metrics])
         self._log_counts(int(rollout.scores.isfinite().sum()), ["objective/scores"])
         self._log_advantages(masked_mean(rollout.advantages, rollout.mask, dim=1))
         if not self.model.training:

@@ -5,7 +5,7 @@ normalised scores, shaped rewards, GAE and whitening. The formulas are in `algor
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -13,21 +13,19 @@ from accelerate.utils import gather
 from torch import Tensor
 
 from rlhf_recipes.algorithm.advantages import (
-    explained_variance,
     generalized_advantage_estimation,
     is_truncated,
     last_valid_index,
     leave_one_out_means,
-    quarters,
     shape_rewards,
 )
-from rlhf_recipes.algorithm.distributed import global_means, global_moments, global_sum, global_var
+from rlhf_recipes.algorithm.dense_rewards import centered_parts, onto_own_tokens
+from rlhf_recipes.algorithm.distributed import global_moments, global_sum
 from rlhf_recipes.algorithm.kl import estimate_kl
 from rlhf_recipes.algorithm.masked import masked_whiten
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
-from rlhf_recipes.algorithm.repetition import repeated_ngrams
 from rlhf_recipes.data.messages import Text
-from rlhf_recipes.evaluation.samples import reward_columns, sample_rows
+from rlhf_recipes.evaluation.samples import dense_column, reward_columns, sample_rows
 from rlhf_recipes.models.forward import CompletionForward
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.trainers.reference_answers import ReferenceAnswers
@@ -54,6 +52,10 @@ class Rollout:
     raw_scores: Tensor = field(init=False)
     """Weighted sum, `(N,)`; NaN where no function has scored."""
 
+    # PPOTrainer.take_parts
+    token_rewards: Tensor | None = field(init=False)
+    """Weighted rewards of the tokens, `(B, t)`; `None` if there are only scores."""
+
     # RewardModelScorer.__call__
     critic_states: list[Tensor] = field(init=False)
     """With `critic: reward`, the reward model's hidden states before each token and after the last one, `(t + 1, H)`
@@ -73,6 +75,8 @@ class Rollout:
     """`(B, T)`, 1 = trains: the policy's own tokens, without tool output."""
     truncated: Tensor = field(init=False)
     """Completions that the length limit has cut, `(B,)`."""
+    parts: Tensor = field(init=False)
+    """Weighted rewards of the tokens, which are parts of the scores, `(B, T)`."""
     scores: Tensor = field(init=False)
     """Those of `raw_scores` that train, `(N,)`; NaN for the others."""
     old_per_token_logps: Tensor = field(init=False)
@@ -82,9 +86,16 @@ class Rollout:
     k1: Tensor = field(init=False)
     """`old_per_token_logps - ref_per_token_logps` on the tokens that train, 0 elsewhere; nats, `(B, T)`."""
 
+    # ForwardTrainer._reference_logps and ._full_kl, with `kl_estimator: full`
+    reference_forward: CompletionForward = field(init=False)
+    full_kl: Tensor | None = field(init=False)
+    """KL over the vocabulary at each of the policy's own tokens, nats, `(B, T)`."""
+
     # normalize_scores, shape_scores
     normalized_scores: Tensor = field(init=False)
     """`(B,)`."""
+    normalized_parts: Tensor = field(init=False)
+    """`(B, T)`."""
 
     # estimate_advantages
     kl_coef: float = field(init=False)
@@ -157,6 +168,10 @@ class Rollout:
         self.scores = self.raw_scores.masked_fill(~gather(sampled.any(dim=1)), torch.nan)
         self.completion_mask = sampled * own_part(self.scores).isfinite().unsqueeze(1)
         self.mask = loss_mask(self.completion_mask, batch)
+        rewards = torch.zeros(self.mask.shape, device=self.mask.device)
+        if self.token_rewards is not None:  # the batch may be wider than its longest completion
+            rewards[:, : self.token_rewards.size(1)] = self.token_rewards
+        self.parts = onto_own_tokens(rewards, self.mask)
         is_cut = is_truncated(self.completion_ids, sampled, eos_token_ids)
         self.truncated = is_cut | ~sampled.any(dim=1)  # TRL empties the mask of those that the limit has cut
         # Padding must reach neither a loss nor its gradient.
@@ -175,10 +190,19 @@ class Rollout:
         if normalizer is not None and update:
             normalizer.update(self.scores)
         self.normalized_scores = own_part(self.scores if normalizer is None else normalizer.normalize(self.scores))
+        parts = self.parts if normalizer is None else normalizer.normalize_parts(self.parts)
+        self.normalized_parts = parts if normalizer is None else centered_parts(parts, self.mask)
 
     def shape_scores(self, references: ReferenceAnswers) -> None:
-        """Compare the scores with those of reference answers, instead of normalising them."""
+        """Compare the scores with those of reference answers, instead of normalising them.
+
+        Raises:
+            ValueError: If steps or tokens have rewards of their own.
+        """
+        if self.token_rewards is not None:
+            raise ValueError("`reward_shaping: par` bounds the score of a whole answer. Return one number per answer.")
         self.normalized_scores = references.shaped(own_part(self.scores), self.rows)
+        self.normalized_parts = self.parts
 
     def estimate_advantages(self, args: PPOConfig, *, kl_coef: float, group_size: int) -> None:
         """Shape the rewards, estimate advantages and returns, and whiten the advantages over all ranks.
@@ -192,12 +216,12 @@ class Rollout:
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * self.truncated
         self.kl_coef = kl_coef
-        old, ref = self.old_per_token_logps, self.ref_per_token_logps
-        self.kl = self.k1 if args.kl_estimator == "k1" else estimate_kl(old, ref, args.kl_estimator)
-        self.rewards = rewards = shape_rewards(scores, self.kl, self.mask, kl_coef=kl_coef)
+        self.kl = self._paid_kl(args.kl_estimator)
+        priced: Any = {"kl_coef": kl_coef, "parts": self.normalized_parts}
+        self.rewards = rewards = shape_rewards(scores, self.kl, self.mask, **priced)
         if args.group_baseline and group_size > 1:
             scores = scores - own_part(leave_one_out_means(gather(scores), group_size))
-            rewards = shape_rewards(scores, self.kl, self.mask, kl_coef=kl_coef)
+            rewards = shape_rewards(scores, self.kl, self.mask, **priced)
 
         self.old_values, bootstrap = self.state_values[:, :-1], None
         if args.truncated_completions == "bootstrap":
@@ -210,10 +234,21 @@ class Rollout:
             _, returns = generalized_advantage_estimation(*states, lam=args.value_lam, **given)
         nothing = torch.zeros_like(rewards)
         _, self.mc_returns = generalized_advantage_estimation(rewards, nothing, self.mask, gamma=args.gamma, lam=1.0)
+        if self.full_kl is not None:
+            # A full KL does not depend on the token that was chosen, so it alone would not push away from a token.
+            # This term has mean 0 in each state, and makes the gradient that of the KL: `docs/dense-rewards.md`.
+            advantages = advantages + kl_coef * (self.kl - self.k1)
         if args.whiten_advantages:
             _, mean, var = global_moments(advantages, self.mask)
             advantages = masked_whiten(advantages, self.mask, mean=mean, var=var)
         self.returns, self.advantages = returns, advantages
+
+    def _paid_kl(self, estimator: Literal["k1", "k2", "k3", "full"]) -> Tensor:
+        if estimator == "full":
+            assert self.full_kl is not None
+            return self.full_kl.masked_fill(self.mask == 0, 0)
+        given = (self.old_per_token_logps, self.ref_per_token_logps)
+        return self.k1 if estimator == "k1" else estimate_kl(*given, estimator)
 
     def columns(self) -> dict[str, Tensor]:
         """Return the tensors that the update reads; TRL shuffles and cuts them with the tokens."""
@@ -225,13 +260,17 @@ class Rollout:
         """Return a row of text and figures per completion, of the first `limit` completions."""
         shown = slice(limit)
         figures = self.own_scores | {"kl": self.k1.sum(dim=1)}
-        return sample_rows(
+        rows = sample_rows(
             self.prompts,
             self.completions,
             self.completion_id_lists,
             {name: values[shown] for name, values in figures.items()},
             self.truncated[shown],
         )
+        if self.token_rewards is None:
+            return rows
+        dense = dense_column(self.parts[shown])
+        return [row | {"dense_rewards": text} for row, text in zip(rows, dense, strict=True)]
 
 
 def loss_mask(completion_mask: Tensor, batch: dict[str, Any]) -> Tensor:
@@ -243,40 +282,3 @@ def own_part(values: Tensor) -> Tensor:
     """Return this process's rows `(B, ..)` of a tensor of all processes `(N, ..)`."""
     state = PartialState()
     return values.view(state.num_processes, -1, *values.shape[1:])[state.process_index]
-
-
-MEANS_OVER_COMPLETIONS = ["objective/kl", "objective/rlhf_reward", "objective/non_score_reward"]
-MEANS_OVER_COMPLETIONS += ["completions/repeated_ngrams"]
-
-
-def rollout_metrics(rollout: Rollout, group_size: int) -> tuple[int, dict[str, float]]:
-    """Return how many completions of all ranks train, and the figures of the rollout. Glossary: `docs/metrics.md`.
-
-    Args:
-        rollout: Rollout with advantages.
-        group_size: Completions per prompt.
-    """
-    mask, scores = rollout.mask, rollout.scores
-    sums = (x.sum(dim=1) for x in (rollout.k1, rollout.kl, rollout.rewards))  # 0 outside of the mask
-    repeated = repeated_ngrams(rollout.completion_ids, rollout.completion_mask)
-    count, (mean_k1, paid, rlhf_reward, repetition) = global_means(mask.any(dim=1), *sums, repeated)
-    explained = {"": (rollout.returns, mask), "_mc": (rollout.mc_returns, mask)}
-    explained |= {f"_mc_q{i}": (rollout.mc_returns, quarter) for i, quarter in enumerate(quarters(mask), start=1)}
-    known = scores.isfinite()
-    prompts = {}
-    if group_size > 1:
-        others = leave_one_out_means(scores, group_size)
-        compared = known & (known.view(-1, group_size).sum(dim=1) > 1).repeat_interleave(group_size)
-        prompts["val/explained_variance_prompt"] = explained_variance(others, scores, compared).item()
-    return int(count), {
-        "objective/kl": mean_k1,
-        "objective/scores": scores[known].mean().item(),
-        "objective/rlhf_reward": rlhf_reward,
-        "objective/non_score_reward": -rollout.kl_coef * paid,
-        "objective/excluded": 1 - count / scores.numel(),
-        "kl_coef": rollout.kl_coef,
-        "completions/repeated_ngrams": repetition,
-    } | {
-        f"val/explained_variance{name}": explained_variance(rollout.old_values, *target, variance=global_var).item()
-        for name, target in explained.items()
-    } | prompts

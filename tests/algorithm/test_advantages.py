@@ -54,6 +54,19 @@ def test_shaped_rewards_match_the_definition(seed, mask, kl_coef):
     assert_close(shape_rewards(scores, kl, mask, kl_coef=kl_coef), expected, FP64)
 
 
+@given(seed=seeds, mask=masks(), kl_coef=st.sampled_from([0.0, 0.05, 2.0]))
+def test_parts_of_a_score_are_on_their_tokens_and_sum_to_it(seed, mask, kl_coef):
+    kl, parts = gaussians(seed, mask.shape, 2)
+    (scores,) = gaussians(seed + 1, mask.shape[:1], 1)
+    given = (x.tolist() for x in (scores, parts, kl, mask))
+    shaped = shape_rewards(scores, kl, mask, kl_coef=kl_coef, parts=poison(parts, mask, float("nan")))
+    assert_close(shaped, oracles.dense_rewards(*given, kl_coef), FP64)
+    whole = shape_rewards(scores, kl, mask, kl_coef=kl_coef)
+    assert_close(shaped.sum(dim=1), whole.sum(dim=1), FP64)
+    last = torch.zeros_like(parts)
+    assert_close(shape_rewards(scores, kl, mask, kl_coef=kl_coef, parts=last), whole, EXACT)
+
+
 @pytest.mark.parametrize("value", POISONS)
 def test_shaped_rewards_never_read_masked_cells(value):
     (kl,) = gaussians(0, MASK.shape, 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import gaussians, seeds
 from tolerances import EXACT, FP32, FP64, SECOND_ORDER, assert_close
 
-from rlhf_recipes.algorithm.kl import estimate_kl
+from rlhf_recipes.algorithm.kl import estimate_kl, full_kl
 
 KINDS = ["k1", "k2", "k3"]
 VOCABULARY = 7
@@ -100,3 +100,18 @@ def test_a_bad_cell_stays_in_its_cell(kind):
 def test_an_unknown_kind_is_refused_with_the_known_ones(kind):
     with pytest.raises(ValueError, match=r"k1.*k2.*k3"):
         estimate_kl(torch.zeros(1, 1), torch.zeros(1, 1), kind)
+
+
+@given(seed=seeds, distance=st.sampled_from([0.01, 1.0, 3.0]))
+def test_the_full_kl_is_the_exact_one(seed, distance):
+    pairs = [two_policies(seed + i, distance) for i in range(2)]
+    ours, theirs = (torch.stack(rows) for rows in zip(*pairs, strict=True))
+    expected = [oracles.exact_kl(row.tolist(), ref_row.tolist()) for row, ref_row in pairs]
+    assert_close(full_kl(ours, theirs), expected, FP64)
+    assert_close(full_kl(ours, ours), [0.0, 0.0], EXACT)
+
+
+def test_a_token_that_is_never_chosen_adds_nothing():
+    never = torch.tensor([[0.0, -math.inf]])
+    assert_close(full_kl(never, never), [0.0], EXACT)
+    assert_close(full_kl(never, torch.tensor([[0.5, 0.5]]).log()), [math.log(2)], FP32)

@@ -35,7 +35,7 @@ def test_each_has_default_type_meaning_and_owner():
     kl = options["kl_coef"]
     assert (kl.default, kl.kind, kl.owner, kl.topic) == ("0.05", "number", "rlhf_recipes", "KL to the reference")
     assert kl.help.startswith("Price of one nat of KL")
-    assert (options["kl_estimator"].kind, options["kl_estimator"].default) == ("k1 | k2 | k3", "k1")
+    assert (options["kl_estimator"].kind, options["kl_estimator"].default) == ("k1 | k2 | k3 | full", "k1")
     assert (options["response_separator"].default, options["use_peft"].default) == (r'"\n\n"', "false")
     assert (options["beta"].owner, options["warmup_steps"].owner) == ("TRL", "transformers")
     assert (options["judge_models"].kind, options["reward_model_path"].default) == ("list", "null")

@@ -69,7 +69,7 @@ def test_a_line_of_the_command(line, message):
         ("judge_models: runs/a\n", r"`judge_models` must be a list, got 'runs/a': write `judge_models: \[runs/a\]`"),
         ("reward_weights: [.inf]\n", "`reward_weights` must be finite, got inf"),
         ("reward_weights: [a]\n", "`reward_weights` must be a list, and each entry a number, got 'a'"),
-        ("kl_estimator: k4\n", "`kl_estimator` must be one of k1, k2, k3, got 'k4'"),
+        ("kl_estimator: k4\n", "`kl_estimator` must be one of k1, k2, k3, full, got 'k4'"),
         ("model_init_kwargs: 3\n", "`model_init_kwargs` must be a mapping, got 3"),
     ],
 )

@@ -12,6 +12,7 @@ from rlhf_recipes.data.loading import load_split, without_answers
 from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.preflight import preflight
 from rlhf_recipes.preflight.policy import answers_of
+from rlhf_recipes.preflight.report import Report
 from rlhf_recipes.preflight.resources import (
     SMALL_FILES,
     checkpoint_bytes,
@@ -204,13 +205,13 @@ def test_the_rows_without_gradient_of_a_gpu_are_counted(tmp_path, monkeypatch):
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(preflight, "free_memory", lambda device: 10**15)
         monkeypatch.setattr(type(trainer.args), "device", torch.device(device))
-        preflight._check_memory(preflight.Report(), trainer, trainer.train_dataset)
+        preflight._check_memory(Report(), trainer, trainer.train_dataset)
     assert rows[1] == 4 * rows[0]
     assert rollouts == [0, 10**12] * 2
 
 
 def test_chunks_on_a_gpu_follow_from_the_memory_that_the_rest_leaves(tmp_path, monkeypatch):
-    trainer, report = tiny.ppo_trainer(tmp_path), preflight.Report()
+    trainer, report = tiny.ppo_trainer(tmp_path), Report()
     monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda", 0))
     assert preflight._sampled_at_once(report, trainer, row_bytes=10, free=1_000) == 8
     assert preflight._sampled_at_once(report, trainer, row_bytes=10, free=60) == 4

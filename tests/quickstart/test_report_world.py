@@ -268,3 +268,19 @@ def test_the_configurations_fit_their_world(name, stage):
     assert options["max_completion_length"] == WORLDS[name].max_completion_length
     assert options["judge_functions"] == [f"{gold.__module__}:{gold.__name__}"]
     assert options["model_name_or_path"].startswith(f"runs/{name}/")
+
+
+def test_the_sentences_of_a_report_have_the_parts_of_its_score():
+    answers = [*DEMONSTRATIONS[:200], *((prompt, REPORT_WORLD.best_response(prompt)) for prompt in PROMPTS[:20])]
+    answers += [(PROMPT, text) for text in ("", "  ", "The fox", "The fox roars.  The fox is red. ", " ".join(WHOLE))]
+    prompts, texts = zip(*answers, strict=True)
+    parts = report_world.report_sentence_scores(prompts, texts)
+    assert [sum(reward for _, reward in row) for row in parts] == report_world.report_score(prompts, texts)
+    for text, row in zip(texts, parts, strict=True):
+        ends = [end for end, _ in row]
+        assert ends == sorted(set(ends))
+        assert ends[-1] <= len(text)
+    assert parts[-2] == [(14, 1.0 * (REPORT_WORLD.gold_score(PROMPT, FOX[1]))), (31, parts[-2][1][1])]
+    # What comes later does not change the reward of a sentence.
+    assert report_world.report_sentence_scores([PROMPT], [" ".join(WHOLE[:4])])[0] == parts[-1][:4]
+    assert parts[-1][-1] == (len(" ".join(WHOLE)), WEIGHTS["count"] + WEIGHTS["whole"])

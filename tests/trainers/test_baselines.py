@@ -116,6 +116,15 @@ def test_the_kl_is_summed_over_a_completion(base, tmp_path, method):
     assert trainer._metrics["train"]["objective/scores"] == trainer._metrics["train"]["reward"]
 
 
+@SAMPLERS
+def test_lists_of_rewards_count_as_their_sums(base, tmp_path, method):
+    trainer = _trainer(method, base, tmp_path)
+    trainer.reward_funcs = [lambda completion_ids, **kwargs: [[0.5] * len(ids) for ids in completion_ids]]
+    batch = tiny.rollout(trainer)
+    lengths = batch["completion_mask"].sum(dim=1).double()
+    assert trainer._metrics["train"]["objective/scores"] == [pytest.approx(0.5 * lengths.mean().item())]
+
+
 def test_grpo_without_old_log_probabilities_knows_its_kl_in_evaluations_only(base, tmp_path):
     trainer = _trainer(
         "grpo", base, tmp_path, num_iterations=1, gradient_accumulation_steps=2, max_steps=2, **EVALUATED

@@ -43,14 +43,19 @@ def _pattern(name):
     return re.compile(re.sub("<[a-z]+>", "[^/]+", re.escape(name)))
 
 
+def _dense(completion_ids, **kwargs):
+    return [[1.0] * len(ids) for ids in completion_ids]
+
+
 def _ppo(directory):
     trainer = tiny.ppo_trainer(
         directory,
+        kl_estimator="full",
         eval_data=tiny.prompts(),
         judges={"judge": tiny.length_reward},
         pairwise_judges={"pairs": lambda prompts, **kwargs: [0.5] * len(prompts)},
         num_generations=2,
-        rewards=[tiny.length_reward, str(directory.with_name("reward_modeling"))],
+        rewards=[_dense, str(directory.with_name("reward_modeling"))],
         **EVALUATED,
     )
     trainer.train()

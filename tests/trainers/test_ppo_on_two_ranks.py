@@ -15,7 +15,7 @@ METRICS += ("policy/approx_kl", "policy/clip_fraction", "val/clip_fraction")
 
 VARIANTS = {
     "grpo": {"loss_type": "grpo"},
-    "dapo": {"loss_type": "dapo"},
+    "dapo": {"loss_type": "dapo", "kl_estimator": "full"},  # with dense rewards
     "groups": {
         "loss_type": "dr_grpo",
         "num_generations": 2,
@@ -36,6 +36,13 @@ def _completion(prompt_ids, sample):
 def _reward(completion_ids, **kwargs):
     """Return scores, and `None` for about every fifth completion."""
     return [None if sum(ids) % 5 == 0 else float(sum(ids) % 7) for ids in completion_ids]
+
+
+def _dense_reward(completion_ids, **kwargs):
+    """Return the same scores, and now and then in parts."""
+    scores = _reward(completion_ids)
+    parts = [[(s or 0.0) / len(ids)] * len(ids) for s, ids in zip(scores, completion_ids, strict=True)]
+    return [score if score is None or score > 5 else part for score, part in zip(scores, parts, strict=True)]
 
 
 def _held_out_judge(trainer):
@@ -73,7 +80,7 @@ def _train(rank, world_size, directory):
         trainer = tiny.ppo_trainer(
             f"{directory}/{world_size}-{name}",
             tok=tok,
-            rewards=[tiny.reward_model(tok), _reward] if reads else _reward,
+            rewards=[tiny.reward_model(tok), _reward] if reads else _dense_reward if name == "dapo" else _reward,
             reward_tok=[tok, None] if reads else None,
             data=data,
             eval_data=data.select(range(7)),

@@ -10,7 +10,8 @@ import torch
 from tolerances import FP32, assert_close
 
 from rlhf_recipes.rewards.protocol import FunctionScorer
-from rlhf_recipes.trainers.rollout import Rollout, rollout_metrics
+from rlhf_recipes.trainers.rollout import Rollout
+from rlhf_recipes.trainers.rollout_metrics import rollout_metrics
 
 pytestmark = [pytest.mark.tiny, pytest.mark.portable]
 

@@ -34,14 +34,24 @@ def _reward(completions, **kwargs):
     return [len(text) + noise for text in completions]
 
 
+def _dense_reward(completions, completion_ids, **kwargs):
+    """Score each token."""
+    return [[score / len(ids)] * len(ids) for score, ids in zip(_reward(completions), completion_ids, strict=True)]
+
+
+_BY_KIND = {"dense": _dense_reward}
+
+
 def _trainer(directory, kind="full", **kwargs):
     peft, tok = kind in ("lora", "adapter critic"), tiny.tokenizer()
+    if kind == "dense":
+        kwargs = {"kl_estimator": "full", **kwargs}
     if kind.endswith("critic"):
         kwargs = {"critic": kind.split()[0], **kwargs}
     return tiny.ppo_trainer(
         directory,
         tok=tok,
-        rewards=[tiny.reward_model(tok), _reward] if kind == "reward critic" else _reward,
+        rewards=[tiny.reward_model(tok), _reward] if kind == "reward critic" else _BY_KIND.get(kind, _reward),
         reward_tok=[tok, None] if kind == "reward critic" else None,
         data=tiny.prompts(count=20).map(lambda row, i: {"prompt": f"{row['prompt']} {i}"}, with_indices=True),
         peft=kwargs.pop("peft", tiny.lora() if peft else None),
@@ -88,7 +98,13 @@ MOMENTS = (1, 4, 6, 8, 11, 19)  # in a rollout, at its end, at an epoch's end, b
 @pytest.mark.parametrize(
     ("kind", "moments"),
     # Other weights, not other moments.
-    [("full", MOMENTS), ("lora", (1, 11)), ("reward critic", (4, 11, 19)), ("adapter critic", (4, 11))],
+    [
+        ("full", MOMENTS),
+        ("lora", (1, 11)),
+        ("reward critic", (4, 11, 19)),
+        ("adapter critic", (4, 11)),
+        ("dense", (6,)),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind, moments):
