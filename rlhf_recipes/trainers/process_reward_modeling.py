@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from peft import PeftConfig, TaskType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,6 +33,9 @@ from rlhf_recipes.rewards.card import chat_template_fingerprint, tokenizer_finge
 from rlhf_recipes.rewards.process import ProcessRewardModelCard
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
 from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
+
+# Without this, `map` gives the labels of tokens the type of the labels of steps: often that of truth values.
+TOKENISED = Features({"input_ids": List(Value("int64")), "labels": List(Value("float32"))})
 
 
 class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
@@ -100,8 +103,7 @@ class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
         processing_class = with_special_tokens(processing_class, model, args, is_plain=is_plain)
         tokens = len(processing_class)
         if peft_config is not None:
-            # For this task PEFT trains and saves the whole `score` head.
-            peft_config = with_changes(peft_config, task_type=TaskType.TOKEN_CLS)
+            peft_config = for_tokens(peft_config)
         self.identify(options, model=start, network=model, peft_config=peft_config, train_dataset=train_dataset)
         self._card: dict[str, Any] = {
             "base_model": base_model,
@@ -147,7 +149,7 @@ class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
             return {"input_ids": ids, "labels": of_tokens}
 
         options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-        dataset = dataset.map(tokenize, with_indices=True, remove_columns=names, **options)
+        dataset = dataset.map(tokenize, with_indices=True, remove_columns=names, features=TOKENISED, **options)
         if args.max_length is None:
             return dataset
         return dataset.filter(lambda example: len(example["input_ids"]) <= args.max_length, **options)
@@ -241,6 +243,16 @@ class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
             step_boundary=self.rule.boundary,
             step_reward=self.args.step_reward,
         )
+
+
+def for_tokens(peft_config: PeftConfig) -> PeftConfig:
+    """Return a configuration by which PEFT trains and saves the whole head, and adds no adapter to it."""
+    changes: dict[str, Any] = {"task_type": TaskType.TOKEN_CLS}
+    if getattr(peft_config, "target_modules", None) == "all-linear":  # PEFT leaves out only heads of whole texts
+        others = peft_config.exclude_modules or []
+        is_pattern = isinstance(others, str)
+        changes["exclude_modules"] = rf"({others})|(.*\.)?score" if is_pattern else [*others, "score"]
+    return with_changes(peft_config, **changes)
 
 
 class StepCollator:
