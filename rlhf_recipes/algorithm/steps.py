@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -38,6 +39,17 @@ def step_loss(log_odds: Tensor, labels: Tensor, count: Tensor | int | None = Non
     labelled = labels != UNLABELLED
     total = binary_cross_entropy_with_logits(log_odds[labelled].float(), labels[labelled].float(), reduction="sum")
     return total / (labelled.sum().clamp(min=1) if count is None else count)
+
+
+def agreements(log_odds: Tensor, labels: Tensor) -> Tensor:
+    """Return how many steps are judged as labelled, and how many are labelled, `(2,)`.
+
+    Args:
+        log_odds: `(B, T)`. Above 0, a step is judged right.
+        labels: `(B, T)`. Above 1/2, a step is right. `UNLABELLED` is none.
+    """
+    labelled = labels != UNLABELLED
+    return torch.stack([(((log_odds > 0) == (labels > 0.5)) & labelled).sum(), labelled.sum()])
 
 
 def step_rewards(log_odds: Tensor, kind: StepReward) -> Tensor:

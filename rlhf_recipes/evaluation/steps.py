@@ -15,7 +15,9 @@ Z = 1.96  # standard deviations of a 95 % interval
 GOOD_AUC = 0.8
 
 
-def step_metrics(log_odds: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, float]:
+def step_metrics(
+    log_odds: Sequence[np.ndarray], labels: Sequence[np.ndarray], scores: Sequence[float]
+) -> dict[str, float]:
     """Return metrics over all steps, and over the answers that they belong to.
 
     A step is judged right if its probability is above 1/2, and is right if its label is.
@@ -34,6 +36,7 @@ def step_metrics(log_odds: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -
     Args:
         log_odds: Log-odds of the steps of each answer.
         labels: Labels of the same steps, in [0, 1].
+        scores: Summed rewards of each answer, for `score_mean` and `score_std` (of the population).
 
     Source: Zheng et al. 2024, ProcessBench, arXiv:2412.06559, section 3 (F1). Differs: the threshold is 1/2 and not
     chosen on a part of the data. Cochran 1977, "Sampling Techniques", chapter 6 (interval of a ratio).
@@ -45,6 +48,8 @@ def step_metrics(log_odds: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -
         "loss": (np.logaddexp(0, odds) - labelled * odds).mean(),
         **_accuracy([(a > 0) == (b > 0.5) for a, b in zip(log_odds, labels, strict=True)]),
         "right_steps": right.mean(),
+        "score_mean": np.mean(scores),
+        "score_std": np.std(scores),
         "calibration_error": calibration_error(np.maximum(probability, 1 - probability), agrees.astype(float)),
     }
     if right.any() and not right.all():

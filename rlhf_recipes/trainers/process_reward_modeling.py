@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from trl import RewardTrainer, is_conversational
 from trl.trainer.utils import pad
 
-from rlhf_recipes.algorithm.steps import UNLABELLED, log_odds_of, step_loss, step_rewards
+from rlhf_recipes.algorithm.steps import UNLABELLED, agreements, log_odds_of, step_loss, step_rewards
 from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rows import check_rendering
 from rlhf_recipes.data.steps import StepRule, step_token_ids
@@ -169,10 +169,8 @@ class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
         loss, outputs = super(RewardTrainer, self).compute_loss(model, given, True, num_items_in_batch)
         odds = log_odds_of(outputs.logits.detach())
         if self.model.training:
-            labelled = labels != UNLABELLED
-            agrees = ((odds > 0) == (labels > 0.5)) & labelled
-            right, count = self.accelerator.gather(torch.stack([agrees.sum(), labelled.sum()])).view(-1, 2).sum(0)
-            self._metrics["train"]["accuracy"].append((right / count.clamp(min=1)).item())
+            agreeing, labelled = self.accelerator.gather(agreements(odds, labels)).view(-1, 2).sum(0)
+            self._metrics["train"]["accuracy"].append((agreeing / labelled).item())
         else:
             labels = self.accelerator.pad_across_processes(labels, dim=1, pad_index=UNLABELLED)
             odds = self.accelerator.pad_across_processes(odds, dim=1)
@@ -202,10 +200,9 @@ class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
             rows = [row for odds, labels in self._eval_batches for row in zip(odds, labels, strict=True)]
             self._eval_batches.clear()
             odds = [odds[labels != UNLABELLED].float() for odds, labels in rows]
-            sums = torch.stack([step_rewards(row, self.args.step_reward).sum() for row in odds]).double()
+            scores = [step_rewards(row, self.args.step_reward).sum().item() for row in odds]
             labels = [labels[labels != UNLABELLED].numpy() for _, labels in rows]
-            metrics = step_metrics([row.numpy() for row in odds], labels)
-            metrics |= {"score_mean": sums.mean().item(), "score_std": sums.std(correction=0).item()}
+            metrics = step_metrics([row.numpy() for row in odds], labels, scores)
             logs.update({f"eval_{name}": value for name, value in metrics.items()})
         super().log(logs, start_time)
 

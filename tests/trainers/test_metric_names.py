@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 from datasets import Dataset
+from tiny_steps import trainer_of
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.evaluation.policies import best_of_n, compare_policies
@@ -62,6 +63,12 @@ def _reward_model(directory):
     return trainer
 
 
+def _process_reward_model(directory):
+    trainer = trainer_of(directory, **EVALUATED)
+    trainer.train()
+    return trainer
+
+
 def _sft(directory):
     texts = Dataset.from_dict({"text": tiny.TEXTS})
     trainer = SFTTrainer(
@@ -93,6 +100,7 @@ def _baseline(method, **options):
     return run
 
 
+STEPS = {"process_reward_modeling": _process_reward_model}
 BASELINES = {"rloo": _baseline("rloo", num_generations=2), "dpo": _baseline("dpo")}
 
 
@@ -101,7 +109,7 @@ def logged(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     names = {
         stage: {name for entry in run(directory / stage).state.log_history for name in entry} - {"step"}
-        for stage, run in {"ppo": _ppo, "reward_modeling": _reward_model, "sft": _sft, **BASELINES}.items()
+        for stage, run in {"ppo": _ppo, "reward_modeling": _reward_model, "sft": _sft, **STEPS, **BASELINES}.items()
     }
     tok = tiny.tokenizer()
     judges = {"judges": {"judge": tiny.length_reward}, "max_completion_length": 4}
@@ -110,7 +118,7 @@ def logged(tmp_path_factory):
     return names
 
 
-@pytest.mark.parametrize("stage", ["ppo", "reward_modeling", "sft", *BASELINES, "evaluate"])
+@pytest.mark.parametrize("stage", ["ppo", "reward_modeling", "sft", *STEPS, *BASELINES, "evaluate"])
 def test_every_logged_name_is_explained(logged, stage):
     patterns = [_pattern(name) for name in _documented()]
     unknown = {
