@@ -118,8 +118,8 @@ class ProcessRewardModelScorer(Scorer):
 
     def __call__(  # type: ignore[override]
         self, prompts: list[Prompt], completions: list[Prompt], completion_ids: Any = None, **kwargs: Any
-    ) -> list[Steps | float]:
-        """Return for each completion the ends of its steps and their rewards; 0 for one without a step."""
+    ) -> list[Steps] | list[float]:
+        """Return for each completion the ends of its steps and their rewards. There may be none."""
         texts = [as_text(completion) for completion in completions]
         bounds = [self.rule.bounds(text) for text in texts]
         steps = [[text[start:end] for start, end in found] for text, found in zip(texts, bounds, strict=True)]
@@ -128,7 +128,7 @@ class ProcessRewardModelScorer(Scorer):
         if self.summed:
             return [sum(given) for given in rewards]
         ends = [[end for _, end in found] for found in bounds]
-        return [list(zip(*pair, strict=True)) or 0.0 for pair in zip(ends, rewards, strict=True)]
+        return [list(zip(*pair, strict=True)) for pair in zip(ends, rewards, strict=True)]
 
     def log_odds(self, prompts: list[Prompt], steps: list[list[str]]) -> list[Tensor]:
         """Return the log-odds that each step is right, one tensor per answer.

@@ -41,9 +41,9 @@ def test_each_step_gets_the_number_that_a_forward_of_its_own_gives():
     tok = tiny.tokenizer()
     model = step_model(tok)
     given = ProcessRewardModelScorer(model, tok)(PROMPTS, TEXTS)
-    assert [[end for end, _ in steps] if steps else steps for steps in given] == [[14, 28], [7], 0.0, [11, 24], 0.0]
+    assert [[end for end, _ in steps] for steps in given] == [[14, 28], [7], [], [11, 24], []]
     for text, steps in zip(TEXTS, given, strict=True):
-        for end, reward in steps or []:
+        for end, reward in steps:
             before = [part for part in text[:end].split("\n") if part]
             ids, _ = step_token_ids(tok, "hello\n\n", before, "\n")
             logit = model(input_ids=torch.tensor([ids])).logits[0, -1, 0]
@@ -77,7 +77,7 @@ def test_the_sum_is_what_a_card_and_a_run_without_dense_rewards_read():
     scorer = ProcessRewardModelScorer(step_model(tok), tok)
     given = scorer(PROMPTS, TEXTS)
     scorer.summed = True
-    sums = [sum(reward for _, reward in steps) if steps else 0.0 for steps in given]
+    sums = [sum(reward for _, reward in steps) for steps in given]
     assert_close(torch.tensor(scorer(PROMPTS, TEXTS)), torch.tensor(sums), FP32)
 
 
