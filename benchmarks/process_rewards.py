@@ -1,7 +1,7 @@
 """Train process reward models in the report world, where every sentence can be judged, and measure them.
 
-    python benchmarks/process_rewards.py --data runs/report/steps
-    python benchmarks/process_rewards.py --data runs/report/steps --sft runs/report/sft --seeds 0 1 2
+    python benchmarks/process_rewards.py --data data/report_steps
+    python benchmarks/process_rewards.py --data data/report_steps --sft runs/report/sft --seeds 0 1 2
 
 The first command writes labelled reports: `train.jsonl` and `test.jsonl` with `prompt`, `completions` and `labels`. A
 sentence is right if it is a fact in its place or a right count, given the sentences before it. The prompts of the test
