@@ -19,6 +19,7 @@ from trl import ModelConfig
 from rlhf_recipes.durability.termination import terminate_on_hangup
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import model_init_kwargs
+from rlhf_recipes.models.process_reward_model import refuse_process_reward_model
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import ServeArguments
 from rlhf_recipes.rewards.client import TOKEN_VARIABLE
@@ -32,6 +33,7 @@ def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
     """Load a reward model, and serve it until the process ends."""
     check_address(script_args.host, script_args.port)
     path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
+    refuse_process_reward_model(path, "the server")
 
     init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
     scorer = RewardModelScorer.from_pretrained(path, **init_kwargs)

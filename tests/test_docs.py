@@ -10,7 +10,7 @@ import yaml
 from documents import DOCUMENTS, PARSERS, RECIPES, ROOT
 from processes import run_command
 
-from rlhf_recipes import PPOConfig, RewardModelConfig
+from rlhf_recipes import PPOConfig, ProcessRewardModelConfig, RewardModelConfig
 from rlhf_recipes.command.plan import HARDWARE, plan
 from rlhf_recipes.command.project import write
 from rlhf_recipes.command.stages import STAGES
@@ -35,6 +35,7 @@ RATES = {
 OURS = {
     PPOConfig: (trl.GRPOConfig, {"args", "training_args", "limits"}),
     RewardModelConfig: (trl.RewardConfig, {"args", "training_args"}),
+    ProcessRewardModelConfig: (trl.RewardConfig, {"args", "training_args"}),
     arguments.JudgeArguments: (trl.ScriptArguments, {"judge_args"}),
     arguments.PPOArguments: (trl.ScriptArguments, {"script_args", "judge_args"}),
     arguments.EvaluationArguments: (trl.ScriptArguments, {"script_args", "judge_args"}),

@@ -64,6 +64,13 @@ STAGES = {
         f"{_RUN} num_train_epochs per_device_train_batch_size {_SAFETY}",
         launched=True,
     ),
+    "process-reward-modeling": Stage(
+        "process_reward_modeling",
+        "Train a model that judges the steps of an answer.",
+        ("trl:ScriptArguments", "rlhf_recipes.options.process_reward_modeling:ProcessRewardModelConfig", *_AROUND),
+        f"{_RUN} step_separator num_train_epochs per_device_train_batch_size {_SAFETY}",
+        launched=True,
+    ),
     "ppo": Stage(
         "ppo",
         "Train a policy with PPO. Without options, it is the stage of the quickstart.",

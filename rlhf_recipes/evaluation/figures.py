@@ -22,6 +22,8 @@ FIGURES = {
     "clip_ratio/region_mean": ("clipped", ""),
     "accuracy": ("accuracy", ""),
     "loss": ("loss", ""),
+    "auc": ("AUC", ""),
+    "first_error_f1": ("first error F1", ""),
     "rewards/accuracies": ("accuracy", ""),
     "rewards/margins": ("margin", ""),
     "mean_token_accuracy": ("token accuracy", ""),

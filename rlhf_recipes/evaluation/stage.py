@@ -12,6 +12,7 @@ from rlhf_recipes.options.commands import following_command
 PURPOSES = {
     "sft": "Supervised fine-tuning: learn to answer from demonstrations.",
     "reward_modeling": "Reward modelling: learn a score from preferences.",
+    "process_reward_modeling": "Process reward modelling: learn to judge the steps of an answer.",
     "ppo": "PPO: train a policy to raise the score, close to where it started.",
     "rloo": "RLOO: train a policy to raise the score, without a critic.",
     "grpo": "GRPO: train a policy to raise the score, without a critic.",

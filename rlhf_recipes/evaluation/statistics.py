@@ -40,7 +40,7 @@ def preference_metrics(
     varies = (chosen - rejected).std() > 0 and length_gap.std() > 0
     metrics = {
         "accuracy": correct.mean(),
-        "calibration_error": _calibration_error(1 / (1 + np.exp(-margin)), correct),
+        "calibration_error": calibration_error(1 / (1 + np.exp(-margin)), correct),
         "length_correlation": scipy.stats.pearsonr(chosen - rejected, length_gap).statistic if varies else 0.0,
         "chosen_score_mean": chosen.mean(),
         "chosen_score_std": chosen.std(),
@@ -82,7 +82,8 @@ def head_metrics(chosen_scores: ArrayLike, rejected_scores: ArrayLike) -> dict[s
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Return the expected calibration error of confidences in [0.5, 1], see `preference_metrics`."""
     bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
     gaps = [abs((correct - confidence)[bins == b].sum()) for b in range(10)]
     return float(sum(gaps) / confidence.size)

@@ -1,6 +1,7 @@
 """Loading of reward models: a causal LM's backbone with a scalar head. Nothing is trained or scored here."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
@@ -40,18 +41,8 @@ def load_reward_model(path: str, *, base: str | None = None, heads: int = 1, **k
     kwargs = {"dtype": "float32", **kwargs}
     if is_adapter(path):
         load_adapter_weights(path, heads)  # refuses an adapter without a score head
-        kwargs.setdefault("quantization_config", saved_quantization(path))
-        kwargs = kwargs if base else at_saved_revision(path, kwargs)
-        base_path = find_base(path, base, kwargs.get("revision"))
-        with suppress_seqcls_warning(), safe_loading(path, base_path):
-            model = AutoModelForSequenceClassification.from_pretrained(
-                base_path, num_labels=heads, **safe_kwargs(base_path, kwargs)
-            )
-        with_score_head(fit_to_adapter(keep_unpacked(model), path))
-        if kwargs["quantization_config"] is not None:
-            return load_adapter(model, path)  # a merge would round it
-        model = PeftModel.from_pretrained(model, path)
-        return model if is_deepspeed_zero3_enabled() else model.merge_and_unload()  # a ZeRO-3 rank has only a shard
+        own = kwargs | {"num_labels": heads}
+        return load_on_base(path, base, AutoModelForSequenceClassification, with_score_head, own)
     with safe_loading(path):
         kwargs = safe_kwargs(path, kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs["trust_remote_code"])
@@ -67,6 +58,34 @@ def load_reward_model(path: str, *, base: str | None = None, heads: int = 1, **k
             "Save the model with its score head, or wrap it in a reward function."
         )
     return model
+
+
+def load_on_base(
+    path: str,
+    base: str | None,
+    kind: Any,
+    with_head: Callable[[PreTrainedModel], PreTrainedModel],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Load a trained adapter and its head on their base, merged unless the base is quantised or in shards.
+
+    Args:
+        path: Directory of the adapter.
+        base: Directory or Hub name of its base. Default: the base that the adapter names.
+        kind: Class of transformers that loads the base with a head.
+        with_head: Function that lets the head compute in float32.
+        kwargs: Options of `from_pretrained`.
+    """
+    kwargs = {"quantization_config": saved_quantization(path), **kwargs}
+    kwargs = kwargs if base else at_saved_revision(path, kwargs)
+    base_path = find_base(path, base, kwargs.get("revision"))
+    with suppress_seqcls_warning(), safe_loading(path, base_path):
+        model = kind.from_pretrained(base_path, **safe_kwargs(base_path, kwargs))
+    with_head(fit_to_adapter(keep_unpacked(model), path))
+    if kwargs["quantization_config"] is not None:
+        return load_adapter(model, path)  # a merge would round it
+    model = PeftModel.from_pretrained(model, path)
+    return model if is_deepspeed_zero3_enabled() else model.merge_and_unload()  # a ZeRO-3 rank has only a shard
 
 
 def load_adapter_weights(path: str, heads: int = 1) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from rlhf_recipes.options.shipped import shipped_configurations
 # Environment variable with the command that the user has typed, if that is `rlhf`. It is empty where another process,
 # for example the quickstart's, tells how to go on.
 COMMAND = "RLHF_COMMAND"
-LAUNCHED = ("sft", "reward_modeling", "ppo", "baseline")  # accelerate starts these
+LAUNCHED = ("sft", "reward_modeling", "process_reward_modeling", "ppo", "baseline")  # accelerate starts these
 WITHOUT_CONFIG = ("compare",)  # its few options are the whole command
 # Options of `accelerate launch` that a training takes too. For all others there is `rlhf launch`. No recipe has an
 # option with one of these names.

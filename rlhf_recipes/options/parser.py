@@ -15,9 +15,12 @@ from rlhf_recipes.options.checks import check_new
 from rlhf_recipes.options.learning_rates import rates_of
 from rlhf_recipes.options.machine import fit_to_machine, said
 from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.options.process_reward_modeling import ProcessRewardModelConfig
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.options.spelling import did_you_mean
 from rlhf_recipes.options.training import check_training
+
+CHECK_THEMSELVES = (PPOConfig, RewardModelConfig, ProcessRewardModelConfig)  # when they are constructed
 
 
 class RecipeParser(TrlParser):
@@ -42,8 +45,7 @@ class RecipeParser(TrlParser):
         except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
             raise ValueError(" ".join(str(error).split())) from error
         for options in parsed:
-            # These two check themselves when they are constructed.
-            if isinstance(options, TrainingArguments) and not isinstance(options, (PPOConfig, RewardModelConfig)):
+            if isinstance(options, TrainingArguments) and not isinstance(options, CHECK_THEMSELVES):
                 check_training(options)
         return parsed
 

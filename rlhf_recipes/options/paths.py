@@ -89,7 +89,7 @@ def require_path(option: str, path: str | None) -> str:
             command = f"`rlhf quickstart {option_of_world}--until {QUICKSTART_STAGES[name]}`"
         case ("runs", "smollm2_135m", "base"):
             command = "`make smollm2`"
-        case ("runs", model, name) if recipe := re.fullmatch(r"(sft|reward_modeling|ppo)(_\w+)?", name):
+        case ("runs", model, name) if recipe := re.fullmatch(r"(sft|(?:process_)?reward_modeling|ppo)(_\w+)?", name):
             own = f"{name}.yaml" if os.path.isfile(f"{name}.yaml") else "YOUR_CONFIG.yaml"
             config = next((c for c in shipped_configurations(name) if c.startswith(f"{model}/")), own)
             command = f"`rlhf {recipe[1].replace('_', '-')} --config {config}`"

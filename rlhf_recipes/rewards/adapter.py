@@ -17,6 +17,7 @@ from trl.trainer.utils import use_adapter
 from rlhf_recipes.models.adapter_base import base_of_adapter, initialisation, saved_base
 from rlhf_recipes.models.fingerprint import is_adapter
 from rlhf_recipes.models.loading import position_limit
+from rlhf_recipes.models.process_reward_model import refuse_process_reward_model
 from rlhf_recipes.models.quantization import quantization_of, restore_precision, saved_quantization
 from rlhf_recipes.models.reward_model import ScoreHead, load_adapter_weights
 from rlhf_recipes.models.safe_loading import safe_loading
@@ -46,6 +47,7 @@ class RewardAdapterScorer(RewardModelScorer):
                 f"`reward_adapter` is {path}, which is no adapter. Train the reward model with `use_peft: true`, or "
                 "name a whole model as `reward_model_path`."
             )
+        refuse_process_reward_model(path, "`reward_adapter`")
         card = RewardModelCard.load(path)
         weights = load_adapter_weights(path, heads_of(card))
         score = weights.pop("score")

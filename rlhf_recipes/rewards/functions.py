@@ -22,6 +22,7 @@ from rlhf_recipes.options.paths import is_address, is_function
 from rlhf_recipes.rewards.card import RewardModelCard, heads_of
 from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.context import check_answered
+from rlhf_recipes.rewards.process import ProcessRewardModelScorer, as_process_scorer
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
 
@@ -51,7 +52,7 @@ def score_statistics(functions: list[Any], weights: Tensor) -> tuple[float, floa
 
 def as_scorer(
     model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
-) -> RewardModelScorer | RemoteRewardModel:
+) -> RewardModelScorer | ProcessRewardModelScorer | RemoteRewardModel:
     """Return a scorer for a path, which is loaded with `kwargs`, for the address of a server, or for a loaded model.
 
     Raises:
@@ -59,6 +60,9 @@ def as_scorer(
     """
     if is_address(model):
         return RemoteRewardModel(model)
+    if (judge_of_steps := as_process_scorer(model, tokenizer, **kwargs)) is not None:
+        judge_of_steps.summed = True  # one number for each answer
+        return judge_of_steps
     if isinstance(model, str):
         scorer = RewardModelScorer.from_pretrained(model, tokenizer=tokenizer, **kwargs)
     else:

@@ -20,6 +20,7 @@ from rlhf_recipes.tracking.unfinished import find_run
 LAST_LINE = "*rlhf_recipes writes the text above this line. Your own text below it stays.*"
 TRAINING_VIEW = "workflowType=machine_learning"  # without it, MLflow opens a page in its view for applications
 TITLES = {
+    "process_reward_modeling": "Process reward modelling",
     **{"sft": "Supervised fine-tuning", "reward_modeling": "Reward modelling", "evaluation": "Evaluation"},
     **{"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "pipeline": "Pipeline"},
 }

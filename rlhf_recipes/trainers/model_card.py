@@ -22,9 +22,15 @@ from rlhf_recipes.evaluation.figures import rounded, title
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 CARD_NAME = "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+LOADERS = {
+    "text-generation": "AutoModelForCausalLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
 # Figures of an evaluation that a card shows after the win rates of judges.
 SHOWN = (
-    *("objective/kl", "completions/mean_length", "accuracy", "calibration_error", "length_correlation"),
+    *("objective/kl", "completions/mean_length", "accuracy", "auc", "first_error_f1"),
+    *("calibration_error", "length_correlation"),
     *("mean_token_accuracy", "loss"),
 )
 
@@ -67,6 +73,7 @@ class Description:
         base: Name or path of the model that training started from.
         dataset: Name of the data, if it has one.
         is_policy: Whether it writes text. A reward model scores it.
+        judges_steps: Whether it scores the steps of a text.
         is_adapter: Whether it is an adapter on the base.
         facts: Texts by title.
         tags: Tags for the Hub.
@@ -81,6 +88,7 @@ class Description:
     is_policy: bool
     is_adapter: bool
     facts: Mapping[str, str]
+    judges_steps: bool = False
     tags: Iterable[str] = ()
     alarms: Iterable[str] = field(default_factory=tuple)
 
@@ -104,7 +112,7 @@ def model_card(described: Description, evaluation: Mapping[str, float], origin: 
         figures=figures,
         evaluated=f"On {_prompts(evaluation)}, after step {evaluation.get('step', 0):.0f}.",
         alarms=[public_text(alarm) for alarm in described.alarms],
-        loader="AutoModelForCausalLM" if described.is_policy else "AutoModelForSequenceClassification",
+        loader=LOADERS[_task(described)],
         place=described.place,
         command=origin.command,
         configuration=configuration if origin.configuration else "",
@@ -112,6 +120,12 @@ def model_card(described: Description, evaluation: Mapping[str, float], origin: 
         packages=", ".join(f"{package} {version}" for package, version in origin.packages.items()),
     )
     return ModelCard(text)
+
+
+def _task(described: Description) -> str:
+    """Return the task of a model, by its name on the Hub."""
+    kind = "token-classification" if described.judges_steps else "text-classification"
+    return "text-generation" if described.is_policy else kind
 
 
 @functools.cache
@@ -123,7 +137,7 @@ def _card_data(described: Description, figures: list[Figure]) -> ModelCardData:
     dataset = hub_name(described.dataset)
     results = [
         EvalResult(
-            task_type="text-generation" if described.is_policy else "text-classification",
+            task_type=_task(described),
             dataset_type=dataset or "local",
             dataset_name=public_text(described.dataset or "data of the run"),
             metric_type=figure.name.removeprefix("eval_"),
@@ -137,7 +151,7 @@ def _card_data(described: Description, figures: list[Figure]) -> ModelCardData:
         base_model=hub_name(described.base),
         datasets=dataset,
         library_name="peft" if described.is_adapter else "transformers",
-        pipeline_tag="text-generation" if described.is_policy else "text-classification",
+        pipeline_tag=_task(described),
         tags=sorted({"generated_from_trainer", *described.tags}),
         eval_results=results or None,
     )

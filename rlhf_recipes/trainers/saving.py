@@ -139,6 +139,7 @@ class SavingTrainer(ProgressTrainer):
             base=str(base or "a model in memory"),
             dataset=dataset,
             is_policy=self.model_type == "policy",
+            judges_steps=self.model_type == "process_reward_model",
             is_adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
             facts=self.card_facts(),
             tags=tags or (),

@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from rlhf_recipes.options.changes import options_of_trainer, with_changes
 from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.options.process_reward_modeling import ProcessRewardModelConfig
 from rlhf_recipes.options.recipes import (
     BoundaryArguments,
     ComparisonArguments,
@@ -28,6 +29,7 @@ TRAINING = tiny.RECIPE | {"hub_token": TOKEN}
 CONFIGS = {
     PPOConfig: {"output_dir": "out", **TRAINING},
     RewardModelConfig: {"output_dir": "out", **TRAINING},
+    ProcessRewardModelConfig: {"output_dir": "out", **TRAINING},
     BoundaryArguments: {},
     ComparisonArguments: {"experiment": "mine", "tracking_uri": "sqlite:///mine.db"},
     EvaluationArguments: {"judge_models": ["mine"]},

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 from datasets import Dataset
+from tiny_steps import trainer_of
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.evaluation.policies import best_of_n, compare_policies
@@ -71,6 +72,12 @@ def _reward_model(directory):
     return trainer
 
 
+def _process_reward_model(directory):
+    trainer = trainer_of(directory, **EVALUATED)
+    trainer.train()
+    return trainer
+
+
 def _sft(directory):
     texts = Dataset.from_dict({"text": tiny.TEXTS})
     trainer = SFTTrainer(
@@ -102,15 +109,17 @@ def _baseline(method, **options):
     return run
 
 
+STEPS = {"process_reward_modeling": _process_reward_model}
 BASELINES = {"rloo": _baseline("rloo", num_generations=2), "dpo": _baseline("dpo")}
 
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
+    stages = {"reward_modeling": _reward_model, "ppo": _ppo, "sft": _sft, **STEPS, **BASELINES}
     names = {
         stage: {name for entry in run(directory / stage).state.log_history for name in entry} - {"step"}
-        for stage, run in {"reward_modeling": _reward_model, "ppo": _ppo, "sft": _sft, **BASELINES}.items()
+        for stage, run in stages.items()
     }
     tok = tiny.tokenizer()
     judges = {"judges": {"judge": tiny.length_reward}, "max_completion_length": 4}
@@ -119,7 +128,7 @@ def logged(tmp_path_factory):
     return names
 
 
-@pytest.mark.parametrize("stage", ["ppo", "reward_modeling", "sft", *BASELINES, "evaluate"])
+@pytest.mark.parametrize("stage", ["ppo", "reward_modeling", "sft", *STEPS, *BASELINES, "evaluate"])
 def test_every_logged_name_is_explained(logged, stage):
     patterns = [_pattern(name) for name in _documented()]
     unknown = {

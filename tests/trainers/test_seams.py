@@ -76,6 +76,7 @@ SIGNATURES = {
     (RewardTrainer, "log"): ["self", "logs", "start_time"],
     (RewardTrainer, "_prepare_dataset"): ["self", "dataset", "processing_class", "args", "dataset_name"],
     (RewardTrainer, "_save"): ["self", "output_dir", "state_dict"],
+    (RewardTrainer, "_set_signature_columns_if_needed"): ["self"],
     (Trainer, "train"): ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     (Trainer, "save_model"): ["self", "output_dir", "_internal_call"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],
@@ -145,6 +146,7 @@ SIGNATURES = {
     (utils, "create_model_from_path"): ["model_id", "architecture", "kwargs"],
     (utils, "get_callable_name"): ["func"],
     (utils, "is_async_callable"): ["func"],
+    (utils, "pad"): ["tensors", "padding_value", "padding_side", "pad_to_multiple_of"],
     (utils, "start_event_loop_in_daemon"): ["name"],
     (utils, "use_adapter"): ["model", "adapter_name"],
 }  # fmt: skip
@@ -168,6 +170,7 @@ ATTRIBUTES = [
     (Trainer, "_initial_num_input_tokens_seen"),
     (Trainer, "_internal_call"),  # a parameter
     (Trainer, "_total_loss_scalar"),
+    (Trainer, "_signature_columns"),
     (Trainer, "_tr_loss"),
     (SFTTrainer, "_metrics"),
     (PretrainedConfig, "_attn_implementation"),

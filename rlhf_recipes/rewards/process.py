@@ -1,0 +1,203 @@
+"""Score completions with a process reward model: a reward for each step, at the place where the step ends."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_recipes.algorithm.steps import StepReward, log_odds_of, step_rewards
+from rlhf_recipes.data.messages import as_text
+from rlhf_recipes.data.rendering import prompt_ids
+from rlhf_recipes.data.steps import StepBoundary, StepRule, step_token_ids
+from rlhf_recipes.models.critic import causal_lm
+from rlhf_recipes.models.fingerprint import fingerprint
+from rlhf_recipes.models.loading import position_limit
+from rlhf_recipes.models.process_reward_model import (
+    check_step_head,
+    is_process_reward_model,
+    load_process_reward_model,
+    with_step_head,
+)
+from rlhf_recipes.models.rope import cut_by_length
+from rlhf_recipes.models.vocabulary import with_end_token
+from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
+from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
+from rlhf_recipes.rewards.reading import check_tokens, cut_front, padded, unknown_tokens, vocabulary_size
+from rlhf_recipes.rewards.scorer import Prompt, load_scorer_tokenizer
+
+logger = logging.getLogger(__name__)
+Steps = list[tuple[int, float]]  # end of a step in characters of the completion, and its reward
+
+
+@dataclass(frozen=True)
+class ProcessRewardModelCard(RewardModelCard):
+    """Describe the training of a process reward model.
+
+    `score_mean` and `score_std` are those of the summed rewards of an answer, and `eval_accuracy` is the share of
+    steps.
+
+    Args:
+        step_separator: Text between two steps.
+        step_boundary: Where a separator ends a step, see `StepRule`.
+        step_reward: What a step gives, see `step_rewards`.
+        first_error_f1: See `step_metrics`; `None` without an evaluation.
+    """
+
+    step_separator: str = "\n"
+    step_boundary: StepBoundary = "separator"
+    step_reward: StepReward = "signed"
+    first_error_f1: float | None = None
+
+    @property
+    def rule(self) -> StepRule:
+        """Return where a step ends."""
+        return StepRule(self.step_separator, self.step_boundary)
+
+
+class ProcessRewardModelScorer(Scorer):
+    """Reward the steps of completions with a token classifier, on text in the form that it was trained on.
+
+    The model reads the prompt and then each step with a separator behind it, all in one forward, and judges a step at
+    the last token of that separator. Without a card, steps end at a line break, and a step gives `2p - 1`.
+
+    Args:
+        model: Token classifier with one output, or with two ("wrong" and "right").
+        tokenizer: Tokenizer of the model.
+        card: Its card, if it has one.
+
+    Raises:
+        ValueError: If the model has no `score` layer for each token, or no embedding for EOS.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    source: Any = None  # the path or the model that became this scorer
+    batch_size: int = 8  # completions per forward pass of equal rows; more of the short ones share one
+    policy_eos_token_ids: list[int] | None = None  # a step that was cut off is judged as it is
+    summed: bool = False  # whether a completion gets the sum of its rewards in place of a list
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, card: ProcessRewardModelCard | None = None
+    ) -> None:
+        check_step_head(model)
+        self.model, self.tokenizer, self.card = model, with_end_token(tokenizer, model), card
+        self.rule = StepRule() if card is None else card.rule
+        self.step_reward: StepReward = "signed" if card is None else card.step_reward
+        self.__name__ = Path(model.config._name_or_path or "process_reward_model").name
+        self.unknown_tokens = unknown_tokens(self.tokenizer, vocabulary_size(model), self.__name__)
+        self.position_limit = position_limit(model)
+        model.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str, *, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
+    ) -> "ProcessRewardModelScorer":
+        """Load a process reward model and its tokenizer from a directory or the Hub, and its card from a directory."""
+        model, card = load_process_reward_model(path, **kwargs), ProcessRewardModelCard.load(path)
+        scorer = cls(model, tokenizer or load_scorer_tokenizer(path), card)  # type: ignore[arg-type]
+        scorer.__name__ = Path(path).name  # the configuration of an adapter's model names its base
+        if card is None:
+            logger.warning(
+                f"{path} has no {CARD_FILE}, so its separators and its chat template cannot be checked. Its steps are "
+                "taken to end at a line break."
+            )
+        return scorer
+
+    def identity(self) -> str:
+        """Return the fingerprint of the path or model that became this scorer, and the reward of a step."""
+        return f"{fingerprint(self.model if self.source is None else self.source)}, {self.rule}, {self.step_reward}"
+
+    def prepare(self, run: ScoringRun) -> None:
+        """Take the limits of a run, and put the model on its devices."""
+        self.batch_size, self.model = run.batch_size, run.prepare_frozen(self.model)
+
+    def __call__(  # type: ignore[override]
+        self, prompts: list[Prompt], completions: list[Prompt], completion_ids: Any = None, **kwargs: Any
+    ) -> list[Steps] | list[float]:
+        """Return for each completion the ends of its steps and their rewards. There may be none."""
+        texts = [as_text(completion) for completion in completions]
+        bounds = [self.rule.bounds(text) for text in texts]
+        steps = [[text[start:end] for start, end in found] for text, found in zip(texts, bounds, strict=True)]
+        judged = self.log_odds(prompts, steps)
+        rewards = [step_rewards(odds, self.step_reward).tolist() for odds in judged]
+        if self.summed:
+            return [sum(given) for given in rewards]
+        ends = [[end for _, end in found] for found in bounds]
+        return [list(zip(*pair, strict=True)) for pair in zip(ends, rewards, strict=True)]
+
+    def log_odds(self, prompts: list[Prompt], steps: list[list[str]]) -> list[Tensor]:
+        """Return the log-odds that each step is right, one tensor per answer.
+
+        Raises:
+            ValueError: If the model has no embedding for a token.
+        """
+        given = zip(prompts, steps, strict=True)
+        rows = [step_token_ids(self.tokenizer, prompt, said, self.rule.separator) for prompt, said in given]
+        token_ids, ends = [row for row, _ in rows], [places for _, places in rows]
+        if self.unknown_tokens:
+            check_tokens(token_ids, self.unknown_tokens, vocabulary_size(self._classifier()), self.__name__)
+        token_ids, ends = self._within_limit(token_ids, ends)
+        judged = [torch.empty(0)] * len(token_ids)
+        for batch in cut_by_length(self._classifier(), [len(row) for row in token_ids], self.batch_size):
+            of_tokens = self._forward([token_ids[row] for row in batch])
+            for row, odds in zip(batch, of_tokens, strict=True):
+                judged[row] = odds[ends[row]]
+        return judged
+
+    @torch.no_grad()
+    def _forward(self, token_ids: list[list[int]]) -> Tensor:
+        """Return the log-odds at each token, `(B, T)`."""
+        batch = {name: x.to(self.model.device) for name, x in padded(token_ids, 0).items()}
+        return log_odds_of(self.model(**batch, use_cache=False).logits).float().cpu()
+
+    def _within_limit(
+        self, token_ids: list[list[int]], ends: list[list[int]]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Return rows without the beginning that the model has no positions for, and the ends of steps in them."""
+        cuts = [max(len(row) - (self.position_limit or len(row)), 0) for row in token_ids]
+        kept = [cut_front(row, self.position_limit, self.tokenizer.bos_token_id) for row in token_ids]
+        return kept, [[max(end - cut, 0) for end in of_row] for of_row, cut in zip(ends, cuts, strict=True)]
+
+    def prompt_lengths(self, prompts: list[Prompt]) -> list[int]:
+        """Return the number of tokens that the model reads beside those of an answer in one step, one per prompt."""
+        boundary = len(self.tokenizer(self.rule.separator, add_special_tokens=False)["input_ids"])
+        return [len(prompt_ids(self.tokenizer, [prompt])[0]) + boundary for prompt in prompts]
+
+    def _classifier(self) -> Any:
+        """Return the model without DeepSpeed's engine and without PEFT around it."""
+        return causal_lm(getattr(self.model, "module", self.model))
+
+
+def as_process_scorer(
+    model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None, **kwargs: Any
+) -> ProcessRewardModelScorer | None:
+    """Return a scorer for a path or a loaded model that judges steps; `None` for any other model.
+
+    Raises:
+        ValueError: If a loaded model has no tokenizer and no path to load one from.
+    """
+    if isinstance(model, str):
+        if not is_process_reward_model(model, **kwargs):
+            return None
+        scorer = ProcessRewardModelScorer.from_pretrained(model, tokenizer=tokenizer, **kwargs)
+    else:
+        inner = causal_lm(model)
+        if not type(inner).__name__.endswith("ForTokenClassification"):
+            return None
+        path = model.config._name_or_path
+        if tokenizer is None and not path:
+            raise ValueError(
+                "The process reward model was not loaded from a path: pass its tokenizer in "
+                "`reward_processing_classes`."
+            )
+        if inner is model:
+            with_step_head(model)
+        card = ProcessRewardModelCard.load(path) if path else None
+        scorer = ProcessRewardModelScorer(model, tokenizer or load_scorer_tokenizer(path), card)  # type: ignore[arg-type]
+    scorer.source = model
+    return scorer

@@ -1,0 +1,274 @@
+"""Process reward modelling: overrides of `trl.RewardTrainer`, whose loss of pairs is replaced by one of steps.
+
+TRL has had no trainer for this since it removed `PRMTrainer`. Its trainer of reward models has all the rest.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, List, Value
+from peft import PeftConfig, TaskType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import RewardTrainer, is_conversational
+from trl.trainer.utils import pad
+
+from rlhf_recipes.algorithm.steps import UNLABELLED, agreements, log_odds_of, step_loss, step_rewards
+from rlhf_recipes.data.prompts import add_separator, column_names
+from rlhf_recipes.data.rows import check_rendering
+from rlhf_recipes.data.steps import StepRule, step_token_ids
+from rlhf_recipes.data.stepwise import check_steps, readable_steps
+from rlhf_recipes.durability.earlier_run import check_output_dir
+from rlhf_recipes.evaluation.steps import step_metrics
+from rlhf_recipes.models.adapter_base import check_is_merged
+from rlhf_recipes.models.loading import from_pretrained_kwargs, load_tokenizer
+from rlhf_recipes.models.process_reward_model import check_step_head, load_process_reward_model_base, with_one_output
+from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked
+from rlhf_recipes.models.reward_model import ScoreHead, store_in_float32
+from rlhf_recipes.models.vocabulary import with_special_tokens
+from rlhf_recipes.options.changes import with_changes
+from rlhf_recipes.options.process_reward_modeling import ProcessRewardModelConfig
+from rlhf_recipes.rewards.card import chat_template_fingerprint, tokenizer_fingerprint
+from rlhf_recipes.rewards.process import ProcessRewardModelCard
+from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
+from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
+
+# Without this, `map` gives the labels of tokens the type of the labels of steps: often that of truth values.
+TOKENISED = Features({"input_ids": List(Value("int64")), "labels": List(Value("float32"))})
+
+
+class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
+    """Train a model that judges the steps of an answer, and write its card.
+
+    The model is a token classifier with one output, the log-odds that a step is right. It is read at the last token of
+    the separator behind each step. The loss is the mean binary cross-entropy over all labelled steps of an optimiser
+    step, however the batch is cut. TRL's former trainer had two outputs and took hard labels only. Their difference is
+    the same log-odds and has the same loss.
+
+    Args:
+        model: Name or path of a causal LM, which gets a new head, or of a process reward model; or a token classifier.
+        args: Options; the trainer works with a copy.
+        train_dataset: Columns `prompt` (text or messages), `completions` (the steps of an answer) and `labels` (for
+            each step true, false or the probability that it is right).
+        eval_dataset: One dataset with the same columns.
+        processing_class: Tokenizer. Default: the model's.
+        quantization_config: Passed on to `from_pretrained`.
+        peft_config: LoRA or another PEFT method.
+        kwargs: Passed on to TRL.
+
+    Raises:
+        ValueError: If a column is missing or wrong, or the model does not judge tokens.
+
+    Source: Lightman et al. 2023, arXiv:2305.20050; Wang et al. 2024, arXiv:2312.08935, eq. 2.
+    """
+
+    stage, model_type, ends_with_evaluation = "process_reward_modeling", "process_reward_model", True
+    loss_is_scaled_for_ga = True  # `step_loss` divides by the steps of all micro-batches
+    _tag_names = ["trl", "process-reward-trainer", "rlhf-recipes"]
+    _method = "process reward modelling on labelled steps"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: ProcessRewardModelConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is not set.")
+        self.rule = StepRule(args.step_separator, args.step_boundary)
+        train_dataset = readable_steps(train_dataset, "train_dataset", self.rule)
+        eval_dataset = readable_steps(eval_dataset, "eval_dataset", self.rule)
+        self.given_data = train_dataset, eval_dataset
+        check_output_dir(args.output_dir, adapter=peft_config is not None)
+        check_is_merged(peft_config, "`peft_config`")
+        base_model = model if isinstance(model, str) else model.config._name_or_path
+        self.note_source(model, args)
+        options, start = args, model
+        args = with_changes(args)  # a copy: TRL writes into options
+        if isinstance(model, str):
+            torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
+            model = load_process_reward_model_base(model, **from_pretrained_kwargs(args, quantization_config))
+            args = with_changes(args, model_init_kwargs=None)  # TRL warns about them beside a loaded model
+        check_step_head(model)
+        with_one_output(model)
+        if processing_class is None:
+            processing_class = load_tokenizer(base_model)
+        is_plain = not is_conversational({"prompt": next(iter(train_dataset))["prompt"]})
+        processing_class = with_special_tokens(processing_class, model, args, is_plain=is_plain)
+        tokens = len(processing_class)
+        if peft_config is not None:
+            peft_config = for_tokens(peft_config)
+        self.identify(options, model=start, network=model, peft_config=peft_config, train_dataset=train_dataset)
+        self._card: dict[str, Any] = {
+            "base_model": base_model,
+            "conversational": not is_plain,
+            "response_separator": args.response_separator if is_plain else None,
+        }
+        self._eval_batches: list[tuple[Tensor, Tensor]] = []
+        super().__init__(
+            model,
+            args,
+            data_collator=StepCollator(args.pad_to_multiple_of),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self.compute_loss_func = self._step_loss
+
+        check_adapter_vocabulary(self, tokens)
+        check_prepared(self, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        keep_unpacked(self.model)
+        keep_adapter_precision(self.model)
+        for module in self.model.modules():
+            if isinstance(module, ScoreHead):
+                store_in_float32(module)  # TRL casts the trained weights of a quantised model to bfloat16
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        names, name = column_names(dataset), f"{dataset_name}_dataset"
+        if "input_ids" in names:
+            return dataset
+        check_rendering(dataset, ("prompt",), name, processing_class)
+        dataset = add_separator(dataset, args.response_separator)
+
+        def tokenize(example: dict[str, Any], row: int) -> dict[str, Any]:
+            steps, labels = example["completions"], example["labels"]
+            check_steps(steps, labels, row, name)  # of a stream, only the first row was checked before
+            ids, ends = step_token_ids(processing_class, example["prompt"], steps, args.step_separator)
+            of_tokens = [float(UNLABELLED)] * len(ids)
+            for end, label in zip(ends, labels, strict=True):
+                if not (args.train_on_last_step_only and dataset_name == "train") or end == ends[-1]:
+                    of_tokens[end] = float(label)
+            return {"input_ids": ids, "labels": of_tokens}
+
+        options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        dataset = dataset.map(tokenize, with_indices=True, remove_columns=names, features=TOKENISED, **options)
+        if args.max_length is None:
+            return dataset
+        return dataset.filter(lambda example: len(example["input_ids"]) <= args.max_length, **options)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels"]
+
+    def _step_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """Return the loss, in the form in which transformers takes one."""
+        return step_loss(log_odds_of(outputs.logits), labels, num_items_in_batch)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of steps, by the method of transformers: that of TRL is about pairs."""
+        labels, given = inputs["labels"], {**inputs, "use_cache": False}
+        loss, outputs = super(RewardTrainer, self).compute_loss(model, given, True, num_items_in_batch)
+        odds = log_odds_of(outputs.logits.detach())
+        if self.model.training:
+            agreeing, labelled = self.accelerator.gather(agreements(odds, labels)).view(-1, 2).sum(0)
+            self._metrics["train"]["accuracy"].append((agreeing / labelled).item())
+        else:
+            labels = self.accelerator.pad_across_processes(labels, dim=1, pad_index=UNLABELLED)
+            odds = self.accelerator.pad_across_processes(odds, dim=1)
+            odds, labels = self.accelerator.gather_for_metrics((odds, labels))
+            self._eval_batches.append((odds.cpu(), labels.cpu()))
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; the card keeps the result of the trainer's own evaluation set."""
+        self._eval_batches.clear()
+        if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
+            eval_dataset = readable_steps(eval_dataset, "eval_dataset", self.rule)
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if eval_dataset is None:
+            self._card |= {
+                "score_mean": metrics["eval_score_mean"],
+                "score_std": metrics["eval_score_std"],
+                "eval_accuracy": metrics["eval_accuracy"],
+                "calibration_error": metrics["eval_calibration_error"],
+                "first_error_f1": metrics.get("eval_first_error_f1"),
+            }
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics over all steps of an evaluation. Its loss is over all steps too, and not over batches."""
+        if self._eval_batches:
+            rows = [row for odds, labels in self._eval_batches for row in zip(odds, labels, strict=True)]
+            self._eval_batches.clear()
+            odds = [odds[labels != UNLABELLED].float() for odds, labels in rows]
+            scores = [step_rewards(row, self.args.step_reward).sum().item() for row in odds]
+            labels = [labels[labels != UNLABELLED].numpy() for _, labels in rows]
+            metrics = step_metrics([row.numpy() for row in odds], labels, scores)
+            logs.update({f"eval_{name}": value for name, value in metrics.items()})
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            self.card.save(Path(output_dir or self.args.output_dir))
+
+    def save_card(self) -> None:
+        """Write both cards again, beside the saved model, with the result of the latest evaluation."""
+        if self.args.should_save:
+            self.card.save(self.args.output_dir)
+        super().save_card()
+
+    def card_facts(self) -> dict[str, str]:
+        """Add the text that the model expects, and where it judges a step."""
+        card, boundary = self._card, {"separator": "at every", "sentence": "behind a sentence, at a"}
+        prompt = "chat messages" if card["conversational"] else f"the prompt, then {card['response_separator']!r}"
+        return super().card_facts() | {
+            "reads": f"{prompt}, then each step, with {self.rule.separator!r} behind it",
+            "splits an answer": f"{boundary[self.rule.boundary]} {self.rule.separator!r}",
+            "judges a step": "at the last token of the separator behind it, by the log-odds that it is right",
+        }
+
+    @property
+    def card(self) -> ProcessRewardModelCard:
+        """Return the facts of the training and the latest evaluation, for users of the model."""
+        template = chat_template_fingerprint(self.processing_class) if self._card["conversational"] else None
+        return ProcessRewardModelCard(
+            **self._card,
+            pad_token_id=self.model.config.get_text_config().pad_token_id,
+            tokenizer_fingerprint=tokenizer_fingerprint(self.processing_class),
+            chat_template_fingerprint=template,
+            step_separator=self.rule.separator,
+            step_boundary=self.rule.boundary,
+            step_reward=self.args.step_reward,
+        )
+
+
+def for_tokens(peft_config: PeftConfig) -> PeftConfig:
+    """Return a configuration by which PEFT trains and saves the whole head, and adds no adapter to it."""
+    changes: dict[str, Any] = {"task_type": TaskType.TOKEN_CLS}
+    if getattr(peft_config, "target_modules", None) == "all-linear":  # PEFT leaves out only heads of whole texts
+        others = peft_config.exclude_modules or []
+        is_pattern = isinstance(others, str)
+        changes["exclude_modules"] = rf"({others})|(.*\.)?score" if is_pattern else [*others, "score"]
+    return with_changes(peft_config, **changes)
+
+
+class StepCollator:
+    """Pad tokenised rows on the right.
+
+    Args:
+        multiple: Number of which the length of a batch is a multiple, if there is one.
+    """
+
+    def __init__(self, multiple: int | None) -> None:
+        self.multiple = multiple
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the inputs of the model, and the labels of the tokens."""
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        labels = [torch.tensor(row["labels"], dtype=torch.float32) for row in rows]
+        masks = [torch.ones_like(row) for row in ids]
+        return {
+            "input_ids": pad(ids, 0, pad_to_multiple_of=self.multiple),
+            "attention_mask": pad(masks, 0, pad_to_multiple_of=self.multiple),
+            "labels": pad(labels, UNLABELLED, pad_to_multiple_of=self.multiple),
+        }
