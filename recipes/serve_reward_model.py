@@ -22,10 +22,10 @@ from rlhf_recipes.models.loading import model_init_kwargs
 from rlhf_recipes.models.process_reward_model import refuse_process_reward_model
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import ServeArguments
-from rlhf_recipes.rewards.client import TOKEN_VARIABLE
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 from rlhf_recipes.rewards.server import reward_app
 from rlhf_recipes.rewards.serving import check_address, serve
+from rlhf_recipes.rewards.transport import TOKEN_VARIABLE
 from rlhf_recipes.tracking.registry import require_model
 
 

@@ -32,7 +32,14 @@ YOURS = {
     "my_evaluation.yaml": "quickstart/evaluate.yaml",
 }
 SHELL = {"cd", "source", "mkdir", "git", "mv"}  # need nothing that a machine lacks
-ELSEWHERE = {"docker", "hf", "kubectl", "trl"}  # need something that is named above the block
+ELSEWHERE = {
+    "docker",
+    "hf",
+    "kubectl",
+    "text-embeddings-router",
+    "trl",
+    "vllm",
+}  # need something that is named above the block
 # Settings of PEFT, transformers and TRL 1.12 that are no options of a recipe.
 OF_OTHERS = {"init_lora_weights", "output_router_logits", "num_return_sequences", "num_beams", "do_sample"}
 OF_OTHERS |= {"stop_token"}

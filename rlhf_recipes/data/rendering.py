@@ -57,10 +57,18 @@ def answered_ids(
         appended: Number of tokens of `appended_end`, if it is known.
     """
     if isinstance(prompt, str) and isinstance(answer, str):
-        ids = tokenizer(prompt + answer + (tokenizer.eos_token if finished else ""))["input_ids"]
+        ids = tokenizer(answered_text(tokenizer, prompt, answer, finished))["input_ids"]
         return list(ids[: len(ids) - (len(appended_end(tokenizer)) if appended is None else appended)])
     chat = conversation(plain_messages(prompt), plain_messages(answer))  # type: ignore[arg-type]
     return list(tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"])
+
+
+def answered_text(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: Text, finished: bool) -> str:
+    """Return the text whose tokens are those of `answered_ids`, if nothing is added to it but opening tokens."""
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return prompt + answer + (tokenizer.eos_token if finished else "")
+    chat = conversation(plain_messages(prompt), plain_messages(answer))  # type: ignore[arg-type]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False))
 
 
 def appended_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

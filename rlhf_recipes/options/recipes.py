@@ -69,7 +69,10 @@ class RewardArguments(JudgeArguments):
 
     reward_model_path: str | None = field(
         default=None,
-        metadata={"help": "Reward model: a directory, a Hub name, or the address of a server (`http://..`)."},
+        metadata={
+            "help": "Reward model: a directory, a Hub name, or the address of `rlhf serve`, of vLLM or of "
+            "text-embeddings-inference (`http://..`)."
+        },
     )
     reward_functions: list[str] = field(
         default_factory=list,

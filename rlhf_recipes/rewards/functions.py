@@ -22,6 +22,7 @@ from rlhf_recipes.options.paths import is_address, is_function
 from rlhf_recipes.rewards.card import RewardModelCard, heads_of
 from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.context import check_answered
+from rlhf_recipes.rewards.pooled import PooledRewardModel, served_reward_model
 from rlhf_recipes.rewards.process import ProcessRewardModelScorer, as_process_scorer
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
@@ -52,14 +53,14 @@ def score_statistics(functions: list[Any], weights: Tensor) -> tuple[float, floa
 
 def as_scorer(
     model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
-) -> RewardModelScorer | ProcessRewardModelScorer | RemoteRewardModel:
+) -> RewardModelScorer | ProcessRewardModelScorer | RemoteRewardModel | PooledRewardModel:
     """Return a scorer for a path, which is loaded with `kwargs`, for the address of a server, or for a loaded model.
 
     Raises:
         ValueError: If a loaded model has several outputs, or has no tokenizer and no path to load one from.
     """
     if is_address(model):
-        return RemoteRewardModel(model)
+        return served_reward_model(model)
     if (judge_of_steps := as_process_scorer(model, tokenizer, **kwargs)) is not None:
         judge_of_steps.summed = True  # one number for each answer
         return judge_of_steps

@@ -25,7 +25,6 @@ from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.rewards.alone import row_scores, scores_alone
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard, heads_of
-from rlhf_recipes.rewards.client import finished_completions
 from rlhf_recipes.rewards.heads import combined
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
 from rlhf_recipes.rewards.reading import (
@@ -37,6 +36,7 @@ from rlhf_recipes.rewards.reading import (
     unknown_tokens,
     vocabulary_size,
 )
+from rlhf_recipes.rewards.transport import finished_completions
 
 logger = logging.getLogger(__name__)
 Prompt = str | list[dict[str, Any]]

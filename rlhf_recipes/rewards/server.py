@@ -30,8 +30,8 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from rlhf_recipes.options.recipes import MAX_REQUEST_BYTES, MAX_TOKENS
-from rlhf_recipes.rewards.client import TOKEN_VARIABLE
 from rlhf_recipes.rewards.scorer import RewardModelScorer
+from rlhf_recipes.rewards.transport import TOKEN_VARIABLE
 
 GATHER_SECONDS = 0.01  # time for related requests, for example those of several ranks, to arrive
 MAX_ROWS = 4096

@@ -26,10 +26,11 @@ from rlhf_recipes.options.recipes import JudgeArguments, ServeArguments
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
-from rlhf_recipes.rewards.client import TOKEN_VARIABLE, RemoteRewardModel
+from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.judges import load_judges
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 from rlhf_recipes.rewards.server import ScoreRequest, ScoringQueue, reward_app
+from rlhf_recipes.rewards.transport import TOKEN_VARIABLE
 
 pytestmark = pytest.mark.recipe
 
