@@ -9,27 +9,23 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 import requests
 from tenacity import RetryCallState
 
 from rlhf_recipes.console import visible
-from rlhf_recipes.options.secrets import holds_credentials, redact
+from rlhf_recipes.options.secrets import holds_credentials
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError, checked_rewards, retrying
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
+from rlhf_recipes.rewards.exchange import CONNECT_SECONDS, Exchange
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
-from rlhf_recipes.rewards.threads import DaemonPool, in_time
+from rlhf_recipes.rewards.threads import DaemonPool
 
 TOKEN_VARIABLE = "REWARD_MODEL_TOKEN"
-CONNECT_SECONDS = 10.0
 # The largest answers, in bytes after decompression: the card with its chat template, and one number per row.
 INFO_BYTES = 2**22
 NUMBER_BYTES = 64
-REFUSAL_BYTES = 2**12  # of a refusal, only the beginning is shown
-# A later request may succeed after these refusals: timeout, too many requests.
-PASSING_REFUSALS = (408, 429)
 logger = logging.getLogger(__name__)
 
 
@@ -76,6 +72,7 @@ class RemoteRewardModel(Scorer):
         if holds_credentials(url):
             raise ValueError(f"The address of a reward model holds a password: set {TOKEN_VARIABLE} instead.")
         self.url = url.rstrip("/")
+        self._request = Exchange(self.url, _authorize, "scores")
         self.batch_size, self.concurrency, self.timeout = batch_size, concurrency, timeout
         self.policy_eos_token_ids = policy_eos_token_ids
         try:
@@ -155,58 +152,6 @@ class RemoteRewardModel(Scorer):
             raise RewardCallError(f"{self.url} answered with wrong {kind}: {visible(str(error))}") from error
         return numbers
 
-    def _request(
-        self, method: str, path: str, limit: int, timeout: float | None, body: str | None = None
-    ) -> dict[str, Any]:
-        try:
-            return in_time(partial(self._exchange, method, path, limit, timeout, body), timeout)
-        except TimeoutError as error:
-            raise RewardCallError(f"{self.url} does not answer (ReadTimeout: {error})") from None
-
-    def _exchange(
-        self,
-        method: str,
-        path: str,
-        limit: int,
-        timeout: float | None,
-        body: str | None,
-        opened: list[requests.Response],
-    ) -> dict[str, Any]:
-        try:
-            with requests.request(
-                method,
-                self.url + path,
-                data=body,
-                headers={"Content-Type": "application/json"},
-                auth=_authorize,
-                timeout=(CONNECT_SECONDS, timeout),
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                opened.append(response)
-                return self._answered(response, limit)
-        except requests.RequestException as error:
-            raise RewardCallError(f"{self.url} does not answer ({type(error).__name__})") from error
-
-    def _answered(self, response: requests.Response, limit: int) -> dict[str, Any]:
-        if not response.ok or response.is_redirect:
-            kind = PermanentRewardError if _is_final(response.status_code) else RewardCallError
-            text = next(response.iter_content(REFUSAL_BYTES), b"").decode(errors="replace")
-            raise kind(f"{self.url} answered {response.status_code}: {visible(redact(text))[:300]}")
-        body = bytearray()
-        for chunk in response.iter_content(2**14):
-            body += chunk
-            if len(body) > limit:
-                raise RewardCallError(f"{self.url} answered with more than {limit} bytes: this is no list of scores")
-        try:
-            answer = json.loads(body, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            reason = "too deep" if isinstance(error, RecursionError) else visible(str(error))
-            raise RewardCallError(f"{self.url} answered with no valid JSON ({reason})") from error
-        if not isinstance(answer, dict):
-            raise RewardCallError(f"{self.url} answered with something else than scores")
-        return answer
-
     def _note_waiting(self, state: RetryCallState) -> None:
         logger.warning(f"No reward model answers at {self.url} yet (attempt {state.attempt_number}).")
 
@@ -216,14 +161,6 @@ def _authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
     if token := os.environ.get(TOKEN_VARIABLE):
         request.headers["Authorization"] = f"Bearer {token}"
     return request
-
-
-def _is_final(status: int) -> bool:
-    return 300 <= status < 500 and status not in PASSING_REFUSALS
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"it holds {name}")
 
 
 def _cancel(answers: "list[Future[Any]]") -> None:
