@@ -54,6 +54,7 @@ GROUPS = {
         *("reward_norm_clip", "target_kl", "kl_horizon", "early_stopping_patience", "cliprange_value"),
         *("critic_epochs", "critic_pairs", "max_update_kl", "max_kl", "max_skipped_steps", "best_of"),
         *("num_prompts", "num_samples", "max_request_bytes", "max_waiting", "max_tokens"),
+        "JudgeConfig.concurrency",
     ),
     NOT_NEGATIVE: (
         *("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "epsilon", "epsilon_high", "beta"),
@@ -78,8 +79,8 @@ GROUPS = {
     SEED: ("seed", "data_seed"),
     PORT: ("port", "vllm_server_port", "vllm_group_port"),
     SECONDS: ("ddp_timeout", "vllm_server_timeout"),
-    LIMIT_OF_SECONDS: ("reward_timeout",),
-    RETRIES: ("reward_retries",),
+    LIMIT_OF_SECONDS: ("reward_timeout", "JudgeConfig.timeout"),
+    RETRIES: ("reward_retries", "JudgeConfig.retries"),
     WORKERS: ("dataloader_num_workers",),
     WIDTH: ("lora_r", "value_head_size", "pad_to_multiple_of"),
     STEPS: ("max_steps",),

@@ -84,8 +84,9 @@ class ComparedTrainer(SavingTrainer):
             batch_size=rows_without_gradient(self.args.per_device_train_batch_size, self.accelerator.device),
             timeout=limits.reward_timeout,
             prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
+            output_dir=self.args.output_dir,
         )
-        for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
+        for scorer in map(scorer_of, (*functions, *(judges or {}).values(), *(pairwise_judges or {}).values())):
             scorer.prepare(run)
         self._check_context(limits.reward_overflow)
         return [self.reward_calls.guard(function) for function in functions]
