@@ -19,6 +19,8 @@ TABLE = """CREATE TABLE IF NOT EXISTS answers (
     key TEXT PRIMARY KEY, text TEXT NOT NULL, end TEXT NOT NULL, tokens INTEGER NOT NULL
 )"""
 
+QUERY = "SELECT key, text, end, tokens FROM answers WHERE key"
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -66,12 +68,13 @@ class AnswerCache:
             PermanentRewardError: If the file is damaged.
             RewardCallError: If it cannot be used now.
         """
-        keys, found = list(keys), {}
+        keys = list(keys)
+        found: dict[str, Answer] = {}
         with self._connected() as connection:
             for start in range(0, len(keys), AT_ONCE):
                 some = keys[start : start + AT_ONCE]
                 marks = ", ".join("?" * len(some))
-                rows = connection.execute(f"SELECT key, text, end, tokens FROM answers WHERE key IN ({marks})", some)
+                rows = connection.execute(f"{QUERY} IN ({marks})", some)
                 found |= {key: Answer(*answer) for key, *answer in rows}
         return found
 
@@ -84,7 +87,7 @@ class AnswerCache:
         """
         with self._connected() as connection:
             connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", (key, *astuple(answer)))
-        return self.known([key])[key]
+            return Answer(*connection.execute(f"{QUERY} = ?", (key,)).fetchone()[1:])
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
@@ -103,6 +106,6 @@ class AnswerCache:
 
     def _damaged(self, reason: str) -> str:
         return (
-            f"the file with the answers of a judge is damaged: {self.file} ({reason}). Put a copy of it back, or move "
-            "it away: its questions are then asked again."
+            f"the file with the answers of a judge is damaged: {self.file} ({' '.join(reason.split())}). Put a copy of "
+            "it back, or move it away: its questions are then asked again."
         )

@@ -162,9 +162,7 @@ class LocalModel:
         self._sampling = config.request
         self._tokenizer = load_tokenizer(self._path, padding_side="left")
         if self._tokenizer.chat_template is None:
-            raise ValueError(
-                f"`model` {config.model} has no chat template, so it answers no questions. Name a chat model."
-            )
+            raise ValueError(f"`model` {config.model} has no chat template, so it cannot judge. Name a chat model.")
         self._model: Any = None
         self._lock = threading.Lock()
 

@@ -17,7 +17,7 @@ SMALLEST, LARGEST = 1.0, 10.0
 # Probability that the first answer is better, by the verdict.
 PREFERENCES = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}
 THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
-READ_CHARACTERS = 20_000  # from the end: a verdict stands there
+READ_CHARACTERS, TRIED_BRACES = 20_000, 100  # from the end: a verdict stands there
 TITLES = {"prompt": "request", "answer": "answer", "answer_a": "answer A", "answer_b": "answer B"}
 _DECODER = json.JSONDecoder()
 
@@ -57,8 +57,8 @@ def _how_to_end(config: JudgeConfig) -> str:
     else:
         ends = "with [[A]] if answer A is better, with [[B]] if answer B is better, or with [[C]] if both are as good."
         field = (
-            f'with one line of JSON, {{"{config.verdict_field}": "A"}} if answer A is better, with "B" in it if answer '
-            'B is better, or with "C" if both are as good.'
+            f'with one line of JSON: {{"{config.verdict_field}": "A"}} if answer A is better. Write "B" in it if '
+            'answer B is better, or "C" if both are as good.'
         )
     return f"{before}Then end {ends if config.verdict_field is None else field}"
 
@@ -88,7 +88,8 @@ def _verdict(text: str, field: str | None) -> Any:
 
 def _last_field(text: str, field: str) -> Any:
     """Return the field of the last JSON object that has it."""
-    for start in (found.start() for found in reversed(list(re.finditer(r"\{", text)))):
+    braces = [found.start() for found in re.finditer(r"\{", text)]
+    for start in reversed(braces[-TRIED_BRACES:]):
         try:
             value, _ = _DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):

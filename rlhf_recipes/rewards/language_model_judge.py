@@ -130,8 +130,8 @@ class LanguageModelJudge(Scorer):
     def compare(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> list[float]:
         """Return for each pair 1 if its first answer is better, 0 if the second is, 0.5 for a tie, NaN if unknown.
 
-        The judge sees each pair in both orders. If its two verdicts contradict each other, the pair is a tie. If one of
-        them is missing, the result is NaN. Equal answers are a tie, and nobody is asked.
+        The judge sees each pair in both orders. If its two verdicts are not for the same answer, the pair is a tie. If
+        one of them is missing, the result is NaN. Equal answers are a tie without a question.
 
         Args:
             prompts: Text or messages.
@@ -216,7 +216,7 @@ class LanguageModelJudge(Scorer):
         return [known[key] for key in keys]
 
     def _ask(self, missing: dict[str, str]) -> dict[str, Answer]:
-        """Ask, several at the same time. A call that was left at its time limit may still be asking: its answers count.
+        """Ask, several at the same time. A call that was left at its time limit may still ask: its answers count.
 
         Args:
             missing: Questions by key.
