@@ -2,7 +2,10 @@
 
 import logging
 import math
+import re
 import threading
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import judge_server
@@ -311,6 +314,11 @@ def test_a_mistake_in_the_file_is_named(tmp_path, options, message):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="The judge .*none.yml cannot be read: No such file"):
         import_function(str(tmp_path / "none.yml"))
+
+
+def test_the_page_has_every_option():
+    page = (Path(__file__).parents[2] / "docs" / "judges.md").read_text().partition("## Options")[2].partition("## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [field.name for field in fields(JudgeConfig)]
 
 
 def test_the_identity_is_that_of_the_verdicts(load, server):
