@@ -105,7 +105,8 @@ class AnswerCache:
             raise RewardCallError(f"the answers of a judge cannot be kept in {self.file}: {error.strerror}") from error
 
     def _damaged(self, reason: str) -> str:
+        why = " ".join(reason.split())
         return (
-            f"the file with the answers of a judge is damaged: {self.file} ({' '.join(reason.split())}). Put a copy of "
-            "it back, or move it away: its questions are then asked again."
+            f"the file with the answers of a judge is damaged: {self.file} ({why}). Put a copy of it back, or "
+            "move it away: its questions are then asked again."
         )

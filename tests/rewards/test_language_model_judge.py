@@ -317,8 +317,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_the_page_has_every_option():
-    page = (Path(__file__).parents[2] / "docs" / "judges.md").read_text().partition("## Options")[2].partition("## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [field.name for field in fields(JudgeConfig)]
+    page = (Path(__file__).parents[2] / "docs" / "judges.md").read_text()
+    table = page.partition("## Options")[2].partition("## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [field.name for field in fields(JudgeConfig)]
 
 
 def test_the_identity_is_that_of_the_verdicts(load, server):
