@@ -166,8 +166,9 @@ def test_messages_are_shown_with_their_roles(server, load):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the fox"}]
     answers = [[[{"role": "assistant", "content": text}]] for text in ("is red", "no")]
     assert load().compare([chat], *answers) == [1.0]
-    texts = judge_server.texts_of(server.asked[0]["messages"][0]["content"])
-    assert (texts["request"], texts["answer A"]) == ("system: Be brief.\nuser: the fox", "is red")
+    shown = [judge_server.texts_of(request["messages"][0]["content"]) for request in server.asked]
+    assert {texts["request"] for texts in shown} == {"system: Be brief.\nuser: the fox"}
+    assert {texts["answer A"] for texts in shown} == {"is red", "no"}
 
 
 def test_the_request_is_as_the_file_says(server, load):
