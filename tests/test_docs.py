@@ -16,6 +16,7 @@ from rlhf_recipes.command.project import write
 from rlhf_recipes.command.stages import STAGES
 from rlhf_recipes.options import recipes as arguments
 from rlhf_recipes.options.baselines import BaselineArguments, DPOConfig
+from rlhf_recipes.options.judge import JudgeConfig
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.shipped import shipped_configurations
@@ -41,6 +42,7 @@ OURS = {
     arguments.EvaluationArguments: (trl.ScriptArguments, {"script_args", "judge_args"}),
     BaselineArguments: (trl.ScriptArguments, {"script_args", "judge_args", "limits", "self"}),
     DPOConfig: (trl.DPOConfig, {"args", "training_args"}),
+    JudgeConfig: (None, {"config", "_config", "self"}),
     arguments.BoundaryArguments: (None, {"boundary_args"}),
     arguments.ExportArguments: (None, {"script_args"}),
     arguments.ServeArguments: (None, {"script_args"}),

@@ -20,6 +20,7 @@ from documents import DOCUMENTS, PARSERS, RECIPES, ROOT, blocks, commands_of, op
 from pip._internal.commands import create_command
 
 from rlhf_recipes.command import main, running
+from rlhf_recipes.options.judge import JudgeConfig
 from rlhf_recipes.options.parser import RecipeParser
 
 # Files of the examples, and the shipped configuration in each one's place.
@@ -197,6 +198,7 @@ def test_an_option_with_a_value_is_one(page):
     given = {name for file in files if not file.startswith("services:") for name in yaml.safe_load(file)}
     given |= set(re.findall(r"`([a-z]\w*_\w+): [\w.:-]+`", text))
     known = {name for kinds in PARSERS.values() for kind in kinds for name in kind.__dataclass_fields__}
+    known |= JudgeConfig.__dataclass_fields__.keys()  # of the file of a judge
     assert given <= known | OF_OTHERS
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 from rlhf_recipes.comparison.curves import frontier_path, over_samples
 from rlhf_recipes.comparison.runs import TrackedRun
 from rlhf_recipes.evaluation.alarms import find_alarms
+from rlhf_recipes.options.paths import function_name
 from rlhf_recipes.options.relevance import compared_options
 
 
@@ -107,7 +108,7 @@ def trained_judges(runs: Iterable[TrackedRun]) -> set[str]:
     model of a run without recorded options is unknown, so the judge `reward_model` may be its reward.
     """
     runs = list(runs)
-    functions = {str(name).split(":")[-1] for run in runs for name in run.options.get("reward_functions") or ()}
+    functions = {function_name(str(name)) for run in runs for name in run.options.get("reward_functions") or ()}
     rewards = {name for run in runs for name in run.reward_models}
     judges = [judge for run in runs if run.evaluation for judge in run.evaluation.reward_models.items()]
     unknown = {"reward_model"} if any(not run.options for run in runs) else set()

@@ -53,12 +53,12 @@ class RecipeParser(TrlParser):
         if path is None:
             raise ValueError("`--config` names no file: write `--config FILE.yaml`.")
         try:
-            options = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 (a safe loader)
+            options = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 (a safe loader)
         except OSError as error:
             place = f"Name a file, from the working directory {os.getcwd()} on."
             raise ValueError(f"`--config` {path} cannot be read: {error.strerror}. {place}") from error
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"`--config` {path} cannot be read: {_reason(error)}") from error
+            raise ValueError(f"`--config` {path} cannot be read: {why_no_yaml(error)}") from error
         if not isinstance(options, dict):
             raise ValueError(f"`--config` {path} must hold options, each as `name: value`.")
         for name in options:
@@ -115,7 +115,7 @@ def _fit(options: dict[str, Any]) -> None:
         sys.stderr.write(f"{line}\n")
 
 
-def _reason(error: Exception) -> str:
+def why_no_yaml(error: Exception) -> str:
     """Return the reason why a file is no YAML, in one line with the line of the file."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
@@ -128,10 +128,11 @@ def _at(text: str, mark: Any) -> str:
     return f"{text} in line {mark.line + 1}"
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """Refuse a key that a file has twice: the second value would silently replace the first one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        """Return a mapping whose keys are all different."""
         names = [key.value for key, _ in node.value]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

@@ -46,6 +46,16 @@ def is_function(reference: str) -> bool:
     return all(part.isidentifier() for part in (*module.split("."), name))
 
 
+def is_judge_file(reference: str) -> bool:
+    """Return whether this names the YAML file of a judge."""
+    return reference.endswith((".yaml", ".yml"))
+
+
+def function_name(reference: str) -> str:
+    """Return the name of a function or of a judge: the part after the colon, or the name of the file."""
+    return Path(reference).stem if is_judge_file(reference) else reference.split(":")[-1]
+
+
 def why_unread(path: str, *files: str, revision: str | None = None) -> str | None:
     """Return why a directory, or a name on the Hub, has none of the files; `None` if it has one."""
     reasons = []

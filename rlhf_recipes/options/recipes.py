@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 from trl import ScriptArguments
 
 from rlhf_recipes.options.checks import check_options
-from rlhf_recipes.options.paths import is_address, is_function
+from rlhf_recipes.options.paths import function_name, is_address, is_function, is_judge_file
 from rlhf_recipes.options.reward_calls import RewardCallConfig
 
 DEFAULT_EXPERIMENT = "rlhf_recipes"
@@ -39,13 +39,17 @@ class JudgeArguments(ScriptArguments):
     )
     judge_functions: list[str] = field(
         default_factory=list,
-        metadata={"help": "Python judges with TRL's reward signature, each as `package.module:function`."},
+        metadata={
+            "help": "Judges of single answers: Python functions with TRL's reward signature, each as "
+            "`package.module:function`, or YAML files of language models as judges."
+        },
     )
     pairwise_judges: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Python judges that see both answers, in both orders, each as `package.module:function`. For the "
-            "signature, see `rlhf_recipes.evaluation.statistics.swapped_preferences`."
+            "help": "Judges that see both answers, in both orders: functions, each as `package.module:function` "
+            "(`rlhf_recipes.evaluation.statistics.swapped_preferences` has the signature), or YAML files of language "
+            "models as judges."
         },
     )
 
@@ -53,12 +57,12 @@ class JudgeArguments(ScriptArguments):
         check_options(self)
         for option in ("judge_functions", "pairwise_judges", "reward_functions"):
             for reference in getattr(self, option, []):
-                if not is_function(reference):
+                if not (is_function(reference) or is_judge_file(reference)):
                     raise ValueError(
                         f"`{option}` must name each function as `package.module:function`, got {reference!r}."
                     )
-        judges = (*self.judge_models, *self.judge_functions, *self.pairwise_judges)
-        names = [j if is_address(j) else re.split("[:/]", j.rstrip("/"))[-1] for j in judges]
+        models = [j if is_address(j) else re.split("[:/]", j.rstrip("/"))[-1] for j in self.judge_models]
+        names = models + [function_name(judge) for judge in (*self.judge_functions, *self.pairwise_judges)]
         if len(set(names)) < len(names):
             raise ValueError(f"Judges must have different names, got {', '.join(names)}.")
 
@@ -76,7 +80,10 @@ class RewardArguments(JudgeArguments):
     )
     reward_functions: list[str] = field(
         default_factory=list,
-        metadata={"help": "Python reward functions, each as `package.module:function`, added to the reward model."},
+        metadata={
+            "help": "Rewards that are added to the reward model: Python functions, each as `package.module:function`, "
+            "or YAML files of language models as judges."
+        },
     )
 
 

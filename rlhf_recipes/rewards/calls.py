@@ -111,7 +111,7 @@ class RewardCalls:
         """Collect the failures of all ranks since the last time. Every rank must call this after the same calls.
 
         Returns:
-            Metrics: the failed attempts and failed calls of each function on all ranks.
+            Metrics: the failed attempts and failed calls of each function on all ranks, and figures of a scorer's own.
 
         Raises:
             RewardCallError: On every rank, if a call failed on one of them and failures are not masked, or if a
@@ -119,11 +119,13 @@ class RewardCalls:
         """
         if not self._guarded:
             return {}
-        own, self._failures = (self._failures, self._failed_attempts), []
+        scorers = {call.__name__: scorer_of(call.function) for call in self._guarded.values()}
+        counted = {name: scorer.take_counts() for name, scorer in scorers.items()}
+        own, self._failures = (self._failures, self._failed_attempts, counted), []
         self._failed_attempts = Counter()
         by_rank = gather_object([own])
-        failures = [failure for rank, _ in by_rank for failure in rank]
-        attempts = sum((counts for _, counts in by_rank), Counter[str]())
+        failures = [failure for rank, *_ in by_rank for failure in rank]
+        attempts = sum((counts for _, counts, _ in by_rank), Counter[str]())
         if failures and self.failed == "raise":
             raise RewardCallError(_message(failures))
         calls = Counter(failure.name for failure in failures)
@@ -134,6 +136,9 @@ class RewardCalls:
                 last = [failure for failure in failures if failure.name == name]
                 raise RewardCallError(f"`{name}` has failed in {times} batches in a row. {_message(last)}")
         metrics = {f"{name}/failed_attempts": float(attempts[name]) for name in names}
+        for name, scorer in scorers.items():
+            total = sum((counts[name] for *_, counts in by_rank), Counter[str]())
+            metrics |= {f"{name}/{figure}": value for figure, value in scorer.figures(total).items()}
         return metrics | {f"{name}/failed_calls": float(calls[name]) for name in names}
 
     def check_any_scored(self, scores: Tensor) -> None:

@@ -18,10 +18,11 @@ from trl import is_conversational
 
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.reward_model import with_score_head
-from rlhf_recipes.options.paths import is_address, is_function
+from rlhf_recipes.options.paths import is_address, is_function, is_judge_file
 from rlhf_recipes.rewards.card import RewardModelCard, heads_of
 from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.context import check_answered
+from rlhf_recipes.rewards.language_model_judge import load_judge
 from rlhf_recipes.rewards.pooled import PooledRewardModel, served_reward_model
 from rlhf_recipes.rewards.process import ProcessRewardModelScorer, as_process_scorer
 from rlhf_recipes.rewards.protocol import scorer_of
@@ -142,12 +143,18 @@ def distinct_names(names: Iterable[str]) -> list[str]:
     return given
 
 
-def import_function(reference: str) -> Callable[..., list[float]]:
+def import_function(reference: str, output_dir: str | None = None) -> Callable[..., list[float]]:
     """Import a function named `package.module:function`, from the environment or the working directory.
+
+    Args:
+        reference: Name of the function, or YAML file of a judge.
+        output_dir: Directory for the answers of a judge.
 
     Raises:
         ValueError: If the reference has another form, or names nothing that can be called.
     """
+    if is_judge_file(reference):
+        return load_judge(reference, output_dir)
     if not is_function(reference):
         raise ValueError(f"A function is named as `package.module:function`, got {reference!r}.")
     module_name, _, name = reference.partition(":")

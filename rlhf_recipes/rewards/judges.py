@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_recipes.models.presence import require_present
+from rlhf_recipes.options.paths import function_name
 from rlhf_recipes.options.recipes import JudgeArguments
 from rlhf_recipes.rewards.functions import as_scorer, check_reward_functions, import_function
 
@@ -39,8 +40,9 @@ def load_judges(
     for scorer in scorers.values():
         check_reward_functions([scorer], dataset=dataset, response_separator=response_separator)
         scorer.policy_eos_token_ids = policy_eos_token_ids
+    place = getattr(judge_args, "output_dir", None)  # a trainer sets its own
     functions, pairwise = (
-        {reference.split(":")[-1]: import_function(reference) for reference in references}
+        {function_name(reference): import_function(reference, place) for reference in references}
         for references in (judge_args.judge_functions, judge_args.pairwise_judges)
     )
     return scorers | functions, pairwise

@@ -195,7 +195,9 @@ class TEIRewardModel(PooledRewardModel):
             ours = self._token_ids(text, text, finished)
             asked = {"inputs": [self._row(text, text, finished)[0]], "add_special_tokens": True}
             try:
-                theirs = [token["id"] for token in self._post("/tokenize", asked, ROW_BYTES * (len(ours) + 16))[0]]
+                theirs = [
+                    token["id"] for token in self._post("/tokenize", asked, ROW_BYTES * (len(ours) + 16), list)[0]
+                ]
             except (KeyError, TypeError, IndexError, RewardCallError, PermanentRewardError) as error:
                 raise ValueError(f"{self.server} at {self.url} does not tokenize: {error!r}") from error
             if ours != theirs:
@@ -210,7 +212,7 @@ class TEIRewardModel(PooledRewardModel):
 
     def _scores(self, rows: Rows, raw: bool = True) -> list[float]:
         asked = {"inputs": list(rows), "raw_scores": raw, "truncate": False}
-        answer = self._post("/predict", asked, ROW_BYTES * (len(rows) + 16))
+        answer = self._post("/predict", asked, ROW_BYTES * (len(rows) + 16), list)
         try:
             numbers = [self._single([each["score"] for each in labels]) for labels in answer]
         except (KeyError, TypeError) as error:

@@ -3,6 +3,7 @@
 The trainer, the preflight and the identity of a run use this contract alone. They know no class of reward models.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,6 +29,7 @@ class ScoringRun:
         timeout: Seconds for one request; `None` sets no limit.
         prepare_frozen: Function that puts a model without gradients on the devices of the run.
         combine: Function of the scores of several heads, `(B, K)`, that returns one score each, `(B,)`.
+        output_dir: Output directory of the run.
     """
 
     policy: Any
@@ -36,6 +38,7 @@ class ScoringRun:
     timeout: float | None
     prepare_frozen: Callable[[Any], Any]
     combine: Callable[[Tensor], Tensor] = combine_heads
+    output_dir: str = "."
 
 
 class Scorer(Protocol):
@@ -75,6 +78,14 @@ class Scorer(Protocol):
     def prepare(self, run: ScoringRun) -> None:
         """Get ready for the calls of a run."""
         return
+
+    def take_counts(self) -> "Counter[str]":
+        """Return what the scorer has counted since the last time. `RewardCalls.settle` adds those of all processes."""
+        return Counter()
+
+    def figures(self, counts: "Counter[str]") -> dict[str, float]:
+        """Return metrics from the counts of all processes, by name."""
+        return {}
 
     def scores_alone(self, prompts: list[Any], completions: list[Any]) -> tuple[list[float], list[float]] | None:
         """Return scores in the run, and by plain transformers without the run; `None` if they cannot be compared."""

@@ -85,11 +85,12 @@ class ComparedTrainer(DenseRewardTrainer):
             batch_size=rows_without_gradient(self.args.per_device_train_batch_size, self.accelerator.device),
             timeout=limits.reward_timeout,
             prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
+            output_dir=self.args.output_dir,
         )
         rule = functools.partial(combine_heads, rule=limits.reward_heads, coef=limits.reward_heads_coef)
         for scorer in self.scorers:
             scorer.prepare(replace(run, combine=rule))
-        for judge in map(scorer_of, self.held_out.judges.values()):
+        for judge in map(scorer_of, (*(judges or {}).values(), *(pairwise_judges or {}).values())):
             judge.prepare(run)
         self._check_context(limits.reward_overflow)
         return [self.reward_calls.guard(function) for function in functions]

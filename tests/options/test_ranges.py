@@ -11,6 +11,7 @@ import trl
 from rlhf_recipes.options import recipes
 from rlhf_recipes.options.baselines import CONFIGS as BASELINES
 from rlhf_recipes.options.baselines import BaselineArguments
+from rlhf_recipes.options.judge import JudgeConfig
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.options.process_reward_modeling import ProcessRewardModelConfig
 from rlhf_recipes.options.ranges import CHOICES, INTERVALS, RANGES, check_values
@@ -19,7 +20,7 @@ from rlhf_recipes.options.reward_modeling import RewardModelConfig
 OWN = [kind for kind in vars(recipes).values() if dataclasses.is_dataclass(kind)]
 CLASSES = [
     *(*OWN, BaselineArguments, *BASELINES.values(), PPOConfig, RewardModelConfig, ProcessRewardModelConfig),
-    *(trl.SFTConfig, trl.ModelConfig),
+    *(JudgeConfig, trl.SFTConfig, trl.ModelConfig),
 ]
 HINTS = {kind: get_type_hints(kind) for kind in CLASSES}
 INF, NAN = math.inf, math.nan

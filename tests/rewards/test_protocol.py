@@ -12,7 +12,7 @@ from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.card import RewardModelCard, tokenizer_fingerprint
-from rlhf_recipes.rewards.client import RemoteRewardModel
+from rlhf_recipes.rewards.exchange import Exchange
 from rlhf_recipes.rewards.functions import as_reward_functions, as_scorer, check_reward_functions, score_statistics
 from rlhf_recipes.rewards.protocol import FunctionScorer, Scorer, ScoringRun, scorer_of
 from rlhf_recipes.rewards.scorer import RewardModelScorer
@@ -26,7 +26,7 @@ SERVED = {"name": "served", "card": None, "weights": "0123456789abcdef"}
 
 @pytest.fixture(autouse=True)
 def _server(monkeypatch):
-    monkeypatch.setattr(RemoteRewardModel, "_request", lambda *args, **kwargs: SERVED)
+    monkeypatch.setattr(Exchange, "__call__", lambda *args, **kwargs: SERVED)
 
 
 @pytest.fixture(scope="module")
