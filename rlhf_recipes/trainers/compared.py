@@ -87,10 +87,10 @@ class ComparedTrainer(SavingTrainer):
             prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
         )
         rule = functools.partial(combine_heads, rule=limits.reward_heads, coef=limits.reward_heads_coef)
-        for scorer in self.scorers:
-            scorer.prepare(replace(run, combine=rule))
         for judge in map(scorer_of, self.held_out.judges.values()):
             judge.prepare(run)
+        for scorer in self.scorers:  # last, because a judge may be the same object
+            scorer.prepare(replace(run, combine=rule))
         self._check_context(limits.reward_overflow)
         return [self.reward_calls.guard(function) for function in functions]
 
