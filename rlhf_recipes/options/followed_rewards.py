@@ -15,8 +15,7 @@ class FollowedRewardConfig(RewardCallConfig):
         metadata={
             "help": "Score of a reward model with several heads (`score_heads`). `mean`: their mean. `pessimistic`: "
             "the mean minus `reward_heads_coef` standard deviations. `soft_min`: less where they disagree, and near "
-            "their minimum for a small `reward_heads_coef`, which has the unit of the score. A served reward model "
-            "gives the mean."
+            "their minimum for a small `reward_heads_coef`, which has the unit of the score."
         },
     )
     reward_heads_coef: float = field(

@@ -88,10 +88,10 @@ class ComparedTrainer(DenseRewardTrainer):
             output_dir=self.args.output_dir,
         )
         rule = functools.partial(combine_heads, rule=limits.reward_heads, coef=limits.reward_heads_coef)
-        for scorer in self.scorers:
-            scorer.prepare(replace(run, combine=rule))
         for judge in map(scorer_of, (*(judges or {}).values(), *(pairwise_judges or {}).values())):
             judge.prepare(run)
+        for scorer in self.scorers:  # last, because a judge may be the same object
+            scorer.prepare(replace(run, combine=rule))
         self._check_context(limits.reward_overflow)
         return [self.reward_calls.guard(function) for function in functions]
 

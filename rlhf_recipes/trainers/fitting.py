@@ -66,8 +66,9 @@ class FittingTrainer(ForwardTrainer):
         """Return what a critic's values are in: the rewards, and the options that scale them."""
         identity = {name: facts.get(name) for name in FACTS_OF_REWARDS}
         identity |= {name: getattr(self.args, name) for name in SCALE_OF_RETURNS}
-        # Critics that earlier versions have saved know no shaping.
-        identity |= {} if self.references is None else {"reward_shaping": self.args.reward_shaping}
+        for name, plain in (("reward_shaping", "none"), ("reward_heads", "mean")):
+            if getattr(self.args, name) != plain:  # critics that earlier versions have saved know neither
+                identity[name] = getattr(self.args, name)
         identity |= {"weights": self.reward_weights.tolist(), "grouped": self._is_grouped}
         return json.dumps(identity | {"functions": [scorer.origin for scorer in self.scorers]})
 

@@ -98,5 +98,5 @@ def check_reference_answers(args: PPOConfig, scorers: Sequence[Scorer], datasets
             raise ValueError(
                 f"`reward_shaping: par` compares answers with reference answers, and `{name}` has no column "
                 f"'{COLUMN}'. Let the SFT policy write it: `add_reference_answers` of "
-                "`rlhf_recipes.evaluation.reference_answers`, see docs/reward-doubt.md."
+                "`rlhf_recipes.evaluation.reference_answers`, see docs/over-optimization.md."
             )

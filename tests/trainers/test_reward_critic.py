@@ -141,6 +141,7 @@ def test_it_is_fitted_before_the_first_rollout_if_it_gets_answers(tmp_path):
         {"gamma": 0.9},
         {"missing_eos_penalty": 1.0},
         {"group_baseline": False},
+        {"reward_heads": "pessimistic"},
     ],
     ids=str,
 )
