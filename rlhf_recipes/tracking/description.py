@@ -21,6 +21,7 @@ LAST_LINE = "*rlhf_recipes writes the text above this line. Your own text below 
 TRAINING_VIEW = "workflowType=machine_learning"  # without it, MLflow opens a page in its view for applications
 TITLES = {
     **{"sft": "Supervised fine-tuning", "reward_modeling": "Reward modelling", "evaluation": "Evaluation"},
+    "preferences": "New preferences",
     **{"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "pipeline": "Pipeline"},
 }
 ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
@@ -29,7 +30,7 @@ ROLES = {"policy": "policy", "reward_model": "reward model", "baseline": "baseli
 SHOWN = (
     *("objective/scores", "eval_objective/scores", "objective/kl", "eval_objective/kl", "completions/mean_length"),
     *("eval_accuracy", "eval_calibration_error", "eval_length_correlation", "loss", "eval_loss"),
-    *("policy/kl", "policy/length"),
+    *("policy/kl", "policy/length", "pairs/train", "pairs/test", "pairs/longer_chosen"),
 )
 LOSSES = ("loss", "eval_loss")  # they say little where the reward has a score
 MAX_FIGURES, MAX_CELL, MAX_ALARMS = 16, 200, 5
