@@ -1,8 +1,7 @@
 """New preferences: a policy answers prompts, and a reward model, a function, a judge or people label the pairs.
 
     python recipes/sample_preferences.py --config recipes/configs/quickstart/sample_preferences.yaml
-    python recipes/sample_preferences.py --config recipes/configs/quickstart/sample_preferences.yaml \
-        --judge_functions --label_file to_label.csv
+    python recipes/sample_preferences.py --config my_preferences.yaml --pair_answers best_and_worst
 
 Writes `train.jsonl` and `test.jsonl` in TRL's format, without a prompt in both, and a data card. `reward_modeling.py`
 and `baseline.py --method dpo` read the directory. A run that was stopped goes on with the same command.

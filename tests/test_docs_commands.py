@@ -29,6 +29,7 @@ YOURS = {
     "my_rm.yaml": "quickstart/reward_modeling.yaml",
     "my_rloo.yaml": "quickstart/baseline_rloo.yaml",
     "my_evaluation.yaml": "quickstart/evaluate.yaml",
+    "my_preferences.yaml": "quickstart/sample_preferences.yaml",
 }
 SHELL = {"cd", "source", "mkdir", "git", "mv"}  # need nothing that a machine lacks
 ELSEWHERE = {"docker", "hf", "kubectl", "trl"}  # need something that is named above the block
