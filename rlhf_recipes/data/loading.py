@@ -101,8 +101,8 @@ def _load_directory(
                 raise ValueError(NO_DATA)
         # pandas takes the answers "None", "NA" and "null" of a CSV file for missing ones.
         words = {"keep_default_na": False, "na_values": [""]} if hasattr(builder.config, "keep_default_na") else {}
-        if beside or words:
-            builder = load_dataset_builder(name, config, data_files=files, **words)
+        # Always with the files: if a card in the directory names them, the cache is not by their content.
+        builder = load_dataset_builder(name, config, data_files=files, **words)
         builder.download_and_prepare()
         dataset = builder.as_dataset()
         if split in dataset:  # `datasets` reads lines that are not in UTF-8, but not their rows

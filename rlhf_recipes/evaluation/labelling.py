@@ -33,7 +33,8 @@ class Asked:
 
     def parts(self, numbers: Sequence[int]) -> tqdm:
         """Return the numbers of answers in the parts of one call each."""
-        return tqdm([numbers[i : i + self.at_once] for i in range(0, len(numbers), self.at_once)], disable=None)
+        parts = [numbers[start : start + self.at_once] for start in range(0, len(numbers), self.at_once)]
+        return tqdm(parts, desc="Labelling", disable=None)
 
     def of(self, numbers: Sequence[int]) -> dict[str, list[Any]]:
         """Return prompts and columns of some answers."""

@@ -23,7 +23,7 @@ from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.protocol import scorer_of
 
 IN_CARD = ("dataset_name", "earlier_pairs", "num_samples", "pair_answers", "only_agreed", "temperature", "seed")
-EARLIER = "_earlier"  # folder for files of an earlier run with other labels
+EARLIER = "__earlier"  # files of an earlier run with other labels; `datasets` takes no data from such a folder
 FILES = ("train.jsonl", "test.jsonl", "README.md", "results.json")
 # Share of pairs whose longer answer is chosen, as a distance from a half; share of pairs that gave no label.
 LITTLE_LENGTH, MUCH_LENGTH, MANY_WITHOUT = 0.1, 0.2, 0.25
@@ -195,11 +195,11 @@ def _keep(path: Path) -> None:
 
 
 def _card(name: str, figures: Mapping[str, float], facts: Mapping[str, Any]) -> str:
-    """Return the data card. Its head names the files of the splits, so that nothing else here is taken for data."""
-    splits = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "test")]
-    head = DatasetCardData(
-        configs=[{"config_name": "default", "data_files": splits}], tags=["preference", "rlhf_recipes"]
-    )
+    """Return the data card.
+
+    Its head names no files: of a directory whose card does, `datasets` keeps the first content in its cache for ever.
+    """
+    head = DatasetCardData(tags=["preference", "rlhf_recipes"])
     origin = Origin.of_process(PartialState().num_processes)
     packages = ", ".join(f"{package} {version}" for package, version in origin.packages.items())
     known = {**facts, "command": origin.command, "commit": origin.commit, "packages": packages}

@@ -24,7 +24,7 @@ from rlhf_recipes.models.loading import load_policy, load_tokenizer
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.preferences import PreferenceArguments
 
-FOLDER = "_answers"  # in the output directory
+FOLDER = "__answers"  # in the output directory; `datasets` takes no data from folders with such names
 FACTS = "facts.json"
 BATCHES = 16  # of a part: a stop loses little, and a large run has not too many files
 # Options that change the answers, beside the policy and the prompts.
@@ -72,16 +72,17 @@ def sampled_answers(
             prompt.
     """
     folder, size = Path(script_args.output_dir, FOLDER), script_args.batch_size * BATCHES
-    facts = _facts(script_args, policy_path, prompts, init_kwargs)
-    known = _known_facts(folder, facts)
     asked = [prompt for prompt in prompts["prompt"] for _ in range(script_args.num_samples)]
     parts = [asked[start : start + size] for start in range(0, len(asked), size)]
     files = [folder / f"{number:05}.jsonl" for number in range(len(parts))]
     due = [number for number, file in enumerate(files) if not file.exists()]
+    # First of all: a model on the Hub has a fingerprint only when it is here.
+    policy, tokenizer = _load(script_args, policy_path, prompts, init_kwargs) if due else (None, None)
+    facts = _facts(script_args, policy_path, prompts, init_kwargs)
+    known = _known_facts(folder, facts)
     if due:
         if len(due) < len(files):
             print_lines(f"{len(files) - len(due)} of {len(files)} parts of the answers are in {folder}: going on.")
-        policy, tokenizer = _load(script_args, policy_path, prompts, init_kwargs)
         known = {**facts, "end_ids": eos_token_ids(policy, tokenizer)}
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / FACTS, json.dumps(known, indent=1))

@@ -1,6 +1,7 @@
-"""Answers become preference pairs: sampled once, labelled by judges or people, and written so that trainers read them."""
+"""Answers become preference pairs: sampled once, labelled by judges or people, and written for the trainers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -14,7 +15,7 @@ from trl import ScriptArguments
 
 from rlhf_recipes.data.loading import load_earlier_pairs, load_split
 from rlhf_recipes.data.pairs import Pair
-from rlhf_recipes.evaluation import sampled_answers as sampling
+from rlhf_recipes.evaluation import sampled__answers as sampling
 from rlhf_recipes.evaluation.labelling import Asked, decided, scores_of, strengths
 from rlhf_recipes.evaluation.preferences import (
     Labellers,
@@ -24,7 +25,7 @@ from rlhf_recipes.evaluation.preferences import (
     rows_of_pairs,
     write_preferences,
 )
-from rlhf_recipes.evaluation.sampled_answers import as_judges_see, sampled_answers
+from rlhf_recipes.evaluation.sampled__answers import as_judges_see, sampled__answers
 from rlhf_recipes.options.preferences import PreferenceArguments
 
 pytestmark = pytest.mark.tiny
@@ -32,7 +33,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "sample_preferences.py"
 
 
 def options(output_dir, **changes):
-    given = {"judge_functions": ["tiny:length_reward"], "num_samples": 4, "max_completion_length": 6, "batch_size": 2}
+    given = {"judge_functions": ["tiny:length_reward"], "num_samples": 4, "max_completion_length": 6, "batch_size": 32}
     return PreferenceArguments(**{"dataset_name": "prompts", "output_dir": str(output_dir), **given, **changes})
 
 
@@ -42,10 +43,17 @@ def policy(tmp_path_factory):
     return tiny.save(tiny.policy(tiny.tokenizer()), tmp_path_factory.mktemp("policy"))
 
 
-@pytest.fixture
-def few_batches(monkeypatch):
-    """Let a part have two batches."""
-    monkeypatch.setattr(sampling, "BATCHES", 2)
+@pytest.fixture(scope="module")
+def sampled(policy, tmp_path_factory):
+    """Return the answers of the policy, by whether the prompts are chats, and their directories."""
+    folders = {chat: tmp_path_factory.mktemp("sampled") for chat in (False, True)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "BATCHES", 1)
+        of = {
+            chat: sampled__answers(options(folder, batch_size=8), policy, tiny.prompts(chat=chat))
+            for chat, folder in folders.items()
+        }
+    return of, folders
 
 
 def asked_of(answers, prompts=("a", "b"), **columns):
@@ -53,43 +61,52 @@ def asked_of(answers, prompts=("a", "b"), **columns):
     return Asked(each, answers, [[1]] * len(answers), columns, at_once=3)
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_answers_on_disk_are_not_sampled_again(policy, tmp_path, few_batches, monkeypatch, chat):
-    prompts, script_args = tiny.prompts(chat=chat), options(tmp_path)
-    whole = sampled_answers(script_args, policy, prompts)
+def test__answers_on_disk_are_not_sampled_again(policy, sampled, tmp_path, monkeypatch):
+    whole, folders = sampled[0][False], sampled[1]
+    shutil.copytree(folders[False], tmp_path, dirs_exist_ok=True)
+    prompts, script_args = tiny.prompts(), options(tmp_path, batch_size=8)
     assert len(whole.texts) == 4 * len(prompts)
-    assert len({*whole.texts[:4]}) > 1  # a prompt's answers differ, and parts do not repeat each other
-    assert whole.texts[:4] != whole.texts[4:8]
-    parts = sorted((tmp_path / "_answers").glob("0*.jsonl"))
-    assert len(parts) == 8
+    assert len({*whole.texts[:4]}) > 1
+    parts = sorted((tmp_path / "__answers").glob("0*.jsonl"))
+    assert len(parts) == 4
     calls, sample = [], sampling.sample_answers
 
     def counted(*args, **kwargs):
         calls.append(args)
         return sample(*args, **kwargs)
 
+    monkeypatch.setattr(sampling, "BATCHES", 1)
     monkeypatch.setattr(sampling, "sample_answers", counted)
     parts[1].unlink()
-    parts[5].rename(parts[5].with_suffix(".jsonl.partial"))  # a stop in the middle of a write
+    parts[3].rename(parts[3].with_suffix(".jsonl.partial"))  # a stop in the middle of a write
     torch.manual_seed(5)
-    assert sampled_answers(script_args, policy, prompts) == whole
+    assert sampled__answers(script_args, policy, prompts) == whole
     assert len(calls) == 2
     monkeypatch.setattr(sampling, "load_policy", None)  # with all parts there, nobody needs the policy
-    assert sampled_answers(script_args, policy, prompts) == whole
+    assert sampled__answers(script_args, policy, prompts) == whole
 
 
-def test_answers_that_were_sampled_otherwise_are_refused(policy, tmp_path):
-    prompts = tiny.prompts(count=2)
-    sampled_answers(options(tmp_path), policy, prompts)
+def test__answers_that_were_sampled_otherwise_are_refused(policy, tmp_path):
+    prompts = tiny.prompts(count=1)
+    sampled__answers(options(tmp_path), policy, prompts)
     with pytest.raises(
         ValueError, match=r"sampled otherwise: `temperature` was 1.0, is 0.5. Use the same options, or"
     ):
-        sampled_answers(options(tmp_path, temperature=0.5), policy, prompts)
+        sampled__answers(options(tmp_path, temperature=0.5), policy, prompts)
     with pytest.raises(ValueError, match=r"`dataset_name` was \w+, is \w+\."):
-        sampled_answers(options(tmp_path), policy, tiny.prompts(count=3))
-    (tmp_path / "_answers" / "facts.json").unlink()
+        sampled__answers(options(tmp_path), policy, tiny.prompts(count=3))
+    (tmp_path / "__answers" / "facts.json").unlink()
     with pytest.raises(ValueError, match=r"has answers without a readable facts.json. Delete it"):
-        sampled_answers(options(tmp_path), policy, prompts)
+        sampled__answers(options(tmp_path), policy, prompts)
+
+
+def test_a_policy_on_the_hub_is_known_after_its_download(policy, tmp_path, monkeypatch):
+    load, here = sampling.load_policy, []
+    monkeypatch.setattr(sampling, "load_policy", lambda path, **kwargs: here.append(path) or load(path, **kwargs))
+    monkeypatch.setattr(sampling, "fingerprint", lambda path: "hash" if here else path)
+    first = sampled__answers(options(tmp_path), policy, tiny.prompts(count=1))
+    assert sampled__answers(options(tmp_path), policy, tiny.prompts(count=1)) == first
+    assert first.policy == "hash"
 
 
 def test_the_mean_of_judges_in_their_own_units_decides_and_their_disagreement_is_counted():
@@ -143,10 +160,9 @@ def test_judges_compare_by_their_own_method_and_functions_in_both_orders():
     assert strengths(pairs, nothing, {"f": first_place}, asked).tolist() == [[0.0], [0.0]]  # its bias cancels
 
 
-def test_people_label_the_pairs_of_a_file(policy, tmp_path, capsys):
-    prompts, file = tiny.prompts(), tmp_path / "label.jsonl"
+def test_people_label_the_pairs_of_a_file(sampled, tmp_path, capsys):
+    prompts, file, answers = tiny.prompts(), tmp_path / "label.jsonl", sampled[0][False]
     script_args = options(tmp_path / "out", judge_functions=[], label_file=str(file))
-    answers = sampled_answers(script_args, policy, prompts)
     asked = as_judges_see(answers, prompts)
     nobody = Labellers({}, {})
     assert labelled_pairs(script_args, asked, answers, nobody) is None
@@ -167,9 +183,8 @@ def test_people_label_the_pairs_of_a_file(policy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_trainers_read_what_is_written_and_nothing_else_in_the_directory(policy, tmp_path, chat):
-    prompts, script_args = tiny.prompts(chat=chat), options(tmp_path)
-    answers = sampled_answers(script_args, policy, prompts)
+def test_trainers_read_what_is_written_and_nothing_else_in_the_directory(policy, sampled, tmp_path, chat):
+    prompts, script_args, answers = tiny.prompts(chat=chat), options(tmp_path), sampled[0][chat]
     asked = as_judges_see(answers, prompts)
     labelled = labelled_pairs(script_args, asked, answers, Labellers({"length": tiny.length_reward}, {}))
     new = rows_of_pairs(labelled, prompts["prompt"], asked)
@@ -177,9 +192,11 @@ def test_trainers_read_what_is_written_and_nothing_else_in_the_directory(policy,
     assert figures["pairs/longer_chosen"] == 1.0
     assert [judgement.level for judgement in preferences_verdict({**figures, "pairs/new": 16.0})][1] == "bad"
     facts = {"labelled by": labelled.by, "policy": policy}
+    (tmp_path / "__answers").mkdir()
+    (tmp_path / "__answers" / "00000.jsonl").write_text('{"text": "a"}\n')
     files = write_preferences(script_args, (new[2:], new[:2]), figures, facts)
     write_preferences(script_args, (new[1:], new[:1]), figures, facts)
-    earlier = sorted(path.name for path in (tmp_path / "_earlier").iterdir())
+    earlier = sorted(path.name for path in (tmp_path / "__earlier").iterdir())
     assert earlier == ["test.jsonl", "train.jsonl"]  # of another content; card and figures are the same
     data = ScriptArguments(dataset_name=str(tmp_path))
     train, test = load_split(data, "train"), load_split(data, "test")
@@ -190,6 +207,19 @@ def test_trainers_read_what_is_written_and_nothing_else_in_the_directory(policy,
     assert "| labelled by | length (length_reward) |" in card
     assert str(tmp_path) not in card
     tiny.reward_trainer(tmp_path / "rm", data=train, eval_data=test, chat=chat, max_steps=1).train()
+
+
+def test_the_best_and_the_worst_answer_by_a_judge(sampled, tmp_path):
+    answers, prompts = sampled[0][False], tiny.prompts()
+    asked = as_judges_see(answers, prompts)
+    script_args = options(tmp_path, pair_answers="best_and_worst")
+    labelled = labelled_pairs(script_args, asked, answers, Labellers({"length": tiny.length_reward}, {}))
+    for row in rows_of_pairs(labelled, prompts["prompt"], asked):
+        lengths = [
+            len(text) for prompt, text in zip(asked.prompts, asked.answers, strict=True) if prompt == row["prompt"]
+        ]
+        assert len(row["chosen"]) == max(lengths)
+        assert len(row["rejected"]) == min(lengths)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +268,7 @@ def test_the_recipe_writes_pairs_beside_earlier_ones_and_its_run_is_tracked(poli
     assert results["pairs/earlier"] == 4
     assert results["pairs/new"] == sum(map(len, splits)) - 4 > 4
     assert results["pairs/longer_chosen"] == 0.0
-    assert "Next: python recipes/reward_modeling.py" in output or "recipes/reward_modeling.py" in output
+    assert "recipes/reward_modeling.py --config YOUR_CONFIG.yaml --dataset_name new" in output
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("rlhf_recipes").experiment_id])
     assert run.info.status == "FINISHED"
