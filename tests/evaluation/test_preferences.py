@@ -15,7 +15,7 @@ from trl import ScriptArguments
 
 from rlhf_recipes.data.loading import load_earlier_pairs, load_split
 from rlhf_recipes.data.pairs import Pair
-from rlhf_recipes.evaluation import sampled__answers as sampling
+from rlhf_recipes.evaluation import sampled_answers as sampling
 from rlhf_recipes.evaluation.labelling import Asked, decided, scores_of, strengths
 from rlhf_recipes.evaluation.preferences import (
     Labellers,
@@ -25,7 +25,7 @@ from rlhf_recipes.evaluation.preferences import (
     rows_of_pairs,
     write_preferences,
 )
-from rlhf_recipes.evaluation.sampled__answers import as_judges_see, sampled__answers
+from rlhf_recipes.evaluation.sampled_answers import as_judges_see, sampled_answers
 from rlhf_recipes.options.preferences import PreferenceArguments
 
 pytestmark = pytest.mark.tiny
@@ -50,7 +50,7 @@ def sampled(policy, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "BATCHES", 1)
         of = {
-            chat: sampled__answers(options(folder, batch_size=8), policy, tiny.prompts(chat=chat))
+            chat: sampled_answers(options(folder, batch_size=8), policy, tiny.prompts(chat=chat))
             for chat, folder in folders.items()
         }
     return of, folders
@@ -61,7 +61,7 @@ def asked_of(answers, prompts=("a", "b"), **columns):
     return Asked(each, answers, [[1]] * len(answers), columns, at_once=3)
 
 
-def test__answers_on_disk_are_not_sampled_again(policy, sampled, tmp_path, monkeypatch):
+def test_answers_on_disk_are_not_sampled_again(policy, sampled, tmp_path, monkeypatch):
     whole, folders = sampled[0][False], sampled[1]
     shutil.copytree(folders[False], tmp_path, dirs_exist_ok=True)
     prompts, script_args = tiny.prompts(), options(tmp_path, batch_size=8)
@@ -80,32 +80,32 @@ def test__answers_on_disk_are_not_sampled_again(policy, sampled, tmp_path, monke
     parts[1].unlink()
     parts[3].rename(parts[3].with_suffix(".jsonl.partial"))  # a stop in the middle of a write
     torch.manual_seed(5)
-    assert sampled__answers(script_args, policy, prompts) == whole
+    assert sampled_answers(script_args, policy, prompts) == whole
     assert len(calls) == 2
     monkeypatch.setattr(sampling, "load_policy", None)  # with all parts there, nobody needs the policy
-    assert sampled__answers(script_args, policy, prompts) == whole
+    assert sampled_answers(script_args, policy, prompts) == whole
 
 
-def test__answers_that_were_sampled_otherwise_are_refused(policy, tmp_path):
+def test_answers_that_were_sampled_otherwise_are_refused(policy, tmp_path):
     prompts = tiny.prompts(count=1)
-    sampled__answers(options(tmp_path), policy, prompts)
+    sampled_answers(options(tmp_path), policy, prompts)
     with pytest.raises(
         ValueError, match=r"sampled otherwise: `temperature` was 1.0, is 0.5. Use the same options, or"
     ):
-        sampled__answers(options(tmp_path, temperature=0.5), policy, prompts)
+        sampled_answers(options(tmp_path, temperature=0.5), policy, prompts)
     with pytest.raises(ValueError, match=r"`dataset_name` was \w+, is \w+\."):
-        sampled__answers(options(tmp_path), policy, tiny.prompts(count=3))
+        sampled_answers(options(tmp_path), policy, tiny.prompts(count=3))
     (tmp_path / "__answers" / "facts.json").unlink()
     with pytest.raises(ValueError, match=r"has answers without a readable facts.json. Delete it"):
-        sampled__answers(options(tmp_path), policy, prompts)
+        sampled_answers(options(tmp_path), policy, prompts)
 
 
 def test_a_policy_on_the_hub_is_known_after_its_download(policy, tmp_path, monkeypatch):
     load, here = sampling.load_policy, []
     monkeypatch.setattr(sampling, "load_policy", lambda path, **kwargs: here.append(path) or load(path, **kwargs))
     monkeypatch.setattr(sampling, "fingerprint", lambda path: "hash" if here else path)
-    first = sampled__answers(options(tmp_path), policy, tiny.prompts(count=1))
-    assert sampled__answers(options(tmp_path), policy, tiny.prompts(count=1)) == first
+    first = sampled_answers(options(tmp_path), policy, tiny.prompts(count=1))
+    assert sampled_answers(options(tmp_path), policy, tiny.prompts(count=1)) == first
     assert first.policy == "hash"
 
 
