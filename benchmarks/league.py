@@ -174,8 +174,11 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def run_cell(cell: Cell) -> str:
-    """Train and measure one run, in a process of its own; its output goes into a file."""
+def run_cell(cell: Cell, *, keeps_run: bool = False) -> str:
+    """Train and measure one run, in a process of its own; its output goes into a file.
+
+    The checkpoints are deleted, unless another run needs them.
+    """
     cell.folder.mkdir(parents=True, exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{(cell.root / 'mlflow.db').resolve()}"
     os.environ["MLFLOW_EXPERIMENT_NAME"] = f"league-{cell.world.name}"
@@ -193,7 +196,8 @@ def run_cell(cell: Cell) -> str:
             traceback.print_exc()
             return f"{cell.folder} failed: see log.txt there"
     (cell.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(cell.folder / "run", ignore_errors=True)
+    if not keeps_run:
+        shutil.rmtree(cell.folder / "run", ignore_errors=True)
     end = result["path"][-1]
     return f"{cell.folder}: gold {end['gold']:.2f}, KL {end['kl']:.2f}, {result['cpu_seconds']:.0f} CPU seconds"
 

@@ -19,6 +19,7 @@ from rlhf_recipes.options.baselines import BaselineArguments, DPOConfig
 from rlhf_recipes.options.judge import JudgeConfig
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.paths import require_path
+from rlhf_recipes.options.preferences import PreferenceArguments
 from rlhf_recipes.options.shipped import shipped_configurations
 from rlhf_recipes.quickstart.stages import STAGES as QUICKSTART
 
@@ -39,6 +40,7 @@ OURS = {
     ProcessRewardModelConfig: (trl.RewardConfig, {"args", "training_args"}),
     arguments.JudgeArguments: (trl.ScriptArguments, {"judge_args"}),
     arguments.PPOArguments: (trl.ScriptArguments, {"script_args", "judge_args"}),
+    PreferenceArguments: (trl.ScriptArguments, {"script_args", "judge_args"}),
     arguments.EvaluationArguments: (trl.ScriptArguments, {"script_args", "judge_args"}),
     BaselineArguments: (trl.ScriptArguments, {"script_args", "judge_args", "limits", "self"}),
     DPOConfig: (trl.DPOConfig, {"args", "training_args"}),

@@ -31,6 +31,7 @@ YOURS = {
     "my_prm.yaml": "report/process_reward_modeling.yaml",
     "my_rloo.yaml": "quickstart/baseline_rloo.yaml",
     "my_evaluation.yaml": "quickstart/evaluate.yaml",
+    "my_preferences.yaml": "quickstart/sample_preferences.yaml",
 }
 SHELL = {"cd", "source", "mkdir", "git", "mv"}  # need nothing that a machine lacks
 ELSEWHERE = {

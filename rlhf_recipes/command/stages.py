@@ -86,6 +86,13 @@ STAGES = {
         f"method {_RUN} reward_model_path max_completion_length {_SAFETY}",
         launched=True,
     ),
+    "sample-preferences": Stage(
+        "sample_preferences",
+        "Sample answers of a policy, and label pairs of them.",
+        ("rlhf_recipes.options.preferences:PreferenceArguments", *_AROUND[:2]),
+        "model_name_or_path dataset_name reward_model_path judge_models judge_functions label_file num_samples "
+        "pair_answers earlier_pairs max_completion_length output_dir",
+    ),
     "evaluate": Stage(
         "evaluate",
         "Compare two policies on held-out prompts.",

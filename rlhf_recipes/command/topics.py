@@ -17,6 +17,7 @@ TOPICS = {
     "Data": """
         dataset_* response_separator shuffle_dataset max_length truncation_mode packing* padding_free eval_packing
         *_only_loss remove_unused_columns label_names length_column_name chat_template* eos_token pad_token num_prompts
+        label_file pair_answers only_agreed earlier_pairs
         """,
     "LoRA": "use_peft lora_* use_rslora use_dora",
     "4-bit and 8-bit weights": "load_in_* bnb_* use_bnb_*",

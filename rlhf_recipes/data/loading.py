@@ -2,6 +2,8 @@
 
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetBuilder, DatasetDict, load_dataset, load_dataset_builder
@@ -10,9 +12,11 @@ from trl import ScriptArguments
 
 from rlhf_recipes.console import print_lines
 from rlhf_recipes.data.files import find_defect, is_beside_data
+from rlhf_recipes.data.pairs import COLUMNS, Rows
 from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.data.rows import mend_transcripts, readable_rows
 from rlhf_recipes.options.paths import require_path
+from rlhf_recipes.options.preferences import PreferenceArguments
 from rlhf_recipes.options.recipes import PPOArguments
 from rlhf_recipes.options.spelling import directory_meant
 
@@ -97,8 +101,8 @@ def _load_directory(
                 raise ValueError(NO_DATA)
         # pandas takes the answers "None", "NA" and "null" of a CSV file for missing ones.
         words = {"keep_default_na": False, "na_values": [""]} if hasattr(builder.config, "keep_default_na") else {}
-        if beside or words:
-            builder = load_dataset_builder(name, config, data_files=files, **words)
+        # Always with the files: if a card in the directory names them, the cache is not by their content.
+        builder = load_dataset_builder(name, config, data_files=files, **words)
         builder.download_and_prepare()
         dataset = builder.as_dataset()
         if split in dataset:  # `datasets` reads lines that are not in UTF-8, but not their rows
@@ -161,3 +165,21 @@ def load_critic_pairs(script_args: PPOArguments) -> Dataset | None:
         return None
     pairs = load_split(script_args, script_args.dataset_train_split, option="critic_dataset_name")
     return pairs.select(range(min(script_args.critic_pairs, len(pairs))))
+
+
+def load_earlier_pairs(script_args: PreferenceArguments) -> list[tuple[Rows, Rows]]:
+    """Load the pairs of each earlier set: those to train on, and those to evaluate on.
+
+    Raises:
+        ValueError: See `load_split` and `readable_rows`.
+    """
+    splits = (script_args.dataset_train_split, script_args.dataset_test_split)
+    found = []
+    for name in script_args.earlier_pairs:
+        one: Any = SimpleNamespace(earlier_pairs=name, dataset_streaming=False)
+        rows = [
+            readable_rows(load_split(one, split, option="earlier_pairs"), COLUMNS, "earlier_pairs") for split in splits
+        ]
+        kept = ([*each.select_columns([c for c in (*COLUMNS, "margin") if c in each.column_names])] for each in rows)
+        found.append((next(kept), next(kept)))
+    return found

@@ -17,6 +17,7 @@ PURPOSES = {
     "rloo": "RLOO: train a policy to raise the score, without a critic.",
     "grpo": "GRPO: train a policy to raise the score, without a critic.",
     "dpo": "DPO: train a policy on preferences, without a reward model.",
+    "sample_preferences": "New preferences: let a policy answer, and label pairs of its answers.",
     "evaluate": "Evaluation: compare a policy with its baseline on held-out prompts.",
 }
 

@@ -132,6 +132,8 @@ def _added(needed: Mapping[str, str], known: Mapping[str, Any], changed: Mapping
             added[name] = value
         elif str(known[own]) in changed:
             added[own] = changed[str(known[own])]
+        elif name == "dataset_name":  # the data that this stage has made
+            added[name] = value
     return added
 
 

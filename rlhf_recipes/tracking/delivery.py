@@ -24,13 +24,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_RUN_NOTE
 from mlflow.utils.validation import MAX_DATASET_NAME_SIZE, MAX_METRICS_PER_BATCH
 
+from rlhf_recipes.durability.notes import write_whole
 from rlhf_recipes.durability.termination import TerminatedError, signals_held
 from rlhf_recipes.tracking.deadline import limit_requests
 from rlhf_recipes.tracking.description import with_own_text
 from rlhf_recipes.tracking.lineage import note_model
 from rlhf_recipes.tracking.logged_model import send_model
 from rlhf_recipes.tracking.names import Names, clean_name
-from rlhf_recipes.tracking.notes import write_whole
 from rlhf_recipes.tracking.unfinished import note_end
 
 UNSENT_FILE = "mlflow_unsent.jsonl"

@@ -22,6 +22,7 @@ TRAINING_VIEW = "workflowType=machine_learning"  # without it, MLflow opens a pa
 TITLES = {
     "process_reward_modeling": "Process reward modelling",
     **{"sft": "Supervised fine-tuning", "reward_modeling": "Reward modelling", "evaluation": "Evaluation"},
+    "preferences": "New preferences",
     **{"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "pipeline": "Pipeline"},
 }
 ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
@@ -30,7 +31,7 @@ ROLES = {"policy": "policy", "reward_model": "reward model", "baseline": "baseli
 SHOWN = (
     *("objective/scores", "eval_objective/scores", "objective/kl", "eval_objective/kl", "completions/mean_length"),
     *("eval_accuracy", "eval_calibration_error", "eval_length_correlation", "loss", "eval_loss"),
-    *("policy/kl", "policy/length"),
+    *("policy/kl", "policy/length", "pairs/train", "pairs/test", "pairs/longer_chosen"),
 )
 LOSSES = ("loss", "eval_loss")  # they say little where the reward has a score
 MAX_FIGURES, MAX_CELL, MAX_ALARMS = 16, 200, 5

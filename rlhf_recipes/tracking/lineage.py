@@ -6,9 +6,9 @@ from typing import Any
 
 from accelerate import PartialState
 
+from rlhf_recipes.durability.notes import read_note, write_note
 from rlhf_recipes.durability.origin import git_tags, versions
 from rlhf_recipes.tracking.logged_model import find_model, is_model_uri
-from rlhf_recipes.tracking.notes import read_note, write_note
 
 RUN_FILE = "mlflow_run.json"
 # The role of the run that made the input, by the option that names the input.

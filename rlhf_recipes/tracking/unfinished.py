@@ -14,8 +14,8 @@ import mlflow
 from mlflow.entities import LifecycleStage, Run
 from mlflow.exceptions import MlflowException
 
+from rlhf_recipes.durability.notes import read_note, write_note
 from rlhf_recipes.options.secrets import without_credentials
-from rlhf_recipes.tracking.notes import read_note, write_note
 
 OPEN_FILE = "_mlflow_open.json"  # a push to the Hub skips `_*`
 START_TAG = "rlhf_recipes.start"

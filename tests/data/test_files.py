@@ -127,3 +127,17 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line_or_column(tmp_path, f
 )
 def test_what_is_no_data(name, is_beside):
     assert is_beside_data(name) is is_beside
+
+
+def test_a_directory_whose_card_names_its_files_is_read_as_it_is_now(tmp_path):
+    """The cache of `datasets` knows such a directory by its last name and its card, and not by the content."""
+    head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.jsonl\n---\n"
+    for number, place in enumerate(("a", "a", "b")):
+        folder = tmp_path / place / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(head)
+        (folder / "train.jsonl").write_text(json.dumps({"prompt": f"question {number}"}) + "\n")
+        (row,) = load_split(
+            SimpleNamespace(dataset_name=str(folder), dataset_config=None, dataset_streaming=False), "train"
+        )
+        assert row == {"prompt": f"question {number}"}

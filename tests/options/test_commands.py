@@ -57,6 +57,14 @@ def test_what_the_command_line_changed_here_changes_there(tmp_path, written, add
     assert command == f"accelerate launch recipes/ppo.py --config {tmp_path}/ppo.yaml {added}".strip()
 
 
+def test_new_data_replace_those_of_the_configuration(tmp_path):
+    (tmp_path / "reward_modeling.yaml").write_text("model_name_or_path: me/base\ndataset_name: runs/m/preferences\n")
+    own = ["--config", str(tmp_path / "sample_preferences.yaml")]
+    command = following_command("reward_modeling", {"dataset_name": "new"}, own)
+    start = f"accelerate launch recipes/reward_modeling.py --config {tmp_path}/reward_modeling.yaml"
+    assert command == f"{start} --dataset_name new"
+
+
 def test_an_evaluation_is_of_this_result(tmp_path):
     (tmp_path / "evaluate.yaml").write_text("model_name_or_path: runs/m/ppo\nbaseline_path: runs/m/sft\n")
     needed = {"model_name_or_path": "runs/m/rloo", "baseline_path": "runs/m/sft"}

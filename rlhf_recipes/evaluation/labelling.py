@@ -1,0 +1,124 @@
+"""Label pairs of answers by everything that scores one answer or compares two."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rlhf_recipes.data.pairs import Pair
+from rlhf_recipes.evaluation.statistics import swapped_preferences
+from rlhf_recipes.rewards.calls import RewardCalls
+
+
+def guarded_comparisons(judges: Mapping[str, Any], calls: RewardCalls) -> dict[str, Any]:
+    """Return the judges, functions with a guard. A judge with a method `compare` has limits of its own."""
+    functions = {name: judge for name, judge in judges.items() if not hasattr(judge, "compare")}
+    return {**judges, **calls.guard_judges(functions)}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Hold the answers as judges see them: prompts, answers, token ids, and the other columns of the prompts."""
+
+    prompts: list[Any]
+    answers: list[Any]
+    ids: list[list[int]]
+    columns: Mapping[str, list[Any]]
+    at_once: int = 512  # answers in a call of a judge, which has a time limit
+
+    def parts(self, numbers: Sequence[int]) -> tqdm:
+        """Return the numbers of answers in the parts of one call each."""
+        parts = [numbers[start : start + self.at_once] for start in range(0, len(numbers), self.at_once)]
+        return tqdm(parts, desc="Labelling", disable=None)
+
+    def of(self, numbers: Sequence[int]) -> dict[str, list[Any]]:
+        """Return prompts and columns of some answers."""
+        known = {"prompts": self.prompts, **self.columns}
+        return {name: [values[number] for number in numbers] for name, values in known.items()}
+
+
+def scores_of(judges: Mapping[str, Callable[..., Any]], asked: Asked) -> np.ndarray:
+    """Return the scores of all answers in standard deviations, one column per judge and per head, `(N, J)`.
+
+    Judges have units of their own, and no unit should decide the mean. NaN where a judge gave no score.
+    """
+    columns = [column for judge in judges.values() for column in _columns_of(judge, asked)]
+    scores = np.array(columns, dtype=float).reshape(len(columns), len(asked.answers)).T
+    spread = np.ma.masked_invalid(scores).std(axis=0).filled(1.0)
+    return scores / np.where(spread > 0, spread, 1.0)
+
+
+def _columns_of(judge: Any, asked: Asked) -> list[list[float]]:
+    """Return the scores by a judge: one column, or one for each head of a reward model that combines several."""
+    heads: list[Tensor] = []
+    combine = getattr(judge, "combine", None)  # the last step of a reward model with score heads: (B, K) to (B,)
+    if combine is not None:
+
+        def recorded(scores: Tensor) -> Tensor:
+            heads.append(scores)
+            combined: Tensor = combine(scores)
+            return combined
+
+        judge.combine = recorded
+    scores: list[float] = []
+    try:
+        for part in asked.parts(range(len(asked.answers))):
+            answers, ids = ([values[number] for number in part] for values in (asked.answers, asked.ids))
+            given = judge(completions=answers, completion_ids=ids, **asked.of(part))
+            scores += [math.nan if score is None else float(score) for score in given]
+    finally:
+        if combine is not None:
+            judge.combine = combine
+    by_head = [row for part in heads for row in part.tolist()]
+    return [list(column) for column in zip(*by_head, strict=True)] if by_head else [scores]
+
+
+def strengths(pairs: Sequence[Pair], scores: np.ndarray, judges: Mapping[str, Any], asked: Asked) -> np.ndarray:
+    """Return how much each judge prefers the first answer of each pair, `(P, J)`; NaN where it does not know.
+
+    Of scores it is their difference in standard deviations. Of a judge that compares, it is in [-1, 1].
+
+    Args:
+        pairs: Pairs of answers.
+        scores: Scores by `scores_of`.
+        judges: Judges that compare two answers, by name.
+        asked: Answers.
+    """
+    first, second = (np.array([pair[side] for pair in pairs], dtype=int) for side in (0, 1))
+    compared = [_compared(judge, pairs, asked) for judge in judges.values()]
+    return np.column_stack([scores[first] - scores[second], *compared])
+
+
+def _compared(judge: Any, pairs: Sequence[Pair], asked: Asked) -> np.ndarray:
+    given: list[float] = []
+    for part in asked.parts(range(len(pairs))):
+        first, second = ([pairs[place][side] for place in part] for side in (0, 1))
+        known = asked.of(first)
+        rows = (known.pop("prompts"), [asked.answers[i] for i in first], [asked.answers[i] for i in second])
+        compares = hasattr(judge, "compare")
+        given += judge.compare(*rows) if compares else swapped_preferences(judge, *rows, **known)
+    return 2 * np.array([math.nan if x is None else x for x in given], dtype=float) - 1
+
+
+def decided(preferred: np.ndarray, *, only_agreed: bool) -> tuple[list[int], Counter[str]]:
+    """Return for each pair 1 if the first answer is chosen, -1 if the second is, 0 if none; and count those.
+
+    The mean over the judges decides.
+
+    Args:
+        preferred: Result of `strengths`.
+        only_agreed: Whether a pair in which one judge prefers the first and one the second answer has no label.
+    """
+    unknown = np.isnan(preferred).any(axis=1) | (preferred.shape[1] == 0)
+    split = (preferred > 0).any(axis=1) & (preferred < 0).any(axis=1) & ~unknown
+    mean = np.where(unknown, 0.0, np.nan_to_num(preferred).mean(axis=1))
+    left_out = split if only_agreed else np.zeros_like(split)
+    labels = np.where(left_out, 0, np.sign(mean)).astype(int)
+    ties = (mean == 0) & ~unknown & ~left_out
+    counts = {"unlabelled": unknown, "disagreed": split, "ties": ties}
+    return labels.tolist(), Counter({name: int(found.sum()) for name, found in counts.items()})
