@@ -18,8 +18,8 @@ from trl.trainer.utils import use_adapter
 from rlhf_recipes.algorithm.micro_batches import cut_rows
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.forward import CompletionForward, rows_without_gradient
+from rlhf_recipes.models.full_kl import Side, chunked_kl
 from rlhf_recipes.models.loading import SHARDED
-from rlhf_recipes.trainers.full_kl import Side, chunked_kl
 from rlhf_recipes.trainers.numbers import NumbersCallback
 from rlhf_recipes.trainers.rollout import Rollout, loss_mask
 from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, takes_positions
