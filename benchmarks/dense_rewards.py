@@ -3,11 +3,12 @@
     python benchmarks/dense_rewards.py --directory runs/dense
     python benchmarks/dense_rewards.py --directory runs/dense --seeds 0 1 --rewards dense --jobs 1
 
-The judge is the same: `report_sentence_scores` gives the parts of `report_score`. So are the SFT policy, the prompts,
-the settings. `--dense_steps 30` ends the dense runs at half of the completions. After each sixth of a run the policy is measured on held-out prompts, as in
-`league.py`. A run whose `result.json` exists is not repeated. Writes `dense.json` and `dense.md`. They hold for each
-seed the completions after which the dense run has the gold score with which the sparse run ends, and the gold scores
-at equal KL and at the end. Below are the means of the paired differences with their intervals.
+The judge is the same: `report_sentence_scores` gives the parts of `report_score`. So are the SFT policy, the prompts
+and the settings. `--dense_steps 30` ends the dense runs at half of the completions. After every tenth step the policy
+is measured on held-out prompts, as in `league.py`. A run whose `result.json` exists is not repeated. Writes
+`dense.json` and `dense.md`. They hold for each seed the completions after which the dense run has the gold score with
+which the sparse run ends, and the gold scores at equal KL and at the end. Below are the means of the paired
+differences with their intervals.
 """
 
 import argparse
