@@ -3,11 +3,12 @@
     python benchmarks/dense_rewards.py --directory runs/dense
     python benchmarks/dense_rewards.py --directory runs/dense --seeds 0 1 --rewards dense --jobs 1
 
-The judge is the same: `report_sentence_scores` gives the parts of `report_score`. So are the SFT policy, the prompts,
-the settings and the number of completions. After each sixth of a run the policy is measured on held-out prompts, as in
-`league.py`. A run whose `result.json` exists is not repeated. Writes `dense.json` and `dense.md`. They hold for each
-seed the completions after which the dense run has the gold score with which the sparse run ends, and the gold scores
-at equal KL and at the end. Below are the means of the paired differences with their intervals.
+The judge is the same: `report_sentence_scores` gives the parts of `report_score`. So are the SFT policy, the prompts
+and the settings. `--dense_steps 30` ends the dense runs at half of the completions. After every tenth step the policy
+is measured on held-out prompts, as in `league.py`. A run whose `result.json` exists is not repeated. Writes
+`dense.json` and `dense.md`. They hold for each seed the completions after which the dense run has the gold score with
+which the sparse run ends, and the gold scores at equal KL and at the end. Below are the means of the paired
+differences with their intervals.
 """
 
 import argparse
@@ -29,11 +30,13 @@ WORLD = replace(WORLDS["report"], parts=6)
 REWARDS = {"sparse": "report_score", "dense": "report_sentence_scores"}
 
 
-def cell_of(rewards: str, seed: int, lam: float, root: Path) -> Cell:
+def cell_of(rewards: str, seed: int, args: argparse.Namespace) -> Cell:
     """Return a run of PPO. The two kinds of rewards have all other options in common."""
+    lam, steps = args.lam, args.dense_steps if rewards == "dense" else WORLD.steps
+    world = replace(WORLD, steps=steps, parts=steps // (WORLD.steps // WORLD.parts))
     function = f"rlhf_recipes.quickstart.report_world:{REWARDS[rewards]}"
     options = {"kl_coef": 0.05, "lam": lam, "missing_eos_penalty": 1.0, "reward_functions": [function]}
-    return Cell(WORLD, Method(f"{rewards}-{lam:g}", "ppo", "ppo.yaml", [options]), 0, seed, root)
+    return Cell(world, Method(f"{rewards}-{lam:g}-{steps}", "ppo", "ppo.yaml", [options]), 0, seed, args.directory)
 
 
 def gold_path(result: dict[str, Any]) -> tuple[list[float], list[float]]:
@@ -90,18 +93,16 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", choices=list(REWARDS), default=list(REWARDS))
     parser.add_argument("--lam", type=float, default=0.98, help="GAE's lambda, of both")
     parser.add_argument("--directory", type=Path, default=Path("runs", "dense"))
+    parser.add_argument("--dense_steps", type=int, default=WORLD.steps, help="of the dense runs, a multiple of 10")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
-    root = args.directory.resolve()
+    args.directory = root = args.directory.resolve()
     (root / WORLD.name / "bases").mkdir(parents=True, exist_ok=True)
-    cells = [cell_of(rewards, seed, args.lam, root) for seed in args.seeds for rewards in args.rewards]
+    cells = [cell_of(rewards, seed, args) for seed in args.seeds for rewards in args.rewards]
     build_base(cells[0], None, None)
     measure_base(cells[0])
     run_cells(cells, args.jobs)
-    pairs = {
-        seed: (cell_of("dense", seed, args.lam, root).result(), cell_of("sparse", seed, args.lam, root).result())
-        for seed in args.seeds
-    }
+    pairs = {seed: tuple(cell_of(name, seed, args).result() for name in ("dense", "sparse")) for seed in args.seeds}
     if known := {seed: pair for seed, pair in pairs.items() if all(pair)}:
         write_report(root, known)  # type: ignore[arg-type]
 

@@ -68,7 +68,10 @@ class Scorer(Protocol):
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any
     ) -> Sequence[float | None]:
-        """Return one score per completion; `None` or NaN where there is none. TRL calls reward functions like this."""
+        """Return one score per completion; `None` or NaN where there is none. TRL calls reward functions like this.
+
+        A list in place of a score has the rewards of steps or tokens: see `dense.py`.
+        """
         ...
 
     def identity(self) -> str:

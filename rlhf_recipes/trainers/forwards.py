@@ -18,8 +18,8 @@ from trl.trainer.utils import use_adapter
 from rlhf_recipes.algorithm.micro_batches import cut_rows
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.forward import CompletionForward, rows_without_gradient
+from rlhf_recipes.models.full_kl import Side, chunked_kl
 from rlhf_recipes.models.loading import SHARDED
-from rlhf_recipes.trainers.full_kl import Side, chunked_kl
 from rlhf_recipes.trainers.numbers import NumbersCallback
 from rlhf_recipes.trainers.rollout import Rollout, loss_mask
 from rlhf_recipes.trainers.setup import REFERENCE_ADAPTER, takes_positions
@@ -154,15 +154,18 @@ class ForwardTrainer(ValueHeadTrainer):
         if not policy.keep_states:
             return None
 
-        def logits(model: Any, states: Tensor) -> Tensor:
+        def through_head(model: Any, states: Tensor) -> Tensor:
             with self.accelerator.autocast():
                 return causal_lm(self.accelerator.unwrap_model(model)).get_output_embeddings()(states)
 
         def of_reference(states: Tensor) -> Tensor:
             with self._as_reference() as model:
-                return logits(model, states)
+                return through_head(model, states)
 
-        sides = Side(policy, functools.partial(logits, self.model)), Side(rollout.reference_forward, of_reference)
+        sides = (
+            Side(policy, functools.partial(through_head, self.model)),
+            Side(rollout.reference_forward, of_reference),
+        )
         vocabulary = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
         own = loss_mask(batch["completion_mask"], batch)
         given = {"vocabulary": vocabulary, "temperature": self.temperature}

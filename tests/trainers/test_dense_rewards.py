@@ -125,7 +125,7 @@ def test_rewards_of_tool_tokens_go_to_the_token_that_called_the_tool(tmp_path, m
 def test_rewards_are_logged_by_quarter_and_in_the_table(tmp_path):
     trainer, _ = _drifted(tmp_path, _by_token)
     figures = [trainer._metrics["train"][f"objective/dense_rewards_q{i}"][0] for i in range(1, 5)]
-    assert sum(figures) == pytest.approx(trainer._metrics["train"]["objective/scores"][0], rel=1e-5)
+    assert_close(sum(figures), trainer._metrics["train"]["objective/scores"][0], FP32)
     assert len(set(figures)) > 1
     row, ids = max(zip(trainer._samples, trainer.rollout.completion_id_lists, strict=True), key=lambda x: len(x[1]))
     shown = dict(entry.split(": ") for entry in row["dense_rewards"].split(", "))
@@ -165,7 +165,7 @@ def test_chats_and_scorers_with_a_model_may_give_steps(tmp_path):
 
 @pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["frozen copy", "lora"])
 def test_the_full_kl_is_that_of_plain_logits_and_runs_no_forward(tmp_path, peft, monkeypatch):
-    monkeypatch.setattr("rlhf_recipes.trainers.full_kl.CHUNK_LOGITS", 320 * 7)  # chunks of 7 tokens
+    monkeypatch.setattr("rlhf_recipes.models.full_kl.CHUNK_LOGITS", 320 * 7)  # chunks of 7 tokens
     forwards = []
     for estimator in ("k1", "full"):
         trainer = tiny.ppo_trainer(tmp_path, peft=peft, kl_estimator=estimator, temperature=0.7)
@@ -196,7 +196,7 @@ def test_the_full_kl_is_that_of_plain_logits_and_runs_no_forward(tmp_path, peft,
         assert_close(rollout.full_kl[row, :width], expected, SCORES)
     assert not hasattr(rollout, "reference_forward")
     metrics = trainer._metrics["train"]
-    assert metrics["objective/kl_full"][0] == pytest.approx(rollout.full_kl.sum(dim=1).mean().item(), rel=1e-5)
+    assert_close(metrics["objective/kl_full"][0], rollout.full_kl.sum(dim=1).mean(), FP32)
     assert metrics["objective/non_score_reward"][0] == pytest.approx(-0.05 * metrics["objective/kl_full"][0])
 
 
