@@ -56,10 +56,10 @@ class AnswerCache:
         try:
             with self._connected() as connection:
                 (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if state != "ok":
+                raise PermanentRewardError(self._damaged(state))
         except (PermanentRewardError, RewardCallError) as error:
             raise ValueError(str(error)) from error
-        if state != "ok":
-            raise ValueError(self._damaged(state))
 
     def known(self, keys: Iterable[str]) -> dict[str, Answer]:
         """Return the answers that are there, by key.
@@ -100,13 +100,13 @@ class AnswerCache:
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorname", "").startswith(DAMAGES):
                 raise PermanentRewardError(self._damaged(str(error))) from error
-            raise RewardCallError(f"the answers of a judge cannot be kept in {self.file}: {error}") from error
+            raise RewardCallError(f"The answers of a judge cannot be kept in {self.file}: {error}") from error
         except OSError as error:
-            raise RewardCallError(f"the answers of a judge cannot be kept in {self.file}: {error.strerror}") from error
+            raise RewardCallError(f"The answers of a judge cannot be kept in {self.file}: {error.strerror}") from error
 
     def _damaged(self, reason: str) -> str:
         why = " ".join(reason.split())
         return (
-            f"the file with the answers of a judge is damaged: {self.file} ({why}). Put a copy of it back, or "
+            f"The file with the answers of a judge is damaged: {self.file} ({why}). Put a copy of it back, or "
             "move it away: its questions are then asked again."
         )

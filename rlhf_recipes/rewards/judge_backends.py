@@ -160,8 +160,8 @@ class LocalModel:
         self._path = require_present("model", config.model)
         self.identity, self.batch_size = fingerprint(self._path), config.batch_size
         self._sampling = config.request
-        self._tokenizer = load_tokenizer(self._path, padding_side="left")
-        if self._tokenizer.chat_template is None:
+        self.tokenizer = load_tokenizer(self._path, padding_side="left")
+        if self.tokenizer.chat_template is None:
             raise ValueError(f"`model` {config.model} has no chat template, so it cannot judge. Name a chat model.")
         self._model: Any = None
         self._lock = threading.Lock()
@@ -171,8 +171,8 @@ class LocalModel:
         """Return the answers to questions, in their order. The random numbers of the run do not change."""
         with self._lock:
             model = self._model = self._model or self._load()
-            ids = prompt_ids(self._tokenizer, [[{"role": "user", "content": question}] for question in questions])
-            inputs = self._tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
+            ids = prompt_ids(self.tokenizer, [[{"role": "user", "content": question}] for question in questions])
+            inputs = self.tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
             devices = [] if model.device.type == "cpu" else [model.device]
             with torch.random.fork_rng(devices):
                 torch.manual_seed(_seed(questions))
@@ -192,19 +192,19 @@ class LocalModel:
         return GenerationConfig(
             max_new_tokens=self._sampling.get("max_tokens", SAMPLING["max_tokens"]),
             eos_token_id=self._ends(model),
-            pad_token_id=self._tokenizer.pad_token_id,
-            bos_token_id=self._tokenizer.bos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            bos_token_id=self.tokenizer.bos_token_id,
             **sampling,
         )
 
     def _ends(self, model: Any) -> list[int]:
         own = model.generation_config.eos_token_id
-        return [*{self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}]
+        return [*{self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}]
 
     def _answer(self, row: list[int], asked: int) -> Answer:
         ends = self._ends(self._model)
         end = next((place for place, token in enumerate(row) if token in ends), None)
-        text = self._tokenizer.decode(row[:end], skip_special_tokens=True)
+        text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
         return Answer(text, "length" if end is None else "stop", asked + (len(row) if end is None else end + 1))
 
 

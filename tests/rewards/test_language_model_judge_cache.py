@@ -1,15 +1,18 @@
 """The answers of a judge stay on disk: nothing is asked twice, whatever happens to the process."""
 
+import json
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import judge_server
 import pytest
 import tiny
 import torch
 import yaml
-from processes import start_script
+from processes import run_script, start_script
 
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
 from rlhf_recipes.rewards.judge_answers import DEFAULT_FILE, Answer, AnswerCache
@@ -165,3 +168,40 @@ def test_ppo_goes_on_without_asking_again_and_writes_no_key(server, load, tmp_pa
     changed = _trainer(tmp_path, lambda **options: load(rubric="Be brief.", **options), max_steps=12)
     with pytest.raises(ValueError, match="of another run: the rewards was"):
         changed.train(str(tmp_path / "ppo" / "checkpoint-8"))
+
+
+@pytest.mark.slow(reason="three runs of recipes; the parts have their own tests")
+@pytest.mark.recipe
+def test_the_recipes_take_the_file_of_a_judge(server, load, tmp_path):
+    load()
+    tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "policy")
+    tiny.write_splits(tiny.prompts(), tmp_path / "prompts")
+    common = {"model_name_or_path": "policy", "dataset_name": "prompts", "tracking": False, "max_completion_length": 6}
+    training = {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 4, "num_generations": 2}
+    rewards = {"reward_functions": ["judge.yaml"], "pairwise_judges": ["judge.yaml"]}
+    rewards |= {"eval_strategy": "steps", "eval_steps": 4}
+    _run(tmp_path, "ppo", common | tiny.RECIPE | training | rewards | {"output_dir": "ppo"})
+    log = json.loads((tmp_path / "ppo" / "trainer_state.json").read_text())["log_history"]
+    assert {"rewards/judge/flipped", "eval_judge/win_rate"} <= {name for entry in log for name in entry}
+    own = {"baseline_path": "policy", "pairwise_judges": ["judge.yaml"], "output_dir": "evaluation"}
+    asked = len(server.asked)
+    _run(tmp_path, "evaluate", common | own)
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert (results["judge/win_rate"], results["judge/tied"], len(server.asked)) == (0.5, 1.0, asked)
+    rows = [json.loads(line) for line in (tmp_path / "evaluation" / "completions.jsonl").read_text().splitlines()]
+    assert all(row["baseline_completion"] == row["policy_completion"] for row in rows)
+
+    shutil.copytree(tmp_path / "prompts", tmp_path / "referenced")
+    for split in ("train", "test"):  # as the page of judges says
+        shutil.copy(tmp_path / "evaluation" / "completions.jsonl", tmp_path / "referenced" / f"{split}.jsonl")
+    load(reference_column="baseline_completion")
+    against = {"reward_functions": ["judge.yaml"], "dataset_name": "referenced", "output_dir": "against"}
+    _run(tmp_path, "ppo", common | tiny.RECIPE | training | against)
+    assert len(server.asked) > asked
+
+
+def _run(directory, stage, options):
+    (directory / f"{stage}.yaml").write_text(yaml.safe_dump(options))
+    script = Path(__file__).parents[2] / "recipes" / f"{stage}.py"
+    code, output = run_script(script, "--config", f"{stage}.yaml", directory=directory)
+    assert code == 0, output[-3000:]
