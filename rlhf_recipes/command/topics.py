@@ -23,6 +23,7 @@ TOPICS = {
     "Reward models, reward functions and judges": """
         reward_* judge_* pairwise_judges failed_rewards critic_dataset_name critic_pairs missing_eos_penalty
         truncated_completions center_rewards_coefficient l2_coefficient best_of
+        remove_length_bias
         """,
     "KL to the reference": "kl_* target_kl beta *ref_model* use_bias_correction_kl precompute_ref_*",
     "Rollouts and sampling": """

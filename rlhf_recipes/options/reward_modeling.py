@@ -20,6 +20,13 @@ class RewardModelConfig(ResumeConfig, RewardConfig):
     l2_coefficient: float = field(
         default=0.0, metadata={"help": "Weight of the mean squared score, added to the Bradley-Terry loss."}
     )
+    remove_length_bias: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to keep what length explains of the labels out of the score. A regression of the "
+            "labels on length becomes a margin of each training pair. The data must fit into memory."
+        },
+    )
     response_separator: str = field(
         default="\n\n",
         metadata={
