@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from scipy.optimize import minimize_scalar
 
 from rlhf_recipes.evaluation.statistics import mean_gain, preference_metrics
 
@@ -12,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 Results = dict[str, dict[int, dict[str, Any]]]  # by method and seed
-COLUMNS = ("accuracy", "length_correlation", "calibration_error", "best_gold", "best_words")
+COLUMNS = ("accuracy", "length_correlation", "calibration_error", "calibration_slope", "best_gold", "best_words")
 BINS = np.linspace(0.5, 1, 6)
 
 
@@ -20,7 +21,13 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
     """Return the figures of a run."""
     pairs = (result[name] for name in ("chosen", "rejected", "chosen_lengths", "rejected_lengths"))
     both = result | preference_metrics(*pairs)
+    both["calibration_slope"] = calibration_slope(np.subtract(result["chosen"], result["rejected"]))
     return {name: both[name] for name in COLUMNS if name in both}
+
+
+def calibration_slope(gaps: np.ndarray) -> float:
+    """Return the factor of the score gaps that predicts the labels best: 1 is calibrated, less is too sure."""
+    return float(minimize_scalar(lambda slope: np.logaddexp(0, -slope * gaps).sum(), bracket=(0, 1)).x)
 
 
 def write_report(folder: Path, world: str, results: Results, stock: str) -> None:
@@ -52,7 +59,7 @@ def difference(ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, fl
 
 def draw(file: Path, results: Results) -> None:
     """Draw how often a pair is ranked right against what its gap of scores claims, all seeds in one."""
-    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     axes.plot([0.5, 1], [0.5, 1], color="gray", linestyle="--", label="calibrated")
     for method, runs in results.items():
         gaps = np.concatenate([np.subtract(run["chosen"], run["rejected"]) for run in runs.values()])
@@ -62,6 +69,6 @@ def draw(file: Path, results: Results) -> None:
         points = [(claimed[place == index].mean(), (gaps[place == index] > 0).mean()) for index in filled]
         axes.plot(*zip(*points, strict=True), marker="o", label=method)
     axes.set(xlabel="probability that the score gap claims", ylabel="share of pairs in the labelled order")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(file, dpi=90)
     plt.close(figure)
