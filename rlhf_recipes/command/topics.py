@@ -24,7 +24,7 @@ TOPICS = {
     "Reward models, reward functions and judges": """
         reward_* judge_* pairwise_judges failed_rewards critic_dataset_name critic_pairs missing_eos_penalty
         truncated_completions step_* train_on_last_step_only center_rewards_coefficient l2_coefficient best_of
-        score_heads
+        score_heads remove_length_bias
         """,
     "KL to the reference": "kl_* target_kl beta *ref_model* use_bias_correction_kl precompute_ref_*",
     "Rollouts and sampling": """

@@ -87,7 +87,8 @@ def _length(correlation: float) -> Judgement:
         return Judgement("good", f"{shown}: the score is not about length")
     level: Level = "bad" if abs(correlation) > MUCH_LENGTH else "doubtful"
     side = "long" if correlation > 0 else "short"
-    return Judgement(level, f"{shown}: it prefers {side} answers, and PPO will write them. Balance the pairs.")
+    outlook = f"it prefers {side} answers, and PPO will write them. Train it with `remove_length_bias: true`."
+    return Judgement(level, f"{shown}: {outlook}")
 
 
 def policy_verdict(

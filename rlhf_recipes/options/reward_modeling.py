@@ -27,6 +27,13 @@ class RewardModelConfig(ResumeConfig, RewardConfig):
             "disagree, the reward model is unsure: see `reward_heads` of PPO."
         },
     )
+    remove_length_bias: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to keep what length explains of the labels out of the score. A regression of the "
+            "labels on length becomes a margin of each training pair. The data must fit into memory."
+        },
+    )
     response_separator: str = field(
         default="\n\n",
         metadata={

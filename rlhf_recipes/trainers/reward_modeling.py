@@ -24,6 +24,7 @@ from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
+from rlhf_recipes.trainers.debiasing import with_length_margins
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
 from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
 from rlhf_recipes.trainers.score_heads import COLUMN, DealtPairs, HeadsAsPairs
@@ -139,7 +140,8 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
                 dataset = join_prefill(add_separator(dataset, args.response_separator))
             if not is_conversational(next(iter(dataset))):
                 processing_class = for_training(processing_class)
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        return with_length_margins(prepared) if args.remove_length_bias and dataset_name == "train" else prepared
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
