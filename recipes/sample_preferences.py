@@ -12,9 +12,9 @@ from rlhf_recipes.console import print_table, quiet_start  # first: imports belo
 # isort: split
 from accelerate import PartialState
 from transformers import set_seed
-from trl import ModelConfig
+from trl import ModelConfig, ScriptArguments
 
-from rlhf_recipes.data.loading import load_earlier_pairs, load_prompts
+from rlhf_recipes.data.loading import load_earlier_pairs, load_prompts, load_split
 from rlhf_recipes.data.pairs import divide
 from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.data.rows import check_reward_columns
@@ -83,6 +83,9 @@ def main(
         results = figures_of(new, (train, test), labelled.counts + counts, answers)
         facts = {"policy": policy, "weights of the policy": answers.policy, "labelled by": labelled.by}
         files = write_preferences(script_args, (train, test), results, facts)
+        written = ScriptArguments(dataset_name=output_dir)
+        training, evaluation = load_split(written, "train"), load_split(written, "test")
+        log_datasets(output_dir, training=training, evaluation=evaluation)
         log_results(results, *files)
         print_table("Preferences", table_of(results))
     end_stage(output_dir, preferences_verdict(results), "reward_modeling", {"dataset_name": output_dir})

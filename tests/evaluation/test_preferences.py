@@ -13,6 +13,7 @@ from datasets import Dataset
 from processes import run_script
 from trl import ScriptArguments
 
+from rlhf_recipes.data.digest import dataset_digest
 from rlhf_recipes.data.loading import load_earlier_pairs, load_split
 from rlhf_recipes.data.pairs import Pair
 from rlhf_recipes.evaluation import sampled_answers as sampling
@@ -274,3 +275,5 @@ def test_the_recipe_writes_pairs_beside_earlier_ones_and_its_run_is_tracked(poli
     assert run.info.status == "FINISHED"
     assert run.data.tags["stage"] == "preferences"
     assert run.data.metrics["pairs/new"] == results["pairs/new"]
+    read = load_split(ScriptArguments(dataset_name=str(tmp_path / "new")), "train")
+    assert run.data.tags["dataset.training"] == dataset_digest(read)  # the tag that a run on these pairs has
