@@ -18,6 +18,7 @@ from rlhf_recipes.options import recipes as arguments
 from rlhf_recipes.options.baselines import BaselineArguments, DPOConfig
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.paths import require_path
+from rlhf_recipes.options.reward_model_evaluation import RewardModelEvaluationArguments
 from rlhf_recipes.options.shipped import shipped_configurations
 from rlhf_recipes.quickstart.stages import STAGES as QUICKSTART
 
@@ -40,6 +41,7 @@ OURS = {
     arguments.EvaluationArguments: (trl.ScriptArguments, {"script_args", "judge_args"}),
     BaselineArguments: (trl.ScriptArguments, {"script_args", "judge_args", "limits", "self"}),
     DPOConfig: (trl.DPOConfig, {"args", "training_args"}),
+    RewardModelEvaluationArguments: (trl.ScriptArguments, {"script_args", "judge_args", "limits"}),
     arguments.BoundaryArguments: (None, {"boundary_args"}),
     arguments.ExportArguments: (None, {"script_args"}),
     arguments.ServeArguments: (None, {"script_args"}),

@@ -16,6 +16,7 @@ PURPOSES = {
     "rloo": "RLOO: train a policy to raise the score, without a critic.",
     "grpo": "GRPO: train a policy to raise the score, without a critic.",
     "dpo": "DPO: train a policy on preferences, without a reward model.",
+    "evaluate_reward_model": "Evaluation of reward models: how well do they rank answers that people ranked?",
     "evaluate": "Evaluation: compare a policy with its baseline on held-out prompts.",
 }
 
