@@ -133,12 +133,28 @@ def _all_models(evaluation: Evaluation, output_dir: Path) -> Section:
 def _differences(evaluation: Evaluation) -> list[Section]:
     if not evaluation.comparisons:
         return []
+    named = evaluation.comparisons[0].metrics
+    chosen = [name for name in named if name.startswith("best_of_") and f"{name}_low" in named]
     rows = [
-        [f"{each.first} over {each.second}", with_interval(each.metrics, "accuracy"), each.better or "not decided"]
+        [
+            f"{each.first} over {each.second}",
+            with_interval(each.metrics, "accuracy"),
+            each.better or "not decided",
+            *(with_interval(each.metrics, name) for name in chosen),
+        ]
         for each in evaluation.comparisons
     ]
-    text = "Differences on the same rows, with paired 95 % bootstrap intervals over the rows."
-    return [Section("Which one is better?", text, ["pair", "accuracy", "better"], rows)]
+    text = (
+        "Differences on the same rows and prompts, with paired 95 % bootstrap intervals. A model ranks better if the "
+        "interval of the accuracy excludes 0."
+    )
+    header = ["pair", "accuracy", "ranks better", *(_title_of(name) for name in chosen)]
+    return [Section("Which one is better?", text, header, rows)]
+
+
+def _title_of(best_of: str) -> str:
+    n, _, judge = best_of.removeprefix("best_of_").partition("/")
+    return f"best of {n} by {judge}"
 
 
 def _categories(evaluation: Evaluation, output_dir: Path) -> list[Section]:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import extract_prompt, is_conversational
 
 from rlhf_recipes.data.messages import Text, answer_to, as_text
-from rlhf_recipes.data.prompts import add_separator, check_columns, column_names
+from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rows import mend_transcripts, readable_rows
 
 CATEGORIES = "subset"  # the column with the category in RewardBench and RewardBench 2
@@ -87,7 +87,8 @@ def preference_set(rows: Dataset, category_column: str | None = None, name: str 
     ids = [str(value) for value in rows["id"]] if "id" in rows.column_names else None
     first: dict[str, Any] = next(iter(rows), {})
     if any(_is_list_of_texts(first.get(column)) for column in ("chosen", "rejected")):
-        check_columns(rows.select_columns([c for c in ("prompt",) if c in first]), ("prompt",), name)
+        for column in ("prompt", "chosen", "rejected"):
+            require_column(rows, column, name)
         prompts = readable_rows(rows.select_columns(["prompt"]), ("prompt",), name)
         chosen, rejected = (_lists(rows, prompts, column, name) for column in ("chosen", "rejected"))
     else:
@@ -100,11 +101,8 @@ def preference_set(rows: Dataset, category_column: str | None = None, name: str 
 def _categories(rows: Dataset, column: str | None, name: str) -> list[str] | None:
     if column is None and CATEGORIES not in rows.column_names:
         return None
-    if column is not None and column not in rows.column_names:
-        raise ValueError(
-            f"`{name}` has no column {column!r} with categories (`category_column`); it has "
-            f"{', '.join(map(repr, rows.column_names))}."
-        )
+    if column is not None:
+        require_column(rows, column, name, " with categories (`category_column`)")
     values = rows[column or CATEGORIES]
     for row, value in enumerate(values):
         if value is None or not str(value).strip():
@@ -114,13 +112,30 @@ def _categories(rows: Dataset, column: str | None, name: str) -> list[str] | Non
     return [str(value).strip() for value in values]
 
 
+def require_column(rows: Dataset, column: str, name: str, meaning: str = "") -> None:
+    """Refuse a dataset that lacks a column.
+
+    Args:
+        rows: Dataset of the user.
+        column: Name of the column.
+        name: Option that names the dataset.
+        meaning: What the column holds, for the message.
+
+    Raises:
+        ValueError: If it is missing.
+    """
+    if column not in rows.column_names:
+        raise ValueError(
+            f"`{name}` has no column {column!r}{meaning}; it has {', '.join(map(repr, rows.column_names))}. Rename or "
+            "add a column."
+        )
+
+
 def _is_list_of_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
 def _lists(rows: Dataset, prompts: Dataset, column: str, name: str) -> list[list[Text]]:
-    if column not in rows.column_names:
-        raise ValueError(f"`{name}` has no column {column!r}; it has {', '.join(map(repr, rows.column_names))}.")
     lists = []
     for row, (prompt, value) in enumerate(zip(prompts["prompt"], rows[column], strict=True)):
         texts = [value] if isinstance(value, str) else value

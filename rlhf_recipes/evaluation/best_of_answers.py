@@ -11,7 +11,7 @@ from datasets import Dataset
 from rlhf_recipes.algorithm.best_of_n import best_of_n_weights
 from rlhf_recipes.data.loading import first_of_each_prompt, load_split, without_answers
 from rlhf_recipes.data.messages import Text, answer_to
-from rlhf_recipes.data.preferences import PreferenceSet
+from rlhf_recipes.data.preferences import PreferenceSet, require_column
 from rlhf_recipes.data.prompts import add_separator, check_prompts_fit
 from rlhf_recipes.data.rows import check_rendering
 from rlhf_recipes.evaluation.policies import eos_token_ids, sample_answers
@@ -107,11 +107,8 @@ def given_candidates(rows: Dataset) -> Candidates:
     Raises:
         ValueError: If the column is missing, if an answer is empty, or if rows have different numbers of answers.
     """
-    if COLUMN not in rows.column_names:
-        raise ValueError(
-            f"`{OPTION}` has no column {COLUMN!r} with a list of answers; it has "
-            f"{', '.join(map(repr, rows.column_names))}. Add it, or name a policy as `model_name_or_path`."
-        )
+    require_column(rows, "prompt", OPTION)
+    require_column(rows, COLUMN, OPTION, " with a list of answers (or name a policy as `model_name_or_path`)")
     lists, prompts = rows[COLUMN], without_answers(rows.remove_columns([COLUMN]), OPTION)
     for row, answers in enumerate(lists):
         texts = answers if isinstance(answers, list) else []

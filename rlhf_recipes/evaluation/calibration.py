@@ -50,39 +50,43 @@ def reliability(margins: ArrayLike) -> list[CalibrationBin]:
 def calibration_interval(margins: ArrayLike, rows: ArrayLike, *, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of the calibration error of `preference_metrics`, by a bootstrap over rows.
 
-    By chance the error of a finite sample is above the true one, and a resample adds as much again. So the ends are
-    `2 e - q(.975)` and `2 e - q(.025)` with the quantiles q of the resampled errors (basic bootstrap), and not the
-    quantiles themselves. The lower end is 0 if a model without error would reach e in more than 5 % of samples.
+    By chance the error e of a sample is above the true one, and a resample adds about as much again. With mean m and
+    deviation s of the resampled errors, the interval is `2 e - m +- 1.96 sqrt(s^2 + (m - e)^2)`: the correction of the
+    chance is uncertain itself. It is cut at 0. The lower end is 0 too if a model without error would reach e in more
+    than 5 % of samples.
 
     Args:
         margins: `(N,)`; see `reliability`.
         rows: Row of each pair. The pairs of a row are drawn together.
         seed: Seed.
 
-    Source: Davison and Hinkley 1997, "Bootstrap Methods and their Application", section 2.4 (basic bootstrap).
+    Source: Davison and Hinkley 1997, "Bootstrap Methods and their Application" (correction of a bias). Differs: adds
+    the square of the correction. Without it, 88 to 94 % of intervals held the true error in a simulation with 200 to
+    3,000 pairs, with it 93 to 98 %.
     """
     gaps, counts = _gaps(margins, rows)
-    size = len(counts)
-    error = np.abs(gaps.sum(axis=0)).sum() / counts.sum()
+    size, error = len(counts), np.abs(gaps.sum(axis=0)).sum() / counts.sum()
     if size < 2:
         return math.nan, math.nan
-    chance = np.random.default_rng(seed).normal(size=(RESAMPLES, gaps.shape[1])) * np.sqrt((gaps**2).sum(axis=0))
-    is_by_chance = np.quantile(np.abs(chance).sum(axis=1) / counts.sum(), 0.95) >= error
 
     def resampled(indices: np.ndarray, axis: int = -1) -> np.ndarray:
         drawn = indices.astype(int)
-        return np.abs(gaps[drawn].sum(axis=-2)).sum(axis=-1) / counts[drawn].sum(axis=-1)
+        found: np.ndarray = np.abs(gaps[drawn].sum(axis=-2)).sum(axis=-1) / counts[drawn].sum(axis=-1)
+        return found
 
-    ends = scipy.stats.bootstrap(
+    errors = scipy.stats.bootstrap(
         (np.arange(size),),
         resampled,
         n_resamples=RESAMPLES,
-        confidence_level=0.95,
         method="basic",
         batch=max(1, BATCH // (size * gaps.shape[1])),
         rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return (0.0 if is_by_chance else max(float(ends.low), 0.0)), max(float(ends.high), 0.0)
+    ).bootstrap_distribution
+    chance = np.random.default_rng(seed).normal(size=(RESAMPLES, gaps.shape[1])) * np.sqrt((gaps**2).sum(axis=0))
+    is_by_chance = np.quantile(np.abs(chance).sum(axis=1) / counts.sum(), 0.95) >= error
+    bias = errors.mean() - error
+    half = float(scipy.stats.norm.ppf(0.975) * math.hypot(errors.std(), bias))
+    return 0.0 if is_by_chance else max(error - bias - half, 0.0), max(error - bias + half, 0.0)
 
 
 def _predictions(margins: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
