@@ -23,7 +23,7 @@ TOPICS = {
     "4-bit and 8-bit weights": "load_in_* bnb_* use_bnb_*",
     "Reward models, reward functions and judges": """
         reward_* best_of* judge_* pairwise_judges failed_rewards critic_dataset_name critic_pairs missing_eos_penalty
-        truncated_completions center_rewards_coefficient l2_coefficient
+        truncated_completions center_rewards_coefficient l2_coefficient score_heads
         """,
     "KL to the reference": "kl_* target_kl beta *ref_model* use_bias_correction_kl precompute_ref_*",
     "Rollouts and sampling": """

@@ -37,6 +37,9 @@ KL_FLOOR = 1.0
 EOS_DRIFT = 0.1
 # Change in the share of 4-grams that occurred earlier in the same answer.
 REPETITION_DRIFT = 0.1
+# Disagreement of score heads about the answers, divided by that about the reward model's evaluation data. The SFT
+# policy's answers have about 1.
+DISAGREEMENT_RATIO = 1.5
 
 
 def find_alarms(
@@ -61,7 +64,7 @@ def find_alarms(
         drifts = (_length_drift(curves), _kl_drift(curves, target_kl), _eos_drift(curves), _repetition_drift(curves))
         alarms += [f"The score rises ({score[0]:.2f} to {score[1]:.2f}) while {drift}." for drift in drifts if drift]
     alarms += [text for judge, text in declines(curves).items() if judge not in rewards]
-    return alarms + _judge_disagreement(evaluation, frozenset(rewards), rising)
+    return alarms + _doubts(curves) + _judge_disagreement(evaluation, frozenset(rewards), rising)
 
 
 def declines(curves: Mapping[str, pd.Series]) -> dict[str, str]:
@@ -180,6 +183,20 @@ def _repetition_drift(curves: Mapping[str, pd.Series]) -> str:
     if repeated is None or not repeated[2] or repeated[1] - repeated[0] < REPETITION_DRIFT:
         return ""
     return f"the share of repeated 4-grams in an answer grows from {repeated[0]:.2f} to {repeated[1]:.2f}"
+
+
+def _doubts(curves: Mapping[str, pd.Series]) -> list[str]:
+    """Return an alarm per reward model whose heads have come to disagree about the answers."""
+    alarms = []
+    for name in sorted(name for name in curves if re.fullmatch(r"rewards/.+/disagreement_ratio", name)):
+        ratio = first_and_last(curves[name])
+        if ratio is not None and ratio[2] and ratio[1] > max(ratio[0], DISAGREEMENT_RATIO):
+            alarms.append(
+                f"The heads of the reward model {name.split('/')[1]} disagree about the answers {ratio[1]:.1f} times "
+                f"as much as about its evaluation data ({ratio[0]:.1f} times at the start): the policy goes where the "
+                "reward model has not learned the score. Set `reward_heads: pessimistic`, or raise `kl_coef`."
+            )
+    return alarms
 
 
 def _judge_disagreement(evaluation: Mapping[str, float], rewards: frozenset[str], rising: bool) -> list[str]:

@@ -56,6 +56,33 @@ def preference_metrics(
     return {name: float(value) for name, value in metrics.items()}
 
 
+def head_metrics(chosen_scores: ArrayLike, rejected_scores: ArrayLike) -> dict[str, float]:
+    """Return how far the heads of a reward model disagree, and whether it is more often wrong where they do.
+
+    disagreement: mean over all responses of the standard deviation over the heads, from a common origin: without the
+        constant that preferences leave free, each head has the same mean.
+    margin_disagreement: mean over pairs of the standard deviation of r+ - r- over the heads.
+    unanimous: share of pairs that all heads rank alike.
+    accuracy_unanimous, accuracy_divided: share of these pairs, and of the others, that their mean ranks as labelled.
+
+    Args:
+        chosen_scores: `(N, K)`, K > 1.
+        rejected_scores: `(N, K)`.
+    """
+    chosen, rejected = np.asarray(chosen_scores, dtype=float), np.asarray(rejected_scores, dtype=float)
+    margins, responses = chosen - rejected, np.concatenate([chosen, rejected])
+    correct, alike = margins.mean(axis=1) > 0, np.abs(np.sign(margins).sum(axis=1)) == margins.shape[1]
+    metrics = {
+        "disagreement": (responses - responses.mean(axis=0)).std(axis=1, ddof=1).mean(),
+        "margin_disagreement": margins.std(axis=1, ddof=1).mean(),
+        "unanimous": alike.mean(),
+    }
+    for name, pairs in (("unanimous", alike), ("divided", ~alike)):
+        if pairs.any():
+            metrics[f"accuracy_{name}"] = correct[pairs].mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
 def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     bins = calibration_bins(confidence)
     gaps = [abs((correct - confidence)[bins == b].sum()) for b in range(10)]

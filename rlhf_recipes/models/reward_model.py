@@ -24,27 +24,28 @@ class ScoreHead(Float32Linear):
     """Map the last hidden state to a reward model's score."""
 
 
-def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_reward_model(path: str, *, base: str | None = None, heads: int = 1, **kwargs: Any) -> PreTrainedModel:
     """Load a trained reward model: a plain one, or an adapter with its score head on the base that it names.
 
     Args:
         path: Directory or Hub name.
         base: Directory or Hub name of an adapter's base. Default: the base that the adapter names.
+        heads: Number of score heads, as its card says.
         kwargs: Options of `from_pretrained`. The defaults are float32 and, for an adapter, the quantisation of its
             base in training.
 
     Raises:
-        ValueError: If the model is not a sequence classifier with one output, or if its score head was not saved.
+        ValueError: If the model is not a sequence classifier with `heads` outputs, or if its score head was not saved.
     """
     kwargs = {"dtype": "float32", **kwargs}
     if is_adapter(path):
-        load_adapter_weights(path)  # refuses an adapter without a score head
+        load_adapter_weights(path, heads)  # refuses an adapter without a score head
         kwargs.setdefault("quantization_config", saved_quantization(path))
         kwargs = kwargs if base else at_saved_revision(path, kwargs)
         base_path = find_base(path, base, kwargs.get("revision"))
         with suppress_seqcls_warning(), safe_loading(path, base_path):
             model = AutoModelForSequenceClassification.from_pretrained(
-                base_path, num_labels=1, **safe_kwargs(base_path, kwargs)
+                base_path, num_labels=heads, **safe_kwargs(base_path, kwargs)
             )
         with_score_head(fit_to_adapter(keep_unpacked(model), path))
         if kwargs["quantization_config"] is not None:
@@ -54,7 +55,7 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
     with safe_loading(path):
         kwargs = safe_kwargs(path, kwargs)
         config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs["trust_remote_code"])
-        check_reward_config(config, path, trained=True)
+        check_reward_config(config, path, heads, trained=True)
         model, report = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **kwargs)
     with_score_head(model)
     unused = [name for name in report["unexpected_keys"] if name.startswith("score.")]
@@ -68,32 +69,35 @@ def load_reward_model(path: str, *, base: str | None = None, **kwargs: Any) -> P
     return model
 
 
-def load_adapter_weights(path: str) -> dict[str, Tensor]:
-    """Load the weights of a reward model's adapter, with its score head under the name `score`.
+def load_adapter_weights(path: str, heads: int = 1) -> dict[str, Tensor]:
+    """Load the weights of a reward model's adapter, with its score heads, `(K, H)`, under the name `score`.
 
     Raises:
-        ValueError: If there is no score head, or if it has several outputs or a bias.
+        ValueError: If there is no score head, or if it has another number of outputs than `heads`, or a bias.
     """
     with safe_loading(path):
         weights = load_peft_weights(path, device="cpu")
-    heads = [name for name in weights if name.endswith("score.weight")]
-    if len(heads) != 1:
+    layers = [name for name in weights if name.endswith("score.weight")]
+    if len(layers) != 1:
         raise ValueError(f"The adapter {path} has no score head, so it is not a reward model.")
-    weights["score"] = weights.pop(heads[0])
-    if len(weights["score"]) > 1:
-        raise ValueError(f"The score head of the adapter {path} has {len(weights['score'])} outputs, not one.")
+    weights["score"] = weights.pop(layers[0])
+    if len(weights["score"]) != heads:
+        raise ValueError(
+            f"The score head of the adapter {path} has {len(weights['score'])} outputs, not "
+            f"{'one' if heads == 1 else f'the {heads} (`score_heads`) of its card'}."
+        )
     if any(name.endswith("score.bias") for name in weights):
         raise ValueError(f"The score head of the adapter {path} has a bias, which would not be used.")
     return weights
 
 
-def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
+def load_reward_model_base(path: str, *, heads: int = 1, **kwargs: Any) -> PreTrainedModel:
     """Load the model from which reward modelling starts.
 
-    A causal LM gets a new score head, drawn from N(0, 1/sqrt(H+1)). A reward model keeps its own.
+    A causal LM gets new score heads, drawn from N(0, 1/sqrt(H+1)). A reward model keeps its own.
 
     Raises:
-        ValueError: If `path` is an adapter, or a classifier with more than one output.
+        ValueError: If `path` is an adapter, or a classifier with another number of outputs than `heads`.
 
     Source: head initialisation, Stiennon et al. 2020, arXiv:2009.01325; Huang et al. 2024, arXiv:2403.17031.
     """
@@ -107,9 +111,9 @@ def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(
             path, **{k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code")}
         )
-        trained = check_reward_config(config, path)
+        trained = check_reward_config(config, path, heads)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, output_loading_info=True, **kwargs
+            path, num_labels=heads, output_loading_info=True, **kwargs
         )
     with_score_head(keep_unpacked(model))
     missing = [name for name in report["missing_keys"] if trained or not name.startswith("score.")]
@@ -120,20 +124,22 @@ def load_reward_model_base(path: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def check_reward_config(config: Any, path: str, *, trained: bool = False) -> bool:
+def check_reward_config(config: Any, path: str, heads: int = 1, *, trained: bool = False) -> bool:
     """Return whether the configuration is a reward model's.
 
     Args:
         config: Model configuration.
         path: Name of the model in messages.
+        heads: Number of score heads that it must have.
         trained: Whether only a reward model is accepted.
 
     Raises:
-        ValueError: If the model has several outputs, or if `trained` is true and it is not a reward model.
+        ValueError: If the model has another number of outputs, or if `trained` is true and it is not a reward model.
     """
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    if is_classifier and config.num_labels != 1:
-        raise ValueError(f"{path} has {config.num_labels} labels; a reward model has one (`num_labels=1`).")
+    if is_classifier and config.num_labels != heads:
+        expected = "one (`num_labels=1`)" if heads == 1 else f"{heads} here, one per score head"
+        raise ValueError(f"{path} has {config.num_labels} labels; a reward model has {expected}.")
     if trained and not is_classifier:
         raise ValueError(
             f"{path} is not a reward model ({', '.join(config.architectures or ['no architecture'])}). Train one with "

@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 import trl
 
+from rlhf_recipes.options.followed_rewards import FollowedRewardConfig
 from rlhf_recipes.options.recipes import RewardArguments
 from rlhf_recipes.options.resume import ResumeConfig
-from rlhf_recipes.options.reward_calls import RewardCallConfig
 
 
 @dataclass
-class BaselineArguments(RewardCallConfig, RewardArguments):
+class BaselineArguments(FollowedRewardConfig, RewardArguments):
     """Method, rewards and judges of `recipes/baseline.py`."""
 
     method: Literal["rloo", "grpo", "dpo"] = field(

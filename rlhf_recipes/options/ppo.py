@@ -10,9 +10,9 @@ from trl import GRPOConfig
 
 from rlhf_recipes.options.checks import check_options
 from rlhf_recipes.options.critic import CriticConfig
+from rlhf_recipes.options.followed_rewards import ShapedRewardConfig
 from rlhf_recipes.options.guard import GuardConfig
 from rlhf_recipes.options.resume import ResumeConfig
-from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.options.secrets import holds_credentials
 from rlhf_recipes.options.training import check_training
 
@@ -25,7 +25,7 @@ class _SingleGeneration(int):
 
 
 @dataclass
-class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, ResumeConfig, GRPOConfig):
+class PPOConfig(CriticConfig, GuardConfig, ShapedRewardConfig, ResumeConfig, GRPOConfig):
     """Options of `PPOTrainer`: those of `trl.GRPOConfig`, some with another default, and new ones.
 
     A rollout has `per_device_train_batch_size * processes * steps_per_generation` completions. PPO trains on it for
@@ -181,6 +181,7 @@ class PPOConfig(CriticConfig, GuardConfig, RewardCallConfig, ResumeConfig, GRPOC
         self.eval_on_start = self.eval_strategy != "no"  # later answers are compared with those of step 0
         self.set_critic_learning_rate(self.learning_rate)
         self.check_critic()
+        self.check_shaping(reward_norm=self.reward_norm)
         self._check_combinations()
         self._check_reward_calls()
         self._check_batches()

@@ -54,6 +54,7 @@ GROUPS = {
         *("reward_norm_clip", "target_kl", "kl_horizon", "early_stopping_patience", "cliprange_value"),
         *("critic_epochs", "critic_pairs", "max_update_kl", "max_kl", "max_skipped_steps", "best_of"),
         *("num_prompts", "num_samples", "max_request_bytes", "max_waiting", "max_tokens"),
+        *("score_heads", "reward_heads_coef"),
     ),
     NOT_NEGATIVE: (
         *("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "epsilon", "epsilon_high", "beta"),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -108,3 +109,11 @@ def options_that_count(args: Any, *, length_is_free: bool = False) -> dict[str, 
     is_free = length_is_free or str(options["lr_scheduler_type"]).startswith("constant")
     counting = RESUMED - {"length"} if is_free else RESUMED
     return {f"`{name}`": value for name, value in options.items() if class_of(name) in counting}
+
+
+def defaults_of(args: Any) -> dict[str, Any]:
+    """Return the defaults of a trainer's options, by the names of `options_that_count`.
+
+    A checkpoint of an earlier version lacks the options that came later. Its run had their defaults.
+    """
+    return {f"`{each.name}`": each.default for each in fields(args) if each.default is not MISSING}

@@ -20,6 +20,13 @@ class RewardModelConfig(ResumeConfig, RewardConfig):
     l2_coefficient: float = field(
         default=0.0, metadata={"help": "Weight of the mean squared score, added to the Bradley-Terry loss."}
     )
+    score_heads: int = field(
+        default=1,
+        metadata={
+            "help": "Score heads on the backbone. With several, each learns from half of the pairs. Where they "
+            "disagree, the reward model is unsure: see `reward_heads` of PPO."
+        },
+    )
     response_separator: str = field(
         default="\n\n",
         metadata={

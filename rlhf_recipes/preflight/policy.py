@@ -162,7 +162,8 @@ def card_findings(scorer: Scorer, args: Any, weight: float, *, alone: bool) -> l
             f"The reward model {name} ranks {card.eval_accuracy:.0%} of its evaluation pairs as the annotators did, "
             "which is no better than chance. Train it further before PPO."
         )
-    if alone and not getattr(args, "reward_norm", True) and card.score_std:  # only PPO has a critic
+    shaped = getattr(args, "reward_shaping", "none") != "none"
+    if alone and not shaped and not getattr(args, "reward_norm", True) and card.score_std:  # only PPO has a critic
         spread = abs(weight) * card.score_std
         low, high = (bound * args.cliprange_value for bound in SPREAD_PER_CLIP)
         if not low <= spread <= high:

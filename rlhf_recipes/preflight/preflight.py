@@ -59,7 +59,7 @@ from rlhf_recipes.preflight.schedule import (
     schedule_findings,
     supervised_schedule,
 )
-from rlhf_recipes.rewards.card import tokenizer_fingerprint
+from rlhf_recipes.rewards.card import heads_of, tokenizer_fingerprint
 from rlhf_recipes.rewards.protocol import Scorer
 
 LONGEST = 64  # prompts with the most characters; only their tokens are counted
@@ -232,6 +232,8 @@ def _describe(name: str, scorer: Scorer, tokenizer: Any) -> str:
         parts.append(f"accuracy {card.eval_accuracy:.2f}")
     if card is not None and card.score_mean is not None and card.score_std is not None:
         parts.append(f"score {card.score_mean:.2f} ± {card.score_std:.2f}")
+    if heads_of(card) > 1:
+        parts.append(f"{heads_of(card)} heads")
     tokenizer = inner_tokenizer(tokenizer)
     own = scorer.tokenizer
     if own is not None and tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):

@@ -20,7 +20,7 @@ from rlhf_recipes.models.loading import position_limit
 from rlhf_recipes.models.quantization import quantization_of, restore_precision, saved_quantization
 from rlhf_recipes.models.reward_model import ScoreHead, load_adapter_weights
 from rlhf_recipes.models.safe_loading import safe_loading
-from rlhf_recipes.rewards.card import RewardModelCard
+from rlhf_recipes.rewards.card import RewardModelCard, heads_of
 from rlhf_recipes.rewards.protocol import ScoringRun
 from rlhf_recipes.rewards.reading import adapter_pad_id, read_position, unknown_tokens, vocabulary_size
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
@@ -46,7 +46,8 @@ class RewardAdapterScorer(RewardModelScorer):
                 f"`reward_adapter` is {path}, which is no adapter. Train the reward model with `use_peft: true`, or "
                 "name a whole model as `reward_model_path`."
             )
-        weights = load_adapter_weights(path)
+        card = RewardModelCard.load(path)
+        weights = load_adapter_weights(path, heads_of(card))
         score = weights.pop("score")
         if others := [name for name in weights if "lora_" not in name and ".token_adapter." not in name]:
             raise ValueError(
@@ -54,10 +55,10 @@ class RewardAdapterScorer(RewardModelScorer):
                 f"`{others[0]}`: they would replace the policy's. Load it by `reward_model_path`, or train it with "
                 "LoRA alone (`modules_to_save` empty, `bias: none`)."
             )
-        self.head = ScoreHead(score.size(1), 1, bias=False).requires_grad_(False)
+        self.head = ScoreHead(score.size(1), score.size(0), bias=False).requires_grad_(False)
         self.head.weight.data.copy_(score)
         self.source, self._weights = path, weights
-        super().__init__(None, load_scorer_tokenizer(path), RewardModelCard.load(path))
+        super().__init__(None, load_scorer_tokenizer(path), card)
         self.__name__ = Path(path).name
 
     def _placed_model(self, run: ScoringRun) -> PeftModel:
@@ -123,7 +124,8 @@ class RewardAdapterScorer(RewardModelScorer):
             states = self.model(**batch, backbone_only=True).last_hidden_state
         self.model.train(was_training)
         read = states[torch.arange(len(states)), [read_position(row, self.pad_token_id) for row in token_ids]]
-        return self.head.to(read.device)(read)[:, 0]
+        scores: Tensor = self.head.to(read.device)(read)
+        return scores
 
 
 def _describe(quantization: Any) -> str:

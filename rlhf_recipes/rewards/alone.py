@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
@@ -18,8 +19,10 @@ LARGEST = 2 * 2**30  # bytes of weights; a larger reward model is not loaded a s
 
 
 @torch.no_grad()
-def scores_alone(path: str, token_ids: list[list[int]], *, pad_token_id: int | None, like: Any) -> list[float] | None:
-    """Return the scores of rows by a reward model that is loaded for them.
+def scores_alone(
+    path: str, token_ids: list[list[int]], *, pad_token_id: int | None, heads: int, like: Any
+) -> Tensor | None:
+    """Return the scores of rows by a reward model that is loaded for them, `(B, K)`.
 
     The result is `None` if the model is large, or its base is in no directory here.
 
@@ -27,6 +30,7 @@ def scores_alone(path: str, token_ids: list[list[int]], *, pad_token_id: int | N
         path: Directory of a classifier, or of an adapter with its score head.
         token_ids: Rows of tokens.
         pad_token_id: Token that an adapter's score head passes over: the configuration of its base does not say it.
+        heads: Number of its score heads, K.
         like: Model that gives precision and device.
     """
     adapter = is_adapter(path)
@@ -37,7 +41,7 @@ def scores_alone(path: str, token_ids: list[list[int]], *, pad_token_id: int | N
     kwargs = {"dtype": like.dtype, "quantization_config": saved_quantization(path) if adapter else None}
     kwargs["attn_implementation"] = like.config._attn_implementation  # also if the user chose it, and not the files
     with suppress_seqcls_warning(), safe_loading(path, base):
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, **safe_kwargs(base, kwargs))
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=heads, **safe_kwargs(base, kwargs))
     keep_unpacked(model)
     if adapter:
         model.config.get_text_config().pad_token_id = pad_token_id
@@ -51,7 +55,7 @@ def scores_alone(path: str, token_ids: list[list[int]], *, pad_token_id: int | N
 
 
 @torch.no_grad()
-def row_scores(model: Any, token_ids: list[list[int]]) -> list[float]:
-    """Return the scores that a classifier gives to rows, one row at a time and without padding."""
+def row_scores(model: Any, token_ids: list[list[int]]) -> Tensor:
+    """Return the scores that a classifier gives to rows, `(B, K)`, one row at a time and without padding."""
     rows = [torch.tensor([row], device=model.device) for row in token_ids]
-    return [model(input_ids=row).logits[0, 0].item() for row in rows]
+    return torch.cat([model(input_ids=row).logits.float().cpu() for row in rows])

@@ -36,6 +36,11 @@ def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16]
 
 
+def heads_of(card: "RewardModelCard | None") -> int:
+    """Return the number of score heads of a reward model: one, unless its card says more."""
+    return 1 if card is None else card.score_heads
+
+
 @dataclass(frozen=True)
 class RewardModelCard:
     """Describe the training of a reward model. `RewardModelTrainer` writes the card, and `PPOTrainer` checks it.
@@ -52,6 +57,10 @@ class RewardModelCard:
         pad_token_id: Padding token in training: the score is read at the last token that is another one. `None` in a
             card that an older version has written.
         calibration_error: Expected calibration error on the evaluation pairs; see `preference_metrics`.
+        score_heads: Number of score heads.
+        head_means: Mean score of each head over the same responses as `score_mean`.
+        disagreement: Mean over the same responses of the standard deviation over the heads, from a common origin;
+            `None` with one head.
     """
 
     base_model: str
@@ -64,6 +73,9 @@ class RewardModelCard:
     eval_accuracy: float | None = None
     pad_token_id: int | None = None
     calibration_error: float | None = None
+    score_heads: int = 1
+    head_means: list[float] | None = None
+    disagreement: float | None = None
 
     def save(self, directory: str | Path) -> None:
         """Write the card into a directory."""

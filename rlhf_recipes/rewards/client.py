@@ -6,6 +6,7 @@ The client sends a failed request only once. `rlhf_recipes.rewards.calls.RewardC
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,12 +14,16 @@ from functools import partial
 from typing import Any
 
 import requests
+import torch
 from tenacity import RetryCallState
+from torch import Tensor
 
+from rlhf_recipes.algorithm.heads import combine_heads
 from rlhf_recipes.console import visible
 from rlhf_recipes.options.secrets import holds_credentials, redact
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError, checked_rewards, retrying
-from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
+from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard, heads_of
+from rlhf_recipes.rewards.heads import combined
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
 from rlhf_recipes.rewards.threads import DaemonPool, in_time
 
@@ -50,6 +55,7 @@ class RemoteRewardModel(Scorer):
     """Score completions with a reward model that `recipes/serve_reward_model.py` serves.
 
     The client sends the environment variable `REWARD_MODEL_TOKEN`, if it is set, as a bearer token. It never logs it.
+    A reward model with several heads sends the scores of each. They are combined here, by the rule of the run.
 
     Args:
         url: Address of the server, for example `http://127.0.0.1:8000`.
@@ -62,6 +68,8 @@ class RemoteRewardModel(Scorer):
     Raises:
         ValueError: If the address holds a password, or if no reward model answers there.
     """
+
+    combine: Callable[[Tensor], Tensor] = staticmethod(combine_heads)  # `(B, K)` of several heads to `(B,)`
 
     def __init__(
         self,
@@ -100,8 +108,9 @@ class RemoteRewardModel(Scorer):
         return self.weights or self.url
 
     def prepare(self, run: ScoringRun) -> None:
-        """Take the limits of a run."""
+        """Take the limits of a run, and its rule for several heads."""
         self.timeout, self.policy_eos_token_ids = run.timeout, run.policy_eos_token_ids
+        self.combine = run.combine
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
@@ -113,7 +122,11 @@ class RemoteRewardModel(Scorer):
             PermanentRewardError: If the server refuses a request for good.
         """
         finished = finished_completions(len(prompts), completion_ids, self.policy_eos_token_ids)
-        return self._sent(self._score, prompts=prompts, completions=completions, finished=finished)
+        columns = {"prompts": prompts, "completions": completions, "finished": finished}
+        if heads_of(self.card) == 1:
+            return self._sent(self._score, **columns)
+        scores = torch.tensor(self._sent(self._head_scores, **columns))
+        return [*combined(scores, self.combine, self.__name__, self.card, kwargs.get("log_metric"))]
 
     def prompt_lengths(self, prompts: list[Any]) -> list[int]:
         """Return the number of tokens that the model reads beside those of an answer, one per prompt."""
@@ -139,16 +152,23 @@ class RemoteRewardModel(Scorer):
     def _lengths(self, batch: dict[str, list[Any]]) -> list[int]:
         return self._answer("lengths", "/lengths", batch)
 
-    def _answer(self, kind: str, path: str, batch: dict[str, list[Any]]) -> list[Any]:
+    def _head_scores(self, batch: dict[str, list[Any]]) -> list[list[float]]:
+        """Return the scores of each completion by each head."""
+        heads = heads_of(self.card)
+        flat = self._answer("head_scores", "/head_scores", batch, each=heads)
+        numbers = [math.nan if x is None else float(x) for x in flat]
+        return [numbers[start : start + heads] for start in range(0, len(numbers), heads)]
+
+    def _answer(self, kind: str, path: str, batch: dict[str, list[Any]], each: int = 1) -> list[Any]:
         try:
             body = json.dumps(batch, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise PermanentRewardError(f"prompts for a served reward model must be text: {error}") from error
-        count = len(batch["prompts"])
+        count = each * len(batch["prompts"])
         numbers = self._request("POST", path, NUMBER_BYTES * (count + 16), self.timeout, body).get(kind)
         if not isinstance(numbers, list) or len(numbers) != count:
             found = len(numbers) if isinstance(numbers, list) else "no"
-            raise RewardCallError(f"{self.url} answered with {found} {kind} for {count} completions")
+            raise RewardCallError(f"{self.url} answered with {found} {kind} for {count // each} completions")
         try:
             checked_rewards(numbers, count)
         except (TypeError, ValueError) as error:

@@ -19,7 +19,7 @@ from trl import is_conversational
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.reward_model import with_score_head
 from rlhf_recipes.options.paths import is_address, is_function
-from rlhf_recipes.rewards.card import RewardModelCard
+from rlhf_recipes.rewards.card import RewardModelCard, heads_of
 from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.context import check_answered
 from rlhf_recipes.rewards.protocol import scorer_of
@@ -63,15 +63,17 @@ def as_scorer(
         scorer = RewardModelScorer.from_pretrained(model, tokenizer=tokenizer, **kwargs)
     else:
         path = model.config._name_or_path
-        if model.config.num_labels != 1:
-            raise ValueError(f"The reward model has {model.config.num_labels} labels; it must have `num_labels=1`.")
+        card = RewardModelCard.load(path) if path else None
+        if model.config.num_labels != heads_of(card):
+            raise ValueError(
+                f"The reward model has {model.config.num_labels} labels; it must have `num_labels={heads_of(card)}`."
+            )
         if tokenizer is None and not path:
             raise ValueError(
                 "The reward model was not loaded from a path: pass its tokenizer in `reward_processing_classes`."
             )
         if isinstance(getattr(model, "score", None), nn.Linear):
             with_score_head(model)  # gives scores in float32 under autocast, like a model that was loaded here
-        card = RewardModelCard.load(path) if path else None
         scorer = RewardModelScorer(model, tokenizer or load_scorer_tokenizer(path), card)
     scorer.source = model
     return scorer

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_recipes.algorithm.heads import combine_heads
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.rewards.card import RewardModelCard
 
@@ -26,6 +27,7 @@ class ScoringRun:
             tokens of the longest. On a GPU this is a multiple of the micro-batch.
         timeout: Seconds for one request; `None` sets no limit.
         prepare_frozen: Function that puts a model without gradients on the devices of the run.
+        combine: Function of the scores of several heads, `(B, K)`, that returns one score each, `(B,)`.
     """
 
     policy: Any
@@ -33,6 +35,7 @@ class ScoringRun:
     batch_size: int
     timeout: float | None
     prepare_frozen: Callable[[Any], Any]
+    combine: Callable[[Tensor], Tensor] = combine_heads
 
 
 class Scorer(Protocol):

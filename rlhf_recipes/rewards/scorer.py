@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf_recipes.algorithm.heads import centred, combine_heads
 from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.rendering import answered_ids, appended_end, prompt_ids
 from rlhf_recipes.models.critic import causal_lm
@@ -23,8 +24,9 @@ from rlhf_recipes.models.rope import cut_by_length
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.rewards.alone import row_scores, scores_alone
-from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
+from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard, heads_of
 from rlhf_recipes.rewards.client import finished_completions
+from rlhf_recipes.rewards.heads import combined
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
 from rlhf_recipes.rewards.reading import (
     adapter_pad_id,
@@ -49,7 +51,7 @@ class RewardModelScorer(Scorer):
     token that is not its padding token (`rewards/reading.py`).
 
     Args:
-        model: Sequence classifier with one output; `None` if a subclass attaches it later.
+        model: Sequence classifier with one output per score head; `None` if a subclass attaches it later.
         tokenizer: Tokenizer of the reward model.
         card: Card of the reward model, if it has one.
 
@@ -66,6 +68,7 @@ class RewardModelScorer(Scorer):
     pad_token_id: int | None = None  # the score is read at the last token that is not this
     policy_eos_token_ids: list[int] | None = None  # end a completion; without them, every completion has ended
     take_states: Callable[[list[Tensor]], None] | None = None  # gets the hidden states of every call, if there is one
+    combine: Callable[[Tensor], Tensor] = staticmethod(combine_heads)  # `(B, K)` of several heads to `(B,)`
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, card: RewardModelCard | None = None) -> None:
         self.model, self.tokenizer, self.card = model, tokenizer, card
@@ -82,7 +85,8 @@ class RewardModelScorer(Scorer):
         cls, path: str, *, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
     ) -> "RewardModelScorer":
         """Load a reward model and its tokenizer from a directory or the Hub, and its card from a directory."""
-        model, card = load_reward_model(path, **kwargs), RewardModelCard.load(path)
+        card = RewardModelCard.load(path)
+        model = load_reward_model(path, heads=heads_of(card), **kwargs)
         tokenizer = load_scorer_tokenizer(path) if tokenizer is None else tokenizer
         if is_adapter(path):  # the configuration is its base's, which no score head was trained with
             model.config.get_text_config().pad_token_id = adapter_pad_id(model.config, tokenizer, card, path)
@@ -99,6 +103,7 @@ class RewardModelScorer(Scorer):
     def prepare(self, run: ScoringRun) -> None:
         """Take the limits of a run, and put the model on its devices."""
         self.batch_size, self.policy_eos_token_ids = run.batch_size, run.policy_eos_token_ids
+        self.combine = run.combine
         self.model = self._placed_model(run)
 
     def _placed_model(self, run: ScoringRun) -> Any:
@@ -113,21 +118,22 @@ class RewardModelScorer(Scorer):
     ) -> list[float]:
         """Return one score per completion, and give the hidden states around its tokens to `take_states`."""
         finished = finished_completions(len(prompts), completion_ids, self.policy_eos_token_ids)
-        token_ids = self.token_ids(prompts, completions, finished)
-        if self.take_states is None or completion_ids is None:
-            return self.score_token_ids(token_ids)
-        rows = zip(token_ids, completion_ids, prompts, strict=True)
-        kept = [state_positions(read, sampled, self._prompt_ids(prompt)) for read, sampled, prompt in rows]
+        token_ids, kept = self.token_ids(prompts, completions, finished), []
+        if self.take_states is not None and completion_ids is not None:
+            rows = zip(token_ids, completion_ids, prompts, strict=True)
+            kept = [state_positions(read, sampled, self._prompt_ids(prompt)) for read, sampled, prompt in rows]
         scores, states = self._score_rows(token_ids, kept)
-        self.take_states(states)
-        return scores
+        if self.take_states is not None and completion_ids is not None:
+            self.take_states(states)
+        return combined(scores, self.combine, self.__name__, self.card, kwargs.get("log_metric"))
 
     def score_with_states(self, prompts: list[Prompt], completions: list[Prompt]) -> tuple[list[float], list[Tensor]]:
         """Return the scores of finished completions, and the hidden states around the tokens of each, `(t + 1, H)`."""
         token_ids = self.token_ids(prompts, completions, [True] * len(prompts))
         starts = [shared_length(read, self._prompt_ids(x)) for read, x in zip(token_ids, prompts, strict=True)]
         kept = [list(range(max(start, 1) - 1, len(read))) for start, read in zip(starts, token_ids, strict=True)]
-        return self._score_rows(token_ids, kept)
+        scores, states = self._score_rows(token_ids, kept)
+        return self.combine(scores).tolist(), states
 
     def token_ids(self, prompts: list[Prompt], completions: list[Prompt], finished: list[bool]) -> list[list[int]]:
         """Return the token ids that the model reads, one list per completion.
@@ -153,10 +159,13 @@ class RewardModelScorer(Scorer):
         if not token_ids:
             return None
         if isinstance(self.source, str):
-            alone = scores_alone(self.source, token_ids, pad_token_id=self.pad_token_id, like=self.model)
+            pad, heads = self.pad_token_id, heads_of(self.card)
+            alone = scores_alone(self.source, token_ids, pad_token_id=pad, heads=heads, like=self.model)
         else:
             alone = row_scores(self.model, token_ids)
-        return None if alone is None else (self.score_token_ids(token_ids), alone)
+        return (
+            None if alone is None else (self.score_token_ids(token_ids), self.combine(self._centred(alone)).tolist())
+        )
 
     def prompt_lengths(self, prompts: list[Prompt]) -> list[int]:
         """Return the number of tokens that the model reads beside those of an answer, one per prompt."""
@@ -165,12 +174,21 @@ class RewardModelScorer(Scorer):
 
     def score_token_ids(self, token_ids: list[list[int]]) -> list[float]:
         """Return the scores of the rows that `token_ids` returned."""
+        return self.combine(self.head_scores(token_ids)).tolist()
+
+    def head_scores(self, token_ids: list[list[int]]) -> Tensor:
+        """Return the scores of the same rows by each head from a common origin, `(B, K)`."""
         return self._score_rows(token_ids, [])[0]
 
-    def _score_rows(self, token_ids: list[list[int]], kept: list[list[int]]) -> tuple[list[float], list[Tensor]]:
-        """Return the scores of rows, and of each row the last hidden states at the positions `kept`, `(.., H)`."""
+    def _score_rows(self, token_ids: list[list[int]], kept: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
+        """Return the scores of rows by each head from a common origin, `(B, K)`, and hidden states of each row.
+
+        Args:
+            token_ids: Rows.
+            kept: Positions in each row whose last hidden states are returned, `(.., H)`; nothing for none.
+        """
         token_ids, kept = self._within_limit(token_ids, kept)
-        scores, states = torch.empty(len(token_ids)), [torch.empty(0)] * len(kept)
+        scores, states = torch.empty(len(token_ids), heads_of(self.card)), [torch.empty(0)] * len(kept)
         outputs: list[Any] = []
         hook = self._backbone().register_forward_hook(lambda *call: outputs.append(call[2])) if kept else None
         try:
@@ -184,7 +202,11 @@ class RewardModelScorer(Scorer):
         finally:
             if hook is not None:
                 hook.remove()
-        return scores.tolist(), states
+        return self._centred(scores), states
+
+    def _centred(self, scores: Tensor) -> Tensor:
+        means = None if self.card is None else self.card.head_means
+        return scores if means is None else centred(scores, torch.tensor(means))
 
     def _within_limit(
         self, token_ids: list[list[int]], kept: list[list[int]]
@@ -230,13 +252,13 @@ class RewardModelScorer(Scorer):
         return self._score({name: x.to(self.model.device) for name, x in batch.items()}, token_ids).float().cpu()
 
     def _score(self, batch: dict[str, Tensor], token_ids: list[list[int]]) -> Tensor:
-        logits = self.model(**batch, **self._without_cache()).logits
-        if logits.shape != (len(token_ids), 1):
+        logits: Tensor = self.model(**batch, **self._without_cache()).logits
+        if logits.shape != (len(token_ids), heads_of(self.card)):
             raise ValueError(
                 f"The reward model {self.__name__} gives numbers of shape {tuple(logits.shape)} for {len(token_ids)} "
                 "completions, not one score each. Write a reward function that calls it."
             )
-        return logits[:, 0]
+        return logits
 
 
 def state_positions(read: list[int], sampled: list[int], prompt: list[int]) -> list[int]:

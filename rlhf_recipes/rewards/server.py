@@ -4,6 +4,8 @@
                  the weights, and the number of tokens that the model can read; `null` where there is none
     GET /health  {"status": "ok"}; needs no token
     POST /score  {"prompts": [..], "completions": [..], "finished": [..]} -> {"scores": [..]}, with `null` for NaN
+    POST /head_scores  the same -> {"head_scores": [..]}: with several score heads, the scores of the first completion
+                 by each head, then those of the second, ..; `/score` gives the mean of the heads
     POST /lengths  {"prompts": [..]} -> {"lengths": [..]}: the tokens that the model reads beside those of an answer
 
 Prompts and completions are texts or lists of messages. Errors: 401 without the token; 413 for a request or a text that
@@ -88,17 +90,21 @@ class ScoringQueue:
 
     def __init__(self, scorer: RewardModelScorer, max_waiting: int, max_tokens: int = MAX_TOKENS) -> None:
         self._scorer, self._max_tokens = scorer, max_tokens
-        self._waiting: Queue[tuple[ScoreRequest, Future[list[float]]]] = Queue(max_waiting)
+        self._waiting: Queue[tuple[ScoreRequest, bool, Future[list[float]]]] = Queue(max_waiting)
         Thread(target=self._run, name="scoring", daemon=True).start()
 
-    def submit(self, request: ScoreRequest) -> "Future[list[float]]":
+    def submit(self, request: ScoreRequest, *, by_head: bool = False) -> "Future[list[float]]":
         """Add a request to the queue, and return a future of its scores.
+
+        Args:
+            request: Completions.
+            by_head: Whether the scores of each head are wanted: those of the first completion, then of the second, ..
 
         Raises:
             queue.Full: If too many requests wait.
         """
         answer: Future[list[float]] = Future()
-        self._waiting.put_nowait((request, answer))
+        self._waiting.put_nowait((request, by_head, answer))
         return answer
 
     def _run(self) -> None:
@@ -108,14 +114,17 @@ class ScoringQueue:
             with suppress(Empty):
                 while True:
                     requests.append(self._waiting.get_nowait())
-            self._answer(requests)
+            for kind in (False, True):
+                self._answer([(request, answer) for request, by_head, answer in requests if by_head is kind], kind)
 
-    def _answer(self, requests: "list[tuple[ScoreRequest, Future[list[float]]]]") -> None:
+    def _answer(self, requests: "list[tuple[ScoreRequest, Future[list[float]]]]", by_head: bool) -> None:
         read = [(answer, ids) for request, answer in requests if (ids := self._read(request, answer)) is not None]
         if not read:
             return
         try:
-            scored = self._scorer.score_token_ids([ids for _, rows in read for ids in rows])
+            token_ids = [ids for _, rows in read for ids in rows]
+            score = self._by_head if by_head else self._scorer.score_token_ids
+            scored = score(token_ids)
             if any(map(math.isinf, scored)):
                 raise FloatingPointError("an infinite score")
         except Exception as error:  # a model may raise anything, and the server must live on
@@ -123,9 +132,12 @@ class ScoringQueue:
             for answer, _ in read:
                 answer.set_exception(error)
             return
-        scores = iter(scored)
+        scores, each = iter(scored), len(scored) // len(token_ids)
         for answer, rows in read:
-            answer.set_result([next(scores) for _ in rows])
+            answer.set_result([next(scores) for _ in range(each * len(rows))])
+
+    def _by_head(self, token_ids: list[list[int]]) -> list[float]:
+        return self._scorer.head_scores(token_ids).flatten().tolist()
 
     def _read(self, request: ScoreRequest, answer: "Future[list[float]]") -> list[list[int]] | None:
         """Return the token ids of one request; `None` if it cannot be read. The others in the batch are scored."""
@@ -188,19 +200,30 @@ def reward_app(
 
     @app.post("/score", dependencies=authorized)
     async def score(request: Request) -> dict[str, list[float | None]]:
+        return {"scores": await scored(request, by_head=False)}
+
+    @app.post("/head_scores", dependencies=authorized)
+    async def head_scores(request: Request) -> dict[str, list[float | None]]:
+        return {"head_scores": await scored(request, by_head=True)}
+
+    async def scored(request: Request, *, by_head: bool) -> list[float | None]:
         batch = _parsed(ScoreRequest, await _body(request, max_request_bytes))
         _check_sizes([*batch.prompts, *batch.completions], max_tokens)
-        try:
-            scores = await asyncio.wrap_future(queue.submit(batch))
-        except UnscorableError as error:
-            raise HTTPException(422, str(error)) from error
-        except Full:
-            raise HTTPException(503, "too many requests wait") from None
-        except Exception as error:  # a model may raise anything
-            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
-        return {"scores": [None if math.isnan(x) else x for x in scores]}
+        scores = await _answered(queue, batch, by_head)
+        return [None if math.isnan(x) else x for x in scores]
 
     return app
+
+
+async def _answered(queue: ScoringQueue, batch: ScoreRequest, by_head: bool) -> list[float]:
+    try:
+        return await asyncio.wrap_future(queue.submit(batch, by_head=by_head))
+    except UnscorableError as error:
+        raise HTTPException(422, str(error)) from error
+    except Full:
+        raise HTTPException(503, "too many requests wait") from None
+    except Exception as error:  # a model may raise anything
+        raise HTTPException(500, f"{type(error).__name__}: {error}") from error
 
 
 def _about(scorer: RewardModelScorer, weights: str | None) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class SamplingBaseline(Baseline, RolloutTrainer):
         options: dict[str, Any] = {"tokenizer": processing_class, "peft_config": peft_config}
         parts = prepared(model, args, scoring, train_dataset, eval_dataset, columns=("prompt",), **options)
         rewards = checked_rewards(scoring, args, parts["train_dataset"])
-        self.identify_baseline(model, args, parts, rewards)
+        self.identify_baseline(model, args, parts, rewards, scoring.limits)
         super().__init__(reward_funcs=list(rewards), callbacks=callbacks, **parts)
         # TRL calls these: the reward functions, with time limits and retries.
         self.reward_funcs = self.prepare_rewards(
@@ -218,7 +218,7 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
             )
         rewards = checked_rewards(scoring, args, parts["train_dataset"]) if evaluates or scoring.rewards else []
         self._held_out_prompts = first_of_each_prompt(parts["eval_dataset"]) if evaluates else None
-        self.identify_baseline(model, args, parts, rewards)
+        self.identify_baseline(model, args, parts, rewards, scoring.limits)
         super().__init__(callbacks=callbacks, **parts)
         check_prepared(self, train_dataset=parts["train_dataset"], eval_dataset=parts["eval_dataset"])
         self._end_ids = eos_token_ids(parts["model"], processing_class)

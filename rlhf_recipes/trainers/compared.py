@@ -13,6 +13,7 @@ import torch
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from trl.trainer.utils import RepeatSampler
 
+from rlhf_recipes.algorithm.heads import combine_heads
 from rlhf_recipes.console import visible_tables
 from rlhf_recipes.data.messages import ends_in_prefill
 from rlhf_recipes.data.rendering import prompt_ids
@@ -25,8 +26,8 @@ from rlhf_recipes.models.forward import keep_out_of_autocast, rows_without_gradi
 from rlhf_recipes.models.generation import check_static_cache, merged_config, plain_output
 from rlhf_recipes.models.loading import mixed_precision, prepare_frozen
 from rlhf_recipes.models.sampling import thrifty_sampling
+from rlhf_recipes.options.followed_rewards import FollowedRewardConfig
 from rlhf_recipes.options.given import GivenInputs
-from rlhf_recipes.options.reward_calls import RewardCallConfig
 from rlhf_recipes.preflight.policy import check_ends, warn_of_sampling
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.context import check_context
@@ -53,7 +54,7 @@ class ComparedTrainer(SavingTrainer):
     def prepare_rewards(
         self,
         functions: list[Any],
-        limits: RewardCallConfig,
+        limits: FollowedRewardConfig,
         eos_token_ids: list[int],
         judges: dict[str, Callable[..., Any]] | None,
         pairwise_judges: dict[str, Callable[..., Any]] | None,
@@ -62,7 +63,7 @@ class ComparedTrainer(SavingTrainer):
 
         Args:
             functions: Reward functions and scorers.
-            limits: Limits of the calls.
+            limits: Limits of the calls, and the rule for several heads.
             eos_token_ids: Ids that end a completion.
             judges: Functions that score the answers of an evaluation, by name.
             pairwise_judges: Functions that compare two answers, by name.
@@ -85,8 +86,11 @@ class ComparedTrainer(SavingTrainer):
             timeout=limits.reward_timeout,
             prepare_frozen=functools.partial(prepare_frozen, accelerator=self.accelerator),
         )
-        for scorer in (*self.scorers, *map(scorer_of, self.held_out.judges.values())):
-            scorer.prepare(run)
+        rule = functools.partial(combine_heads, rule=limits.reward_heads, coef=limits.reward_heads_coef)
+        for scorer in self.scorers:
+            scorer.prepare(replace(run, combine=rule))
+        for judge in map(scorer_of, self.held_out.judges.values()):
+            judge.prepare(run)
         self._check_context(limits.reward_overflow)
         return [self.reward_calls.guard(function) for function in functions]
 

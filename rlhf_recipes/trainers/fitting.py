@@ -17,6 +17,7 @@ from rlhf_recipes.models.vocabulary import inner_tokenizer
 from rlhf_recipes.trainers.adapter_critic import AdapterCritic, check_weights_are_whole
 from rlhf_recipes.trainers.fitted_critic import FittedCritic
 from rlhf_recipes.trainers.forwards import ForwardTrainer
+from rlhf_recipes.trainers.reference_answers import ReferenceAnswers
 from rlhf_recipes.trainers.reward_critic import RewardCritic, scorer_with_states, scores_all
 from rlhf_recipes.trainers.rollout import Rollout
 
@@ -35,6 +36,7 @@ class FittingTrainer(ForwardTrainer):
     critic: FittedCritic | None = None
     critic_dataset: Any
     reward_normalizer: RewardNormalizer
+    references: ReferenceAnswers | None = None  # with `reward_shaping`
     _starts_with_critic = False  # whether the policy's directory had one
 
     def build_critic(self, directory: str, facts: dict[str, Any]) -> None:
@@ -64,6 +66,8 @@ class FittingTrainer(ForwardTrainer):
         """Return what a critic's values are in: the rewards, and the options that scale them."""
         identity = {name: facts.get(name) for name in FACTS_OF_REWARDS}
         identity |= {name: getattr(self.args, name) for name in SCALE_OF_RETURNS}
+        # Critics that earlier versions have saved know no shaping.
+        identity |= {} if self.references is None else {"reward_shaping": self.args.reward_shaping}
         identity |= {"weights": self.reward_weights.tolist(), "grouped": self._is_grouped}
         return json.dumps(identity | {"functions": [scorer.origin for scorer in self.scorers]})
 
@@ -94,6 +98,8 @@ class FittingTrainer(ForwardTrainer):
     def _scale_of_returns(self, scores: Tensor) -> Tensor:
         """Return the scores of pairs of answers on the scale of the returns of a rollout."""
         scores = scores * self.reward_weights[0].to(scores.device)
+        if self.references is not None:
+            scores = self.references.shaped(scores, [row for row in self.critic_dataset for _ in range(2)])
         if self.args.reward_norm:
             normalizer = self.reward_normalizer
             if not normalizer.is_known:  # the first rollout is scaled by its own statistics, and so are these scores

@@ -19,9 +19,11 @@ from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.evaluation.alarms import AlarmCallback, DeclineStopping, current_alarms
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.options.relevance import defaults_of
 from rlhf_recipes.rewards.functions import score_statistics, weighted_scores
 from rlhf_recipes.trainers.fitting import FittingTrainer
 from rlhf_recipes.trainers.guard import CriticWarmupCallback, TrainingGuard
+from rlhf_recipes.trainers.reference_answers import ReferenceAnswers
 from rlhf_recipes.trainers.rollout import MEANS_OVER_COMPLETIONS, Rollout, rollout_metrics
 from rlhf_recipes.trainers.run_identity import RunIdentity
 from rlhf_recipes.trainers.setup import add_networks, options_for_trl, prepare_parts, prepare_reference
@@ -109,12 +111,14 @@ class PPOTrainer(FittingTrainer):
             self.watch_numbers(parts.start)
 
     def _build_rewards(self, judges: Any, pairwise_judges: Any) -> None:
-        """Prepare scorers and judges, the limits of their calls, and the normaliser of the scores."""
+        """Prepare scorers and judges, the limits of their calls, and what normalises or shapes the scores."""
         functions = self.reward_funcs
         self.reward_funcs = self.prepare_rewards(functions, self.args, self.eos_token_ids, judges, pairwise_judges)
         self.reward_normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
         if (statistics := score_statistics(functions, self.reward_weights)) is not None:
             self.reward_normalizer.warm_start(*statistics)
+        if self.args.reward_shaping == "par":
+            self.references = ReferenceAnswers(self.reward_funcs[0], self.reward_weights[0].item())
 
     def _build_control(self, facts: dict[str, Any]) -> None:
         """Add guard, KL controller, early stopping and the identity of the run, and name the parts of a checkpoint."""
@@ -122,13 +126,15 @@ class PPOTrainer(FittingTrainer):
         sharding = {"deepspeed": self.is_deepspeed_enabled, "fsdp": self.is_fsdp_enabled}
         self.guard = TrainingGuard(args, is_main=self.accelerator.is_main_process, **sharding)
         self.kl_controller = make_kl_controller(args.kl_controller, args.kl_coef, args.target_kl, args.kl_horizon)
+        allow = {"allow_changes": args.allow_changes_on_resume, "defaults": defaults_of(args)}
         self._stateful = {
-            "run": RunIdentity(facts, allow_changes=args.allow_changes_on_resume),
+            "run": RunIdentity(facts, **allow),
             "reward_normalizer": self.reward_normalizer,
             "kl_controller": self.kl_controller,
             "held_out": self.held_out,
             "guard": self.guard,
         }
+        self._stateful |= {} if self.references is None else {"reference_answers": self.references}
         self._samples = []
         self.add_callback(self.guard.rollback)
         self.add_callback(AlarmCallback())
@@ -167,8 +173,11 @@ class PPOTrainer(FittingTrainer):
         length = batch["completion_ids"].size(1)
         values = policy.state_values if self.critic is None else self.critic_values(rows, length)
         rollout.take_tokens(batch, policy.per_token_logps, self._reference_logps(batch), values, self.eos_token_ids)
-        normalizer = self.reward_normalizer if self.args.reward_norm else None
-        rollout.normalize_scores(normalizer, update=self.model.training)
+        if self.references is not None:
+            rollout.shape_scores(self.references)
+        else:
+            normalizer = self.reward_normalizer if self.args.reward_norm else None
+            rollout.normalize_scores(normalizer, update=self.model.training)
         group_size = self.num_generations if self.model.training else 1
         rollout.estimate_advantages(self.args, kl_coef=self.kl_controller.kl_coef, group_size=group_size)
         self._report(rollout, group_size)

@@ -16,7 +16,7 @@ from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, join_prefill
 from rlhf_recipes.durability.earlier_run import check_output_dir
-from rlhf_recipes.evaluation.statistics import preference_metrics
+from rlhf_recipes.evaluation.statistics import head_metrics, preference_metrics
 from rlhf_recipes.models.adapter_base import check_is_merged
 from rlhf_recipes.models.loading import from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked
@@ -27,6 +27,7 @@ from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
 from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
+from rlhf_recipes.trainers.score_heads import COLUMN, DealtPairs, HeadsAsPairs
 
 
 class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
@@ -55,6 +56,7 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
     _tag_names = ["trl", "reward-trainer", "rlhf-recipes"]
     _method = "reward modelling on pairs of answers"
     _too_large = "`learning_rate` or `l2_coefficient`"
+    _head_means: list[float] | None = None  # of the latest evaluation, with several heads
 
     def __init__(
         self,
@@ -80,9 +82,16 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
         args = with_changes(args)  # a copy: TRL writes into options
         if isinstance(model, str):
             torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
-            model = load_reward_model_base(model, **from_pretrained_kwargs(args, quantization_config))
+            model = load_reward_model_base(
+                model, heads=args.score_heads, **from_pretrained_kwargs(args, quantization_config)
+            )
             args = with_changes(args, model_init_kwargs=None)  # TRL warns about them beside a loaded model
         check_score_layer(model)
+        if model.config.num_labels != args.score_heads:
+            raise ValueError(
+                f"The model has `num_labels` {model.config.num_labels}, and `score_heads` is {args.score_heads}: set "
+                "`score_heads` to that number, or name the model by its path."
+            )
         if processing_class is None:
             processing_class = load_tokenizer(base_model)
         example = next(iter(train_dataset))
@@ -97,8 +106,10 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
             "base_model": base_model,
             "conversational": not is_plain,
             "response_separator": args.response_separator if is_plain else None,
+            "score_heads": args.score_heads,
         }
         self._eval_batches: list[torch.Tensor] = []
+        model.config.num_labels = 1  # TRL accepts no other number
         super().__init__(
             model,
             args,
@@ -109,6 +120,9 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
             **kwargs,
         )
 
+        self.model.config.num_labels = args.score_heads
+        if args.score_heads > 1:
+            self.data_collator: Any = DealtPairs(self.data_collator, args.score_heads, args.seed)
         check_adapter_vocabulary(self, tokens)
         check_prepared(self, train_dataset=train_dataset, eval_dataset=eval_dataset)
         keep_unpacked(self.model)
@@ -131,17 +145,27 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Add the L2 term, and keep the scores of an evaluation."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        scores = outputs.logits.squeeze(-1)
+        """Let each head learn from its pairs, add the L2 term, and keep the scores of an evaluation."""
+        pairs = HeadsAsPairs(model, self._heads_of(inputs))
+        inputs = pairs.inputs(inputs)
+        loss, _ = super().compute_loss(pairs, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        scores = pairs.outputs.logits  # (2 pairs, K)
         if self.args.l2_coefficient:
             loss = loss + self.args.l2_coefficient * l2_penalty(scores)
         if not self.model.training:
             chosen, rejected = scores.detach().chunk(2)
             lengths = inputs["attention_mask"].sum(dim=1).to(chosen.dtype).chunk(2)
-            batch = torch.stack([chosen, rejected, *lengths], dim=1)  # (pairs, 4)
+            batch = torch.cat([chosen, rejected, torch.stack(lengths, dim=1)], dim=1)  # (pairs, 2 K + 2)
             self._eval_batches.append(self.accelerator.gather_for_metrics(batch).cpu())
-        return (loss, outputs) if return_outputs else loss
+        return (loss, pairs.outputs) if return_outputs else loss
+
+    def _heads_of(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the heads that count for each pair, `(B, M)`: in an evaluation all, because none has learned it."""
+        dealt = inputs.get(COLUMN)
+        if dealt is not None and self.model.training:
+            return dealt
+        pairs, device = len(inputs["input_ids"]) // 2, inputs["input_ids"].device
+        return torch.arange(self.args.score_heads, device=device).expand(pairs, -1)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; the card keeps the result of the trainer's own evaluation set."""
@@ -155,13 +179,20 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
                 "score_std": metrics["eval_score_std"],
                 "eval_accuracy": metrics["eval_accuracy"],
                 "calibration_error": metrics["eval_calibration_error"],
+                "disagreement": metrics.get("eval_disagreement"),
+                "head_means": self._head_means,
             }
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics over all pairs of an evaluation."""
         if self._eval_batches:
-            metrics = preference_metrics(*torch.cat(self._eval_batches).unbind(dim=1))
+            heads = self.args.score_heads
+            chosen, rejected, lengths = torch.cat(self._eval_batches).split([heads, heads, 2], dim=1)
+            metrics = preference_metrics(chosen.mean(dim=1), rejected.mean(dim=1), *lengths.unbind(dim=1))
+            if heads > 1:
+                metrics |= head_metrics(chosen, rejected)
+                self._head_means = torch.cat([chosen, rejected]).mean(dim=0).tolist()
             self._eval_batches.clear()
             # TRL's accuracy is a mean over batches. Ours, over pairs, replaces it.
             self._metrics["eval"].pop("accuracy", None)

@@ -30,6 +30,7 @@ from rlhf_recipes.data.messages import Text
 from rlhf_recipes.evaluation.samples import reward_columns, sample_rows
 from rlhf_recipes.models.forward import CompletionForward
 from rlhf_recipes.options.ppo import PPOConfig
+from rlhf_recipes.trainers.reference_answers import ReferenceAnswers
 
 
 @dataclass(eq=False)
@@ -81,7 +82,7 @@ class Rollout:
     k1: Tensor = field(init=False)
     """`old_per_token_logps - ref_per_token_logps` on the tokens that train, 0 elsewhere; nats, `(B, T)`."""
 
-    # normalize_scores
+    # normalize_scores, shape_scores
     normalized_scores: Tensor = field(init=False)
     """`(B,)`."""
 
@@ -174,6 +175,10 @@ class Rollout:
         if normalizer is not None and update:
             normalizer.update(self.scores)
         self.normalized_scores = own_part(self.scores if normalizer is None else normalizer.normalize(self.scores))
+
+    def shape_scores(self, references: ReferenceAnswers) -> None:
+        """Compare the scores with those of reference answers, instead of normalising them."""
+        self.normalized_scores = references.shaped(own_part(self.scores), self.rows)
 
     def estimate_advantages(self, args: PPOConfig, *, kl_coef: float, group_size: int) -> None:
         """Shape the rewards, estimate advantages and returns, and whiten the advantages over all ranks.

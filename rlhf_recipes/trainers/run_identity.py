@@ -6,8 +6,10 @@ own.
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from datasets import Dataset
@@ -19,7 +21,7 @@ from rlhf_recipes.data.digest import dataset_digest
 from rlhf_recipes.models.adapter_base import base_of_adapter
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.quantization import quantization_of
-from rlhf_recipes.options.relevance import options_that_count
+from rlhf_recipes.options.relevance import defaults_of, options_that_count
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.trainers.saving import SavingTrainer
 
@@ -36,10 +38,15 @@ class RunIdentity:
     Args:
         facts: Facts of the run, by name. They are compared as JSON.
         allow_changes: Whether to warn instead.
+        defaults: Facts of a checkpoint that does not note them.
     """
 
-    def __init__(self, facts: dict[str, Any], *, allow_changes: bool) -> None:
+    def __init__(
+        self, facts: dict[str, Any], *, allow_changes: bool, defaults: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self._facts: dict[str, Any] = json.loads(json.dumps(facts))
+        known = {name: value for name, value in defaults.items() if name in self._facts}
+        self._defaults: dict[str, Any] = json.loads(json.dumps(known, default=str))
         self._allow_changes = allow_changes
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,6 +59,7 @@ class RunIdentity:
         Raises:
             ValueError: If a fact differs. The message gives both values.
         """
+        state = self._defaults | state
         names = sorted({*state, *self._facts} - {name for name in LATER_FACTS if name not in state})
         changed = [
             f"{name} was {state.get(name)}, is {self._facts.get(name)}"
@@ -76,7 +84,16 @@ class IdentifiedTrainer(SavingTrainer):
 
     _identity: RunIdentity
 
-    def identify(self, args: Any, *, model: Any, network: Any, peft_config: Any, **data: Any) -> None:
+    def identify(
+        self,
+        args: Any,
+        *,
+        model: Any,
+        network: Any,
+        peft_config: Any,
+        others: Mapping[str, Any] = MappingProxyType({}),
+        **data: Any,
+    ) -> None:
         """Note the facts that must be the same when the run is resumed. For another length there is a warning.
 
         Args:
@@ -84,11 +101,13 @@ class IdentifiedTrainer(SavingTrainer):
             model: Path or model that the user gave.
             network: The same model, loaded, before anything is added to it.
             peft_config: Adapter that will be added to it.
+            others: Facts beside these, by name.
             data: `train_dataset`, and `rewards` if there are any.
         """
         facts = facts_of_training(args, **data) | options_that_count(args, length_is_free=True)
-        facts |= {"the model to start from": _start(model)} | facts_of_network(network, peft_config)
-        self._identity = RunIdentity(facts, allow_changes=getattr(args, "allow_changes_on_resume", False))
+        facts |= {"the model to start from": _start(model)} | facts_of_network(network, peft_config) | dict(others)
+        allow = getattr(args, "allow_changes_on_resume", False)
+        self._identity = RunIdentity(facts, allow_changes=allow, defaults=defaults_of(args))
 
     def _save_progress(self, folder: Path) -> None:
         super()._save_progress(folder)

@@ -45,6 +45,7 @@ from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_fun
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.trainers.adapter_critic import check_adapter_critic
 from rlhf_recipes.trainers.numbers import given_model
+from rlhf_recipes.trainers.reference_answers import check_reference_answers
 from rlhf_recipes.trainers.reward_critic import check_critic
 from rlhf_recipes.trainers.run_identity import facts_of_network, facts_of_run
 
@@ -137,6 +138,7 @@ def prepare_parts(
         scorers.append(RewardAdapterScorer(args.reward_adapter))
     check_critic(args.critic, critic_dataset, [scorer_of(function) for function in scorers], tokenizer)
     check_reward_functions(scorers, dataset=train_dataset, response_separator=args.response_separator)
+    check_reference_answers(args, list(map(scorer_of, scorers)), named | {"critic_dataset": critic_dataset})
     reference = None if uses_peft else load(frozen=True)
     use_one_rope([network for network in (policy, reference) if network is not None], longest["train_dataset"])
     is_larger = getattr(peft_config, "layer_replication", None) is not None  # than the model that was given

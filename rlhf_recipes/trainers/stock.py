@@ -15,7 +15,7 @@ from rlhf_recipes.durability.earlier_run import check_output_dir
 from rlhf_recipes.models.loading import only_active_adapter
 from rlhf_recipes.models.vocabulary import with_end_token
 from rlhf_recipes.options.changes import with_changes
-from rlhf_recipes.options.reward_calls import RewardCallConfig
+from rlhf_recipes.options.followed_rewards import FollowedRewardConfig
 from rlhf_recipes.options.training import check_training
 from rlhf_recipes.rewards.functions import as_reward_functions, check_reward_functions
 from rlhf_recipes.trainers.compared import ComparedTrainer
@@ -39,7 +39,7 @@ class Scoring:
     response_separator: str
     judges: dict[str, Callable[..., Any]] = field(default_factory=dict)
     pairwise_judges: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    limits: RewardCallConfig = field(default_factory=RewardCallConfig)
+    limits: FollowedRewardConfig = field(default_factory=FollowedRewardConfig)
 
 
 def prepared(
@@ -115,11 +115,16 @@ class Baseline(IdentifiedTrainer, ComparedTrainer):
         """Return the columns of a dataset that the trainer may see."""
         return without_answers(dataset)
 
-    def identify_baseline(self, model: str, args: Any, parts: dict[str, Any], rewards: list[Any]) -> None:
+    def identify_baseline(
+        self, model: str, args: Any, parts: dict[str, Any], rewards: list[Any], limits: FollowedRewardConfig
+    ) -> None:
         """Note the revision of the policy and the identity of the run. `parts` is the result of `prepared`."""
         self.note_source(model, args)
+        # Checkpoints of earlier versions know no rule, and their runs had the mean.
+        rule = [limits.reward_heads, limits.reward_heads_coef]
+        others = {} if limits.reward_heads == "mean" else {"`reward_heads`": rule}
         known = {"network": parts["model"], "peft_config": parts["peft_config"]}
-        self.identify(args, model=model, **known, train_dataset=parts["train_dataset"], rewards=rewards)
+        self.identify(args, model=model, **known, train_dataset=parts["train_dataset"], rewards=rewards, others=others)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy."""

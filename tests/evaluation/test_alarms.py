@@ -180,3 +180,12 @@ def test_a_log_is_searched_once_for_all_callbacks_that_ask(monkeypatch):
     state.log_history = [state.log_history[0], {"step": 2}]
     assert ask(args, state) == [str(state.log_history)]
     assert searched == [0, 1, 2, 2], "an equal record, written again"
+
+
+def test_heads_that_come_to_disagree():
+    """An alarm needs a rise, and more than half as much again as on the evaluation data."""
+    name = "rewards/rm/disagreement_ratio"
+    (alarm,) = find_alarms(_curves(**{name: 1 + TIME}), {})
+    assert alarm.startswith("The heads of the reward model rm disagree about the answers 1.9 times as much as about")
+    assert not find_alarms(_curves(**{name: 1 + 0.4 * TIME}), {})
+    assert not find_alarms(_curves(**{name: 2 - 0.3 * TIME}), {})

@@ -216,6 +216,25 @@ def test_a_reward_model_scores_as_it_was_trained(tmp_path, base):
         assert_close(weight, reward[name], EXACT)
 
 
+def test_several_score_heads_on_one_quantised_backbone(tmp_path, base):
+    options = {"score_heads": 3, "max_steps": 4, "learning_rate": 1e-2}
+    trainer = tiny.reward_trainer(tmp_path / "rm", base, peft=tiny.lora(), quantization=NF4, **options)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    scorer = RewardModelScorer.from_pretrained(str(tmp_path / "rm"))
+    assert len(_linears(scorer.model)) == 14
+    rows = scorer.token_ids(["the fox\n\n"] * 2, ["is red", "berries"], [True, True])
+    live = RewardModelScorer(trainer.model.eval(), tiny.tokenizer(), trainer.card).head_scores(rows)
+    assert live.std(dim=1).min() > 0
+    assert_close(scorer.head_scores(rows), live, FP32)
+    rules = {"reward_heads": "pessimistic", "reward_adapter": str(tmp_path / "rm"), "critic": "reward", "max_steps": 8}
+    ppo = _trainer(base, tmp_path / "ppo", peft=tiny.lora(), rewards=None, **rules)
+    ppo.train()
+    assert_close(ppo.scorers[0].head_scores(rows), live, FP32)
+    assert ppo.rollout.state_values.std() > 0
+
+
 def test_quantised_weights_are_not_trained(tmp_path, base):
     with pytest.raises(ValueError, match="set `use_peft: true` beside `load_in_4bit`"):
         _trainer(base, tmp_path / "out")

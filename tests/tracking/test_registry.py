@@ -54,7 +54,7 @@ def world(empty_store, tmp_path_factory):
     with mlflow_server(directory, port):
         _recipe(
             world, "reward_modeling", output_dir="out/rm-1.0", registered_model_name="rm", dataset_name="pairs",
-            max_steps=2, **registered, **LORA,
+            max_steps=2, score_heads=2, **registered, **LORA,
         )  # fmt: skip
         _recipe(
             world, "ppo", output_dir="out/ppo", registered_model_name="policy", reward_model_path="out/rm-1.0",
@@ -122,6 +122,7 @@ def test_a_reward_model_from_mlflow_scores_as_the_one_that_was_trained(world):
     assert loaded(**ROWS) != RewardModelScorer(tiny.reward_model(tiny.tokenizer()), tiny.tokenizer())(**ROWS)
     assert loaded.card == RewardModelCard.load("out/rm-1.0")
     assert loaded.card.eval_accuracy is not None
+    assert loaded.card.score_heads == 2
 
 
 def test_a_base_may_lie_elsewhere(world, tmp_path):

@@ -50,6 +50,7 @@ def _ppo(directory):
         judges={"judge": tiny.length_reward},
         pairwise_judges={"pairs": lambda prompts, **kwargs: [0.5] * len(prompts)},
         num_generations=2,
+        rewards=[tiny.length_reward, str(directory.with_name("reward_modeling"))],
         **EVALUATED,
     )
     trainer.train()
@@ -57,8 +58,11 @@ def _ppo(directory):
 
 
 def _reward_model(directory):
-    trainer = tiny.reward_trainer(directory, **EVALUATED)
+    """Train several heads on pairs that they do not rank alike, and leave the reward model to PPO."""
+    model = tiny.reward_model(tiny.tokenizer(), num_labels=3)
+    trainer = tiny.reward_trainer(directory, model, eval_data=tiny.preferences(count=40), score_heads=3, **EVALUATED)
     trainer.train()
+    trainer.save_model()
     return trainer
 
 
@@ -101,7 +105,7 @@ def logged(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     names = {
         stage: {name for entry in run(directory / stage).state.log_history for name in entry} - {"step"}
-        for stage, run in {"ppo": _ppo, "reward_modeling": _reward_model, "sft": _sft, **BASELINES}.items()
+        for stage, run in {"reward_modeling": _reward_model, "ppo": _ppo, "sft": _sft, **BASELINES}.items()
     }
     tok = tiny.tokenizer()
     judges = {"judges": {"judge": tiny.length_reward}, "max_completion_length": 4}

@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes.durability.checkpoints import checkpoints_by_age, publish
 from rlhf_recipes.durability.preemption import PreemptionCallback
+from rlhf_recipes.options.relevance import defaults_of, options_that_count
 from rlhf_recipes.trainers.run_identity import LATER_FACTS, RunIdentity, facts_of_run
 
 pytestmark = [pytest.mark.tiny, pytest.mark.portable]
@@ -181,6 +182,16 @@ def test_a_checkpoint_that_does_not_know_its_network_resumes():
     RunIdentity({"a": 1, **later}, allow_changes=False).load_state_dict({"a": 1})
     with pytest.raises(ValueError, match="the reward adapter was None, is b"):
         RunIdentity({"a": 1, "the reward adapter": "b"}, allow_changes=False).load_state_dict({"a": 1})
+
+
+def test_a_checkpoint_that_is_older_than_an_option_had_its_default(tmp_path):
+    facts, defaults = {}, defaults_of(tiny.ppo_config(tmp_path))
+    for rule in ("mean", "pessimistic"):
+        facts[rule] = options_that_count(tiny.ppo_config(tmp_path, reward_heads=rule))
+    older = {name: value for name, value in facts["mean"].items() if name not in ("`reward_heads`", "`gamma`")}
+    RunIdentity(facts["mean"], allow_changes=False, defaults=defaults).load_state_dict(older)
+    with pytest.raises(ValueError, match="another run: `reward_heads` was mean, is pessimistic"):
+        RunIdentity(facts["pessimistic"], allow_changes=False, defaults=defaults).load_state_dict(older)
 
 
 def test_what_changes_no_number_may_change(tmp_path):
