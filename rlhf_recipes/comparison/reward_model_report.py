@@ -33,6 +33,13 @@ FIGURES = {
     "rows": "rows",
     "rows without a score": "unscored",
 }
+HEADS = {
+    "standard deviation of a score over the heads": "heads/disagreement",
+    "the same of a difference in score": "heads/margin_disagreement",
+    "share of pairs that all heads rank alike": "heads/unanimous",
+    "accuracy on these pairs": "heads/accuracy_unanimous",
+    "accuracy on the others": "heads/accuracy_divided",
+}
 SECTION, CATEGORY = "section/", "category/"
 
 
@@ -72,6 +79,7 @@ def write_reward_model_report(
         *_differences(evaluation),
         *_categories(evaluation, output_dir),
         *_best_of(evaluation, output_dir),
+        *_heads(evaluation),
     ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rlhf_recipes.comparison"),
@@ -179,6 +187,16 @@ def _categories(evaluation: Evaluation, output_dir: Path) -> list[Section]:
     ]
     image = plot_categories(evaluation, output_dir / "categories.png")
     return [Section("By category", "Accuracy, with 95 % intervals.", header, rows, [image])]
+
+
+def _heads(evaluation: Evaluation) -> list[Section]:
+    metrics = {name: model.metrics for name, model in evaluation.models.items()}
+    shown = {title: name for title, name in HEADS.items() if any(name in found for found in metrics.values())}
+    if not shown:
+        return []
+    rows = [[title, *(with_interval(found, name) for found in metrics.values())] for title, name in shown.items()]
+    text = "Only models with several score heads. Where heads disagree, the model should be wrong more often."
+    return [Section("Agreement between heads", text, ["figure", *metrics], rows)]
 
 
 def _best_of(evaluation: Evaluation, output_dir: Path) -> list[Section]:

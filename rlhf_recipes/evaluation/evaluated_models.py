@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from torch import Tensor
 
+from rlhf_recipes.algorithm.heads import combine_heads
 from rlhf_recipes.data.messages import Text, as_text
 from rlhf_recipes.data.preferences import PreferenceSet, in_form_of
 from rlhf_recipes.data.prompts import add_separator
@@ -131,14 +133,14 @@ def evaluate_reward_models(
     given = zip(names_of(script_args.reward_models), script_args.reward_models, paths, strict=True)
     for name, option, path in given:
         reader = _Reader.load(name, path, script_args, calls, init_kwargs)
-        scores = reader.scores(preferences.prompts, preferences.answers, "dataset_name")
+        scores, heads = reader.scores(preferences.prompts, preferences.answers, "dataset_name")
         curves: dict[str, Curve] = {}
         if candidates is not None:
             reader.scorer.policy_eos_token_ids = candidates.end_ids
             ids = {} if candidates.token_ids is None else {"completion_ids": candidates.token_ids}
-            chosen = reader.scores(candidates.prompts, candidates.answers, "best_of_dataset_name", **ids)
+            chosen, _ = reader.scores(candidates.prompts, candidates.answers, "best_of_dataset_name", **ids)
             curves = curve_of(np.stack(chosen), judged, seed=seed)
-        found[name] = Evaluated(option, rank(preferences, scores, seed=seed), curves)
+        found[name] = Evaluated(option, rank(preferences, scores, heads=heads, seed=seed), curves)
     compared = compare({name: model.ranking for name, model in found.items()}, seed=seed)
     best = {judge: curve_of(values, {judge: values}, seed=seed)[judge] for judge, values in judged.items()}
     return Evaluation(found, [_with_curves(each, found, seed) for each in compared], best)
@@ -178,6 +180,24 @@ def _judged(
     }
 
 
+class _Heads:
+    """Combine the scores of several heads by their mean, and keep them."""
+
+    def __init__(self) -> None:
+        self._seen: list[Tensor] = []
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Return one score per row of `(B, K)`."""
+        self._seen.append(scores)
+        return combine_heads(scores)
+
+    def by_row(self, sizes: list[int]) -> list[np.ndarray] | None:
+        """Return the scores of all heads, `(size, K)` for each row; `None` with one head, or if calls have failed."""
+        seen = np.concatenate([scores.numpy() for scores in self._seen]) if self._seen else np.empty((0, 1))
+        is_whole = len(seen) == sum(sizes) and seen.shape[1] > 1
+        return np.split(seen, np.cumsum(sizes)[:-1]) if is_whole else None
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Give a reward model prompts and answers in the form that it reads."""
@@ -214,8 +234,8 @@ class _Reader:
 
     def scores(
         self, prompts: Dataset, answers: list[list[Text]], option: str, **columns: list[list[Any]]
-    ) -> list[np.ndarray]:
-        """Return the scores of the answers to each prompt.
+    ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        """Return the scores of the answers to each prompt, and with several heads those of each head.
 
         Raises:
             ValueError: If the model cannot read them. The message names it.
@@ -226,7 +246,10 @@ class _Reader:
             self._check_lengths(prompts["prompt"], answers, option)
         except ValueError as error:
             raise ValueError(f"`reward_models`, {self.name}, does not suit `{option}`. {error}") from error
-        return scores_of(self.judge, prompts["prompt"], answers, **columns)
+        heads = _Heads()
+        self.scorer.combine = heads
+        scores = scores_of(self.judge, prompts["prompt"], answers, **columns)
+        return scores, heads.by_row([len(row) for row in answers])
 
     def _check_lengths(self, prompts: list[Text], answers: list[list[Text]], option: str) -> None:
         """Refuse rows that the model cannot read whole, if it has a limit and runs here."""

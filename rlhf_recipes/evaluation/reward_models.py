@@ -14,7 +14,7 @@ from rlhf_recipes.data.messages import Text
 from rlhf_recipes.data.preferences import PreferenceSet
 from rlhf_recipes.evaluation.calibration import CalibrationBin, calibration_interval, reliability
 from rlhf_recipes.evaluation.reward_benchmarks import benchmark_scores, is_ties, row_outcome, ties_outcome
-from rlhf_recipes.evaluation.statistics import mean_gain, preference_metrics, wilson_interval
+from rlhf_recipes.evaluation.statistics import head_metrics, mean_gain, preference_metrics, wilson_interval
 
 CHUNK = 256  # answers per call of a scorer: a call has a time limit
 REFERENCE, TIED = "ref", "tied"  # begin the ids of the category Ties: `ref:3`, `tied:3`
@@ -60,12 +60,15 @@ def scores_of(
     return np.split(np.array(found, dtype=float), np.cumsum([len(row) for row in answers])[:-1])
 
 
-def rank(preferences: PreferenceSet, scores: list[np.ndarray], *, seed: int = 0) -> Ranking:
+def rank(
+    preferences: PreferenceSet, scores: list[np.ndarray], *, heads: list[np.ndarray] | None = None, seed: int = 0
+) -> Ranking:
     """Measure how scores rank the rows of a preference set.
 
     Args:
         preferences: Rows.
         scores: Of each row the scores of its answers, the chosen ones first.
+        heads: Of each row the scores of its answers by each head, `(answers, K)`, if there are several heads.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -93,6 +96,10 @@ def rank(preferences: PreferenceSet, scores: list[np.ndarray], *, seed: int = 0)
         pairs = _Pairs.of(preferences, scores, counted)
         metrics |= pairs.metrics(alone=preferences.is_pairs, seed=seed)
         bins = reliability(pairs.margins)
+        if heads is not None:
+            by_head = _Pairs.of(preferences, heads, counted)
+            found = head_metrics(by_head.chosen, by_head.rejected)
+            metrics |= {f"heads/{name}": value for name, value in found.items()}
     return Ranking(scores, outcomes, by_category, metrics, bins)
 
 
@@ -155,7 +162,15 @@ def _split(preferences: PreferenceSet, scores: list[np.ndarray], row: int) -> tu
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Hold every chosen answer beside every rejected one of its row, N pairs. All are `(N,)`."""
+    """Hold every chosen answer beside every rejected one of its row, N pairs.
+
+    Args:
+        chosen: Scores, `(N,)`, or by head, `(N, K)`.
+        rejected: Scores of the other answers, in the same form.
+        chosen_lengths: Characters, `(N,)`.
+        rejected_lengths: Characters of the other answers, `(N,)`.
+        rows: Row of each pair, `(N,)`.
+    """
 
     chosen: np.ndarray
     rejected: np.ndarray

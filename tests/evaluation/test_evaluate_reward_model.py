@@ -30,7 +30,7 @@ def directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     tok = tiny.tokenizer()
     policy = tiny.save(tiny.policy(tok), folder / "policy")
-    for name, options in (("plain", {"seed": 1}), ("chat", {"chat": True})):
+    for name, options in (("plain", {"seed": 1}), ("chat", {"chat": True}), ("heads", {"score_heads": 3})):
         trainer = tiny.reward_trainer(folder / name, policy, tok=tiny.tokenizer(), **options)
         trainer.evaluate()
         trainer.save_model()
@@ -84,6 +84,14 @@ def test_scores_are_those_of_training(directory):
         metrics = evaluation.models[name].metrics
         assert metrics["accuracy"] == card["eval_accuracy"]
         assert_close(metrics["score_mean"], card["score_mean"], SCORES)
+
+
+def test_heads_are_measured_by_the_same_forwards(directory):
+    metrics = _evaluate(directory, tiny.preferences(count=6), models=["heads"]).models["heads"].metrics
+    card = json.loads((directory / "heads" / "reward_model_card.json").read_text())
+    assert metrics["accuracy"] == card["eval_accuracy"]
+    assert_close(metrics["heads/disagreement"], card["disagreement"], SCORES)
+    assert 0 <= metrics["heads/unanimous"] <= 1
 
 
 def test_text_becomes_a_chat_for_a_model_of_chats(directory):
