@@ -1,14 +1,16 @@
 """`recipes/evaluate_reward_model.py` measures reward models of every kind, and refuses what they cannot rank."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import tiny
+import uvicorn
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from processes import run_script
+from processes import free_port, run_script
 from tolerances import SCORES, assert_close
 
 from rlhf_recipes.data.preferences import preference_set
@@ -16,6 +18,8 @@ from rlhf_recipes.evaluation.best_of_answers import load_candidates
 from rlhf_recipes.evaluation.evaluated_models import evaluate_reward_models
 from rlhf_recipes.options.reward_model_evaluation import RewardModelEvaluationArguments
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.scorer import RewardModelScorer
+from rlhf_recipes.rewards.server import reward_app
 from rlhf_recipes.trainers.evaluated_cards import EVALUATIONS_FILE
 
 pytestmark = pytest.mark.recipe
@@ -43,7 +47,7 @@ def directory(tmp_path_factory):
 
 def _evaluate(folder, rows, **options):
     """Evaluate in this process, and return the measurements."""
-    models = [str(folder / name) for name in options.pop("models", ["plain"])]
+    models = [name if "://" in name else str(folder / name) for name in options.pop("models", ["plain"])]
     script_args = RewardModelEvaluationArguments(reward_models=models, **options)
     calls = RewardCalls()
     return evaluate_reward_models(script_args, models, preference_set(rows), None, calls)
@@ -92,6 +96,27 @@ def test_heads_are_measured_by_the_same_forwards(directory):
     assert metrics["accuracy"] == card["eval_accuracy"]
     assert_close(metrics["heads/disagreement"], card["disagreement"], SCORES)
     assert 0 <= metrics["heads/unanimous"] <= 1
+
+
+@pytest.fixture
+def address(directory):
+    """Return the address of the served model with several heads."""
+    port = free_port()
+    app = reward_app(RewardModelScorer.from_pretrained(str(directory / "heads")))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_a_served_model_has_the_same_figures(directory, address):
+    here, there = (_evaluate(directory, tiny.preferences(), models=[name]) for name in ("heads", address))
+    ours, theirs = (next(iter(evaluation.models.values())).metrics for evaluation in (here, there))
+    assert ours.keys() == theirs.keys()
+    assert "heads/unanimous" in ours
+    assert_close(list(ours.values()), list(theirs.values()), SCORES)
 
 
 def test_text_becomes_a_chat_for_a_model_of_chats(directory):
