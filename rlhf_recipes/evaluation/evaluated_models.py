@@ -14,6 +14,7 @@ from rlhf_recipes.algorithm.heads import combine_heads
 from rlhf_recipes.data.messages import Text, as_text
 from rlhf_recipes.data.preferences import PreferenceSet, in_form_of
 from rlhf_recipes.data.prompts import add_separator
+from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.evaluation.best_of_answers import Candidates, Curve, curve_of
 from rlhf_recipes.evaluation.reward_models import Comparison, Ranking, compare, interval_of, rank, scores_of, winner
 from rlhf_recipes.evaluation.verdicts import Judgement, reward_model_verdict
@@ -167,6 +168,7 @@ def _judged(
     """Return the scores of all candidates by each judge, `(P, N)`."""
     separator = run_separator(script_args.response_separator, paths)
     prompts = add_separator(candidates.prompts, separator)
+    check_reward_columns(prompts, "best_of_dataset_name")
     judges, _ = load_judges(
         script_args,
         prompts,
@@ -274,6 +276,8 @@ def reward_models_verdict(evaluation: Evaluation) -> list[Judgement]:
         figures = metrics | {"accuracy": metrics.get("pair_accuracy", metrics["accuracy"])}
         read = {f"eval_{figure}": value for figure, value in figures.items()}
         judged = reward_model_verdict(read, int(np.isfinite(outcomes).sum()))
+    if "pair_accuracy" in metrics:
+        judged = [Judgement(each.level, f"chosen against rejected, {each.text}") for each in judged]
     if not evaluation.comparisons:
         return judged
     named = [Judgement(each.level, f"{name}: {each.text}") for each in judged[:2]]

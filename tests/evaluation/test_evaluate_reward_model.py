@@ -12,6 +12,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from processes import free_port, run_script
 from tolerances import SCORES, assert_close
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from rlhf_recipes.data.preferences import preference_set
 from rlhf_recipes.evaluation.best_of_answers import load_candidates
@@ -122,6 +123,17 @@ def test_a_served_model_has_the_same_figures(directory, address):
 def test_text_becomes_a_chat_for_a_model_of_chats(directory):
     by_text, by_chat = (_evaluate(directory, tiny.preferences(chat=chat), models=["chat"]) for chat in (False, True))
     assert by_text.results == by_chat.results
+
+
+def test_rows_beyond_the_positions_of_a_model_are_refused_or_cut(directory):
+    tok = tiny.tokenizer()
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 24}
+    config = GPT2Config(vocab_size=len(tok), num_labels=1, pad_token_id=tok.pad_token_id, **sizes)
+    tiny.save(GPT2ForSequenceClassification(config), directory / "small")
+    rows = tiny.preferences(count=2).map(lambda row, i: {"chosen": row["chosen"] * (1 + 20 * i)}, with_indices=True)
+    with pytest.raises(ValueError, match=r"small, .* Row 1 of `dataset_name` has \d+ tokens, and the model reads 24"):
+        _evaluate(directory, rows, models=["small"])
+    assert _evaluate(directory, rows, models=["small"], reward_overflow="cut").results["small/rows"] == 2.0
 
 
 def _arguments(**options):
