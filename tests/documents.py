@@ -9,14 +9,14 @@ from pathlib import Path
 import trl
 
 import rlhf_recipes
-from rlhf_recipes.options import preferences
+from rlhf_recipes.options import preferences, reward_model_evaluation
 from rlhf_recipes.options import recipes as arguments
 from rlhf_recipes.options.baselines import CONFIGS, BaselineArguments
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *RECIPES.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-HOMES = (arguments, preferences, rlhf_recipes, trl)
+HOMES = (arguments, preferences, reward_model_evaluation, rlhf_recipes, trl)
 # Scripts whose parser is built in a module.
 PARSED_ELSEWHERE = {RECIPES / "quickstart.py": ROOT / "rlhf_recipes" / "quickstart" / "stages.py"}
 

@@ -20,6 +20,7 @@ from rlhf_recipes.options.judge import JudgeConfig
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.paths import require_path
 from rlhf_recipes.options.preferences import PreferenceArguments
+from rlhf_recipes.options.reward_model_evaluation import RewardModelEvaluationArguments
 from rlhf_recipes.options.shipped import shipped_configurations
 from rlhf_recipes.quickstart.stages import STAGES as QUICKSTART
 
@@ -45,6 +46,7 @@ OURS = {
     BaselineArguments: (trl.ScriptArguments, {"script_args", "judge_args", "limits", "self"}),
     DPOConfig: (trl.DPOConfig, {"args", "training_args"}),
     JudgeConfig: (None, {"config", "_config", "self"}),
+    RewardModelEvaluationArguments: (trl.ScriptArguments, {"script_args", "judge_args", "limits"}),
     arguments.BoundaryArguments: (None, {"boundary_args"}),
     arguments.ExportArguments: (None, {"script_args"}),
     arguments.ServeArguments: (None, {"script_args"}),

@@ -82,4 +82,4 @@ def overview() -> str:
 
 
 def _rows(title: str, purposes: Mapping[str, str]) -> str:
-    return f"{title}:\n" + "".join(f"  {name:16} {purpose}\n" for name, purpose in purposes.items()) + "\n"
+    return f"{title}:\n" + "".join(f"  {name:21} {purpose}\n" for name, purpose in purposes.items()) + "\n"

@@ -100,6 +100,13 @@ STAGES = {
         "model_name_or_path baseline_path reward_model_path judge_models dataset_name best_of num_prompts "
         "max_completion_length output_dir",
     ),
+    "evaluate-reward-model": Stage(
+        "evaluate_reward_model",
+        "Measure how well reward models rank answers, and compare them.",
+        ("rlhf_recipes.options.reward_model_evaluation:RewardModelEvaluationArguments", *_AROUND[:2]),
+        "reward_models dataset_name dataset_test_split category_column judge_functions best_of_dataset_name "
+        "model_name_or_path num_samples max_completion_length output_dir",
+    ),
     "compare": Stage(
         "compare",
         "Compare the runs of an experiment on one page.",

@@ -17,13 +17,13 @@ TOPICS = {
     "Data": """
         dataset_* response_separator shuffle_dataset max_length truncation_mode packing* padding_free eval_packing
         *_only_loss remove_unused_columns label_names length_column_name chat_template* eos_token pad_token num_prompts
-        label_file pair_answers only_agreed earlier_pairs
+        label_file pair_answers only_agreed earlier_pairs category_column
         """,
     "LoRA": "use_peft lora_* use_rslora use_dora",
     "4-bit and 8-bit weights": "load_in_* bnb_* use_bnb_*",
     "Reward models, reward functions and judges": """
-        reward_* judge_* pairwise_judges failed_rewards critic_dataset_name critic_pairs missing_eos_penalty
-        truncated_completions step_* train_on_last_step_only center_rewards_coefficient l2_coefficient best_of
+        reward_* best_of* judge_* pairwise_judges failed_rewards critic_dataset_name critic_pairs missing_eos_penalty
+        truncated_completions step_* train_on_last_step_only center_rewards_coefficient l2_coefficient
         score_heads remove_length_bias
         """,
     "KL to the reference": "kl_* target_kl beta *ref_model* use_bias_correction_kl precompute_ref_*",

@@ -1,5 +1,6 @@
 """Load the splits that a recipe names."""
 
+import json
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,15 +132,27 @@ def load_prompts(script_args: ScriptArguments, split: str) -> Dataset:
     return without_answers(load_split(script_args, split))
 
 
-def without_answers(dataset: Dataset) -> Dataset:
+def without_answers(dataset: Dataset, name: str = "dataset_name") -> Dataset:
     """Return the prompts and the columns that a reward function may read, without the answers.
+
+    Args:
+        dataset: Dataset with the column `prompt`.
+        name: Option that names it, for messages.
 
     Raises:
         ValueError: See `readable_rows`.
     """
-    dataset = readable_rows(dataset, ("prompt",), "dataset_name")
+    dataset = readable_rows(dataset, ("prompt",), name)
     answers = [column for column in ("completion", "chosen", "rejected") if column in dataset.column_names]
     return dataset.remove_columns(answers)
+
+
+def first_of_each_prompt(pairs: Dataset) -> Dataset:
+    """Return the prompts of preference pairs, each once, with the columns that a reward function may read."""
+    rows: dict[str, int] = {}
+    for row, prompt in enumerate(pairs["prompt"]):
+        rows.setdefault(json.dumps(prompt), row)
+    return without_answers(pairs).select(rows.values())
 
 
 def load_demonstrations(script_args: ScriptArguments, split: str, separator: str) -> Dataset:

@@ -18,6 +18,7 @@ PURPOSES = {
     "grpo": "GRPO: train a policy to raise the score, without a critic.",
     "dpo": "DPO: train a policy on preferences, without a reward model.",
     "sample_preferences": "New preferences: let a policy answer, and label pairs of its answers.",
+    "evaluate_reward_model": "Evaluation of reward models: how well do they rank answers that people ranked?",
     "evaluate": "Evaluation: compare a policy with its baseline on held-out prompts.",
 }
 

@@ -10,6 +10,7 @@ import scipy  # it imports `scipy.stats`, which takes a second, at the first cal
 from numpy.typing import ArrayLike
 
 Samples = ArrayLike | Sequence[Sequence[float | None]]
+BATCH = 2**24  # numbers that a bootstrap holds at a time, 128 MiB
 
 
 def preference_metrics(
@@ -84,9 +85,25 @@ def head_metrics(chosen_scores: ArrayLike, rejected_scores: ArrayLike) -> dict[s
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Return the expected calibration error of confidences in [0.5, 1], see `preference_metrics`."""
-    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
+    bins = calibration_bins(confidence)
     gaps = [abs((correct - confidence)[bins == b].sum()) for b in range(10)]
     return float(sum(gaps) / confidence.size)
+
+
+def calibration_bins(confidence: np.ndarray) -> np.ndarray:
+    """Return which of ten equal bins over [0.5, 1] holds each confidence: 0 to 9."""
+    return np.minimum(((confidence - 0.5) * 20).astype(int), 9)
+
+
+def wilson_interval(successes: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share, after Wilson. A number of successes that is not whole is rounded.
+
+    Args:
+        successes: In [0, `count`].
+        count: Trials, at least one.
+    """
+    bounds = scipy.stats.binomtest(round(successes), count).proportion_ci(method="wilson")
+    return float(bounds.low), float(bounds.high)
 
 
 def compare_scores(scores: Samples, baseline_scores: Samples, *, seed: int = 0) -> dict[str, float]:
@@ -287,7 +304,12 @@ def _mean_with_interval(name: str, samples: np.ma.MaskedArray, seed: int) -> dic
     mean = low = high = float(values.mean()) if values.size else math.nan
     if values.size > 1 and values.std() > 0:
         interval = scipy.stats.bootstrap(
-            (values,), np.mean, confidence_level=0.95, method="percentile", rng=np.random.default_rng(seed)
+            (values,),
+            np.mean,
+            confidence_level=0.95,
+            method="percentile",
+            batch=max(1, BATCH // values.size),  # changes no number
+            rng=np.random.default_rng(seed),
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}

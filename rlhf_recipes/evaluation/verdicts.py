@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
-import scipy
 
 from rlhf_recipes.evaluation.alarms import KL_OVER_TARGET, alarms_of_log, curves_of_log, finite, first_and_last
 from rlhf_recipes.evaluation.figures import ENDS, evaluation_of, held_out_first, interval, rounded
+from rlhf_recipes.evaluation.statistics import wilson_interval
 from rlhf_recipes.rewards.quality import (
     CALIBRATED,
     CHANCE,
@@ -56,11 +56,11 @@ def reward_model_verdict(metrics: Mapping[str, float], pairs: int) -> list[Judge
 
 
 def _accuracy(accuracy: float, pairs: int) -> Judgement:
-    bounds = scipy.stats.binomtest(round(accuracy * pairs), pairs).proportion_ci(method="wilson")
-    shown = f"accuracy {interval(accuracy, bounds.low, bounds.high)} on {pairs:,} held-out pairs"
+    low, high = wilson_interval(accuracy * pairs, pairs)
+    shown = f"accuracy {interval(accuracy, low, high)} on {pairs:,} held-out pairs"
     if accuracy <= CHANCE:
         return Judgement("bad", f"{shown}: no better than chance ({CHANCE}). Train it further before PPO.")
-    if bounds.low <= CHANCE:
+    if low <= CHANCE:
         return Judgement("doubtful", f"{shown}: the interval includes chance ({CHANCE}). Use more pairs.")
     if accuracy < GOOD_ACCURACY:
         return Judgement("doubtful", f"{shown}: people agree on more than {GOOD_ACCURACY}. Use more or cleaner pairs.")

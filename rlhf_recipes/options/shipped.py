@@ -16,8 +16,12 @@ def shipped(folder: str) -> Path:
 
 def shipped_configurations(recipe: str) -> dict[str, Path]:
     """Return the configurations of a recipe by name, as `quickstart/ppo` for `recipes/configs/quickstart/ppo.yaml`."""
-    configs = shipped("recipes") / "configs"
-    return {f"{path.parent.name}/{path.stem}": path for path in sorted(configs.glob(f"*/{recipe}*.yaml"))}
+    recipes = shipped("recipes")
+    longer = tuple(other.stem for other in recipes.glob(f"{recipe}_*.py"))  # `evaluate_reward_model` for `evaluate`
+    found = sorted(
+        path for path in (recipes / "configs").glob(f"*/{recipe}*.yaml") if not path.stem.startswith(longer)
+    )
+    return {f"{path.parent.name}/{path.stem}": path for path in found}
 
 
 def shipped_launch_files() -> dict[str, Path]:

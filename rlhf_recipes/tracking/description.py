@@ -13,7 +13,7 @@ from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 from rlhf_recipes.durability.termination import TerminatedError
 from rlhf_recipes.evaluation.figures import rounded, title
 from rlhf_recipes.options.secrets import redact
-from rlhf_recipes.tracking.lineage import UPSTREAM
+from rlhf_recipes.tracking.lineage import UPSTREAM, named_models
 from rlhf_recipes.tracking.unfinished import find_run
 
 # The last line of our part. A user may write below it.
@@ -23,10 +23,10 @@ TITLES = {
     "process_reward_modeling": "Process reward modelling",
     **{"sft": "Supervised fine-tuning", "reward_modeling": "Reward modelling", "evaluation": "Evaluation"},
     "preferences": "New preferences",
+    "reward_model_evaluation": "Evaluation of reward models",
     **{"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "pipeline": "Pipeline"},
 }
 ENDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
-ROLES = {"policy": "policy", "reward_model": "reward model", "baseline": "baseline"}
 # Figures of the log and of evaluations that the page shows after all win rates.
 SHOWN = (
     *("objective/scores", "eval_objective/scores", "objective/kl", "eval_objective/kl", "completions/mean_length"),
@@ -96,6 +96,8 @@ class Description:
     def _shown_figures(self) -> list[tuple[str, str]]:
         rates = sorted(name for name in self.figures if name.endswith("/win_rate"))
         labels = {name: f"win rate by {_judge(name)}" for name in rates} | {name: title(name) for name in SHOWN}
+        ranked = (name for name in self.figures if name.endswith("/accuracy") and name.count("/") == 1)
+        labels |= {name: f"accuracy of {name.removesuffix('/accuracy')}" for name in ranked}
         shown = [name for name in labels if name in self.figures and not (self._has_scores and name in LOSSES)]
         return [(_plain(labels[name]), self._value(name)) for name in shown[:MAX_FIGURES]]
 
@@ -127,16 +129,15 @@ def described_inputs(configs: tuple[Any, ...], upstream: Mapping[str, Mapping[st
         upstream: Notes of the runs that made the models, by role.
     """
     found = []
-    for option, role in UPSTREAM.items():
-        path = next((path for config in configs if (path := getattr(config, option, None))), None)
-        if path is None:
-            continue
-        run = find_run(upstream[role]["run_id"]) if role in upstream else None
-        if run is None:
-            found.append(Input(ROLES[role], str(path)))
-        else:
-            link = run_link(run.info.experiment_id, run.info.run_id)
-            found.append(Input(ROLES[role], f"{run.info.run_name} ({path})", link))
+    for option in UPSTREAM:
+        named = next(filter(None, (named_models(config, option) for config in configs)), {})
+        for role, path in named.items():
+            run, label = find_run(upstream[role]["run_id"]) if role in upstream else None, role.replace("_", " ")
+            if run is None:
+                found.append(Input(label, str(path)))
+            else:
+                link = run_link(run.info.experiment_id, run.info.run_id)
+                found.append(Input(label, f"{run.info.run_name} ({path})", link))
     return found
 
 

@@ -17,7 +17,15 @@ UPSTREAM = {
     "reward_model_path": "reward_model",
     "reward_adapter": "reward_model",
     "baseline_path": "baseline",
+    "reward_models": "reward_model",
 }
+
+
+def named_models(config: Any, option: str) -> dict[str, Any]:
+    """Return the models that an option names, by role. Of a list, the second one is `reward_model_2`."""
+    value, role = getattr(config, option, None), UPSTREAM[option]
+    paths = value if isinstance(value, list) else [value]
+    return {role if number == 1 else f"{role}_{number}": path for number, path in enumerate(paths, start=1) if path}
 
 
 def environment_tags(*configs: Any) -> dict[str, str]:
@@ -73,11 +81,11 @@ def upstream_runs(*configs: Any) -> dict[str, dict[str, str]]:
     """
     notes = {}
     for config in configs:
-        for option, role in UPSTREAM.items():
-            path = getattr(config, option, None)
-            note = _model_note(path) if is_model_uri(path) else read_run_file(path)
-            if note is not None:
-                notes[role] = note
+        for option in UPSTREAM:
+            for role, path in named_models(config, option).items():
+                note = _model_note(path) if is_model_uri(path) else read_run_file(path)
+                if note is not None:
+                    notes[role] = note
     return notes
 
 

@@ -71,6 +71,11 @@ def require_model(option: str, path: str | None, revision: str | None = None) ->
     return download_model(path, revision=revision) if is_model_uri(path) else require_present(option, path, revision)
 
 
+def require_models(option: str, paths: list[str], revision: str | None = None) -> list[str]:
+    """Return the directory, Hub name or address of each model in a list. See `require_model`."""
+    return [require_model(option, path, revision) for path in paths]
+
+
 def download_model(uri: str, base: str | None = None, revision: str | None = None) -> str:
     """Download a model from MLflow once into `$HF_HOME/rlhf_recipes`, and check its base.
 

@@ -3,7 +3,6 @@
 Losses and defaults are TRL's. The figures of an evaluation have the names of PPO's.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import nan
@@ -22,7 +21,7 @@ from trl.trainer.utils import use_adapter
 
 from rlhf_recipes.algorithm.distributed import global_means, global_sum
 from rlhf_recipes.algorithm.kl import estimate_kl
-from rlhf_recipes.data.loading import without_answers
+from rlhf_recipes.data.loading import first_of_each_prompt
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import join_prefill
 from rlhf_recipes.evaluation.policies import completion_logps, eos_token_ids, sample_answers
@@ -288,14 +287,6 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
             return
         with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
             yield policy
-
-
-def first_of_each_prompt(pairs: Dataset) -> Dataset:
-    """Return the prompts of preference pairs, each once, with the columns that a reward function may read."""
-    rows: dict[str, int] = {}
-    for row, prompt in enumerate(pairs["prompt"]):
-        rows.setdefault(json.dumps(prompt), row)
-    return without_answers(pairs).select(rows.values())
 
 
 TRAINERS: dict[str, Any] = {"rloo": RLOOTrainer, "grpo": GRPOTrainer, "dpo": DPOTrainer}

@@ -11,9 +11,10 @@ from trl import RewardTrainer, is_conversational
 
 from rlhf_recipes.algorithm.losses import l2_penalty
 from rlhf_recipes.data.margins import check_margins
+from rlhf_recipes.data.preferences import readable_preferences
 from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rendering import for_training
-from rlhf_recipes.data.rows import check_rendering, join_prefill, mend_transcripts, readable_rows
+from rlhf_recipes.data.rows import check_rendering, join_prefill
 from rlhf_recipes.durability.earlier_run import check_output_dir
 from rlhf_recipes.evaluation.statistics import head_metrics, preference_metrics
 from rlhf_recipes.models.adapter_base import check_is_merged
@@ -231,23 +232,3 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
             if self._card["conversational"]
             else None,
         )
-
-
-def readable_preferences(dataset: Any, name: str) -> Any:
-    """Return preferences as text or plain messages, with the boundary of a transcript where the answer begins.
-
-    Raises:
-        ValueError: If a row cannot be read (`readable_rows`), or if plain text has no column `prompt`.
-    """
-    if dataset is None or (not isinstance(dataset, dict) and "chosen_ids" in column_names(dataset)):
-        return dataset
-    has_prompt = not isinstance(dataset, dict) and "prompt" in column_names(dataset)
-    columns = ("prompt", "chosen", "rejected") if has_prompt else ("chosen", "rejected")
-    dataset = readable_rows(dataset, columns, name)
-    if not has_prompt and not is_conversational(next(iter(dataset))):
-        raise ValueError(
-            f"`{name}` is plain text without a column 'prompt', so nothing tells where the response begins. Split "
-            "dialogues of the form 'Human: .. Assistant: ..' by `dataset.map(split_transcript)` "
-            "(`rlhf_recipes.data.transcripts`), and write other prompts into a column 'prompt'."
-        )
-    return mend_transcripts(dataset)

@@ -92,6 +92,7 @@ def test_every_file_is_shipped_under_its_name():
     assert {
         name: path for stage in STAGES.values() for name, path in shipped_configurations(stage.script).items()
     } == named
+    assert "quickstart/evaluate_reward_model" not in shipped_configurations("evaluate"), "it is another recipe's"
     assert set(shipped_launch_files().values()) == set((ROOT / "accelerate_configs").glob("*.yaml"))
 
 

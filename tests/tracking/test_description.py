@@ -27,6 +27,16 @@ def test_the_end_comes_first_and_figures_have_their_intervals():
     ]
 
 
+def test_an_evaluation_of_reward_models_shows_the_accuracy_of_each():
+    description = Description("reward_model_evaluation")
+    accuracy = {"rm/accuracy": 0.7, "rm/accuracy_low": 0.65, "rm/accuracy_high": 0.75, "rm/category/x/accuracy": 0.1}
+    description.add_figures(accuracy, 0)
+    text = description.text()
+    assert text.startswith("**Evaluation of reward models**")
+    assert "- accuracy of rm: 0.700 (95 %: 0.650 to 0.750)" in text
+    assert "0.100" not in text
+
+
 @pytest.mark.parametrize("value", [-0.0, float("nan"), float("inf")])
 def test_every_number_can_be_described(value):
     description = Description("ppo")

@@ -8,6 +8,7 @@ from datasets import Dataset, load_dataset
 
 from rlhf_recipes.data.digest import dataset_digest
 from rlhf_recipes.durability.origin import git_tags
+from rlhf_recipes.tracking.description import described_inputs
 from rlhf_recipes.tracking.lineage import note_model, read_run_file, upstream_runs, write_run_file
 
 ROWS = [{"prompt": [{"role": "user", "content": f"question {i}"}], "score": i / 2} for i in range(2_500)]
@@ -77,3 +78,15 @@ def test_a_model_id_is_of_the_weights_that_stand_beside_it(tmp_path):
     note_model(tmp_path, "a", "m-a")
     assert read_run_file(tmp_path) == {"run_id": "a", "model_id": "m-a"}
     assert read_run_file(tmp_path / "checkpoint-8") == {"run_id": "a"}, "a checkpoint has other weights"
+
+
+def test_each_of_several_models_has_its_run(tmp_path):
+    for name in ("a", "b"):
+        note = {"run_id": name, "experiment_id": "1", "tracking_uri": "sqlite:///x"}
+        write_run_file(tmp_path / name, note)
+    config = SimpleNamespace(reward_models=[str(tmp_path / "a"), "http://127.0.0.1:1", str(tmp_path / "b")])
+    found = upstream_runs(config)
+    assert {role: note["run_id"] for role, note in found.items()} == {"reward_model": "a", "reward_model_3": "b"}
+    inputs = described_inputs((config,), {})
+    assert [given.role for given in inputs] == ["reward model", "reward model 2", "reward model 3"]
+    assert [given.name for given in inputs] == config.reward_models
