@@ -28,19 +28,21 @@ RIGHT = ("fact", "count")
 SHOWN = ("accuracy", "accuracy_low", "accuracy_high", "right_steps", "auc", "first_error_f1", "calibration_error")
 
 
-def step_labels(prompt: str, sentences: list[str]) -> list[bool]:
-    """Return for each sentence whether it is right where it stands: what it adds to the assessment of the report."""
+def step_kinds(prompt: str, sentences: list[str]) -> list[str]:
+    """Return the kind of each sentence where it stands: what it adds to the assessment of the report."""
     assessed = [REPORT_WORLD.assess(prompt, " ".join(sentences[:count])) for count in range(len(sentences) + 1)]
-    return [
-        any(after[kind] > before[kind] for kind in RIGHT)
-        for before, after in zip(assessed, assessed[1:], strict=False)
-    ]
+    pairs = zip(assessed, assessed[1:], strict=False)
+    return [next(kind for kind in after if kind != "whole" and after[kind] > before[kind]) for before, after in pairs]
 
 
 def labelled_report(prompt: str, rng: random.Random) -> dict[str, Any]:
     """Return a demonstration of mixed quality with a label for each sentence."""
     sentences = split_sentences(REPORT_WORLD.sample_response(prompt, rng))
-    return {"prompt": prompt, "completions": sentences, "labels": step_labels(prompt, sentences)}
+    return {
+        "prompt": prompt,
+        "completions": sentences,
+        "labels": [kind in RIGHT for kind in step_kinds(prompt, sentences)],
+    }
 
 
 def write_data(directory: Path, count: int, seed: int) -> None:
@@ -71,6 +73,22 @@ def train(sft: Path, data: Path, output_dir: Path, seed: int) -> dict[str, float
     return {name: metrics[f"eval_{name}"] for name in SHOWN}
 
 
+def judged_right(model: Path, data: Path) -> dict[str, float]:
+    """Return by the kind of a sentence the share of held-out sentences that a model judges right."""
+    import torch
+
+    from rlhf_recipes.rewards.process import ProcessRewardModelScorer
+
+    scorer = ProcessRewardModelScorer.from_pretrained(str(model))
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts, steps = [row["prompt"] + "\n" for row in rows], [row["completions"] for row in rows]
+    kinds = [kind for row in rows for kind in step_kinds(row["prompt"], row["completions"])]
+    found: dict[str, list[bool]] = {}
+    for kind, odds in zip(kinds, torch.cat(scorer.log_odds(prompts, steps)).tolist(), strict=True):
+        found.setdefault(kind, []).append(odds > 0)
+    return {kind: sum(judged) / len(judged) for kind, judged in sorted(found.items())}
+
+
 def main() -> None:
     """Write the data, and train if there is an SFT policy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,11 +102,12 @@ def main() -> None:
         write_data(options.data, options.count, options.seeds[0])
         return
     quiet_start()
-    results = {}
+    results: dict[int, Any] = {}
     for seed in options.seeds:
         data = options.data / f"seed-{seed}"
         write_data(data, options.count, seed)
-        results[seed] = train(options.sft, data, options.directory / f"seed-{seed}", seed)
+        model = options.directory / f"seed-{seed}"
+        results[seed] = {**train(options.sft, data, model, seed), "judged_right": judged_right(model, data)}
         (options.directory / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

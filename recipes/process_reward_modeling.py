@@ -1,7 +1,7 @@
 """Process reward modelling: learn to judge the steps of an answer, and write down how to use the model.
 
 accelerate launch recipes/process_reward_modeling.py --config recipes/configs/report/process_reward_modeling.yaml
-accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/process_reward_modeling.py --config my_prm.yaml
+accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/process_reward_modeling.py --config prm.yaml
 """
 
 from rlhf_recipes.console import print_table, quiet_start  # first: imports below print notes

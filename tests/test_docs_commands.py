@@ -28,7 +28,7 @@ YOURS = {
     "my_ppo.yaml": "quickstart/ppo.yaml",
     "my_sft.yaml": "quickstart/sft.yaml",
     "my_rm.yaml": "quickstart/reward_modeling.yaml",
-    "my_prm.yaml": "report/process_reward_modeling.yaml",
+    "prm.yaml": "report/process_reward_modeling.yaml",
     "my_rloo.yaml": "quickstart/baseline_rloo.yaml",
     "my_evaluation.yaml": "quickstart/evaluate.yaml",
     "my_preferences.yaml": "quickstart/sample_preferences.yaml",

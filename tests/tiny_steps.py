@@ -23,7 +23,7 @@ def step_model(tok, *, num_labels=1, seed=1):
     return LlamaForTokenClassification(tiny._config(tok, num_labels=num_labels))
 
 
-def trainer_of(directory, model=None, *, data=None, eval_data=None, peft=None, **options):
+def trainer_of(directory, model=None, *, data=None, eval_data=None, peft=None, quantization=None, **options):
     tok = tiny.tokenizer()
     return ProcessRewardModelTrainer(
         step_model(tok) if model is None else model,
@@ -32,4 +32,5 @@ def trainer_of(directory, model=None, *, data=None, eval_data=None, peft=None, *
         eval_dataset=rows(count=6) if eval_data is None else eval_data,
         processing_class=tok,
         peft_config=peft,
+        quantization_config=quantization,
     )

@@ -18,17 +18,17 @@ class StepRule:
     """Say where a step of a text ends.
 
     Args:
-        separator: Text between two steps. The model judges a step at the last token of the separator behind it.
-        boundary: `separator`: every separator ends a step. `sentence`: only one behind ".", "!" or "?".
+        separator: Text between two steps. The model judges a step at the last token of the separator after it.
+        boundary: `separator`: every separator ends a step. `sentence`: only one after ".", "!" or "?".
     """
 
     separator: str = "\n"
     boundary: StepBoundary = "separator"
 
     def bounds(self, text: str) -> list[tuple[int, int]]:
-        """Return the first character of each step and the one behind its last, without the separators.
+        """Return the first character of each step and the one after its last one, without the separators.
 
-        A piece of white space alone is no step. The text behind the last separator is one, also if it is unfinished.
+        A piece of white space alone is no step. The text after the last separator is one, also if it is unfinished.
         """
         before = f"(?<=[{SENTENCE_ENDS}])" if self.boundary == "sentence" else ""
         breaks = [found.span() for found in re.finditer(before + re.escape(self.separator), text)]

@@ -117,7 +117,7 @@ def check_step_head(model: PreTrainedModel | PeftModel) -> None:
     """Check that a model judges tokens by a linear layer `score`, as nearly every decoder of transformers does.
 
     Raises:
-        ValueError: If it does not, reads the tokens behind a step too, or has more than two outputs.
+        ValueError: If it does not, or has more than two outputs.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     name, head = type(inner).__name__, getattr(inner, "score", None)

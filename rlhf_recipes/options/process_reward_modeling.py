@@ -24,7 +24,7 @@ class ProcessRewardModelConfig(ResumeConfig, RewardConfig):
     step_separator: str = field(
         default="\n",
         metadata={
-            "help": "Text between two steps. The model judges a step at the last token of the separator behind it. It "
+            "help": "Text between two steps. The model judges a step at the last token of the separator after it. It "
             "is written to the card, and PPO splits answers at it."
         },
     )

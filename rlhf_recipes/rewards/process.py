@@ -62,7 +62,7 @@ class ProcessRewardModelCard(RewardModelCard):
 class ProcessRewardModelScorer(Scorer):
     """Reward the steps of completions with a token classifier, on text in the form that it was trained on.
 
-    The model reads the prompt and then each step with a separator behind it, all in one forward, and judges a step at
+    The model reads the prompt and then each step with a separator after it, all in one forward, and judges a step at
     the last token of that separator. Without a card, steps end at a line break, and a step gives `2p - 1`.
 
     Args:
@@ -103,8 +103,8 @@ class ProcessRewardModelScorer(Scorer):
         scorer.__name__ = Path(path).name  # the configuration of an adapter's model names its base
         if card is None:
             logger.warning(
-                f"{path} has no {CARD_FILE}, so its separators and its chat template cannot be checked. Its steps are "
-                "taken to end at a line break."
+                f"{path} has no {CARD_FILE}, so its separators and its chat template cannot be checked. Each line of "
+                "an answer is a step."
             )
         return scorer
 

@@ -42,7 +42,7 @@ class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
     """Train a model that judges the steps of an answer, and write its card.
 
     The model is a token classifier with one output, the log-odds that a step is right. It is read at the last token of
-    the separator behind each step. The loss is the mean binary cross-entropy over all labelled steps of an optimiser
+    the separator after each step. The loss is the mean binary cross-entropy over all labelled steps of an optimiser
     step, however the batch is cut. TRL's former trainer had two outputs and took hard labels only. Their difference is
     the same log-odds and has the same loss.
 
@@ -222,9 +222,9 @@ class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
         card, boundary = self._card, {"separator": "at every", "sentence": "behind a sentence, at a"}
         prompt = "chat messages" if card["conversational"] else f"the prompt, then {card['response_separator']!r}"
         return super().card_facts() | {
-            "reads": f"{prompt}, then each step, with {self.rule.separator!r} behind it",
+            "reads": f"{prompt}, then each step, with {self.rule.separator!r} after it",
             "splits an answer": f"{boundary[self.rule.boundary]} {self.rule.separator!r}",
-            "judges a step": "at the last token of the separator behind it, by the log-odds that it is right",
+            "judges a step": "at the last token of the separator after it, by the log-odds that it is right",
         }
 
     @property

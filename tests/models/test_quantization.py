@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
+from tiny_steps import trainer_of
 from tolerances import BF16, EXACT, FP32, MERGED, assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, pipeline
 
@@ -12,6 +13,7 @@ from rlhf_recipes.models.loading import load_policy
 from rlhf_recipes.models.quantization import QUANTIZATION_FILE, keep_unpacked, saved_quantization
 from rlhf_recipes.models.reward_model import load_reward_model
 from rlhf_recipes.rewards.adapter import REWARD_ADAPTER
+from rlhf_recipes.rewards.process import ProcessRewardModelScorer
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 
 pytestmark = [pytest.mark.tiny, pytest.mark.portable]
@@ -233,6 +235,18 @@ def test_several_score_heads_on_one_quantised_backbone(tmp_path, base):
     ppo.train()
     assert_close(ppo.scorers[0].head_scores(rows), live, FP32)
     assert ppo.rollout.state_values.std() > 0
+
+
+def test_a_process_reward_model_judges_as_it_was_trained(tmp_path, base):
+    trainer = trainer_of(tmp_path / "prm", base, peft=tiny.lora(), quantization=NF4, learning_rate=1e-2)
+    assert len(_linears(trainer.model)) == 14, "every projection of both layers is in 4 bit, and the head is not"
+    trainer.train()
+    trainer.save_model()
+    assert saved_quantization(tmp_path / "prm") is not None
+    text = {"prompts": ["hello\n\n"], "completions": ["the fox is red\nthe bear"]}
+    live = ProcessRewardModelScorer(trainer.model, tiny.tokenizer())(**text)
+    loaded = ProcessRewardModelScorer.from_pretrained(str(tmp_path / "prm"))(**text)
+    assert_close(torch.tensor([r for _, r in loaded[0]]), torch.tensor([r for _, r in live[0]]), FP32)
 
 
 def test_quantised_weights_are_not_trained(tmp_path, base):

@@ -99,7 +99,7 @@ def test_the_card_says_how_an_answer_is_split(tmp_path, caplog):
     (log_odds,) = scorer.log_odds(["hello\n\n"], [["the fox is red.", "the bear"]])
     assert_close(torch.tensor([reward for _, reward in steps]), log_odds, FP32)
     as_scorer(_saved(tmp_path / "bare"))
-    assert "Its steps are taken to end at a line break" in caplog.text
+    assert "Each line of an answer is a step." in caplog.text
 
 
 def test_it_is_refused_where_only_whole_answers_are_scored(tmp_path):

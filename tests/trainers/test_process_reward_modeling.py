@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_steps import STEPS, rows, step_model, trainer_of
 from tolerances import FP32, assert_close
@@ -14,8 +15,10 @@ from tolerances import FP32, assert_close
 from rlhf_recipes.algorithm.steps import UNLABELLED, log_odds_of, step_loss
 from rlhf_recipes.data.steps import StepRule, step_token_ids
 from rlhf_recipes.models.process_reward_model import load_process_reward_model_base
+from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.rewards.functions import as_scorer
 from rlhf_recipes.rewards.process import ProcessRewardModelCard, ProcessRewardModelScorer
+from rlhf_recipes.trainers.process_reward_modeling import for_tokens
 
 pytestmark = pytest.mark.tiny
 
@@ -31,7 +34,7 @@ def weights_of(trainer):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_step_is_judged_at_the_separator_behind_it_in_training_and_in_ppo(tmp_path, chat):
+def test_a_step_is_judged_at_the_separator_after_it_in_training_and_in_ppo(tmp_path, chat):
     trainer = trainer_of(tmp_path, data=rows(chat=chat), eval_data=rows(chat=chat))
     tok, row = tiny.tokenizer(), trainer.train_dataset[2]
     ends = [i for i, label in enumerate(row["labels"]) if label != UNLABELLED]
@@ -155,6 +158,15 @@ def test_a_trained_head_stays_float32_in_a_quantised_model(tmp_path, base):
     trainer = trainer_of(tmp_path / "prm", model, peft=tiny.lora())
     heads = {n: p.dtype for n, p in trainer.model.named_parameters() if p.requires_grad and "score" in n}
     assert set(heads.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("others", [None, ["q_proj"], ".*q_proj"])
+def test_no_adapter_is_added_to_the_head(others):
+    config = for_tokens(with_changes(tiny.lora(), exclude_modules=others))
+    model = get_peft_model(step_model(tiny.tokenizer()), config)
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert len(adapted) == (14 if others is None else 12)
+    assert not any("score" in name for name in adapted)
 
 
 @pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["full", "lora"])
