@@ -60,9 +60,11 @@ def table(rows: dict[str, dict[int, dict[str, float]]]) -> str:
         lines.append(
             f"| {variant} | {len(by_seed)} | {' | '.join(f'{x:.2f}' for x in means[:-1])} | {means[-1]:.0f} |"
         )
-    lines += ["", f"Paired differences from `{RIVAL}`:", "", f"| variant | {' | '.join(COMPARED)} |"]
+    compared = [name for name in rows if name != RIVAL and len(rows[name].keys() & rows.get(RIVAL, {}).keys()) > 1]
+    lines += ["", f"Paired differences from `{RIVAL}`, of variants with several seeds:", ""]
+    lines.append(f"| variant | {' | '.join(COMPARED)} |")
     lines.append("|---" * (1 + len(COMPARED)) + "|")
-    for variant in [name for name in rows if name != RIVAL and RIVAL in rows]:
+    for variant in compared:
         seeds = sorted(rows[variant].keys() & rows[RIVAL].keys())
         pairs = ([[rows[each][seed][name] for seed in seeds] for each in (variant, RIVAL)] for name in COMPARED)
         gains = [mean_gain(*pair) for pair in pairs]
@@ -84,7 +86,7 @@ def draw(file: Path, results: Results) -> None:
             means = (kl.mean(axis=0), values.mean(axis=0))
             place.plot(*means, marker="o", linewidth=2, color=f"C{number}", label=variant)
     axes[0].set(ylabel="gold score on held-out prompts")
-    axes[1].set(ylabel="score of its own reward model (deviations of the SFT policy's)")
+    axes[1].set(ylabel="its own reward model's score (SFT deviations)")
     for place in axes:
         place.set(xlabel="square root of the KL to the SFT policy (nats)")
     axes[0].legend(loc="best")

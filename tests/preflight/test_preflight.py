@@ -245,7 +245,7 @@ def test_an_answer_that_cannot_end(tmp_path, capsys, eos):
 
 
 def _scored(trainer, scores):
-    trainer.reward_funcs[0]._forward = lambda token_ids: torch.tensor(scores(token_ids))
+    trainer.reward_funcs[0]._forward = lambda token_ids: torch.tensor(scores(token_ids)).unsqueeze(1)
 
 
 @pytest.mark.parametrize(
