@@ -42,18 +42,24 @@ class Asked:
         return {name: [values[number] for number in numbers] for name, values in known.items()}
 
 
-def scores_of(judges: Mapping[str, Callable[..., Any]], asked: Asked) -> np.ndarray:
+def scores_of(judges: Mapping[str, Any], asked: Asked, calls: RewardCalls | None = None) -> np.ndarray:
     """Return the scores of all answers in standard deviations, one column per judge and per head, `(N, J)`.
 
     Judges have units of their own, and no unit should decide the mean. NaN where a judge gave no score.
+
+    Args:
+        judges: Judges that score one answer, by name.
+        asked: Answers as judges see them.
+        calls: Time limit and retries of a judge. Default: those of `RewardCalls()`.
     """
-    columns = [column for judge in judges.values() for column in _columns_of(judge, asked)]
+    guarded = (calls or RewardCalls()).guard_judges({**judges})
+    columns = [column for name, judge in judges.items() for column in _columns_of(judge, guarded[name], asked)]
     scores = np.array(columns, dtype=float).reshape(len(columns), len(asked.answers)).T
     spread = np.ma.masked_invalid(scores).std(axis=0).filled(1.0)
     return scores / np.where(spread > 0, spread, 1.0)
 
 
-def _columns_of(judge: Any, asked: Asked) -> list[list[float]]:
+def _columns_of(judge: Any, guarded: Callable[..., Any], asked: Asked) -> list[list[float]]:
     """Return the scores by a judge: one column, or one for each head of a reward model that combines several."""
     heads: list[Tensor] = []
     combine = getattr(judge, "combine", None)  # the last step of a reward model with score heads: (B, K) to (B,)
@@ -69,7 +75,7 @@ def _columns_of(judge: Any, asked: Asked) -> list[list[float]]:
     try:
         for part in asked.parts(range(len(asked.answers))):
             answers, ids = ([values[number] for number in part] for values in (asked.answers, asked.ids))
-            given = judge(completions=answers, completion_ids=ids, **asked.of(part))
+            given = guarded(completions=answers, completion_ids=ids, **asked.of(part))
             scores += [math.nan if score is None else float(score) for score in given]
     finally:
         if combine is not None:

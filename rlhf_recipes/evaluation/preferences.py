@@ -76,7 +76,7 @@ def _by_judges(script_args: PreferenceArguments, asked: Asked, answers: Answers,
     for judge in labellers.scoring.values():
         if hasattr(judge, "policy_eos_token_ids"):  # the ends of answers are known only now
             judge.policy_eos_token_ids = answers.end_ids
-    scores, samples = scores_of(calls.guard_judges({**labellers.scoring}), asked), script_args.num_samples
+    scores, samples = scores_of(labellers.scoring, asked, calls), script_args.num_samples
     if script_args.pair_answers == "best_and_worst":
         pairs, counts = best_and_worst(scores.mean(axis=1).tolist(), samples, answers.texts)
     else:

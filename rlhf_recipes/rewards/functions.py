@@ -63,7 +63,6 @@ def as_scorer(
     if is_address(model):
         return served_reward_model(model)
     if (judge_of_steps := as_process_scorer(model, tokenizer, **kwargs)) is not None:
-        judge_of_steps.summed = True  # one number for each answer
         return judge_of_steps
     if isinstance(model, str):
         scorer = RewardModelScorer.from_pretrained(model, tokenizer=tokenizer, **kwargs)

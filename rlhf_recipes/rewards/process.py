@@ -79,7 +79,6 @@ class ProcessRewardModelScorer(Scorer):
     source: Any = None  # the path or the model that became this scorer
     batch_size: int = 8  # completions per forward pass of equal rows; more of the short ones share one
     policy_eos_token_ids: list[int] | None = None  # a step that was cut off is judged as it is
-    summed: bool = False  # whether a completion gets the sum of its rewards in place of a list
 
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, card: ProcessRewardModelCard | None = None
@@ -118,15 +117,13 @@ class ProcessRewardModelScorer(Scorer):
 
     def __call__(  # type: ignore[override]
         self, prompts: list[Prompt], completions: list[Prompt], completion_ids: Any = None, **kwargs: Any
-    ) -> list[Steps] | list[float]:
+    ) -> list[Steps]:
         """Return for each completion the ends of its steps and their rewards. There may be none."""
         texts = [as_text(completion) for completion in completions]
         bounds = [self.rule.bounds(text) for text in texts]
         steps = [[text[start:end] for start, end in found] for text, found in zip(texts, bounds, strict=True)]
         judged = self.log_odds(prompts, steps)
         rewards = [step_rewards(odds, self.step_reward).tolist() for odds in judged]
-        if self.summed:
-            return [sum(given) for given in rewards]
         ends = [[end for _, end in found] for found in bounds]
         return [list(zip(*pair, strict=True)) for pair in zip(ends, rewards, strict=True)]
 

@@ -72,15 +72,6 @@ def test_what_a_step_gives():
         assert_close(step_rewards(odds, kind), torch.tensor(rewards, dtype=torch.float64), FP32)
 
 
-def test_the_sum_is_what_a_card_and_a_run_without_dense_rewards_read():
-    tok = tiny.tokenizer()
-    scorer = ProcessRewardModelScorer(step_model(tok), tok)
-    given = scorer(PROMPTS, TEXTS)
-    scorer.summed = True
-    sums = [sum(reward for _, reward in steps) for steps in given]
-    assert_close(torch.tensor(scorer(PROMPTS, TEXTS)), torch.tensor(sums), FP32)
-
-
 def _saved(directory, **card):
     path = tiny.save(step_model(tiny.tokenizer()), directory)
     if card:
@@ -93,7 +84,6 @@ def test_the_card_says_how_an_answer_is_split(tmp_path, caplog):
     path = _saved(tmp_path / "prm", step_separator=" ", step_boundary="sentence", step_reward="log_odds")
     scorer = as_scorer(path)
     assert isinstance(scorer, ProcessRewardModelScorer)
-    scorer.summed = False
     (steps,) = scorer(["hello\n\n"], ["the fox is red. the bear"])
     assert [end for end, _ in steps] == [15, 24]
     (log_odds,) = scorer.log_odds(["hello\n\n"], [["the fox is red.", "the bear"]])
@@ -114,17 +104,18 @@ def test_it_is_refused_where_only_whole_answers_are_scored(tmp_path):
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_ppo_follows_it(tmp_path, chat):
-    """The score of a completion is the sum of its rewards."""
+    """Each step has its own reward, and the score of a completion is the sum."""
     tok = tiny.tokenizer()
     path = _saved(tmp_path / "prm")
     trainer = tiny.ppo_trainer(tmp_path / "ppo", rewards=path, chat=chat, reward_norm=False, max_steps=4)
     trainer.train()
     scores = trainer.state.log_history[0]["objective/scores"]
     assert scores != 0
+    assert_close(trainer.rollout.parts.sum(dim=1), trainer.rollout.scores, FP32)
+    assert (trainer.rollout.parts != 0).sum(dim=1).max() > 1 or "\n" not in str(trainer.rollout.completions)
     own = ProcessRewardModelScorer(step_model(tok), tok)
-    own.summed = True
     prompts = [[{"role": "user", "content": "hello"}]] if chat else ["hello\n\n"]
     answers = [[{"role": "assistant", "content": "the fox"}]] if chat else ["the fox"]
     (scorer,) = trainer.scorers
-    scorer.summed = True
-    assert_close(torch.tensor(scorer(prompts, answers)), torch.tensor(own(prompts, answers)), FP32)
+    ours, theirs = (torch.tensor([reward for _, reward in each(prompts, answers)[0]]) for each in (scorer, own))
+    assert_close(ours, theirs, FP32)
