@@ -89,7 +89,8 @@ def cell_of(name: str, seed: int, root: Path) -> Cell:
     if arm.goes_on:
         options["model_name_or_path"] = str(first / "run" / f"checkpoint-{STEPS}")
     if arm.steps > STEPS:
-        options["resume_from_checkpoint"] = True
+        # A resumed run saves as often as the run of its checkpoint, and the checkpoints of turn 1 are measured too.
+        options |= {"resume_from_checkpoint": True, "save_total_limit": 8}
     method: Method = replace(METHODS["ppo"], name=name, settings=[options])
     return Cell(replace(WORLD, steps=arm.steps), method, 0, seed, root)
 
@@ -194,7 +195,7 @@ def accuracies(name: str, seed: int, root: Path, count: int = 4) -> str:
 
 
 def judged(figures: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the gold scores and those of the reward model."""
+    """Return the gold scores and those of the reward model, `(prompts, count)` each."""
     return figures["gold"], figures["proxy"]
 
 
