@@ -142,7 +142,7 @@ def report(steps: int, **changes: Any) -> World:
     has pairs that the true score has labelled. TRL 1.12's PPO takes no reward but a model, so it cannot run here.
     """
     score = ["rlhf_recipes.quickstart.report_world:report_score"]
-    no_model = {"reward_model_path": None, "critic": None, "critic_dataset_name": None, "missing_eos_penalty": None}
+    no_model = {"reward_model_path": None, "critic": None, "critic_dataset_name": None}
     given: dict[str, Any] = {
         "methods": ("ppo", "rloo", "grpo", "dpo", "ppo-as-it-was"),
         "has_reward_model": False,
