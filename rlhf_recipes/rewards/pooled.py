@@ -21,13 +21,13 @@ from rlhf_recipes.data.rendering import answered_ids, answered_text, appended_en
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.models.vocabulary import with_end_token
-from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
+from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError, retrying
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
 from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
 from rlhf_recipes.rewards.reading import cut_front, read_position, trained_pad_id
 from rlhf_recipes.rewards.scorer import load_scorer_tokenizer
-from rlhf_recipes.rewards.transport import Server, finished_completions
+from rlhf_recipes.rewards.transport import TOKEN_VARIABLE, Server, finished_completions
 
 ROW_BYTES = 2**10  # of one score in an answer: a label stands beside it
 PROBES = ("a", "the fox is red and sleeps all day")
@@ -231,28 +231,31 @@ def served_reward_model(address: str, retries: int = 4) -> RemoteRewardModel | P
         ValueError: If no reward model answers there.
     """
     url, _, files = address.partition("#")
+    asked = Server(url, 1, 1, None)
     try:
-        scorer = RemoteRewardModel(url, retries=retries)
-    except ValueError as error:
-        if not isinstance(error.__cause__, PermanentRewardError | KeyError | TypeError):
-            raise
-        kind, described = _recognised(Server(url, 1, 1, None), error)
-    else:
+        kind, described = retrying(retries, asked._note_waiting)(_recognised, asked)
+    except RewardCallError:
+        return RemoteRewardModel(url, retries=0)  # it says that nothing answers there, and what to do
+    except PermanentRewardError as error:
+        raise ValueError(f"The server at {url} lets nobody in ({error}). Set {TOKEN_VARIABLE} to its key.") from error
+    if kind is None:
         if files:
-            raise ValueError(f"The reward model at {url} is served with its card: leave out `#{files}`.")
-        return scorer
+            raise ValueError(f"The server at {url} is no vLLM and no text-embeddings-inference: leave out `#{files}`.")
+        return RemoteRewardModel(url, retries=retries)
     pooled = kind(url, described, files)
     pooled.check()
     return pooled
 
 
-def _recognised(server: Server, otherwise: ValueError) -> tuple[Callable[..., PooledRewardModel], dict[str, Any]]:
-    """Return the class for a server and what the server says about its model. Raise an error if it is unknown."""
+def _recognised(server: Server) -> tuple[Callable[..., PooledRewardModel] | None, dict[str, Any]]:
+    """Return the class for a server and what the server says about its model; `None` for one that is neither."""
     for path, kind, key in (("/info", TEIRewardModel, "model_type"), ("/v1/models", VLLMRewardModel, "data")):
         try:
             described = server.describe(path)
-            if key in described:
-                return kind, described
-        except (PermanentRewardError, RewardCallError):
+        except PermanentRewardError as error:
+            if any(f"answered {status}" in str(error) for status in (401, 403)):
+                raise
             continue
-    raise otherwise
+        if key in described:
+            return kind, described
+    return None, {}

@@ -2,7 +2,8 @@
 
 The stand-ins have the requests and answers of vLLM 0.28 (`/v1/models`, `/classify`: token ids under `input`, numbers
 under `data[].probs`, `use_activation`) and of text-embeddings-inference 1.8 (`/info`, `/tokenize`, `/predict`: lists
-of one text under `inputs`, `raw_scores`, one list of labels per text). Other paths answer 404.
+of one text under `inputs`, `raw_scores`, one list of labels per text). Other paths answer 404, but
+text-embeddings-inference answers `GET /` with 200 and nothing.
 """
 
 import json
@@ -106,7 +107,9 @@ def served(stand_in):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            if self.headers.get("Authorization") == "Bearer word":
+            if stand_in.kind == "tei" and self.path == "/":
+                self._send(200, None)
+            elif self.headers.get("Authorization") == "Bearer word":
                 self._send(*stand_in.answer(self.path, None))
             else:
                 self._send(401, {"error": "Unauthorized"})
@@ -116,7 +119,7 @@ def served(stand_in):
             self._send(*stand_in.answer(self.path, json.loads(self.rfile.read(length))))
 
         def _send(self, status, content):
-            data = json.dumps(content).encode()
+            data = b"" if content is None else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -244,6 +247,10 @@ def test_an_overloaded_server_may_be_asked_again_and_a_refusal_is_final(director
 def test_an_unknown_server_and_a_wrong_token_name_the_command_and_the_variable(directory, monkeypatch):
     with served(StandIn(directory, "nothing")) as url, pytest.raises(ValueError, match="No reward model is served at"):
         as_scorer(url)
+    with served(StandIn(directory, "nothing")) as url, pytest.raises(ValueError, match="leave out `#files`"):
+        as_scorer(f"{url}#files")
     monkeypatch.setenv(TOKEN_VARIABLE, "guess")
-    with served(StandIn(directory, "vllm")) as url, pytest.raises(ValueError, match="401"):
-        as_scorer(url)
+    for kind in KINDS:
+        refusal = f"lets nobody in .* answered 401.* Set {TOKEN_VARIABLE} to its key"
+        with served(StandIn(directory, kind)) as url, pytest.raises(ValueError, match=refusal):
+            as_scorer(url)
