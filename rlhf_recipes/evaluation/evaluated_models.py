@@ -102,10 +102,16 @@ def _parts(path: str) -> list[str]:
 
 
 def run_separator(separator: str | None, paths: list[str]) -> str:
-    """Return the separator of policy and judges: the option, or that in the first card of a reward model."""
-    cards = [card for path in paths if (card := RewardModelCard.load(path)) is not None]
-    known = [separator, *(card.response_separator for card in cards), SEPARATOR]
-    return next(each for each in known if each is not None)
+    """Return the separator of policy and judges: the option, or the first one in a card. A server is asked for its card.
+
+    Raises:
+        ValueError: If no reward model answers at an address.
+    """
+    if separator is not None:
+        return separator
+    cards = (as_scorer(path).card if is_address(path) else RewardModelCard.load(path) for path in paths)
+    known = (None if card is None else card.response_separator for card in cards)
+    return next((each for each in known if each is not None), SEPARATOR)
 
 
 def evaluate_reward_models(

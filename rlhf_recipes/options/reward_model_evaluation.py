@@ -39,7 +39,7 @@ class RewardModelEvaluationArguments(RewardCallConfig, JudgeArguments):
         default=None,
         metadata={
             "help": "Separator between prompt and answer of plain text. Default: that in the card of each reward "
-            "model, and two line breaks without a card."
+            "model, and two line breaks without a card. Policy and judges take the first one in a card."
         },
     )
     output_dir: str = field(

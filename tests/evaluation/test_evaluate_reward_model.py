@@ -2,6 +2,8 @@
 
 import json
 import threading
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from rlhf_recipes.data.preferences import preference_set
 from rlhf_recipes.evaluation.best_of_answers import load_candidates
-from rlhf_recipes.evaluation.evaluated_models import evaluate_reward_models
+from rlhf_recipes.evaluation.evaluated_models import SEPARATOR, evaluate_reward_models, run_separator
 from rlhf_recipes.options.reward_model_evaluation import RewardModelEvaluationArguments
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.scorer import RewardModelScorer
@@ -99,17 +101,25 @@ def test_heads_are_measured_by_the_same_forwards(directory):
     assert 0 <= metrics["heads/unanimous"] <= 1
 
 
+@contextmanager
+def served(scorer):
+    """Serve a reward model on this machine, and give the address."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(reward_app(scorer), host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 @pytest.fixture
 def address(directory):
     """Return the address of the served model with several heads."""
-    port = free_port()
-    app = reward_app(RewardModelScorer.from_pretrained(str(directory / "heads")))
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with served(RewardModelScorer.from_pretrained(str(directory / "heads"))) as url:
+        yield url
 
 
 def test_a_served_model_has_the_same_figures(directory, address):
@@ -118,6 +128,15 @@ def test_a_served_model_has_the_same_figures(directory, address):
     assert ours.keys() == theirs.keys()
     assert "heads/unanimous" in ours
     assert_close(list(ours.values()), list(theirs.values()), SCORES)
+
+
+def test_policy_and_judges_get_the_separator_of_a_served_model(directory):
+    scorer = RewardModelScorer.from_pretrained(str(directory / "plain"))
+    assert scorer.card.response_separator == SEPARATOR
+    scorer.card = replace(scorer.card, response_separator="\n")
+    with served(scorer) as url:
+        assert run_separator(None, [str(directory / "chat"), url, str(directory / "plain")]) == "\n"
+    assert run_separator("\t", [url]) == "\t"  # the server is not needed
 
 
 def test_text_becomes_a_chat_for_a_model_of_chats(directory):
