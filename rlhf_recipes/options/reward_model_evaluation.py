@@ -33,7 +33,10 @@ class RewardModelEvaluationArguments(RewardCallConfig, JudgeArguments):
     max_completion_length: int = field(default=256, metadata={"help": "Tokens per answer of the policy."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the policy."})
     batch_size: int = field(
-        default=32, metadata={"help": "Prompts per generation batch, and answers per forward pass of a reward model."}
+        default=32,
+        metadata={
+            "help": "Prompts per generation batch, and answers per forward pass of a reward model in this process."
+        },
     )
     response_separator: str | None = field(
         default=None,

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,13 @@ from tolerances import SCORES, assert_close
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from rlhf_recipes.data.preferences import preference_set
+from rlhf_recipes.evaluation import evaluated_models
 from rlhf_recipes.evaluation.best_of_answers import load_candidates
 from rlhf_recipes.evaluation.evaluated_models import SEPARATOR, evaluate_reward_models, run_separator
 from rlhf_recipes.options.reward_model_evaluation import RewardModelEvaluationArguments
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.client import RemoteRewardModel
+from rlhf_recipes.rewards.functions import as_scorer
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 from rlhf_recipes.rewards.server import reward_app
 from rlhf_recipes.trainers.evaluated_cards import EVALUATIONS_FILE
@@ -101,6 +105,10 @@ def test_heads_are_measured_by_the_same_forwards(directory):
     assert 0 <= metrics["heads/unanimous"] <= 1
 
 
+def _scorer(path):
+    return RewardModelScorer.from_pretrained(str(path))
+
+
 @contextmanager
 def served(scorer):
     """Serve a reward model on this machine, and give the address."""
@@ -118,7 +126,7 @@ def served(scorer):
 @pytest.fixture
 def address(directory):
     """Return the address of the served model with several heads."""
-    with served(RewardModelScorer.from_pretrained(str(directory / "heads"))) as url:
+    with served(_scorer(directory / "heads")) as url:
         yield url
 
 
@@ -130,8 +138,30 @@ def test_a_served_model_has_the_same_figures(directory, address):
     assert_close(list(ours.values()), list(theirs.values()), SCORES)
 
 
+def test_a_served_model_keeps_the_size_of_its_requests(directory, address, monkeypatch):
+    """A server of text-embeddings-inference refuses larger ones."""
+    scorers = {"served": RemoteRewardModel(address, batch_size=4), "here": _scorer(directory / "heads")}
+    monkeypatch.setattr(evaluated_models, "as_scorer", lambda path, **options: scorers[Path(path).name])
+    _evaluate(directory, tiny.preferences(), models=list(scorers), batch_size=16)
+    assert [scorer.batch_size for scorer in scorers.values()] == [4, 16]
+
+
+def test_one_reward_model_is_in_memory_at_a_time(directory, monkeypatch):
+    loaded = []
+
+    def load(path, **options):
+        assert not [model for model in loaded if model() is not None]
+        scorer = as_scorer(path, device_map="cpu", **options)
+        loaded.append(weakref.ref(scorer.model))
+        return scorer
+
+    monkeypatch.setattr(evaluated_models, "as_scorer", load)
+    _evaluate(directory, tiny.preferences(), models=["plain", "adapter", "heads"])
+    assert len(loaded) == 3
+
+
 def test_policy_and_judges_get_the_separator_of_a_served_model(directory):
-    scorer = RewardModelScorer.from_pretrained(str(directory / "plain"))
+    scorer = _scorer(directory / "plain")
     assert scorer.card.response_separator == SEPARATOR
     scorer.card = replace(scorer.card, response_separator="\n")
     with served(scorer) as url:
