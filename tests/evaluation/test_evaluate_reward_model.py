@@ -140,10 +140,15 @@ def test_a_served_model_has_the_same_figures(directory, address):
 
 def test_a_served_model_keeps_the_size_of_its_requests(directory, address, monkeypatch):
     """A server of text-embeddings-inference refuses larger ones."""
-    scorers = {"served": RemoteRewardModel(address, batch_size=4), "here": _scorer(directory / "heads")}
-    monkeypatch.setattr(evaluated_models, "as_scorer", lambda path, **options: scorers[Path(path).name])
-    _evaluate(directory, tiny.preferences(), models=list(scorers), batch_size=16)
-    assert [scorer.batch_size for scorer in scorers.values()] == [4, 16]
+    scorers = []
+
+    def load(path, **options):
+        scorers.append(RemoteRewardModel(path, batch_size=4) if path == address else as_scorer(path, **options))
+        return scorers[-1]
+
+    monkeypatch.setattr(evaluated_models, "as_scorer", load)
+    _evaluate(directory, tiny.preferences(), models=[address, "heads"], batch_size=16)
+    assert {scorer.model is None: scorer.batch_size for scorer in scorers} == {True: 4, False: 16}
 
 
 def test_one_reward_model_is_in_memory_at_a_time(directory, monkeypatch):
