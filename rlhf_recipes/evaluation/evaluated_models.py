@@ -102,10 +102,16 @@ def _parts(path: str) -> list[str]:
 
 
 def run_separator(separator: str | None, paths: list[str]) -> str:
-    """Return the separator of policy and judges: the option, or that in the first card of a reward model."""
-    cards = [card for path in paths if (card := RewardModelCard.load(path)) is not None]
-    known = [separator, *(card.response_separator for card in cards), SEPARATOR]
-    return next(each for each in known if each is not None)
+    """Return the separator of policy and judges: the option, or the first one in a card. Servers tell their cards.
+
+    Raises:
+        ValueError: If no reward model answers at an address.
+    """
+    if separator is not None:
+        return separator
+    cards = (as_scorer(path).card if is_address(path) else RewardModelCard.load(path) for path in paths)
+    known = (None if card is None else card.response_separator for card in cards)
+    return next((each for each in known if each is not None), SEPARATOR)
 
 
 def evaluate_reward_models(
@@ -141,6 +147,7 @@ def evaluate_reward_models(
             ids = {} if candidates.token_ids is None else {"completion_ids": candidates.token_ids}
             chosen, _ = reader.scores(candidates.prompts, candidates.answers, "best_of_dataset_name", **ids)
             curves = curve_of(np.stack(chosen), judged, seed=seed)
+        del reader  # before the next one is loaded
         found[name] = Evaluated(option, rank(preferences, scores, heads=heads, seed=seed), curves)
     compared = compare({name: model.ranking for name, model in found.items()}, seed=seed)
     best = {judge: curve_of(values, {judge: values}, seed=seed)[judge] for judge, values in judged.items()}
@@ -221,7 +228,8 @@ class _Reader:
     ) -> "_Reader":
         """Load a reward model, or connect to its server."""
         scorer = as_scorer(path, **init_kwargs)
-        scorer.batch_size = script_args.batch_size
+        if scorer.model is not None:  # a server has limits of its own
+            scorer.batch_size = script_args.batch_size
         of_card = None if scorer.card is None else scorer.card.response_separator
         separator = next(x for x in (script_args.response_separator, of_card, SEPARATOR) if x is not None)
         judge = calls.guard_judges({name: scorer})[name]
