@@ -66,6 +66,7 @@ def main(
             prompts,
             reward_model_path=None if scorer is None else require_model("reward_model_path", scorer),
             response_separator=script_args.response_separator,
+            of_two_policies=False,
             dtype=init_kwargs["dtype"],
             device_map=PartialState().device,
         )

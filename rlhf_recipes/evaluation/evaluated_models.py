@@ -174,6 +174,7 @@ def _judged(
         prompts,
         policy_eos_token_ids=candidates.end_ids,
         response_separator=separator,
+        of_two_policies=False,
         **init_kwargs,
     )
     return {

@@ -71,6 +71,7 @@ class LanguageModelJudge(Scorer):
 
     def __init__(self, config: JudgeConfig, backend: JudgeBackend, *, name: str, origin: str = "") -> None:
         self.config, self._backend, self.__name__, self.origin = config, backend, name, origin
+        self.is_relative = config.mode == "pairs" and config.reference_column is None
         self._cache = AnswerCache(config.cache or DEFAULT_FILE)
         self._lock = Lock()
         self._asked: dict[str, Future[dict[str, Answer]]] = {}  # questions that wait for an answer

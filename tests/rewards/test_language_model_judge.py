@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from rlhf_recipes.evaluation.held_out import HeldOutComparison
+from rlhf_recipes.evaluation.policies import compare_policies
 from rlhf_recipes.evaluation.statistics import swapped_preferences
 from rlhf_recipes.options.judge import JudgeConfig, read_judge
 from rlhf_recipes.options.recipes import JudgeArguments
@@ -339,6 +340,17 @@ def test_it_stands_where_judges_may(server, tmp_path, load):
     )
     judges, pairwise = load_judges(arguments, tiny.prompts(), response_separator="\n\n")
     assert (list(judges), list(pairwise)) == (["points"], ["pairs"])
+    swapped = JudgeArguments(judge_functions=[str(tmp_path / "pairs.yaml")])
+    refused = (
+        r"The judge `pairs` of `judge_functions` compares the answers of one policy.*Name it in `pairwise_judges`"
+    )
+    with pytest.raises(ValueError, match=refused):
+        load_judges(swapped, tiny.prompts(), response_separator="\n\n")
+    assert load_judges(swapped, tiny.prompts(), response_separator="\n\n", of_two_policies=False)[0]
+    with pytest.raises(ValueError, match=refused):
+        HeldOutComparison(pairwise, {}, seed=0)
+    with pytest.raises(ValueError, match=refused):
+        compare_policies(None, None, None, tiny.prompts(), pairwise)
     pairwise["pairs"].keep_answers(str(tmp_path))
     asked = (["x", "y"], ["aa", "b"], ["a", "bb"])
     assert swapped_preferences(pairwise["pairs"], *asked) == [1.0, 0.0]
