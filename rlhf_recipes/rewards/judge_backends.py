@@ -21,7 +21,7 @@ from rlhf_recipes.options.judge import SAMPLING, JudgeConfig
 from rlhf_recipes.options.reward_calls import LONGEST_PAUSE_SECONDS
 from rlhf_recipes.options.secrets import redact
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError, describe_error, retrying
-from rlhf_recipes.rewards.exchange import CONNECT_SECONDS, Exchange, RefusedRequestError
+from rlhf_recipes.rewards.exchange import CONNECT_SECONDS, Exchange, RefusedForGoodError, RefusedRequestError
 from rlhf_recipes.rewards.judge_answers import Answer
 
 ANSWER_BYTES = 2**22
@@ -99,8 +99,8 @@ class ChatServer:
         body = json.dumps({"model": self._config.model, "messages": messages, **self._config.request})
         try:
             reply = retry(self._exchange, "POST", "/chat/completions", ANSWER_BYTES, self._config.timeout, body)
-        except PermanentRewardError as error:
-            if FILTERED in str(error):
+        except RefusedForGoodError as error:
+            if _is_filtered(error.body):
                 return Answer("", "refused", 0)
             raise
         return self._read(reply)
@@ -135,6 +135,15 @@ class ChatServer:
         error = state.outcome.exception()
         assert error is not None
         logger.info(f"{describe_error(error)}. Asked again in {state.next_action.sleep:g} s.")
+
+
+def _is_filtered(body: bytes) -> bool:
+    """Return whether a refusal names the filter as its reason. Its message may quote any text, so it is not read."""
+    try:
+        error = json.loads(body)["error"]
+        return FILTERED in (error.get("code"), error.get("type"))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _pause(state: RetryCallState) -> float:

@@ -105,6 +105,20 @@ def test_a_filter_of_the_server_is_a_refusal(server, load):
     assert _figures(judge)["refused"] == 1.0
 
 
+def test_a_question_that_the_server_filters_is_a_refusal(server, load):
+    message = (
+        "The response was filtered due to the prompt triggering the content management policy. " + "Read on. " * 40
+    )
+    server.refusal = {"error": {"message": message, "type": None, "param": "prompt", "code": "content_filter"}}
+    server.statuses, judge = [(400, {})], load(concurrency=1)
+    assert math.isnan(_compared(judge, ("a", "b"))[0])
+    assert _figures(judge)["refused"] == 0.5
+    server.refusal = {"error": {"message": "no template for 'what is content_filter?'", "code": "bad_request"}}
+    server.statuses = [(400, {})]
+    with pytest.raises(PermanentRewardError, match="answered 400"):
+        _compared(judge, ("c", "d"))
+
+
 def test_a_judge_that_never_answers_with_a_verdict_is_named(server, load, caplog):
     server.reply = lambda texts: {"message": {"content": "Let me think\x1b[2J"}, "finish_reason": "length"}
     _compared(load(), ("a", "b"))
