@@ -13,6 +13,7 @@ from tenacity import RetryCallState, wait_exponential
 from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from rlhf_recipes.console import visible
 from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_policy, load_tokenizer
@@ -26,6 +27,8 @@ from rlhf_recipes.rewards.judge_answers import Answer
 
 ANSWER_BYTES = 2**22
 FILTERED = "content_filter"  # how servers say that they do not answer such a question
+# How servers name the end of a whole answer. After another reason (`abort`, `error`) it is broken off.
+WHOLE = (None, "", "stop", "eos", "eos_token", "stop_sequence", "end_turn")
 logger = logging.getLogger(__name__)
 
 
@@ -98,12 +101,14 @@ class ChatServer:
         messages = [{"role": "user", "content": question}]
         body = json.dumps({"model": self._config.model, "messages": messages, **self._config.request})
         try:
-            reply = retry(self._exchange, "POST", "/chat/completions", ANSWER_BYTES, self._config.timeout, body)
+            return retry(self._ask, body)
         except RefusedForGoodError as error:
             if _is_filtered(error.body):
                 return Answer("", "refused", 0)
             raise
-        return self._read(reply)
+
+    def _ask(self, body: str) -> Answer:
+        return self._read(self._exchange("POST", "/chat/completions", ANSWER_BYTES, self._config.timeout, body))
 
     def _read(self, reply: dict[str, Any]) -> Answer:
         try:
@@ -114,6 +119,10 @@ class ChatServer:
                 text = "".join(part.get("text") or "" for part in text)
             if refusal or end == FILTERED:
                 return Answer(str(refusal or text), "refused", int(tokens))
+            if end != "length" and end not in WHOLE:
+                raise RewardCallError(
+                    f"{self._exchange.url} broke off its answer (`finish_reason: {visible(self._hide(str(end)))[:50]}`)"
+                )
             return Answer(text, "length" if end == "length" else "stop", int(tokens))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise RewardCallError(

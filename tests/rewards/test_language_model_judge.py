@@ -119,6 +119,19 @@ def test_a_question_that_the_server_filters_is_a_refusal(server, load):
         _compared(judge, ("c", "d"))
 
 
+@pytest.mark.parametrize("broken", [{"message": {"content": "[[A]], but"}, "finish_reason": "abort"}, {"message": ""}])
+def test_an_answer_that_is_broken_off_is_asked_for_again_and_not_kept(server, load, pauses, broken):
+    answers = iter([broken])
+    server.reply, judge = lambda texts: next(answers, "[[C]]"), load(concurrency=1)
+    assert _compared(judge, ("a", "b")) == [0.5]
+    assert pauses == [1.0]
+    server.reply = lambda texts: broken
+    with pytest.raises(RewardCallError, match="broke off its answer|without a message"):
+        _compared(load(retries=1), ("c", "d"))
+    server.reply = lambda texts: "[[C]]"
+    assert _compared(load(), ("c", "d")) == [0.5]
+
+
 def test_a_judge_that_never_answers_with_a_verdict_is_named(server, load, caplog):
     server.reply = lambda texts: {"message": {"content": "Let me think\x1b[2J"}, "finish_reason": "length"}
     _compared(load(), ("a", "b"))
