@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,11 @@ def _compared(judge, *pairs):
     return judge.compare(["the fox"] * len(pairs), first, second)
 
 
+def _one_question(judge):
+    """Ask one question, so that none is left for the next test if it fails."""
+    return judge(["the fox"], ["is red"])
+
+
 def _decided(texts):
     """Answer as the first word of the longer answer says; without such a word, prefer the longer answer."""
     order = max(texts["answer A"], texts["answer B"], key=len).split(" ")[0]
@@ -116,7 +122,7 @@ def test_a_question_that_the_server_filters_is_a_refusal(server, load):
     server.refusal = {"error": {"message": "no template for 'what is content_filter?'", "code": "bad_request"}}
     server.statuses = [(400, {})]
     with pytest.raises(PermanentRewardError, match="answered 400"):
-        _compared(judge, ("c", "d"))
+        _one_question(load(mode="scores"))
 
 
 @pytest.mark.parametrize("broken", [{"message": {"content": "[[A]], but"}, "finish_reason": "abort"}, {"message": ""}])
@@ -127,9 +133,9 @@ def test_an_answer_that_is_broken_off_is_asked_for_again_and_not_kept(server, lo
     assert pauses == [1.0]
     server.reply = lambda texts: broken
     with pytest.raises(RewardCallError, match="broke off its answer|without a message"):
-        _compared(load(retries=1), ("c", "d"))
-    server.reply = lambda texts: "[[C]]"
-    assert _compared(load(), ("c", "d")) == [0.5]
+        _one_question(load(retries=1, mode="scores"))
+    server.reply = lambda texts: "[[7]]"
+    assert _one_question(load(mode="scores")) == [7.0]
 
 
 def test_a_judge_that_never_answers_with_a_verdict_is_named(server, load, caplog):
@@ -243,14 +249,14 @@ def test_a_server_that_is_busy_is_asked_again(server, load, pauses, header, paus
     assert len(server.asked) == 3
     server.statuses = [(503, header)] * 9
     with pytest.raises(RewardCallError, match="/v1 answered 503"):
-        _compared(load(retries=1, concurrency=1), ("cc", "d"))
+        _one_question(load(retries=1, mode="scores"))
     assert pauses[:2] == [pause] * 2
 
 
 def test_a_request_that_is_refused_for_good_is_not_repeated(server, load, pauses):
     server.statuses = [(400, {})]
     with pytest.raises(PermanentRewardError, match="answered 400"):
-        _compared(load(concurrency=1), ("aa", "b"))
+        _one_question(load(mode="scores"))
     assert pauses == []
 
 
@@ -400,6 +406,26 @@ def test_a_question_of_a_call_that_ran_out_of_time_is_not_asked_again(server, lo
     assert guarded(prompts=["x"] * 4, completions=answers) == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
     assert "no answer within 0.6 s" in caplog.text
     assert len(server.asked) == 12
+
+
+def test_a_call_that_fails_leaves_the_questions_for_which_another_call_waits(server, load):
+    server.delay, server.statuses, judge = 0.3, [(400, {})], load(mode="scores", concurrency=1)
+    server.reply = lambda texts: f"[[{len(texts['answer'])}]]"
+    failures = []
+
+    def fail():
+        with pytest.raises(PermanentRewardError) as error:
+            judge(["x"] * 4, ["a", "bb", "ccc", "dddd"])
+        failures.append(error)
+
+    failing = threading.Thread(target=fail, daemon=True)
+    failing.start()
+    while not server.asked:
+        time.sleep(0.01)
+    assert judge(["x"] * 2, ["ccc", "bb"]) == [3.0, 2.0]
+    failing.join(5.0)
+    assert failures
+    assert len(server.asked) == 3, "nobody waits for the last question"
 
 
 def test_a_model_in_this_process(tmp_path):
