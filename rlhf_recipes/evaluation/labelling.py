@@ -23,17 +23,27 @@ def guarded_comparisons(judges: Mapping[str, Any], calls: RewardCalls) -> dict[s
 
 @dataclass(frozen=True)
 class Asked:
-    """Hold the answers as judges see them: prompts, answers, token ids, and the other columns of the prompts."""
+    """Hold the answers as judges see them: prompts, answers, token ids, and the other columns of the prompts.
+
+    The answers to one prompt stand together, as many for each.
+    """
 
     prompts: list[Any]
     answers: list[Any]
     ids: list[list[int]]
     columns: Mapping[str, list[Any]]
+    samples: int = 1  # answers to each prompt
     at_once: int = 512  # answers in a call of a judge, which has a time limit
 
-    def parts(self, numbers: Sequence[int]) -> tqdm:
-        """Return the numbers of answers in the parts of one call each."""
-        parts = [numbers[start : start + self.at_once] for start in range(0, len(numbers), self.at_once)]
+    def parts(self, numbers: Sequence[int], together: int = 1) -> tqdm:
+        """Return the numbers of answers in the parts of one call each.
+
+        Args:
+            numbers: Numbers of answers, or of pairs.
+            together: How many of them stay in one call.
+        """
+        step = max(self.at_once // together, 1) * together
+        parts = [numbers[start : start + step] for start in range(0, len(numbers), step)]
         return tqdm(parts, desc="Labelling", disable=None)
 
     def of(self, numbers: Sequence[int]) -> dict[str, list[Any]]:
@@ -73,7 +83,7 @@ def _columns_of(judge: Any, guarded: Callable[..., Any], asked: Asked) -> list[l
         judge.combine = recorded
     scores: list[float] = []
     try:
-        for part in asked.parts(range(len(asked.answers))):
+        for part in asked.parts(range(len(asked.answers)), asked.samples):
             answers, ids = ([values[number] for number in part] for values in (asked.answers, asked.ids))
             given = guarded(completions=answers, completion_ids=ids, **asked.of(part))
             scores += [math.nan if score is None else float(score) for score in given]

@@ -59,7 +59,7 @@ def sampled(policy, tmp_path_factory):
 
 def asked_of(answers, prompts=("a", "b"), **columns):
     each = [prompt for prompt in prompts for _ in range(len(answers) // len(prompts))]
-    return Asked(each, answers, [[1]] * len(answers), columns, at_once=3)
+    return Asked(each, answers, [[1]] * len(answers), columns, len(answers) // len(prompts), at_once=3)
 
 
 def test_answers_on_disk_are_not_sampled_again(policy, sampled, tmp_path, monkeypatch):
@@ -124,6 +124,18 @@ def test_the_mean_of_judges_in_their_own_units_decides_and_their_disagreement_is
     assert decided(preferred, only_agreed=True)[0] == [0, 0]
     alone = strengths([Pair(2, 3), Pair(0, 1)], scores_of({"one": judges["one"]}, asked), {}, asked)
     assert decided(alone, only_agreed=True) == ([0, 1], {"unlabelled": 0, "disagreed": 0, "ties": 1})
+
+
+def test_the_answers_to_a_prompt_are_scored_in_one_call():
+    seen = []
+
+    def judge(prompts, completions, **columns):
+        seen.append([*prompts])
+        return [0.0] * len(prompts)
+
+    for prompts in ("abc", "ab"):
+        scores_of({"judge": judge}, asked_of(list("123456"), prompts=tuple(prompts)))
+    assert seen == [["a"] * 2, ["b"] * 2, ["c"] * 2, ["a"] * 3, ["b"] * 3]  # 3 at a time
 
 
 def test_each_score_head_of_a_reward_model_is_a_judge():
