@@ -13,12 +13,45 @@ from tqdm.auto import tqdm
 from rlhf_recipes.data.pairs import Pair
 from rlhf_recipes.evaluation.statistics import swapped_preferences
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.protocol import Scorer, scorer_of
 
 
-def guarded_comparisons(judges: Mapping[str, Any], calls: RewardCalls) -> dict[str, Any]:
-    """Return the judges, functions with a guard. A judge with a method `compare` has limits of its own."""
+class _Comparison(Scorer):
+    """Give the method `compare` of a judge the form of a function that compares, and keep the judge's counts."""
+
+    def __init__(self, name: str, judge: Any) -> None:
+        self.__name__, self._judge, scorer = name, judge, scorer_of(judge)
+        self.take_counts, self.figures = scorer.take_counts, scorer.figures  # type: ignore[method-assign]
+
+    def __call__(self, prompts: Any, completions_a: Any, completions_b: Any) -> Any:  # type: ignore[override]
+        """Compare answers."""
+        return self._judge.compare(prompts, completions_a, completions_b)
+
+
+@dataclass(frozen=True)
+class _GuardedJudge:
+    """Compare answers under a guard."""
+
+    guarded: Callable[..., list[float]]
+
+    def compare(self, prompts: Any, first: Any, second: Any) -> list[float]:
+        """Return the results; NaN for all of a failed call, if failures are masked."""
+        return self.guarded(prompts=prompts, completions_a=first, completions_b=second)
+
+
+def guarded_comparisons(judges: Mapping[str, Any], calls: RewardCalls, own_limits: RewardCalls) -> dict[str, Any]:
+    """Return the judges with a guard.
+
+    Args:
+        judges: Judges by name.
+        calls: Guard of functions.
+        own_limits: Guard of judges with a method `compare`: they have a time limit and retries of their own.
+    """
     functions = {name: judge for name, judge in judges.items() if not hasattr(judge, "compare")}
-    return {**judges, **calls.guard_judges(functions)}
+    given = {name: judge for name, judge in judges.items() if name not in functions}
+    compared = {name: _GuardedJudge(own_limits.guard(_Comparison(name, judge), name)) for name, judge in given.items()}
+    guarded = calls.guard_judges(functions) | compared
+    return {name: guarded[name] for name in judges}
 
 
 @dataclass(frozen=True)

@@ -120,9 +120,8 @@ class ChatServer:
             if refusal or end == FILTERED:
                 return Answer(str(refusal or text), "refused", int(tokens))
             if end != "length" and end not in WHOLE:
-                raise RewardCallError(
-                    f"{self._exchange.url} broke off its answer (`finish_reason: {visible(self._hide(str(end)))[:50]}`)"
-                )
+                shown = visible(self._hide(str(end)))[:50]
+                raise RewardCallError(f"{self._exchange.url} broke off its answer (`finish_reason: {shown}`)")
             return Answer(text, "length" if end == "length" else "stop", int(tokens))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise RewardCallError(

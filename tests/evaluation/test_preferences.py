@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import mlflow
@@ -28,6 +29,8 @@ from rlhf_recipes.evaluation.preferences import (
 )
 from rlhf_recipes.evaluation.sampled_answers import as_judges_see, sampled_answers
 from rlhf_recipes.options.preferences import PreferenceArguments
+from rlhf_recipes.rewards.attempts import RewardCallError
+from rlhf_recipes.rewards.protocol import Scorer
 
 pytestmark = pytest.mark.tiny
 RECIPE = Path(__file__).parents[2] / "recipes" / "sample_preferences.py"
@@ -171,6 +174,50 @@ def test_judges_compare_by_their_own_method_and_functions_in_both_orders():
     nothing = scores_of({}, asked)
     np.testing.assert_array_equal(strengths(pairs, nothing, {"j": Judge()}, asked), [[-1.0], [np.nan]])
     assert strengths(pairs, nothing, {"f": first_place}, asked).tolist() == [[0.0], [0.0]]  # its bias cancels
+
+
+def test_the_figures_of_judges_are_kept_and_a_failed_comparison_can_be_masked(sampled, tmp_path):
+    class Judge(Scorer):
+        """Prefer the longer answer. Tell how many were refused."""
+
+        __name__ = "j"
+
+        def compare(self, prompts, first, second):
+            if broken:
+                raise RuntimeError("no answer")
+            return [(1 + (len(a) > len(b)) - (len(a) < len(b))) / 2 for a, b in zip(first, second, strict=True)]
+
+        def __call__(self, prompts, completions, **columns):
+            return [len(text) for text in completions]
+
+        def take_counts(self):
+            return Counter(asked=10, refused=4)
+
+        def figures(self, counts):
+            return {"refused": counts["refused"] / counts["asked"]}
+
+    asked, broken = as_judges_see(sampled[0][False], tiny.prompts()), False
+    arguments = (asked, sampled[0][False], Labellers({}, {"j": Judge()}))
+    scored = labelled_pairs(options(tmp_path), asked, sampled[0][False], Labellers({"j": Judge()}, {}))
+    compared = labelled_pairs(options(tmp_path), *arguments)
+    assert compared.labels == scored.labels
+    assert any(compared.labels)
+    expected = {"pairs/j/refused": 0.4, "pairs/j/failed_attempts": 0.0, "pairs/j/failed_calls": 0.0}
+    assert scored.figures == compared.figures == expected
+    broken = True
+    masked = labelled_pairs(options(tmp_path, failed_rewards="mask"), *arguments)
+    assert not any(masked.labels)
+    assert masked.figures == expected | {"pairs/j/failed_attempts": 1.0, "pairs/j/failed_calls": 1.0}
+    with pytest.raises(RewardCallError, match="`j` failed at the first attempt: RuntimeError: no answer"):
+        labelled_pairs(options(tmp_path), *arguments)
+
+
+def test_pairs_without_agreement_count_as_lost():
+    figures = {"pairs/new": 40.0, "pairs/disagreed": 60.0, "pairs/longer_chosen": 0.5}
+    assert preferences_verdict(figures)[0].level == "good"
+    left_out = preferences_verdict(figures, only_agreed=True)[0]
+    assert left_out.level == "doubtful"
+    assert "60% of the comparisons gave none" in left_out.text
 
 
 def test_people_label_the_pairs_of_a_file(sampled, tmp_path, capsys):
