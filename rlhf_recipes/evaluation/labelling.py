@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from tqdm.auto import tqdm
 
+from rlhf_recipes.algorithm.heads import combine_heads
 from rlhf_recipes.data.pairs import Pair
 from rlhf_recipes.evaluation.statistics import swapped_preferences
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.heads import KeptHeads
 from rlhf_recipes.rewards.protocol import Scorer, scorer_of
 
 
@@ -104,27 +105,24 @@ def scores_of(judges: Mapping[str, Any], asked: Asked, calls: RewardCalls | None
 
 def _columns_of(judge: Any, guarded: Callable[..., Any], asked: Asked) -> list[list[float]]:
     """Return the scores by a judge: one column, or one for each head of a reward model that combines several."""
-    heads: list[Tensor] = []
     combine = getattr(judge, "combine", None)  # the last step of a reward model with score heads: (B, K) to (B,)
+    kept = KeptHeads(guarded, combine or combine_heads)
     if combine is not None:
-
-        def recorded(scores: Tensor) -> Tensor:
-            heads.append(scores)
-            combined: Tensor = combine(scores)
-            return combined
-
-        judge.combine = recorded
+        judge.combine = kept.combine
     scores: list[float] = []
     try:
         for part in asked.parts(range(len(asked.answers)), asked.samples):
             answers, ids = ([values[number] for number in part] for values in (asked.answers, asked.ids))
-            given = guarded(completions=answers, completion_ids=ids, **asked.of(part))
+            given = kept(completions=answers, completion_ids=ids, **asked.of(part))
             scores += [math.nan if score is None else float(score) for score in given]
     finally:
         if combine is not None:
             judge.combine = combine
-    by_head = [row for part in heads for row in part.tolist()]
-    return [list(column) for column in zip(*by_head, strict=True)] if by_head else [scores]
+    by_head = kept.by_answer()
+    if by_head is None:
+        return [scores]
+    columns: list[list[float]] = np.where(np.isnan(scores), np.nan, by_head.T).tolist()
+    return columns
 
 
 def strengths(pairs: Sequence[Pair], scores: np.ndarray, judges: Mapping[str, Any], asked: Asked) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -29,7 +31,8 @@ from rlhf_recipes.evaluation.preferences import (
 )
 from rlhf_recipes.evaluation.sampled_answers import as_judges_see, sampled_answers
 from rlhf_recipes.options.preferences import PreferenceArguments
-from rlhf_recipes.rewards.attempts import RewardCallError
+from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
+from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.protocol import Scorer
 
 pytestmark = pytest.mark.tiny
@@ -156,6 +159,38 @@ def test_each_score_head_of_a_reward_model_is_a_judge():
     scores = scores_of({"two": judge}, asked)
     np.testing.assert_allclose(scores, np.array([[0, 0], [1, 0], [2, 10], [5, 10]]) / [np.std([0, 1, 2, 5]), 5])
     assert judge.combine is TwoHeads.combine
+
+
+def test_scores_by_head_of_a_late_call_stay_out_of_the_others():
+    """The first call fails by its time limit. It ends while the second one fails, with as many scores."""
+    begun, late = threading.Event(), threading.Event()
+
+    class TwoHeads:
+        """Give each answer its number, and ten times that."""
+
+        __name__ = "two"
+
+        @staticmethod
+        def combine(scores):
+            return scores.mean(dim=1)
+
+        def __call__(self, completions, **kwargs):
+            if completions[0] == "2":  # while its time passes, the first call ends
+                begun.set()
+                late.wait(5.0)
+                raise PermanentRewardError("no")
+            is_late = completions[0] == "0"
+            if is_late:
+                begun.wait(5.0)
+            scores = self.combine(torch.tensor([[float(c), 10 * float(c)] for c in completions])).tolist()
+            if is_late:
+                late.set()
+            return scores
+
+    calls = RewardCalls(timeout=0.5, retries=0, failed="mask")
+    asked = replace(asked_of(list("012345"), prompts=("a", "b", "c")), at_once=2)
+    scores = scores_of({"two": TwoHeads()}, asked, calls)
+    np.testing.assert_allclose(scores, [[np.nan] * 2] * 4 + [[8, 8], [10, 10]])
 
 
 def test_judges_compare_by_their_own_method_and_functions_in_both_orders():
