@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor
 
-from rlhf_recipes.algorithm.heads import combine_heads
 from rlhf_recipes.data.messages import Text, as_text
 from rlhf_recipes.data.preferences import PreferenceSet, in_form_of
 from rlhf_recipes.data.prompts import add_separator
@@ -23,6 +21,7 @@ from rlhf_recipes.options.reward_model_evaluation import RewardModelEvaluationAr
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.functions import as_scorer, check_reward_functions, distinct_names
+from rlhf_recipes.rewards.heads import KeptHeads
 from rlhf_recipes.rewards.judges import load_judges
 
 SEPARATOR = "\n\n"  # that of reward models without a card
@@ -181,30 +180,13 @@ def _judged(
         prompts,
         policy_eos_token_ids=candidates.end_ids,
         response_separator=separator,
+        of_two_policies=False,
         **init_kwargs,
     )
     return {
         name: np.stack(scores_of(judge, prompts["prompt"], candidates.answers, **candidates.columns))
         for name, judge in calls.guard_judges(judges).items()
     }
-
-
-class _Heads:
-    """Combine the scores of several heads by their mean, and keep them."""
-
-    def __init__(self) -> None:
-        self._seen: list[Tensor] = []
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Return one score per row of `(B, K)`."""
-        self._seen.append(scores)
-        return combine_heads(scores)
-
-    def by_row(self, sizes: list[int]) -> list[np.ndarray] | None:
-        """Return the scores of all heads, `(size, K)` for each row; `None` with one head, or if calls have failed."""
-        seen = np.concatenate([scores.numpy() for scores in self._seen]) if self._seen else np.empty((0, 1))
-        is_whole = len(seen) == sum(sizes) and seen.shape[1] > 1
-        return np.split(seen, np.cumsum(sizes)[:-1]) if is_whole else None
 
 
 @dataclass(frozen=True)
@@ -256,10 +238,13 @@ class _Reader:
             self._check_lengths(prompts["prompt"], answers, option)
         except ValueError as error:
             raise ValueError(f"`reward_models`, {self.name}, does not suit `{option}`. {error}") from error
-        heads = _Heads()
-        self.scorer.combine = heads
-        scores = scores_of(self.judge, prompts["prompt"], answers, **columns)
-        return scores, heads.by_row([len(row) for row in answers])
+        kept = KeptHeads(self.judge)
+        self.scorer.combine = kept.combine
+        scores = scores_of(kept, prompts["prompt"], answers, **columns)
+        heads = kept.by_answer()
+        if heads is None or heads.shape[1] == 1:
+            return scores, None
+        return scores, np.split(heads, np.cumsum([len(row) for row in answers])[:-1])
 
     def _check_lengths(self, prompts: list[Text], answers: list[list[Text]], option: str) -> None:
         """Refuse rows that the model cannot read whole, if it has a limit and runs here."""
