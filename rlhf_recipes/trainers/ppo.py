@@ -179,11 +179,8 @@ class PPOTrainer(FittingTrainer):
         values = policy.state_values if self.critic is None else self.critic_values(rows, length)
         rollout.take_tokens(batch, policy.per_token_logps, self._reference_logps(batch), values, self.eos_token_ids)
         rollout.full_kl = self._full_kl(policy, rollout, batch)
-        if self.references is not None:
-            rollout.shape_scores(self.references)
-        else:
-            normalizer = self.reward_normalizer if self.args.reward_norm else None
-            rollout.normalize_scores(normalizer, update=self.model.training)
+        normalizer = self.reward_normalizer if self.args.reward_norm else None
+        rollout.normalize_scores(normalizer, update=self.model.training)
         group_size = self.num_generations if self.model.training else 1
         rollout.estimate_advantages(self.args, kl_coef=self.kl_controller.kl_coef, group_size=group_size)
         self._report(rollout, group_size)
@@ -195,13 +192,15 @@ class PPOTrainer(FittingTrainer):
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
     ) -> Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._log_metrics({f"rewards/{name}": value for name, value in self.reward_calls.settle().items()})
+        assert self.rollout is not None
         scores = weighted_scores(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
+        if self.references is not None:  # it calls the reward model, so it comes before the calls are settled
+            scores = self.rollout.shape_scores(self.references, scores)
+        self._log_metrics({f"rewards/{name}": value for name, value in self.reward_calls.settle().items()})
         self._log_metrics({"objective/unscorable": scores.isnan().float().mean().item()})
         if self.model.training:
             self.reward_calls.check_any_scored(scores)
         rewards = dict(zip(self.reward_func_names, rewards_per_func.unbind(dim=1), strict=True))
-        assert self.rollout is not None
         self.rollout.take_answers(prompts, completions, completion_ids_list, rewards, scores)
         return rewards_per_func
 

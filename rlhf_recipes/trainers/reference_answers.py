@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_recipes.algorithm.par import preference_as_reward
 from rlhf_recipes.data.messages import answer_to
-from rlhf_recipes.data.prompts import column_names
+from rlhf_recipes.data.prompts import column_names, rows_of
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.protocol import Scorer
 
@@ -41,7 +41,10 @@ class ReferenceAnswers:
             rows: Rows of the data set, one per score, with `prompt` and `reference_answers`.
         """
         new = {key(row): (row["prompt"], row[COLUMN]) for row in rows if key(row) not in self._known}
-        self._learn({name: asked for part in gather_object([new]) for name, asked in part.items()})
+        new = {name: asked for part in gather_object([new]) for name, asked in part.items()}
+        for _, texts in new.values():  # only the first row of a stream was checked before
+            check_texts(texts, "the data set")
+        self._learn(new)
         known = [torch.tensor(self._known.get(key(row), [torch.nan])) for row in rows]
         references = torch.nn.utils.rnn.pad_sequence(known, batch_first=True, padding_value=torch.nan)
         return preference_as_reward(scores, self._weight * references.to(scores.device, scores.dtype))
@@ -75,6 +78,23 @@ def key(row: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([row["prompt"], row[COLUMN]]).encode()).hexdigest()[:20]
 
 
+def check_texts(texts: Any, place: str) -> None:
+    """Check the reference answers to a prompt.
+
+    Args:
+        texts: Value of the column.
+        place: Row, for the message.
+
+    Raises:
+        ValueError: If it is not a list of texts, or an empty one.
+    """
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"`{COLUMN}` in {place} is {str(texts)[:80]!r}, and `reward_shaping: par` needs a list of one or more "
+            "texts for each prompt. Complete or remove the row."
+        )
+
+
 def check_reference_answers(args: PPOConfig, scorers: Sequence[Scorer], datasets: dict[str, Any]) -> None:
     """Check that the rewards can be shaped as `reward_shaping` says.
 
@@ -84,7 +104,7 @@ def check_reference_answers(args: PPOConfig, scorers: Sequence[Scorer], datasets
         datasets: Data sets by name; `None` for one that is not there.
 
     Raises:
-        ValueError: If there is another reward than one reward model, or no reference answers in a data set.
+        ValueError: If there is another reward than one reward model, or a row of a data set has no reference answers.
     """
     if args.reward_shaping == "none":
         return
@@ -100,3 +120,5 @@ def check_reference_answers(args: PPOConfig, scorers: Sequence[Scorer], datasets
                 f"'{COLUMN}'. Let the SFT policy write it: `add_reference_answers` of "
                 "`rlhf_recipes.evaluation.reference_answers`, see docs/over-optimization.md."
             )
+        for row, (texts,) in enumerate(rows_of(dataset, [COLUMN]) if dataset is not None else ()):
+            check_texts(texts, f"row {row} of `{name}`")

@@ -11,6 +11,7 @@ from processes import run_in_processes
 from tolerances import FP32, SPLIT, assert_close
 
 from rlhf_recipes.evaluation.reference_answers import add_reference_answers
+from rlhf_recipes.rewards.attempts import RewardCallError
 from rlhf_recipes.trainers.reference_answers import ReferenceAnswers
 
 pytestmark = pytest.mark.tiny
@@ -21,6 +22,11 @@ def _with_references(data, count=2):
     return data.add_column(
         "reference_answers", [[f"the hare {i} {k}" for k in range(count)] for i in range(len(data))]
     )
+
+
+def _with_nothing(data):
+    texts = _with_references(data)["reference_answers"]
+    return data.add_column("reference_answers", [None if i == 3 else row for i, row in enumerate(texts)])
 
 
 def _trainer(directory, **options):
@@ -104,6 +110,8 @@ def test_a_critic_is_fitted_to_the_same_reward(tmp_path):
         ({"data": tiny.prompts()}, "`train_dataset` has no column 'reference_answers'. Let the SFT policy write it"),
         ({"eval_data": tiny.prompts()}, "`eval_dataset` has no column 'reference_answers'"),
         ({"critic": "reward", "critic_dataset": tiny.preferences()}, "`critic_dataset` has no column"),
+        ({"data": _with_references(tiny.prompts(), count=0)}, r"in row 0 of `train_dataset` is '\[\]'"),
+        ({"eval_data": _with_nothing(tiny.prompts())}, "in row 3 of `eval_dataset` is 'None', .* list of one or more"),
     ],
 )
 def test_what_cannot_be_shaped_is_refused(tmp_path, changes, message):
@@ -120,6 +128,32 @@ def test_an_answer_whose_reference_has_no_score_has_none_until_it_gets_one():
     assert references.shaped(torch.tensor([1.0]), [row]).isnan().all()
     assert references.state_dict() == {}
     assert references.shaped(torch.tensor([1.0]), [row]).item() == 0.5
+
+
+def test_a_row_without_a_reference_score_does_not_train(tmp_path):
+    """The others do, with finite advantages, and a rollout without any such score ends the run."""
+    trainer = _trainer(tmp_path, critic="reward")
+    score, lost = trainer.references._score, [3]
+    first = {"prompt": trainer.train_dataset[0]["prompt"]}
+
+    def sometimes(prompts, completions):
+        scores = score(prompts=prompts, completions=completions)
+        return [math.nan if i in lost or "all" in lost else x for i, x in enumerate(scores)]
+
+    trainer.references = ReferenceAnswers(sometimes, 1.0)
+    lost[:] = [0, 1]  # both reference answers of the first prompt
+    batch, rollout = tiny.rollout(trainer), trainer.rollout
+    without = [row["prompt"] == first["prompt"] for row in rollout.rows]
+    assert any(without)
+    assert not all(without)
+    assert rollout.mask.any(dim=1).tolist() == [not x for x in without]
+    assert rollout.scores.isnan().tolist() == without
+    assert batch["advantages"].isfinite().all()
+    assert batch["returns"].isfinite().all()
+    trainer.references = ReferenceAnswers(sometimes, 1.0)
+    lost[:] = ["all"]
+    with pytest.raises(RewardCallError, match="None of the 8 completions of this rollout has a score"):
+        tiny.rollout(trainer)
 
 
 def test_the_sft_policy_writes_reference_answers():
