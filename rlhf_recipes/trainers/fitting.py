@@ -66,9 +66,10 @@ class FittingTrainer(ForwardTrainer):
         """Return what a critic's values are in: the rewards, and the options that scale them."""
         identity = {name: facts.get(name) for name in FACTS_OF_REWARDS}
         identity |= {name: getattr(self.args, name) for name in SCALE_OF_RETURNS}
-        for name, plain in (("reward_shaping", "none"), ("reward_heads", "mean")):
-            if getattr(self.args, name) != plain:  # critics that earlier versions have saved know neither
-                identity[name] = getattr(self.args, name)
+        if self.args.reward_shaping != "none":  # critics that earlier versions have saved know neither
+            identity["reward_shaping"] = self.args.reward_shaping
+        if self.args.reward_heads != "mean":
+            identity["reward_heads"] = [self.args.reward_heads, self.args.reward_heads_coef]
         identity |= {"weights": self.reward_weights.tolist(), "grouped": self._is_grouped}
         return json.dumps(identity | {"functions": [scorer.origin for scorer in self.scorers]})
 
