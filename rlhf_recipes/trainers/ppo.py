@@ -120,7 +120,8 @@ class PPOTrainer(FittingTrainer):
         functions = self.reward_funcs
         self.reward_funcs = self.prepare_rewards(functions, self.args, self.eos_token_ids, judges, pairwise_judges)
         self.reward_normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
-        if (statistics := score_statistics(functions, self.reward_weights)) is not None:
+        statistics = score_statistics(functions, self.reward_weights, self.args.reward_heads)
+        if statistics is not None:
             self.reward_normalizer.warm_start(*statistics)
         if self.args.reward_shaping == "par":
             self.references = ReferenceAnswers(self.reward_funcs[0], self.reward_weights[0].item())
