@@ -6,6 +6,7 @@ Overrides only. Sampling, reward calls and the clipped surrogate are TRL's; ever
 
 import copy
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -109,13 +110,13 @@ class PPOTrainer(FittingTrainer):
         couples_rows = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
         self._may_regroup = not (self._is_vlm or couples_rows or self.args.torch_compile)
         self.critic_dataset = parts.critic_dataset
-        self._build_rewards(judges, pairwise_judges)
+        self._build_rewards(parts.facts, judges, pairwise_judges)
         self.build_critic(parts.directory, parts.facts)
         self._build_control(parts.facts)
         if args.check_numerics and not self._is_vlm:
             self.watch_numbers(parts.start)
 
-    def _build_rewards(self, judges: Any, pairwise_judges: Any) -> None:
+    def _build_rewards(self, facts: dict[str, Any], judges: Any, pairwise_judges: Any) -> None:
         """Prepare scorers and judges, the limits of their calls, and what normalises or shapes the scores."""
         functions = self.reward_funcs
         self.reward_funcs = self.prepare_rewards(functions, self.args, self.eos_token_ids, judges, pairwise_judges)
@@ -124,7 +125,8 @@ class PPOTrainer(FittingTrainer):
         if statistics is not None:
             self.reward_normalizer.warm_start(*statistics)
         if self.args.reward_shaping == "par":
-            self.references = ReferenceAnswers(self.reward_funcs[0], self.reward_weights[0].item())
+            source = json.dumps(self.identity_of_scores(facts))
+            self.references = ReferenceAnswers(self.reward_funcs[0], self.reward_weights[0].item(), source)
 
     def _build_control(self, facts: dict[str, Any]) -> None:
         """Add guard, KL controller, early stopping and the identity of the run, and name the parts of a checkpoint."""

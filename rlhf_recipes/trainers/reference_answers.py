@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.protocol import Scorer
 
 COLUMN = "reference_answers"
+logger = logging.getLogger(__name__)
 
 
 class ReferenceAnswers:
@@ -27,10 +29,11 @@ class ReferenceAnswers:
     Args:
         score: Reward function: the reward model, with time limits and retries.
         weight: Weight of the reward.
+        source: Identity of the reward model, and the rule for its heads. Scores of another one are not taken over.
     """
 
-    def __init__(self, score: Callable[..., Sequence[float | None]], weight: float) -> None:
-        self._score, self._weight = score, weight
+    def __init__(self, score: Callable[..., Sequence[float | None]], weight: float, source: str = "") -> None:
+        self._score, self._weight, self._source = score, weight, source
         self._known: dict[str, list[float]] = {}  # by prompt and answers
 
     def shaped(self, scores: Tensor, rows: Sequence[dict[str, Any]]) -> Tensor:
@@ -65,12 +68,18 @@ class ReferenceAnswers:
         self._known |= {name: each for name, each in of_prompts.items() if torch.tensor(each).isfinite().any()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scores by prompt."""
-        return self._known
+        """Return the scores by prompt, and what they are of."""
+        return {"source": self._source, "scores": self._known}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._known = dict(state)
+        """Restore what `state_dict` returned, if the scores are of the same reward model."""
+        if state["source"] == self._source:
+            self._known = dict(state["scores"])
+        elif PartialState().is_main_process:
+            logger.warning(
+                "The checkpoint has scores of reference answers by another reward model, or by another rule for its "
+                "heads. They are computed again."
+            )
 
 
 def key(row: dict[str, Any]) -> str:

@@ -90,6 +90,25 @@ def test_a_resume_is_exact_and_scores_no_reference_again(tmp_path):
     assert whole.references.state_dict() == again.references.state_dict()
 
 
+def test_a_resume_with_another_reward_scores_the_references_by_it(tmp_path, caplog):
+    """From a run without `reward_shaping`, and from one with another reward model."""
+    saving = {"save_strategy": "steps", "save_steps": 4, "num_iterations": 1, "allow_changes_on_resume": True}
+    plain = {"reward_shaping": "none", "reward_norm": True}
+    _trainer(tmp_path, **saving, **plain, max_steps=4).train()
+    checkpoint = str(tmp_path / "checkpoint-4")
+    shaped = _trainer(tmp_path, **saving, max_steps=8)
+    shaped.train(resume_from_checkpoint=checkpoint)
+    scores = shaped.references.state_dict()["scores"]
+    assert scores
+    other = _trainer(tmp_path, **saving, max_steps=8, rewards=tiny.reward_model(tiny.tokenizer(), seed=7))
+    other.references.load_state_dict(shaped.references.state_dict())
+    assert "by another reward model, or by another rule" in caplog.text
+    assert other.references.state_dict()["scores"] == {}
+    same = _trainer(tmp_path, **saving, max_steps=8)
+    same.references.load_state_dict(shaped.references.state_dict())
+    assert same.references.state_dict()["scores"] == scores
+
+
 def test_a_critic_is_fitted_to_the_same_reward(tmp_path):
     pairs = _with_references(tiny.preferences(count=4))
     trainer = _trainer(tmp_path, critic="reward", critic_epochs=1, critic_dataset=pairs)
@@ -126,7 +145,7 @@ def test_an_answer_whose_reference_has_no_score_has_none_until_it_gets_one():
         {"prompt": "a", "reference_answers": ["b"]},
     )
     assert references.shaped(torch.tensor([1.0]), [row]).isnan().all()
-    assert references.state_dict() == {}
+    assert references.state_dict()["scores"] == {}
     assert references.shaped(torch.tensor([1.0]), [row]).item() == 0.5
 
 
@@ -182,7 +201,7 @@ def _shaped(rank, world_size):
     share = len(rows) // world_size
     own = slice(rank * share, (rank + 1) * share)
     references, scores = ReferenceAnswers(score, 0.5), torch.linspace(-1, 1, len(rows))
-    return references.shaped(scores[own], rows[own]), references.state_dict(), len(asked)
+    return references.shaped(scores[own], rows[own]), references.state_dict()["scores"], len(asked)
 
 
 @pytest.mark.distributed
