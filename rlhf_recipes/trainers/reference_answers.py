@@ -117,10 +117,11 @@ def check_reference_answers(args: PPOConfig, scorers: Sequence[Scorer], datasets
     """
     if args.reward_shaping == "none":
         return
-    if len(scorers) != 1 or scorers[0].origin:
+    if len(scorers) != 1 or not getattr(scorers[0], "gives_log_odds", False):
         raise ValueError(
             "`reward_shaping: par` needs one reward model and no other reward, because only a reward model's score is "
-            "a log-odds: leave out `reward_functions` and further reward models, or `reward_shaping`."
+            "a log-odds: leave out `reward_functions`, further reward models, judges and process reward models, or "
+            "`reward_shaping`."
         )
     for name, dataset in datasets.items():
         if dataset is not None and COLUMN not in column_names(dataset):

@@ -8,10 +8,12 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from processes import run_in_processes
+from tiny_steps import step_model
 from tolerances import FP32, SPLIT, assert_close
 
 from rlhf_recipes.evaluation.reference_answers import add_reference_answers
 from rlhf_recipes.rewards.attempts import RewardCallError
+from rlhf_recipes.rewards.protocol import Scorer
 from rlhf_recipes.trainers.reference_answers import ReferenceAnswers
 
 pytestmark = pytest.mark.tiny
@@ -46,6 +48,15 @@ def _record(scorer):
 
     scorer.__class__ = Recorded
     return asked
+
+
+class _Judge(Scorer):
+    """Give points."""
+
+    __name__ = "judge"
+
+    def __call__(self, prompts, completions, **kwargs):
+        return [5.0] * len(prompts)
 
 
 def _probability(score, references):
@@ -126,6 +137,8 @@ def test_a_critic_is_fitted_to_the_same_reward(tmp_path):
     [
         ({"reward_norm": True}, "`reward_shaping: par` needs `reward_norm: false`"),
         ({"rewards": tiny.length_reward}, "needs one reward model and no other reward"),
+        ({"rewards": step_model(tiny.tokenizer())}, "leave out .* judges and process reward models"),
+        ({"rewards": _Judge()}, "needs one reward model and no other reward"),
         ({"data": tiny.prompts()}, "`train_dataset` has no column 'reference_answers'. Let the SFT policy write it"),
         ({"eval_data": tiny.prompts()}, "`eval_dataset` has no column 'reference_answers'"),
         ({"critic": "reward", "critic_dataset": tiny.preferences()}, "`critic_dataset` has no column"),
