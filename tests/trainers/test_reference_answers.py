@@ -11,6 +11,7 @@ from processes import run_in_processes
 from tiny_steps import step_model
 from tolerances import FP32, SPLIT, assert_close
 
+from rlhf_recipes.evaluation import reference_answers
 from rlhf_recipes.evaluation.reference_answers import add_reference_answers
 from rlhf_recipes.rewards.attempts import RewardCallError
 from rlhf_recipes.rewards.protocol import Scorer
@@ -196,10 +197,25 @@ def test_the_sft_policy_writes_reference_answers():
         tok,
         count=3,
         max_completion_length=4,
+        temperature=0,  # so all answers to a prompt have ended, or none
     )
     assert data["prompt"] == ["the fox", "the hare\n\n"]
     assert data["n"] == [1, 2]
     assert [len(answers) for answers in data["reference_answers"]] == [3, 3]
+
+
+def test_cut_answers_are_no_references_unless_there_is_no_other(monkeypatch, caplog):
+    tok = tiny.tokenizer()
+    end = tok.eos_token_id
+    sampled = [[5, 6], [5, end], [5, 7], [7, end], [8, 9], [8, 10]]
+    texts = ["cut", "whole", "cut", "the end", "cut a", "cut b"]
+    monkeypatch.setattr(reference_answers, "sample_answers", lambda *args, **kwargs: (sampled, texts, None))
+    data = add_reference_answers(Dataset.from_dict({"prompt": ["a", "b"]}), tiny.policy(tok), tok, count=3)
+    assert data["reference_answers"] == [["whole"], ["the end"]]
+    sampled[3] = [7, 7]
+    data = add_reference_answers(Dataset.from_dict({"prompt": ["a", "b"]}), tiny.policy(tok), tok, count=3)
+    assert data["reference_answers"] == [["whole"], ["the end", "cut a", "cut b"]]
+    assert "1 of 2 prompts have only reference answers that the length limit has cut" in caplog.text
 
 
 def _shaped(rank, world_size):
