@@ -29,7 +29,6 @@ from rlhf_recipes.evaluation.samples import reward_columns, sample_rows
 from rlhf_recipes.models.generation import check_generation_kwargs
 from rlhf_recipes.options.baselines import DPOConfig
 from rlhf_recipes.rewards.context import check_context
-from rlhf_recipes.rewards.dense import with_kept_answer
 from rlhf_recipes.rewards.functions import weighted_scores
 from rlhf_recipes.trainers.compared import RolloutTrainer
 from rlhf_recipes.trainers.prepared import check_prepared
@@ -225,7 +224,7 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         self._end_ids = eos_token_ids(parts["model"], processing_class)
         judges = (scoring.judges, scoring.pairwise_judges)
         functions = self.prepare_rewards(rewards, scoring.limits, self._end_ids, *judges)
-        self._functions = [getattr(call, "now", None) or with_kept_answer(call) for call in functions]
+        self._functions = [self.reward_calls.readable(call) for call in functions]
         self._stateful = {"held_out": self.held_out}
 
     def _check_context(self, reward_overflow: str) -> None:

@@ -207,11 +207,14 @@ class PPOTrainer(FittingTrainer):
         self.rollout.take_answers(prompts, completions, completion_ids_list, rewards, scores)
         return rewards_per_func
 
-    def take_parts(self, answers: list[KeptAnswer | None], completions: Any, ids: list[list[int]]) -> None:
+    def decoder(self) -> Callable[[Any], str]:
+        """Return a function that returns the text of token ids."""
+        return functools.partial(inner_tokenizer(self.processing_class).decode, skip_special_tokens=True)
+
+    def take_parts(self, answers: list[KeptAnswer | None], ids: list[list[int]]) -> None:
         """Give the rewards of steps and tokens to the rollout."""
         assert self.rollout is not None
-        decode = functools.partial(inner_tokenizer(self.processing_class).decode, skip_special_tokens=True)
-        self.rollout.token_rewards = weighted_parts(answers, self.reward_weights.tolist(), completions, ids, decode)
+        self.rollout.token_rewards = weighted_parts(answers, self.reward_weights.tolist(), ids)
 
     def _report(self, rollout: Rollout, group_size: int) -> None:
         """Let guard and controller look at a rollout, log its figures, and keep or judge its completions."""
