@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -62,6 +63,8 @@ class RewardModelCard:
         disagreement: Mean over the same responses of the standard deviation over the heads, from a common origin;
             `None` with one head.
     """
+
+    ranks_pairs: ClassVar[bool] = True  # so an `eval_accuracy` of one half is chance
 
     base_model: str
     conversational: bool
