@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 STATE_FILE = "ppo_state.json"
 PROGRESS_FILE = "ppo_progress_{}.pt"  # by rank: its share of the current rollout, and sums since the latest log
+OPTIONAL = {"reference_answers"}  # parts that only some options have: a resume may change them
 MOVING = {"reward_normalizer", "kl_controller"}  # parts from whose numbers a training continues
 
 
@@ -41,7 +42,8 @@ def load_ppo_state(folder: Path, parts: Mapping[str, Stateful], file: str = STAT
     for name in MOVING & parts.keys():
         _check_finite(path, name, state[name])
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        if name in state or name not in OPTIONAL:
+            part.load_state_dict(state[name])
 
 
 def _check_finite(path: Path, part: str, state: dict[str, Any]) -> None:

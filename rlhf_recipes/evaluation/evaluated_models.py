@@ -16,6 +16,7 @@ from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.evaluation.best_of_answers import Candidates, Curve, curve_of
 from rlhf_recipes.evaluation.reward_models import Comparison, Ranking, compare, interval_of, rank, scores_of, winner
 from rlhf_recipes.evaluation.verdicts import Judgement, reward_model_verdict
+from rlhf_recipes.models.process_reward_model import refuse_process_reward_model
 from rlhf_recipes.options.paths import is_address
 from rlhf_recipes.options.reward_model_evaluation import RewardModelEvaluationArguments
 from rlhf_recipes.rewards.calls import RewardCalls
@@ -104,8 +105,11 @@ def run_separator(separator: str | None, paths: list[str]) -> str:
     """Return the separator of policy and judges: the option, or the first one in a card. Servers tell their cards.
 
     Raises:
-        ValueError: If no reward model answers at an address.
+        ValueError: If a model judges steps, or if no reward model answers at an address.
     """
+    for path in paths:
+        if not is_address(path):
+            refuse_process_reward_model(path, "`reward_models`")
     if separator is not None:
         return separator
     cards = (as_scorer(path).card if is_address(path) else RewardModelCard.load(path) for path in paths)
@@ -135,7 +139,8 @@ def evaluate_reward_models(
         ValueError: If a reward model cannot be loaded or cannot read the rows, or if nothing can be measured.
     """
     seed, found = script_args.seed, {}
-    judged = {} if candidates is None else _judged(script_args, paths, candidates, calls, init_kwargs)
+    separator = run_separator(script_args.response_separator, paths)
+    judged = {} if candidates is None else _judged(script_args, separator, candidates, calls, init_kwargs)
     given = zip(names_of(script_args.reward_models), script_args.reward_models, paths, strict=True)
     for name, option, path in given:
         reader = _Reader.load(name, path, script_args, calls, init_kwargs)
@@ -166,13 +171,12 @@ def _with_curves(compared: Comparison, found: Mapping[str, Evaluated], seed: int
 
 def _judged(
     script_args: RewardModelEvaluationArguments,
-    paths: list[str],
+    separator: str,
     candidates: Candidates,
     calls: RewardCalls,
     init_kwargs: dict[str, Any],
 ) -> dict[str, np.ndarray]:
     """Return the scores of all candidates by each judge, `(P, N)`."""
-    separator = run_separator(script_args.response_separator, paths)
     prompts = add_separator(candidates.prompts, separator)
     check_reward_columns(prompts, "best_of_dataset_name")
     judges, _ = load_judges(

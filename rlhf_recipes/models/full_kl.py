@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_recipes.algorithm.distributed import global_max
 from rlhf_recipes.algorithm.kl import full_kl
 from rlhf_recipes.models.forward import CompletionForward
 
@@ -35,7 +36,7 @@ def chunked_kl(
     """Return KL(policy || reference) of the next token at each token of the mask, nats, `(B, T)`; 0 elsewhere.
 
     The logits of a few tokens are there at a time, computed from the states: no forward runs again. Equal models have
-    equal logits bit by bit, so their KL is exactly 0.
+    equal logits bit by bit, so their KL is exactly 0. Every rank must call this.
 
     Args:
         policy: Policy.
@@ -63,7 +64,8 @@ def chunked_kl(
         for log_probs, logps in zip(both, known, strict=True):
             of_sampled = log_probs.gather(1, ids.unsqueeze(1)).squeeze(1)
             differences.append((of_sampled - logps[number]).abs().max() if len(ids) else differences[0])
-    _check(torch.stack(differences).max().item(), policy.forward.last_states.dtype)
+    largest = global_max(torch.stack(differences).max())  # so no rank goes on where another one raises
+    _check(largest.item(), policy.forward.last_states.dtype)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(found))
 
 

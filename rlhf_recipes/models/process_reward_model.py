@@ -162,5 +162,5 @@ def refuse_process_reward_model(path: str, place: str) -> None:
     if is_process_reward_model(path):
         raise ValueError(
             f"{path} is a process reward model, which judges steps, and {place} takes only one that scores whole "
-            "answers. Give PPO its path as `reward_model_path`."
+            "answers. Give PPO its path as `reward_model_path`; docs/process-rewards.md says how it is measured."
         )

@@ -157,7 +157,7 @@ def card_findings(scorer: Scorer, args: Any, weight: float, *, alone: bool) -> l
     card, name, messages = scorer.card, scorer.__name__, []
     if card is None:
         return []
-    if card.eval_accuracy is not None and card.eval_accuracy <= CHANCE:
+    if card.ranks_pairs and card.eval_accuracy is not None and card.eval_accuracy <= CHANCE:
         messages.append(
             f"The reward model {name} ranks {card.eval_accuracy:.0%} of its evaluation pairs as the annotators did, "
             "which is no better than chance. Train it further before PPO."

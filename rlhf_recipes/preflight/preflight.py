@@ -61,6 +61,7 @@ from rlhf_recipes.preflight.schedule import (
 )
 from rlhf_recipes.rewards.card import heads_of, tokenizer_fingerprint
 from rlhf_recipes.rewards.dense import with_kept_answer
+from rlhf_recipes.rewards.functions import score_statistics
 from rlhf_recipes.rewards.protocol import Scorer
 
 LONGEST = 64  # prompts with the most characters; only their tokens are counted
@@ -207,7 +208,9 @@ def _check_rewards(report: Report, trainer: Any, with_answers: Dataset | None) -
         )
         scores = with_kept_answer(scorer)(prompts=prompts, completions=answers)  # a list of rewards as its sum
         # Only PPO normalises scores.
-        clip = args.reward_norm_clip if getattr(args, "reward_norm", False) and len(scorers) == 1 else None
+        normalizes = getattr(args, "reward_norm", False) and len(scorers) == 1
+        from_card = normalizes and score_statistics([scorer], torch.ones(1), args.reward_heads) is not None
+        clip = args.reward_norm_clip if from_card else None
         report.findings += score_findings(scorer, scores, own, clip)
     report.lines["reward"] = "; ".join(described)
 

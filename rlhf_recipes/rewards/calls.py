@@ -85,7 +85,15 @@ class RewardCalls:
     def guard_judges(self, judges: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
         """Return judges with the same guards. Their caller does not await, so async judges become sync."""
         guarded = {name: self.guard(judge, name) for name, judge in judges.items()}
-        return {name: getattr(call, "now", None) or with_kept_answer(call) for name, call in guarded.items()}
+        return {name: self.readable(call) for name, call in guarded.items()}
+
+    def readable(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a result of `guard` that a caller can use who does not await, and that sums lists of rewards."""
+        return getattr(call, "now", None) or with_kept_answer(call, fail=self.fail_to_read)
+
+    def fail_to_read(self, name: str, completions: int, error: Exception) -> list[float]:
+        """Keep the failure of a call whose answer cannot be read, like `fail`. It is not repeated."""
+        return self.fail(Failure(name, describe_error(error), 1, completions), error)
 
     def note_attempt(self, name: str) -> None:
         """Count a failed attempt."""
@@ -117,7 +125,8 @@ class RewardCalls:
             RewardCallError: On every rank, if a call failed on one of them and failures are not masked, or if a
                 function failed too often in a row.
         """
-        if not self._guarded:
+        if not self._guarded and not self._failures and PartialState().num_processes == 1:
+            self._in_a_row.clear()
             return {}
         scorers = {call.__name__: scorer_of(call.function) for call in self._guarded.values()}
         counted = {name: scorer.take_counts() for name, scorer in scorers.items()}
@@ -129,7 +138,7 @@ class RewardCalls:
         if failures and self.failed == "raise":
             raise RewardCallError(_message(failures))
         calls = Counter(failure.name for failure in failures)
-        names = sorted({call.__name__ for call in self._guarded.values()})
+        names = sorted({call.__name__ for call in self._guarded.values()} | calls.keys())
         self._in_a_row = Counter({name: self._in_a_row[name] + 1 for name in names if calls[name]})
         for name, times in self._in_a_row.items():
             if times >= MAX_FAILURES_IN_A_ROW:

@@ -5,8 +5,9 @@ The file `reward_model_card.json` is beside the reward model's weights.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -63,6 +64,8 @@ class RewardModelCard:
             `None` with one head.
     """
 
+    ranks_pairs: ClassVar[bool] = True  # so an `eval_accuracy` of one half is chance
+
     base_model: str
     conversational: bool
     response_separator: str | None
@@ -83,9 +86,22 @@ class RewardModelCard:
 
     @classmethod
     def load(cls, directory: str | Path) -> "RewardModelCard | None":
-        """Return the card in a directory; `None` if there is none."""
+        """Return the card in a directory; `None` if there is none.
+
+        Raises:
+            ValueError: If it is the card of another kind of model, or of a newer version.
+        """
         path = Path(directory, CARD_FILE)
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if others := sorted(content.keys() - {field.name for field in fields(cls)}):
+            kind = "a process reward model, which judges steps" if "step_separator" in others else "a newer version"
+            raise ValueError(
+                f"{path} has {', '.join(f'`{name}`' for name in others)}: it is the card of {kind}. Name a reward "
+                "model that scores whole answers, or update this library."
+            )
+        return cls(**content)
 
     def check(
         self, tokenizer: PreTrainedTokenizerBase | None, *, conversational: bool, response_separator: str | None

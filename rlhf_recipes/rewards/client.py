@@ -36,6 +36,7 @@ class RemoteRewardModel(Server, Scorer):
         ValueError: If the address holds a password, or if no reward model answers there.
     """
 
+    gives_log_odds = True
     combine: Callable[[Tensor], Tensor] = staticmethod(combine_heads)  # `(B, K)` of several heads to `(B,)`
 
     def __init__(

@@ -158,12 +158,26 @@ class KeptAnswer:
     """Call a reward function, and keep its answer: TRL takes the scores only.
 
     A scorer with a model in this process is not guarded, so its lists are read here.
+
+    Args:
+        function: Reward function.
+        fail: Function of name, completions and error, which returns the scores of a call whose lists break the rules.
+            Without it, the call raises.
+        decode: Function that returns the text of token ids, without special tokens. It is needed for `by_token`.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        fail: Callable[[str, int, Exception], list[float]] | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
         self.function, self.__name__ = function, get_callable_name(function)
+        self._fail, self._decode = fail, decode
         self.answer: Sequence[Any] = ()
         """Scores of the latest call. Those with parts are a `DenseReward`."""
+        self.by_token: list[list[float] | None] = []
+        """Rewards of the tokens of each completion, `None` where there is only a score."""
 
     def __call__(self, **kwargs: Any) -> Sequence[Any]:
         """Return one number per completion."""
@@ -173,13 +187,18 @@ class KeptAnswer:
         """Read the lists of an answer, keep it and return it. An answer without lists stays as it is.
 
         Raises:
-            RewardCallError: If a list breaks the rules.
+            RewardCallError: If a list breaks the rules, or if the tokens of a completion do not spell its text.
         """
         try:
             has_lists = any(isinstance(reward, list | tuple) for reward in answer)
             self.answer = read_answers(answer, given) if has_lists else answer
+            if self._decode is not None:
+                self.by_token = self.rewards_by_token(given["completions"], given["completion_ids"], self._decode)
         except (TypeError, ValueError) as error:
-            raise RewardCallError(f"`{self.__name__}` failed: {describe_error(error)}.") from error
+            if self._fail is None:
+                raise RewardCallError(f"`{self.__name__}` failed: {describe_error(error)}.") from error
+            self.by_token = [None] * len(given["prompts"])
+            self.answer = self._fail(self.__name__, len(given["prompts"]), error)
         return self.answer
 
     def rewards_by_token(
@@ -188,7 +207,7 @@ class KeptAnswer:
         """Return the reward of each token of each completion, `None` where there is only a score.
 
         Raises:
-            RewardCallError: If the tokens of a completion do not spell its text.
+            ValueError: If the tokens of a completion do not spell its text.
         """
         rows: list[list[float] | None] = [None] * len(completions)
         for row, reward in enumerate(self.answer):
@@ -197,7 +216,7 @@ class KeptAnswer:
                 try:
                     rows[row] = reward.by_token(text, ids[row], decode)
                 except ValueError as error:
-                    raise RewardCallError(f"`{self.__name__}` failed at completion {row}: {error}.") from error
+                    raise ValueError(f"it returned steps for completion {row}: {error}") from error
         return rows
 
 
@@ -209,6 +228,6 @@ class AsyncKeptAnswer(KeptAnswer):
         return self.keep(await self.function(**kwargs), kwargs)
 
 
-def with_kept_answer(function: Callable[..., Any]) -> KeptAnswer:
-    """Return a reward function that keeps its answers, sync or async as before."""
-    return (AsyncKeptAnswer if is_async_callable(function) else KeptAnswer)(function)
+def with_kept_answer(function: Callable[..., Any], **given: Any) -> KeptAnswer:
+    """Return a reward function that keeps its answers, sync or async as before. `given` is that of `KeptAnswer`."""
+    return (AsyncKeptAnswer if is_async_callable(function) else KeptAnswer)(function, **given)

@@ -42,12 +42,20 @@ def weighted_scores(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     return scores.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
 
 
-def score_statistics(functions: list[Any], weights: Tensor) -> tuple[float, float] | None:
-    """Return the expected mean and deviation of the scores, if there is one reward and its card has both numbers."""
+def score_statistics(functions: list[Any], weights: Tensor, rule: str = "mean") -> tuple[float, float] | None:
+    """Return the expected mean and deviation of the scores, if there is one reward and its card has both numbers.
+
+    A card with several heads has the numbers of their mean. Another rule gives scores of another level.
+
+    Args:
+        functions: Reward functions and scorers.
+        weights: Their weights.
+        rule: `reward_heads` of the run.
+    """
     if len(functions) != 1:
         return None
     card, weight = scorer_of(functions[0]).card, weights[0].item()
-    if card is None or card.score_mean is None or not card.score_std:
+    if card is None or card.score_mean is None or not card.score_std or (rule != "mean" and heads_of(card) > 1):
         return None
     return weight * card.score_mean, abs(weight) * card.score_std
 

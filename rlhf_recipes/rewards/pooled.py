@@ -51,6 +51,7 @@ class PooledRewardModel(Server, Scorer):
         ValueError: If `files` has no tokenizer, or if the answers of the server are not single, raw scores.
     """
 
+    gives_log_odds = True
     server: str
     tokenizer: Any
 

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -47,6 +47,8 @@ class ProcessRewardModelCard(RewardModelCard):
         step_reward: What a step gives, see `step_rewards`.
         first_error_f1: See `step_metrics`; `None` without an evaluation.
     """
+
+    ranks_pairs: ClassVar[bool] = False
 
     step_separator: str = "\n"
     step_boundary: StepBoundary = "separator"

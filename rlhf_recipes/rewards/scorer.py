@@ -62,7 +62,7 @@ class RewardModelScorer(Scorer):
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    gives_states = True
+    gives_states = gives_log_odds = True
     source: Any = None  # the path or the model that became this scorer
     batch_size: int = 8  # completions per forward pass of equal rows; more of the short ones share one
     pad_token_id: int | None = None  # the score is read at the last token that is not this

@@ -224,7 +224,7 @@ class DPOTrainer(Baseline, trl.DPOTrainer):
         self._end_ids = eos_token_ids(parts["model"], processing_class)
         judges = (scoring.judges, scoring.pairwise_judges)
         functions = self.prepare_rewards(rewards, scoring.limits, self._end_ids, *judges)
-        self._functions = [getattr(function, "now", function) for function in functions]
+        self._functions = [self.reward_calls.readable(call) for call in functions]
         self._stateful = {"held_out": self.held_out}
 
     def _check_context(self, reward_overflow: str) -> None:

@@ -62,13 +62,18 @@ class FittingTrainer(ForwardTrainer):
     def _is_grouped(self) -> bool:
         return bool(self.args.group_baseline and self.num_generations > 1)
 
+    def identity_of_scores(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Return what gives the scores: the rewards, and the rule for several heads if it is not the default."""
+        identity = {name: facts.get(name) for name in FACTS_OF_REWARDS}
+        if self.args.reward_heads == "mean":
+            return identity
+        return identity | {"reward_heads": [self.args.reward_heads, self.args.reward_heads_coef]}
+
     def _identity_of_returns(self, facts: dict[str, Any]) -> str:
         """Return what a critic's values are in: the rewards, and the options that scale them."""
-        identity = {name: facts.get(name) for name in FACTS_OF_REWARDS}
-        identity |= {name: getattr(self.args, name) for name in SCALE_OF_RETURNS}
-        for name, plain in (("reward_shaping", "none"), ("reward_heads", "mean")):
-            if getattr(self.args, name) != plain:  # critics that earlier versions have saved know neither
-                identity[name] = getattr(self.args, name)
+        identity = self.identity_of_scores(facts) | {name: getattr(self.args, name) for name in SCALE_OF_RETURNS}
+        if self.args.reward_shaping != "none":  # critics that earlier versions have saved do not know it
+            identity["reward_shaping"] = self.args.reward_shaping
         identity |= {"weights": self.reward_weights.tolist(), "grouped": self._is_grouped}
         return json.dumps(identity | {"functions": [scorer.origin for scorer in self.scorers]})
 

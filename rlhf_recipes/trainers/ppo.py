@@ -6,6 +6,7 @@ Overrides only. Sampling, reward calls and the clipped surrogate are TRL's; ever
 
 import copy
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -109,21 +110,23 @@ class PPOTrainer(FittingTrainer):
         couples_rows = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
         self._may_regroup = not (self._is_vlm or couples_rows or self.args.torch_compile)
         self.critic_dataset = parts.critic_dataset
-        self._build_rewards(judges, pairwise_judges)
+        self._build_rewards(parts.facts, judges, pairwise_judges)
         self.build_critic(parts.directory, parts.facts)
         self._build_control(parts.facts)
         if args.check_numerics and not self._is_vlm:
             self.watch_numbers(parts.start)
 
-    def _build_rewards(self, judges: Any, pairwise_judges: Any) -> None:
+    def _build_rewards(self, facts: dict[str, Any], judges: Any, pairwise_judges: Any) -> None:
         """Prepare scorers and judges, the limits of their calls, and what normalises or shapes the scores."""
         functions = self.reward_funcs
         self.reward_funcs = self.prepare_rewards(functions, self.args, self.eos_token_ids, judges, pairwise_judges)
         self.reward_normalizer = RewardNormalizer(self.args.reward_norm_decay, self.args.reward_norm_clip)
-        if (statistics := score_statistics(functions, self.reward_weights)) is not None:
+        statistics = score_statistics(functions, self.reward_weights, self.args.reward_heads)
+        if statistics is not None:
             self.reward_normalizer.warm_start(*statistics)
         if self.args.reward_shaping == "par":
-            self.references = ReferenceAnswers(self.reward_funcs[0], self.reward_weights[0].item())
+            source = json.dumps(self.identity_of_scores(facts))
+            self.references = ReferenceAnswers(self.reward_funcs[0], self.reward_weights[0].item(), source)
 
     def _build_control(self, facts: dict[str, Any]) -> None:
         """Add guard, KL controller, early stopping and the identity of the run, and name the parts of a checkpoint."""
@@ -179,11 +182,8 @@ class PPOTrainer(FittingTrainer):
         values = policy.state_values if self.critic is None else self.critic_values(rows, length)
         rollout.take_tokens(batch, policy.per_token_logps, self._reference_logps(batch), values, self.eos_token_ids)
         rollout.full_kl = self._full_kl(policy, rollout, batch)
-        if self.references is not None:
-            rollout.shape_scores(self.references)
-        else:
-            normalizer = self.reward_normalizer if self.args.reward_norm else None
-            rollout.normalize_scores(normalizer, update=self.model.training)
+        normalizer = self.reward_normalizer if self.args.reward_norm else None
+        rollout.normalize_scores(normalizer, update=self.model.training)
         group_size = self.num_generations if self.model.training else 1
         rollout.estimate_advantages(self.args, kl_coef=self.kl_controller.kl_coef, group_size=group_size)
         self._report(rollout, group_size)
@@ -195,21 +195,26 @@ class PPOTrainer(FittingTrainer):
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: list[list[int]]
     ) -> Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._log_metrics({f"rewards/{name}": value for name, value in self.reward_calls.settle().items()})
+        assert self.rollout is not None
         scores = weighted_scores(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
+        if self.references is not None:  # it calls the reward model, so it comes before the calls are settled
+            scores = self.rollout.shape_scores(self.references, scores)
+        self._log_metrics({f"rewards/{name}": value for name, value in self.reward_calls.settle().items()})
         self._log_metrics({"objective/unscorable": scores.isnan().float().mean().item()})
         if self.model.training:
             self.reward_calls.check_any_scored(scores)
         rewards = dict(zip(self.reward_func_names, rewards_per_func.unbind(dim=1), strict=True))
-        assert self.rollout is not None
         self.rollout.take_answers(prompts, completions, completion_ids_list, rewards, scores)
         return rewards_per_func
 
-    def take_parts(self, answers: list[KeptAnswer | None], completions: Any, ids: list[list[int]]) -> None:
+    def decoder(self) -> Callable[[Any], str]:
+        """Return a function that returns the text of token ids."""
+        return functools.partial(inner_tokenizer(self.processing_class).decode, skip_special_tokens=True)
+
+    def take_parts(self, answers: list[KeptAnswer | None], ids: list[list[int]]) -> None:
         """Give the rewards of steps and tokens to the rollout."""
         assert self.rollout is not None
-        decode = functools.partial(inner_tokenizer(self.processing_class).decode, skip_special_tokens=True)
-        self.rollout.token_rewards = weighted_parts(answers, self.reward_weights.tolist(), completions, ids, decode)
+        self.rollout.token_rewards = weighted_parts(answers, self.reward_weights.tolist(), ids)
 
     def _report(self, rollout: Rollout, group_size: int) -> None:
         """Let guard and controller look at a rollout, log its figures, and keep or judge its completions."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from rlhf_recipes.algorithm.par import preference_as_reward
 from rlhf_recipes.data.messages import answer_to
-from rlhf_recipes.data.prompts import column_names
+from rlhf_recipes.data.prompts import column_names, rows_of
 from rlhf_recipes.options.ppo import PPOConfig
 from rlhf_recipes.rewards.protocol import Scorer
 
 COLUMN = "reference_answers"
+logger = logging.getLogger(__name__)
 
 
 class ReferenceAnswers:
@@ -27,10 +29,11 @@ class ReferenceAnswers:
     Args:
         score: Reward function: the reward model, with time limits and retries.
         weight: Weight of the reward.
+        source: Identity of the reward model, and the rule for its heads. Scores of another one are not taken over.
     """
 
-    def __init__(self, score: Callable[..., Sequence[float | None]], weight: float) -> None:
-        self._score, self._weight = score, weight
+    def __init__(self, score: Callable[..., Sequence[float | None]], weight: float, source: str = "") -> None:
+        self._score, self._weight, self._source = score, weight, source
         self._known: dict[str, list[float]] = {}  # by prompt and answers
 
     def shaped(self, scores: Tensor, rows: Sequence[dict[str, Any]]) -> Tensor:
@@ -41,7 +44,10 @@ class ReferenceAnswers:
             rows: Rows of the data set, one per score, with `prompt` and `reference_answers`.
         """
         new = {key(row): (row["prompt"], row[COLUMN]) for row in rows if key(row) not in self._known}
-        self._learn({name: asked for part in gather_object([new]) for name, asked in part.items()})
+        new = {name: asked for part in gather_object([new]) for name, asked in part.items()}
+        for _, texts in new.values():  # only the first row of a stream was checked before
+            check_texts(texts, "the data set")
+        self._learn(new)
         known = [torch.tensor(self._known.get(key(row), [torch.nan])) for row in rows]
         references = torch.nn.utils.rnn.pad_sequence(known, batch_first=True, padding_value=torch.nan)
         return preference_as_reward(scores, self._weight * references.to(scores.device, scores.dtype))
@@ -62,17 +68,40 @@ class ReferenceAnswers:
         self._known |= {name: each for name, each in of_prompts.items() if torch.tensor(each).isfinite().any()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scores by prompt."""
-        return self._known
+        """Return the scores by prompt, and what they are of."""
+        return {"source": self._source, "scores": self._known}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._known = dict(state)
+        """Restore what `state_dict` returned, if the scores are of the same reward model."""
+        if state["source"] == self._source:
+            self._known = dict(state["scores"])
+        elif PartialState().is_main_process:
+            logger.warning(
+                "The checkpoint has scores of reference answers by another reward model, or by another rule for its "
+                "heads. They are computed again."
+            )
 
 
 def key(row: dict[str, Any]) -> str:
     """Return a digest of a prompt and its reference answers."""
     return hashlib.sha256(json.dumps([row["prompt"], row[COLUMN]]).encode()).hexdigest()[:20]
+
+
+def check_texts(texts: Any, place: str) -> None:
+    """Check the reference answers to a prompt.
+
+    Args:
+        texts: Value of the column.
+        place: Row, for the message.
+
+    Raises:
+        ValueError: If it is not a list of texts, or an empty one.
+    """
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"`{COLUMN}` in {place} is {str(texts)[:80]!r}, and `reward_shaping: par` needs a list of one or more "
+            "texts for each prompt. Complete or remove the row."
+        )
 
 
 def check_reference_answers(args: PPOConfig, scorers: Sequence[Scorer], datasets: dict[str, Any]) -> None:
@@ -84,14 +113,15 @@ def check_reference_answers(args: PPOConfig, scorers: Sequence[Scorer], datasets
         datasets: Data sets by name; `None` for one that is not there.
 
     Raises:
-        ValueError: If there is another reward than one reward model, or no reference answers in a data set.
+        ValueError: If there is another reward than one reward model, or a row of a data set has no reference answers.
     """
     if args.reward_shaping == "none":
         return
-    if len(scorers) != 1 or scorers[0].origin:
+    if len(scorers) != 1 or not getattr(scorers[0], "gives_log_odds", False):
         raise ValueError(
             "`reward_shaping: par` needs one reward model and no other reward, because only a reward model's score is "
-            "a log-odds: leave out `reward_functions` and further reward models, or `reward_shaping`."
+            "a log-odds: leave out `reward_functions`, further reward models, judges and process reward models, or "
+            "`reward_shaping`."
         )
     for name, dataset in datasets.items():
         if dataset is not None and COLUMN not in column_names(dataset):
@@ -100,3 +130,5 @@ def check_reference_answers(args: PPOConfig, scorers: Sequence[Scorer], datasets
                 f"'{COLUMN}'. Let the SFT policy write it: `add_reference_answers` of "
                 "`rlhf_recipes.evaluation.reference_answers`, see docs/over-optimization.md."
             )
+        for row, (texts,) in enumerate(rows_of(dataset, [COLUMN]) if dataset is not None else ()):
+            check_texts(texts, f"row {row} of `{name}`")

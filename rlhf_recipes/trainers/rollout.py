@@ -50,11 +50,15 @@ class Rollout:
     own_scores: dict[str, Tensor] = field(init=False)
     """By reward function, and their weighted sum as `score`; `(B,)` each, NaN where there is none."""
     raw_scores: Tensor = field(init=False)
-    """Weighted sum, `(N,)`; NaN where no function has scored."""
+    """Weighted sum, `(N,)`; NaN where no function has scored, or no reference answer has a score."""
 
     # PPOTrainer.take_parts
     token_rewards: Tensor | None = field(init=False)
     """Weighted rewards of the tokens, `(B, t)`; `None` if there are only scores."""
+
+    # shape_scores, with `reward_shaping`
+    shaped_scores: Tensor = field(init=False)
+    """In place of normalised scores, `(B,)`."""
 
     # RewardModelScorer.__call__
     critic_states: list[Tensor] = field(init=False)
@@ -91,7 +95,7 @@ class Rollout:
     full_kl: Tensor | None = field(init=False)
     """KL over the vocabulary at each of the policy's own tokens, nats, `(B, T)`."""
 
-    # normalize_scores, shape_scores
+    # normalize_scores
     normalized_scores: Tensor = field(init=False)
     """`(B,)`."""
     normalized_parts: Tensor = field(init=False)
@@ -147,6 +151,21 @@ class Rollout:
         columns = reward_columns(rewards) | {"score": scores}
         self.own_scores = {name: own_part(values) for name, values in columns.items()}
 
+    def shape_scores(self, references: ReferenceAnswers, scores: Tensor) -> Tensor:
+        """Compare the scores with those of reference answers, and return them, NaN where that was not possible.
+
+        Args:
+            references: Scores of reference answers.
+            scores: Scores of all processes, `(N,)`.
+
+        Raises:
+            ValueError: If steps or tokens have rewards of their own.
+        """
+        if self.token_rewards is not None:
+            raise ValueError("`reward_shaping: par` bounds the score of a whole answer. Return one number per answer.")
+        self.shaped_scores = references.shaped(own_part(scores), self.rows)
+        return scores.masked_fill(gather(self.shaped_scores.isnan()), torch.nan)
+
     def take_tokens(
         self,
         batch: dict[str, Any],
@@ -181,7 +200,7 @@ class Rollout:
         self.k1 = estimate_kl(self.old_per_token_logps, self.ref_per_token_logps, "k1")
 
     def normalize_scores(self, normalizer: RewardNormalizer | None, *, update: bool) -> None:
-        """Bring the scores to the normaliser's scale.
+        """Bring the scores to the normaliser's scale, or take the shaped ones of those that train.
 
         Args:
             normalizer: `None` leaves the scores as they are.
@@ -189,20 +208,11 @@ class Rollout:
         """
         if normalizer is not None and update:
             normalizer.update(self.scores)
-        self.normalized_scores = own_part(self.scores if normalizer is None else normalizer.normalize(self.scores))
+        scores = own_part(self.scores if normalizer is None else normalizer.normalize(self.scores))
+        shaped = self.shaped_scores.masked_fill(scores.isnan(), torch.nan) if self.has("shaped_scores") else scores
+        self.normalized_scores = shaped
         parts = self.parts if normalizer is None else normalizer.normalize_parts(self.parts)
         self.normalized_parts = parts if normalizer is None else centered_parts(parts, self.mask)
-
-    def shape_scores(self, references: ReferenceAnswers) -> None:
-        """Compare the scores with those of reference answers, instead of normalising them.
-
-        Raises:
-            ValueError: If steps or tokens have rewards of their own.
-        """
-        if self.token_rewards is not None:
-            raise ValueError("`reward_shaping: par` bounds the score of a whole answer. Return one number per answer.")
-        self.normalized_scores = references.shaped(own_part(self.scores), self.rows)
-        self.normalized_parts = self.parts
 
     def estimate_advantages(self, args: PPOConfig, *, kl_coef: float, group_size: int) -> None:
         """Shape the rewards, estimate advantages and returns, and whiten the advantages over all ranks.

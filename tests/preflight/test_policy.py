@@ -18,6 +18,7 @@ from rlhf_recipes.preflight.policy import (
     turn_findings,
 )
 from rlhf_recipes.rewards.card import RewardModelCard
+from rlhf_recipes.rewards.process import ProcessRewardModelCard
 
 GIVEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # set by TRL for its sampler
 
@@ -96,6 +97,9 @@ def test_a_reward_model_no_better_than_chance(tmp_path):
     assert _on_card(tmp_path, {"eval_accuracy": 0.51}) == ""
     assert _on_card(tmp_path, {"eval_accuracy": None}) == ""
     assert card_findings(_scorer(no=1), tiny.ppo_config(tmp_path), 1.0, alone=True) == []
+    steps = ProcessRewardModelCard("base", False, "\n", "x", None, eval_accuracy=0.5)  # a share of steps, not of pairs
+    of_steps = SimpleNamespace(__name__="prm", card=steps)
+    assert card_findings(of_steps, tiny.ppo_config(tmp_path), 1.0, alone=True) == []
 
 
 @pytest.mark.parametrize(

@@ -418,10 +418,30 @@ def _on_one_rank_only(rank, world_size, failed):
         return str(error)
 
 
+def _unreadable_on_one_rank_only(rank):
+    """Use a scorer with a model, which has no guard: the steps of its answer do not rise on one rank."""
+
+    class Model(torch.nn.Module):
+        def forward(self, prompts, **kwargs):
+            return [[(1, 1.0), (1 - rank, 1.0)][: rank + 1]] * len(prompts)
+
+    calls = RewardCalls()
+    try:
+        return calls.readable(calls.guard(Model()))(**ROWS), calls.settle()
+    except RewardCallError as error:
+        return str(error)
+
+
+def _both_on_one_rank_only(rank, world_size):
+    return _on_one_rank_only(rank, world_size, "raise"), _unreadable_on_one_rank_only(rank)
+
+
 @pytest.mark.distributed
 def test_a_failure_of_one_rank_ends_all_with_the_same_message():
-    first, second = run_in_processes(_on_one_rank_only, 2, "raise")
+    (first, unread), (second, unread_there) = run_in_processes(_both_on_one_rank_only, 2)
     assert first == second
+    assert unread == unread_there
+    assert "`Model` failed at the first attempt on process 1: ValueError: it returned the end 0 for step 1" in unread
     assert "`judge` failed at the first attempt on process 1: ConnectionError: no judge for 1" in first
 
 

@@ -8,8 +8,10 @@ from tolerances import FP32, assert_close
 
 from rlhf_recipes.algorithm.steps import step_rewards
 from rlhf_recipes.data.steps import StepRule, step_token_ids
+from rlhf_recipes.evaluation.evaluated_models import run_separator
 from rlhf_recipes.models.process_reward_model import is_process_reward_model, refuse_process_reward_model
 from rlhf_recipes.rewards.adapter import RewardAdapterScorer
+from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.functions import as_scorer
 from rlhf_recipes.rewards.process import ProcessRewardModelCard, ProcessRewardModelScorer
 
@@ -98,6 +100,11 @@ def test_it_is_refused_where_only_whole_answers_are_scored(tmp_path):
     assert not is_process_reward_model(tiny.save(tiny.reward_model(tiny.tokenizer()), tmp_path / "rm"))
     with pytest.raises(ValueError, match="is a process reward model, which judges steps, and the server takes only"):
         refuse_process_reward_model(path, "the server")
+    with pytest.raises(ValueError, match="process reward model, which judges steps, and `reward_models` takes only"):
+        run_separator(None, ["http://127.0.0.1:1", path])
+    card = _saved(tmp_path / "with_card", step_separator=" ")
+    with pytest.raises(ValueError, match="`step_separator`: it is the card of a process reward model, which judges"):
+        RewardModelCard.load(card)
     with pytest.raises(ValueError, match="which is no adapter"):
         RewardAdapterScorer(path)
 

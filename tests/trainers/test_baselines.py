@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import trl
+from tiny_steps import step_model
 from tolerances import FP32, assert_close
 from transformers import TrainerCallback
 
@@ -123,6 +124,16 @@ def test_lists_of_rewards_count_as_their_sums(base, tmp_path, method):
     batch = tiny.rollout(trainer)
     lengths = batch["completion_mask"].sum(dim=1).double()
     assert trainer._metrics["train"]["objective/scores"] == [pytest.approx(0.5 * lengths.mean().item())]
+
+
+def test_dpo_scores_the_answers_of_an_evaluation_by_a_process_reward_model(base, tmp_path):
+    path = tiny.save(step_model(tiny.tokenizer()), tmp_path / "prm")
+    trainer = _trainer("dpo", base, tmp_path / "dpo", rewards=[path], **EVALUATED)
+    trainer.evaluate()
+    scores = trainer._functions[0].answer
+    assert len(scores) == 8
+    assert any(score.rewards for score in scores)
+    assert_close(tiny.logged(trainer, "eval_objective/scores")[0], sum(scores) / 8, FP32)
 
 
 def test_grpo_without_old_log_probabilities_knows_its_kl_in_evaluations_only(base, tmp_path):

@@ -11,6 +11,8 @@ from tolerances import EXACT, FP32, FP64, SCORES, assert_close
 
 from rlhf_recipes.algorithm.kl import full_kl
 from rlhf_recipes.models.critic import causal_lm
+from rlhf_recipes.rewards.attempts import RewardCallError
+from rlhf_recipes.rewards.protocol import FunctionScorer
 from rlhf_recipes.trainers.rollout import Rollout
 
 pytestmark = pytest.mark.tiny
@@ -161,6 +163,37 @@ def test_chats_and_scorers_with_a_model_may_give_steps(tmp_path):
     rollout = trainer.rollout
     assert (rollout.parts != 0).sum(dim=1).max() > 1
     assert_close(rollout.parts.sum(dim=1), rollout.scores, FP32)
+
+
+@pytest.mark.parametrize("fault", ["end", "text"])
+def test_a_scorer_with_a_model_may_fail_like_other_calls(tmp_path, fault):
+    """A step beyond the text, and a text that the tokens do not spell."""
+
+    class Faulty(FunctionScorer):
+        def prepare(self, run):
+            self.model = torch.nn.Linear(1, 1)
+
+        def __call__(self, completions, **kwargs):
+            if fault == "end":
+                return [[(len(text) + 1, 1.0)] for text in completions]
+            return [[(len(text), 1.0)] for text in completions]
+
+    def trainer(**options):
+        made = tiny.ppo_trainer(tmp_path, rewards=[Faulty(_by_token), tiny.length_reward], **options)
+        if fault == "text":
+            made.decoder = lambda: lambda ids: "other"
+        return made
+
+    masked = trainer(failed_rewards="mask")
+    tiny.rollout(masked)
+    rollout = masked.rollout
+    assert_close(rollout.scores, tiny.length_reward(rollout.completions), EXACT)
+    assert not rollout.parts.any()
+    assert rollout.mask.any(dim=1).all()
+    assert masked._metrics["train"]["rewards/_by_token/failed_calls"] == [1.0]
+    reason = "its tokens do not spell its text" if fault == "text" else "characters"
+    with pytest.raises(RewardCallError, match=f"`_by_token` failed at the first attempt: .*{reason}"):
+        tiny.rollout(trainer())
 
 
 @pytest.mark.parametrize("peft", [None, tiny.lora()], ids=["frozen copy", "lora"])

@@ -18,6 +18,7 @@ from rlhf_recipes.algorithm.heads import combine_heads, disagreement
 from rlhf_recipes.evaluation.statistics import head_metrics
 from rlhf_recipes.models.reward_model import load_reward_model, load_reward_model_base
 from rlhf_recipes.options.baselines import CONFIGS
+from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.followed_rewards import FollowedRewardConfig
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.client import RemoteRewardModel
@@ -135,12 +136,17 @@ def test_ppo_follows_the_pessimistic_score_and_logs_the_disagreement(tmp_path, b
     assert by_head.shape == (1, HEADS)
     assert disagreement(by_head).item() > 0
     assert_close(scorer.score_token_ids(rows), [(by_head.mean() - 1.5 * by_head.std()).item()], FP32)
+    assert scorer.card.score_std
+    assert not trainer.reward_normalizer.is_known  # the card has the level of the mean
+    returns = trainer._identity_of_returns({})
     trainer.train()
     disagreements, ratios = (tiny.logged(trainer, f"rewards/rm/disagreement{end}") for end in ("", "_ratio"))
     assert disagreements
     for step, value in disagreements.items():
         assert value > 0
         assert_close(ratios[step], value / trainer.scorers[0].card.disagreement, FP32)
+    trainer.args = with_changes(trainer.args, reward_heads_coef=5.0)
+    assert trainer._identity_of_returns({}) != returns  # a critic of the one would be wrong for the other
 
 
 def test_a_baseline_follows_the_rule_and_resumes_with_no_other(tmp_path, base, directory):
