@@ -8,12 +8,12 @@ and the settings. `--dense_steps 30` ends the dense runs at half of the completi
 is measured on held-out prompts, as in `league.py`. A run whose `result.json` exists is not repeated. Writes
 `dense.json` and `dense.md`. They hold for each seed the completions after which the dense run has the gold score with
 which the sparse run ends, and the gold scores at equal KL and at the end. Below are the means of the paired
-differences with their intervals.
+differences with their t intervals over seeds. The share of completions has a mean only if every dense run gets there.
 """
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ import numpy as np
 from league import Cell, build_base, measure_base, run_cells
 from league_methods import WORLDS, Method
 from league_report import gold_at
+from paired_differences import INTERVALS, as_cell, paired_difference
 
 from rlhf_recipes.console import quiet_start
-from rlhf_recipes.evaluation.statistics import mean_gain
+from rlhf_recipes.evaluation.statistics import crossed_mean
 
 COMPLETIONS = 32  # per optimiser step: a rollout has 128, and is used for 4 steps
 WORLD = replace(WORLDS["report"], parts=6)
@@ -69,21 +70,37 @@ def figures(dense: dict[str, Any], sparse: dict[str, Any]) -> dict[str, float]:
 
 
 def write_report(folder: Path, results: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """Write the figures of each seed and the means, with intervals over seeds of the paired differences."""
+    """Write the figures of each seed, and below them the means over seeds."""
     rows = {seed: figures(*pair) for seed, pair in results.items()}
     columns = list(next(iter(rows.values())))
     lines = ["| seed | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {seed} | " + " | ".join(f"{row[name]:.4g}" for name in columns) + " |" for seed, row in rows.items()]
     gains = {}
     for what in ("gold", *(f"gold@{kl:g}" for kl in WORLD.budgets)):
-        dense, sparse = ([row[f"{name} {what}"] for row in rows.values()] for name in ("dense", "sparse"))
-        gains[what] = mean_gain(dense, sparse)
-    shares = mean_gain([row["share"] for row in rows.values()], [0.0] * len(rows))
-    for name, gain in {**{f"dense - sparse, {what}": gain for what, gain in gains.items()}, "share": shares}.items():
-        lines.append(f"\n{name}: {gain['gain']:.3g} ({gain['gain_low']:.3g} to {gain['gain_high']:.3g})")
+        gains[what] = paired_difference(
+            *([row[f"{name} {what}"] for row in rows.values()] for name in ("dense", "sparse"))
+        )
+    lines += ["", f"dense - sparse, {INTERVALS}:", *(f"\n{what}: {as_cell(gain)}" for what, gain in gains.items())]
+    shares = [row["share"] for row in rows.values()]
+    lines += ["", share_text(shares)]
     (folder / "dense.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "dense.json").write_text(json.dumps({"rows": rows, "gains": gains, "share": shares}, indent=1) + "\n")
+    found = {"rows": rows, "gains": {what: asdict(gain) for what, gain in gains.items()}, "shares": shares}
+    (folder / "dense.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines))
+
+
+def share_text(shares: list[float]) -> str:
+    """Return how many dense runs reach the gold score of their sparse run, and if all do, the mean share they need.
+
+    A mean over those that get there would leave out the bad ones.
+    """
+    reached = sum(np.isfinite(shares))
+    text = f"share of the completions: {reached} of {len(shares)} seeds reach the gold score of the sparse run"
+    if reached < len(shares):
+        return f"{text}, so there is no mean"
+    mean = crossed_mean(shares)
+    interval = "" if np.isnan(mean.low) else f" [{mean.low:.3g}, {mean.high:.3g}]"
+    return f"{text}; mean {mean.mean:.3g}{interval}"
 
 
 def main() -> None:

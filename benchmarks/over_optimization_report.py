@@ -10,8 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-
-from rlhf_recipes.evaluation.statistics import mean_gain
+from paired_differences import INTERVALS, as_cell, paired_difference
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -61,15 +60,13 @@ def table(rows: dict[str, dict[int, dict[str, float]]]) -> str:
             f"| {variant} | {len(by_seed)} | {' | '.join(f'{x:.2f}' for x in means[:-1])} | {means[-1]:.0f} |"
         )
     compared = [name for name in rows if name != RIVAL and len(rows[name].keys() & rows.get(RIVAL, {}).keys()) > 1]
-    lines += ["", f"Paired differences from `{RIVAL}`, of variants with several seeds:", ""]
+    lines += ["", f"Paired differences from `{RIVAL}` of variants with several seeds, {INTERVALS}:", ""]
     lines.append(f"| variant | {' | '.join(COMPARED)} |")
     lines.append("|---" * (1 + len(COMPARED)) + "|")
     for variant in compared:
         seeds = sorted(rows[variant].keys() & rows[RIVAL].keys())
         pairs = ([[rows[each][seed][name] for seed in seeds] for each in (variant, RIVAL)] for name in COMPARED)
-        gains = [mean_gain(*pair) for pair in pairs]
-        cells = (f"{x['gain']:+.2f} [{x['gain_low']:+.2f}, {x['gain_high']:+.2f}]" for x in gains)
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
+        lines.append(f"| {variant} | {' | '.join(as_cell(paired_difference(*pair), 2) for pair in pairs)} |")
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, {date.today()}"
     return "\n".join([*lines, "", machine, ""])
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from paired_differences import INTERVALS, as_cell, paired_difference
 from scipy.optimize import minimize_scalar
 
-from rlhf_recipes.evaluation.statistics import mean_gain, preference_metrics
+from rlhf_recipes.evaluation.statistics import preference_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -38,7 +39,7 @@ def write_report(folder: Path, world: str, results: Results, stock: str) -> None
     for method, runs in rows.items():
         cells = [f"{np.mean([row[name] for row in runs.values()]):.3f}" for name in columns]
         lines.append(f"| {method} | {len(runs)} | {' | '.join(cells)} |")
-    lines += ["", f"Differences from {stock}, with 95 % bootstrap intervals over seeds:", ""]
+    lines += ["", f"Differences from {stock}, {INTERVALS}:", ""]
     lines += [f"| method | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for method, runs in rows.items():
         if method != stock:
@@ -53,8 +54,7 @@ def write_report(folder: Path, world: str, results: Results, stock: str) -> None
 def difference(ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, float]], name: str) -> str:
     """Return the mean paired difference of a figure, with its interval."""
     seeds = sorted(ours.keys() & theirs.keys())
-    gain = mean_gain([ours[seed][name] for seed in seeds], [theirs[seed][name] for seed in seeds])
-    return f"{gain['gain']:+.3f} [{gain['gain_low']:+.3f}, {gain['gain_high']:+.3f}]"
+    return as_cell(paired_difference(*([runs[seed][name] for seed in seeds] for runs in (ours, theirs))))
 
 
 def draw(file: Path, results: Results) -> None:

@@ -35,11 +35,11 @@ from instruction_base import RECIPES
 from league import Cell, Judge, build_base, run_cell
 from league_methods import METHODS, WORLDS, Method
 from league_report import gold_at
+from paired_differences import INTERVALS, as_cell, paired_difference
 
 from rlhf_recipes.console import quiet_start
 from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.evaluation.policies import eos_token_ids, sample_answers
-from rlhf_recipes.evaluation.statistics import mean_gain
 from rlhf_recipes.models.loading import load_policy, load_tokenizer
 from rlhf_recipes.quickstart.build import sample_preferences
 from rlhf_recipes.quickstart.worlds import WORLDS as BUILT
@@ -216,7 +216,7 @@ def report(names: list[str], seeds: list[int], root: Path) -> None:
         means = [f"{np.mean([row.get(c, np.nan) for row in by_seed.values()]):.3f}" for c in columns if by_seed]
         lines.append(f"| {name} | {len(by_seed)} | {' | '.join(means)} |")
     for other in (TURN_1, "sft-pairs", "twice-as-long"):
-        lines += ["", f"Differences from {other}, with 95 % bootstrap intervals over seeds:", ""]
+        lines += ["", f"Differences from {other}, {INTERVALS}:", ""]
         lines += ["| run | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
         for name in (name for name in names if name != other):
             seeds_of = sorted(rows[name].keys() & rows.get(other, {}).keys())
@@ -243,8 +243,7 @@ def difference(pairs: list[tuple[dict[str, float], dict[str, float]]], column: s
     """Return a mean paired difference with its interval; "" where a figure is missing."""
     if any(column not in row for pair in pairs for row in pair):
         return ""
-    gain = mean_gain(*([row[column] for row in side] for side in zip(*pairs, strict=True)))
-    return f"{gain['gain']:+.3f} [{gain['gain_low']:+.3f}, {gain['gain_high']:+.3f}]"
+    return as_cell(paired_difference(*([row[column] for row in side] for side in zip(*pairs, strict=True))))
 
 
 def in_child(function: Any, *arguments: Any) -> Any:

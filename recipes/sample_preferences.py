@@ -66,6 +66,7 @@ def main(
             prompts,
             reward_model_path=None if scorer is None else require_model("reward_model_path", scorer),
             response_separator=script_args.response_separator,
+            of_two_policies=False,
             dtype=init_kwargs["dtype"],
             device_map=PartialState().device,
         )
@@ -80,7 +81,7 @@ def main(
 
         new = rows_of_pairs(labelled, [*dataset["prompt"]], asked)
         train, test, counts = divide(earlier, new)
-        results = figures_of(new, (train, test), labelled.counts + counts, answers)
+        results = figures_of(new, (train, test), labelled.counts + counts, answers) | labelled.figures
         facts = {"policy": policy, "weights of the policy": answers.policy, "labelled by": labelled.by}
         files = write_preferences(script_args, (train, test), results, facts)
         written = ScriptArguments(dataset_name=output_dir)
@@ -88,7 +89,8 @@ def main(
         log_datasets(output_dir, training=training, evaluation=evaluation)
         log_results(results, *files)
         print_table("Preferences", table_of(results))
-    end_stage(output_dir, preferences_verdict(results), "reward_modeling", {"dataset_name": output_dir})
+    verdict = preferences_verdict(results, only_agreed=script_args.only_agreed)
+    end_stage(output_dir, verdict, "reward_modeling", {"dataset_name": output_dir})
     return results
 
 

@@ -13,7 +13,8 @@ MARKED = re.compile(r"<(request|answer[ AB]*) ([0-9a-f]{8})>\n(.*?)\n</\1 \2>", 
 class JudgeServer(ThreadingHTTPServer):
     """Answers each question by `reply(texts)`, with the marked texts by their title. `asked` keeps the requests.
 
-    `statuses` are statuses and headers of the next answers, before it answers questions. `delay` is in seconds.
+    `statuses` are statuses and headers of the next answers, before it answers questions, with `refusal` as their body.
+    `delay` is in seconds.
     """
 
     daemon_threads = True
@@ -21,6 +22,7 @@ class JudgeServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.reply, self.delay, self.statuses, self.models = prefers_long, 0.0, [], ["tiny-judge"]
+        self.refusal = {"error": "later"}
         self.asked, self.keys, self.refused_keys = [], [], set()
         self.running, self.most = 0, 0
 
@@ -60,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         server.running -= 1
         if server.statuses:
             status, headers = server.statuses.pop(0)
-            return self._send(status, {"error": "later"}, headers)
+            return self._send(status, server.refusal, headers)
         answer = server.reply(texts_of(request["messages"][0]["content"]))
         message = answer if isinstance(answer, dict) else {"message": {"role": "assistant", "content": answer}}
         return self._send(200, {"choices": [{"finish_reason": "stop"} | message], "usage": {"total_tokens": 10}})

@@ -6,7 +6,8 @@ The answers of a pair are in random order, and nothing in the file tells how the
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +106,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         if path.suffix == ".csv":
             head = text.partition("\n")[0]
             delimiter = ";" if head.count(";") > head.count(",") else ","  # of spreadsheets in some languages
-            return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+            with _cells_of_any_length(text):
+                return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         reason = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
@@ -113,6 +115,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     if any(not isinstance(row, dict) for row in rows):
         raise ValueError(f"`label_file` {path} has a line that is no JSON object. Restore it.")
     return rows
+
+
+@contextmanager
+def _cells_of_any_length(text: str) -> Iterator[None]:
+    """Let `csv` read cells as long as the text. It writes longer ones than it reads by default."""
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(text)))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _words(text: Any) -> list[str]:

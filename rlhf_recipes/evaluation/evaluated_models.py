@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor
 
-from rlhf_recipes.algorithm.heads import combine_heads
 from rlhf_recipes.data.messages import Text, as_text
 from rlhf_recipes.data.preferences import PreferenceSet, in_form_of
 from rlhf_recipes.data.prompts import add_separator
@@ -24,6 +22,7 @@ from rlhf_recipes.options.reward_model_evaluation import RewardModelEvaluationAr
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.card import RewardModelCard
 from rlhf_recipes.rewards.functions import as_scorer, check_reward_functions, distinct_names
+from rlhf_recipes.rewards.heads import KeptHeads
 from rlhf_recipes.rewards.judges import load_judges
 
 SEPARATOR = "\n\n"  # that of reward models without a card
@@ -103,17 +102,19 @@ def _parts(path: str) -> list[str]:
 
 
 def run_separator(separator: str | None, paths: list[str]) -> str:
-    """Return the separator of policy and judges: the option, or that in the first card of a reward model.
+    """Return the separator of policy and judges: the option, or the first one in a card. Servers tell their cards.
 
     Raises:
-        ValueError: If a model judges steps.
+        ValueError: If a model judges steps, or if no reward model answers at an address.
     """
     for path in paths:
         if not is_address(path):
             refuse_process_reward_model(path, "`reward_models`")
-    cards = [card for path in paths if (card := RewardModelCard.load(path)) is not None]
-    known = [separator, *(card.response_separator for card in cards), SEPARATOR]
-    return next(each for each in known if each is not None)
+    if separator is not None:
+        return separator
+    cards = (as_scorer(path).card if is_address(path) else RewardModelCard.load(path) for path in paths)
+    known = (None if card is None else card.response_separator for card in cards)
+    return next((each for each in known if each is not None), SEPARATOR)
 
 
 def evaluate_reward_models(
@@ -150,6 +151,7 @@ def evaluate_reward_models(
             ids = {} if candidates.token_ids is None else {"completion_ids": candidates.token_ids}
             chosen, _ = reader.scores(candidates.prompts, candidates.answers, "best_of_dataset_name", **ids)
             curves = curve_of(np.stack(chosen), judged, seed=seed)
+        del reader  # before the next one is loaded
         found[name] = Evaluated(option, rank(preferences, scores, heads=heads, seed=seed), curves)
     compared = compare({name: model.ranking for name, model in found.items()}, seed=seed)
     best = {judge: curve_of(values, {judge: values}, seed=seed)[judge] for judge, values in judged.items()}
@@ -182,30 +184,13 @@ def _judged(
         prompts,
         policy_eos_token_ids=candidates.end_ids,
         response_separator=separator,
+        of_two_policies=False,
         **init_kwargs,
     )
     return {
         name: np.stack(scores_of(judge, prompts["prompt"], candidates.answers, **candidates.columns))
         for name, judge in calls.guard_judges(judges).items()
     }
-
-
-class _Heads:
-    """Combine the scores of several heads by their mean, and keep them."""
-
-    def __init__(self) -> None:
-        self._seen: list[Tensor] = []
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Return one score per row of `(B, K)`."""
-        self._seen.append(scores)
-        return combine_heads(scores)
-
-    def by_row(self, sizes: list[int]) -> list[np.ndarray] | None:
-        """Return the scores of all heads, `(size, K)` for each row; `None` with one head, or if calls have failed."""
-        seen = np.concatenate([scores.numpy() for scores in self._seen]) if self._seen else np.empty((0, 1))
-        is_whole = len(seen) == sum(sizes) and seen.shape[1] > 1
-        return np.split(seen, np.cumsum(sizes)[:-1]) if is_whole else None
 
 
 @dataclass(frozen=True)
@@ -229,7 +214,8 @@ class _Reader:
     ) -> "_Reader":
         """Load a reward model, or connect to its server."""
         scorer = as_scorer(path, **init_kwargs)
-        scorer.batch_size = script_args.batch_size
+        if scorer.model is not None:  # a server has limits of its own
+            scorer.batch_size = script_args.batch_size
         of_card = None if scorer.card is None else scorer.card.response_separator
         separator = next(x for x in (script_args.response_separator, of_card, SEPARATOR) if x is not None)
         judge = calls.guard_judges({name: scorer})[name]
@@ -256,10 +242,13 @@ class _Reader:
             self._check_lengths(prompts["prompt"], answers, option)
         except ValueError as error:
             raise ValueError(f"`reward_models`, {self.name}, does not suit `{option}`. {error}") from error
-        heads = _Heads()
-        self.scorer.combine = heads
-        scores = scores_of(self.judge, prompts["prompt"], answers, **columns)
-        return scores, heads.by_row([len(row) for row in answers])
+        kept = KeptHeads(self.judge)
+        self.scorer.combine = kept.combine
+        scores = scores_of(kept, prompts["prompt"], answers, **columns)
+        heads = kept.by_answer()
+        if heads is None or heads.shape[1] == 1:
+            return scores, None
+        return scores, np.split(heads, np.cumsum([len(row) for row in answers])[:-1])
 
     def _check_lengths(self, prompts: list[Text], answers: list[list[Text]], option: str) -> None:
         """Refuse rows that the model cannot read whole, if it has a limit and runs here."""

@@ -16,6 +16,7 @@ from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.evaluation.figures import TRAINED_SCORE
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.judges import check_absolute
 
 Judge = Callable[..., Any]
 JUDGED = "judge/"  # prefix of the name of a judge in a row
@@ -34,7 +35,8 @@ class HeldOutComparison:
         calls: Time limit and retries of a judge. Default: those of `RewardCalls()`.
 
     Raises:
-        ValueError: If two judges have the same name, or a judge is named `score`.
+        ValueError: If two judges have the same name, or a judge is named `score`, or if a judge of single answers
+            compares the answers of one policy with each other.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class HeldOutComparison:
                 f"A judge cannot be named as another, or `{TRAINED_SCORE}`, which is what is trained on: "
                 f"{', '.join(twice)}. Rename the function or the directory."
             )
+        check_absolute(self.judges)
         self._seed = seed
         self._rows: list[dict[str, Any]] = []
         self._baseline: dict[str, list[dict[str, Any]]] = {}

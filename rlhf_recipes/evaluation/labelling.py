@@ -7,33 +7,77 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from tqdm.auto import tqdm
 
+from rlhf_recipes.algorithm.heads import combine_heads
 from rlhf_recipes.data.pairs import Pair
 from rlhf_recipes.evaluation.statistics import swapped_preferences
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.heads import KeptHeads
+from rlhf_recipes.rewards.protocol import Scorer, scorer_of
 
 
-def guarded_comparisons(judges: Mapping[str, Any], calls: RewardCalls) -> dict[str, Any]:
-    """Return the judges, functions with a guard. A judge with a method `compare` has limits of its own."""
+class _Comparison(Scorer):
+    """Give the method `compare` of a judge the form of a function that compares, and keep the judge's counts."""
+
+    def __init__(self, name: str, judge: Any) -> None:
+        self.__name__, self._judge, scorer = name, judge, scorer_of(judge)
+        self.take_counts, self.figures = scorer.take_counts, scorer.figures  # type: ignore[method-assign]
+
+    def __call__(self, prompts: Any, completions_a: Any, completions_b: Any) -> Any:  # type: ignore[override]
+        """Compare answers."""
+        return self._judge.compare(prompts, completions_a, completions_b)
+
+
+@dataclass(frozen=True)
+class _GuardedJudge:
+    """Compare answers under a guard."""
+
+    guarded: Callable[..., list[float]]
+
+    def compare(self, prompts: Any, first: Any, second: Any) -> list[float]:
+        """Return the results; NaN for all of a failed call, if failures are masked."""
+        return self.guarded(prompts=prompts, completions_a=first, completions_b=second)
+
+
+def guarded_comparisons(judges: Mapping[str, Any], calls: RewardCalls, own_limits: RewardCalls) -> dict[str, Any]:
+    """Return the judges with a guard.
+
+    Args:
+        judges: Judges by name.
+        calls: Guard of functions.
+        own_limits: Guard of judges with a method `compare`: they have a time limit and retries of their own.
+    """
     functions = {name: judge for name, judge in judges.items() if not hasattr(judge, "compare")}
-    return {**judges, **calls.guard_judges(functions)}
+    given = {name: judge for name, judge in judges.items() if name not in functions}
+    compared = {name: _GuardedJudge(own_limits.guard(_Comparison(name, judge), name)) for name, judge in given.items()}
+    guarded = calls.guard_judges(functions) | compared
+    return {name: guarded[name] for name in judges}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Hold the answers as judges see them: prompts, answers, token ids, and the other columns of the prompts."""
+    """Hold the answers as judges see them: prompts, answers, token ids, and the other columns of the prompts.
+
+    The answers to one prompt stand together, as many for each.
+    """
 
     prompts: list[Any]
     answers: list[Any]
     ids: list[list[int]]
     columns: Mapping[str, list[Any]]
+    samples: int = 1  # answers to each prompt
     at_once: int = 512  # answers in a call of a judge, which has a time limit
 
-    def parts(self, numbers: Sequence[int]) -> tqdm:
-        """Return the numbers of answers in the parts of one call each."""
-        parts = [numbers[start : start + self.at_once] for start in range(0, len(numbers), self.at_once)]
+    def parts(self, numbers: Sequence[int], together: int = 1) -> tqdm:
+        """Return the numbers of answers in the parts of one call each.
+
+        Args:
+            numbers: Numbers of answers, or of pairs.
+            together: How many of them stay in one call.
+        """
+        step = max(self.at_once // together, 1) * together
+        parts = [numbers[start : start + step] for start in range(0, len(numbers), step)]
         return tqdm(parts, desc="Labelling", disable=None)
 
     def of(self, numbers: Sequence[int]) -> dict[str, list[Any]]:
@@ -61,27 +105,24 @@ def scores_of(judges: Mapping[str, Any], asked: Asked, calls: RewardCalls | None
 
 def _columns_of(judge: Any, guarded: Callable[..., Any], asked: Asked) -> list[list[float]]:
     """Return the scores by a judge: one column, or one for each head of a reward model that combines several."""
-    heads: list[Tensor] = []
     combine = getattr(judge, "combine", None)  # the last step of a reward model with score heads: (B, K) to (B,)
+    kept = KeptHeads(guarded, combine or combine_heads)
     if combine is not None:
-
-        def recorded(scores: Tensor) -> Tensor:
-            heads.append(scores)
-            combined: Tensor = combine(scores)
-            return combined
-
-        judge.combine = recorded
+        judge.combine = kept.combine
     scores: list[float] = []
     try:
-        for part in asked.parts(range(len(asked.answers))):
+        for part in asked.parts(range(len(asked.answers)), asked.samples):
             answers, ids = ([values[number] for number in part] for values in (asked.answers, asked.ids))
-            given = guarded(completions=answers, completion_ids=ids, **asked.of(part))
+            given = kept(completions=answers, completion_ids=ids, **asked.of(part))
             scores += [math.nan if score is None else float(score) for score in given]
     finally:
         if combine is not None:
             judge.combine = combine
-    by_head = [row for part in heads for row in part.tolist()]
-    return [list(column) for column in zip(*by_head, strict=True)] if by_head else [scores]
+    by_head = kept.by_answer()
+    if by_head is None:
+        return [scores]
+    columns: list[list[float]] = np.where(np.isnan(scores), np.nan, by_head.T).tolist()
+    return columns
 
 
 def strengths(pairs: Sequence[Pair], scores: np.ndarray, judges: Mapping[str, Any], asked: Asked) -> np.ndarray:

@@ -21,6 +21,7 @@ from rlhf_recipes.evaluation.held_out import JUDGED
 from rlhf_recipes.evaluation.statistics import compare_scores, preference_rate, swapped_preferences
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.forward import sampling_inputs
+from rlhf_recipes.rewards.judges import check_absolute
 
 MAX_LOGITS = 2**27  # per forward that only measures: half a gigabyte in float32
 
@@ -107,7 +108,11 @@ def compare_policies(
         num_samples: Completions per prompt and policy.
         seed: Seed of sampling, the same for both policies, and of the bootstrap.
         generation: Options of `generate_completions`.
+
+    Raises:
+        ValueError: If a judge of single answers compares the answers of one policy with each other.
     """
+    check_absolute(judges)
     check_reward_columns(dataset, "dataset", pairs=bool(pairwise_judges))
     end_ids = eos_token_ids(baseline, tokenizer)
     known = _repeated(dataset, num_samples)

@@ -44,12 +44,14 @@ class Labelled(NamedTuple):
         labels: 1 if the first answer is chosen, -1 if the second is, 0 for no pair.
         counts: Comparisons by what became of them.
         by: Names of all who labelled, judges with a hash of their weights or settings.
+        figures: Figures of the judges: failed calls, and shares of ties, refusals and unreadable answers.
     """
 
     pairs: list[Pair]
     labels: list[int]
     counts: Counter[str]
     by: list[str]
+    figures: dict[str, float]
 
 
 def labelled_pairs(
@@ -73,6 +75,7 @@ def labelled_pairs(
 
 def _by_judges(script_args: PreferenceArguments, asked: Asked, answers: Answers, labellers: Labellers) -> Labelled:
     calls = RewardCalls(script_args.reward_timeout, script_args.reward_retries, script_args.failed_rewards)
+    own_limits = RewardCalls(timeout=None, retries=0, failed=script_args.failed_rewards)
     for judge in labellers.scoring.values():
         if hasattr(judge, "policy_eos_token_ids"):  # the ends of answers are known only now
             judge.policy_eos_token_ids = answers.end_ids
@@ -81,12 +84,12 @@ def _by_judges(script_args: PreferenceArguments, asked: Asked, answers: Answers,
         pairs, counts = best_and_worst(scores.mean(axis=1).tolist(), samples, answers.texts)
     else:
         pairs, counts = _at_random(script_args, answers)
-    preferred = strengths(pairs, scores, guarded_comparisons(labellers.comparing, calls), asked)
+    preferred = strengths(pairs, scores, guarded_comparisons(labellers.comparing, calls, own_limits), asked)
     labels, found = decided(preferred, only_agreed=script_args.only_agreed)
     counts.update(found)
-    counts.update({name: int(value) for name, value in calls.settle().items()})
+    figures = {f"pairs/{name}": value for each in (calls, own_limits) for name, value in each.settle().items()}
     by = [f"{name} ({scorer_of(judge).identity()})" for each in labellers for name, judge in each.items()]
-    return Labelled(pairs, labels, counts, by)
+    return Labelled(pairs, labels, counts, by, figures)
 
 
 def _by_people(path: Path, script_args: PreferenceArguments, asked: Asked, answers: Answers) -> Labelled | None:
@@ -105,7 +108,7 @@ def _by_people(path: Path, script_args: PreferenceArguments, asked: Asked, answe
         return None
     labels = [round(2 * x - 1) for x in given]
     counts["ties"] = labels.count(0)
-    return Labelled(pairs, labels, counts, ["people"])
+    return Labelled(pairs, labels, counts, ["people"], {})
 
 
 def _at_random(script_args: PreferenceArguments, answers: Answers) -> tuple[list[Pair], Counter[str]]:
@@ -149,12 +152,18 @@ def figures_of(new: Rows, splits: tuple[Rows, Rows], counts: Mapping[str, int], 
     return {f"pairs/{name}": float(value) for name, value in figures.items()}
 
 
-def preferences_verdict(figures: Mapping[str, float]) -> list[Judgement]:
-    """Judge pairs by the answers that gave none, and by the length of the chosen ones."""
-    lost = sum(figures.get(f"pairs/{name}", 0.0) for name in ("duplicates", "empty", "ties", "unlabelled"))
+def preferences_verdict(figures: Mapping[str, float], *, only_agreed: bool = False) -> list[Judgement]:
+    """Judge pairs by the answers that gave none, and by the length of the chosen ones.
+
+    Args:
+        figures: Figures by `figures_of`.
+        only_agreed: Whether the pairs about which judges disagree were left out.
+    """
+    left_out = ("duplicates", "empty", "ties", "unlabelled", *(["disagreed"] if only_agreed else []))
+    lost = sum(figures.get(f"pairs/{name}", 0.0) for name in left_out)
     new = figures.get("pairs/new", 0.0) + figures.get("pairs/repeated", 0.0)
     without, longer = lost / max(lost + new, 1), figures["pairs/longer_chosen"]
-    told = f"{new:,.0f} new pairs; {without:.0%} of the comparisons gave none (ties, duplicates, no label)"
+    told = f"{new:,.0f} new pairs; {without:.0%} of the comparisons gave none (ties, duplicates, no agreed label)"
     distance = abs(longer - 0.5)
     level: Level = "good" if distance <= LITTLE_LENGTH else "doubtful" if distance <= MUCH_LENGTH else "bad"
     reason = "" if level == "good" else ": a reward model may learn the length from them"

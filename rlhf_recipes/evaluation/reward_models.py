@@ -16,7 +16,9 @@ from rlhf_recipes.evaluation.calibration import CalibrationBin, calibration_inte
 from rlhf_recipes.evaluation.reward_benchmarks import benchmark_scores, is_ties, row_outcome, ties_outcome
 from rlhf_recipes.evaluation.statistics import head_metrics, mean_gain, preference_metrics, wilson_interval
 
-CHUNK = 256  # answers per call of a scorer: a call has a time limit
+# Answers per call of a scorer, which has a time limit. The answers to one prompt stay together: a judge may compare
+# them with each other.
+CHUNK = 256
 REFERENCE, TIED = "ref", "tied"  # begin the ids of the category Ties: `ref:3`, `tied:3`
 
 
@@ -55,9 +57,22 @@ def scores_of(
     lists = {"prompts": repeated, "completions": answers, **columns}
     given = {name: list(chain.from_iterable(rows)) for name, rows in lists.items()}
     found: list[Any] = []
-    for start in tqdm(range(0, len(given["prompts"]), CHUNK), desc="Scoring", disable=None):
-        found += judge(**{name: values[start : start + CHUNK] for name, values in given.items()})
-    return np.split(np.array(found, dtype=float), np.cumsum([len(row) for row in answers])[:-1])
+    sizes = [len(row) for row in answers]
+    for part in tqdm(_parts(sizes), desc="Scoring", disable=None):
+        found += judge(**{name: values[part] for name, values in given.items()})
+    return np.split(np.array(found, dtype=float), np.cumsum(sizes)[:-1])
+
+
+def _parts(sizes: list[int]) -> list[slice]:
+    """Return the answers of each call, for the numbers of answers to each prompt."""
+    parts = [slice(0, 0)]
+    for size in sizes:
+        start, end = parts[-1].start, parts[-1].stop
+        if start < end and end + size - start > CHUNK:
+            parts.append(slice(end, end + size))
+        else:
+            parts[-1] = slice(start, end + size)
+    return parts
 
 
 def rank(

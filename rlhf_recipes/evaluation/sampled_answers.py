@@ -104,7 +104,7 @@ def as_judges_see(answers: Answers, prompts: Dataset) -> Asked:
     columns = {name: [value for value in prompts[name] for _ in range(samples)] for name in prompts.column_names}
     asked = columns.pop("prompt")
     given = [answer_to(prompt, text) for prompt, text in zip(asked, answers.texts, strict=True)]
-    return Asked(asked, given, answers.ids, columns)
+    return Asked(asked, given, answers.ids, columns, samples)
 
 
 def _load(

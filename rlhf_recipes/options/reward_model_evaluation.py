@@ -33,13 +33,16 @@ class RewardModelEvaluationArguments(RewardCallConfig, JudgeArguments):
     max_completion_length: int = field(default=256, metadata={"help": "Tokens per answer of the policy."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the policy."})
     batch_size: int = field(
-        default=32, metadata={"help": "Prompts per generation batch, and answers per forward pass of a reward model."}
+        default=32,
+        metadata={
+            "help": "Prompts per generation batch, and answers per forward pass of a reward model in this process."
+        },
     )
     response_separator: str | None = field(
         default=None,
         metadata={
             "help": "Separator between prompt and answer of plain text. Default: that in the card of each reward "
-            "model, and two line breaks without a card."
+            "model, and two line breaks without a card. Policy and judges take the first one in a card."
         },
     )
     output_dir: str = field(

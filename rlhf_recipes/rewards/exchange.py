@@ -15,7 +15,7 @@ from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
 from rlhf_recipes.rewards.threads import in_time
 
 CONNECT_SECONDS = 10.0
-REFUSAL_BYTES = 2**12  # of a refusal, only the beginning is shown
+REFUSAL_BYTES = 2**14  # of a refusal, only the beginning is read
 # A later request may succeed after these refusals: timeout, too many requests.
 PASSING_REFUSALS = (408, 429)
 Authorize = Callable[[requests.PreparedRequest], requests.PreparedRequest]
@@ -32,6 +32,19 @@ class RefusedRequestError(RewardCallError):
     def __init__(self, message: str, after: float) -> None:
         super().__init__(message)
         self.after = after
+
+
+class RefusedForGoodError(PermanentRewardError):
+    """Report that a server has refused a request, and would do so again.
+
+    Args:
+        message: Message.
+        body: Beginning of the server's answer. It may hold secrets and any text: do not show it.
+    """
+
+    def __init__(self, message: str, body: bytes) -> None:
+        super().__init__(message)
+        self.body = body
 
 
 class Exchange:
@@ -100,10 +113,11 @@ class Exchange:
 
     def _answered(self, response: requests.Response, limit: int) -> Any:
         if not response.ok or response.is_redirect:
-            text = next(response.iter_content(REFUSAL_BYTES), b"").decode(errors="replace")
+            refusal = _beginning(response)
+            text = refusal.decode(errors="replace")
             message = f"{self.url} answered {response.status_code}: {visible(self._hide(text))[:300]}"
             if _is_final(response.status_code):
-                raise PermanentRewardError(message)
+                raise RefusedForGoodError(message, refusal)
             raise RefusedRequestError(message, _seconds_asked(response))
         body = bytearray()
         for chunk in response.iter_content(2**14):
@@ -117,6 +131,15 @@ class Exchange:
         except (ValueError, RecursionError) as error:
             reason = "too deep" if isinstance(error, RecursionError) else visible(str(error))
             raise RewardCallError(f"{self.url} answered with no valid JSON ({reason})") from error
+
+
+def _beginning(response: requests.Response) -> bytes:
+    body = b""
+    for chunk in response.iter_content(REFUSAL_BYTES):
+        body += chunk
+        if len(body) >= REFUSAL_BYTES:
+            break
+    return body[:REFUSAL_BYTES]
 
 
 def _is_final(status: int) -> bool:

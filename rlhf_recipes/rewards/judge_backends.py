@@ -13,6 +13,7 @@ from tenacity import RetryCallState, wait_exponential
 from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from rlhf_recipes.console import visible
 from rlhf_recipes.data.rendering import prompt_ids
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import load_policy, load_tokenizer
@@ -21,11 +22,13 @@ from rlhf_recipes.options.judge import SAMPLING, JudgeConfig
 from rlhf_recipes.options.reward_calls import LONGEST_PAUSE_SECONDS
 from rlhf_recipes.options.secrets import redact
 from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError, describe_error, retrying
-from rlhf_recipes.rewards.exchange import CONNECT_SECONDS, Exchange, RefusedRequestError
+from rlhf_recipes.rewards.exchange import CONNECT_SECONDS, Exchange, RefusedForGoodError, RefusedRequestError
 from rlhf_recipes.rewards.judge_answers import Answer
 
 ANSWER_BYTES = 2**22
 FILTERED = "content_filter"  # how servers say that they do not answer such a question
+# How servers name the end of a whole answer. After another reason (`abort`, `error`) it is broken off.
+WHOLE = (None, "", "stop", "eos", "eos_token", "stop_sequence", "end_turn")
 logger = logging.getLogger(__name__)
 
 
@@ -98,12 +101,14 @@ class ChatServer:
         messages = [{"role": "user", "content": question}]
         body = json.dumps({"model": self._config.model, "messages": messages, **self._config.request})
         try:
-            reply = retry(self._exchange, "POST", "/chat/completions", ANSWER_BYTES, self._config.timeout, body)
-        except PermanentRewardError as error:
-            if FILTERED in str(error):
+            return retry(self._ask, body)
+        except RefusedForGoodError as error:
+            if _is_filtered(error.body):
                 return Answer("", "refused", 0)
             raise
-        return self._read(reply)
+
+    def _ask(self, body: str) -> Answer:
+        return self._read(self._exchange("POST", "/chat/completions", ANSWER_BYTES, self._config.timeout, body))
 
     def _read(self, reply: dict[str, Any]) -> Answer:
         try:
@@ -114,6 +119,9 @@ class ChatServer:
                 text = "".join(part.get("text") or "" for part in text)
             if refusal or end == FILTERED:
                 return Answer(str(refusal or text), "refused", int(tokens))
+            if end != "length" and end not in WHOLE:
+                shown = visible(self._hide(str(end)))[:50]
+                raise RewardCallError(f"{self._exchange.url} broke off its answer (`finish_reason: {shown}`)")
             return Answer(text, "length" if end == "length" else "stop", int(tokens))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise RewardCallError(
@@ -135,6 +143,15 @@ class ChatServer:
         error = state.outcome.exception()
         assert error is not None
         logger.info(f"{describe_error(error)}. Asked again in {state.next_action.sleep:g} s.")
+
+
+def _is_filtered(body: bytes) -> bool:
+    """Return whether a refusal names the filter as its reason. Its message may quote any text, so it is not read."""
+    try:
+        error = json.loads(body)["error"]
+        return FILTERED in (error.get("code"), error.get("type"))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _pause(state: RetryCallState) -> float:

@@ -71,9 +71,11 @@ class LanguageModelJudge(Scorer):
 
     def __init__(self, config: JudgeConfig, backend: JudgeBackend, *, name: str, origin: str = "") -> None:
         self.config, self._backend, self.__name__, self.origin = config, backend, name, origin
+        self.is_relative = config.mode == "pairs" and config.reference_column is None
         self._cache = AnswerCache(config.cache or DEFAULT_FILE)
         self._lock = Lock()
         self._asked: dict[str, Future[dict[str, Answer]]] = {}  # questions that wait for an answer
+        self._waiting: Counter[Future[dict[str, Answer]]] = Counter()  # calls that wait for each
         self._counts: Counter[str] = Counter()
 
     def identity(self) -> str:
@@ -223,9 +225,22 @@ class LanguageModelJudge(Scorer):
         """
         futures = self._started(missing)
         try:
-            return {key: answer for future in set(futures.values()) for key, answer in future.result().items()}
+            return {
+                key: answer for future in dict.fromkeys(futures.values()) for key, answer in future.result().items()
+            }
         finally:
-            self._forget([key for key, future in futures.items() if future.cancel()])
+            self._leave(set(futures.values()))
+
+    def _leave(self, futures: "set[Future[dict[str, Answer]]]") -> None:
+        """Wait no longer. Questions for which no other call waits are not asked, if they have not begun."""
+        with self._lock:
+            self._waiting.subtract(futures)
+            left = {future for future in futures if self._waiting[future] < 1}
+            for future in left:
+                del self._waiting[future]
+            cancelled = {future for future in left if future.cancel()}
+            for key in [key for key, future in self._asked.items() if future in cancelled]:
+                del self._asked[key]
 
     def _started(self, missing: dict[str, str]) -> "dict[str, Future[dict[str, Answer]]]":
         """Start to ask the questions that nobody is asking yet. Return the answers to come, by key."""
@@ -237,7 +252,9 @@ class LanguageModelJudge(Scorer):
                 future = pool.submit(self._ask_batch, {key: missing[key] for key in batch})
                 self._asked |= dict.fromkeys(batch, future)
             pool.close()
-            return {key: self._asked[key] for key in missing}
+            futures = {key: self._asked[key] for key in missing}
+            self._waiting.update(set(futures.values()))
+            return futures
 
     def _ask_batch(self, questions: dict[str, str]) -> dict[str, Answer]:
         """Ask questions, but for those that another process or thread has asked in the meantime."""

@@ -55,6 +55,8 @@ class Scorer(Protocol):
         origin: Module and qualified name of a plain function.
         unknown_tokens: Tokens of its tokenizer, by id, for which it has no embedding. With one of them or with a
             `position_limit`, it has `prompt_lengths` of `RewardModelScorer`.
+        is_relative: Whether a score compares an answer with the other answers of the same call. Such scores of two
+            policies cannot be compared.
     """
 
     __name__: str
@@ -66,6 +68,7 @@ class Scorer(Protocol):
     origin: str = ""
     position_limit: int | None = None
     unknown_tokens: Mapping[int, str] = MappingProxyType({})
+    is_relative: bool = False
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: Any = None, **kwargs: Any

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
+from rlhf_recipes.durability.notes import read_note, write_whole
 from rlhf_recipes.durability.origin import public_text
 from rlhf_recipes.evaluation.evaluated_models import Evaluation
 from rlhf_recipes.trainers.model_card import CARD_NAME, Figure, hub_name
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 def note_evaluation(evaluation: Evaluation, dataset: str, split: str) -> None:
     """Write the result beside each reward model that is a directory here.
 
-    A later evaluation on the same split replaces it. A model card that cannot be read stays as it is.
+    A later evaluation on the same split replaces it. A file or a model card that cannot be read stays as it is. A kill
+    leaves the old file or the new one.
 
     Args:
         evaluation: What was measured.
@@ -53,9 +55,11 @@ def note_evaluation(evaluation: Evaluation, dataset: str, split: str) -> None:
 
 
 def _into_file(path: Path, name: str, metrics: Mapping[str, float]) -> None:
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read_note(path) if path.is_file() else {}
+    if known is None:
+        raise ValueError(f"{path.name} holds no JSON object, or cannot be read. Correct or remove it.")
     finite = {figure: value for figure, value in metrics.items() if math.isfinite(value)}
-    path.write_text(json.dumps(known | {name: finite}, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(known | {name: finite}, indent=2) + "\n")
 
 
 def figures_shown(metrics: Mapping[str, float]) -> list[Figure]:
@@ -94,4 +98,4 @@ def _into_card(path: Path, dataset: str, split: str, metrics: Mapping[str, float
         ),
     ]
     card.data.model_name = card.data.model_name or path.resolve().parent.name
-    card.save(path)
+    write_whole(path, str(card))

@@ -107,6 +107,16 @@ def test_lost_rows_and_columns_are_named(tmp_path):
         read_label_file(path, ASKED)
 
 
+def test_a_long_answer_can_be_read_back(tmp_path):
+    path, asked = tmp_path / "label.csv", [Question("Why?", "long " * 40_000, "b")]
+    limit = csv.field_size_limit()
+    write_label_file(path, asked)
+    assert read_label_file(path, asked) is None
+    path.write_text(path.read_text(encoding="utf-8").removesuffix("\n") + "2\n", encoding="utf-8")
+    assert read_label_file(path, asked) == [0.0]
+    assert csv.field_size_limit() == limit
+
+
 def test_a_file_that_is_there_is_not_written_over(path):
     with pytest.raises(FileExistsError):
         write_label_file(path, ASKED)

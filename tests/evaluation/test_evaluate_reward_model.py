@@ -2,6 +2,9 @@
 
 import json
 import threading
+import weakref
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,13 @@ from tolerances import SCORES, assert_close
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from rlhf_recipes.data.preferences import preference_set
+from rlhf_recipes.evaluation import evaluated_models
 from rlhf_recipes.evaluation.best_of_answers import load_candidates
-from rlhf_recipes.evaluation.evaluated_models import evaluate_reward_models
+from rlhf_recipes.evaluation.evaluated_models import SEPARATOR, evaluate_reward_models, run_separator
 from rlhf_recipes.options.reward_model_evaluation import RewardModelEvaluationArguments
 from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.client import RemoteRewardModel
+from rlhf_recipes.rewards.functions import as_scorer
 from rlhf_recipes.rewards.scorer import RewardModelScorer
 from rlhf_recipes.rewards.server import reward_app
 from rlhf_recipes.trainers.evaluated_cards import EVALUATIONS_FILE
@@ -99,17 +105,29 @@ def test_heads_are_measured_by_the_same_forwards(directory):
     assert 0 <= metrics["heads/unanimous"] <= 1
 
 
+def _scorer(path):
+    return RewardModelScorer.from_pretrained(str(path))
+
+
+@contextmanager
+def served(scorer):
+    """Serve a reward model on this machine, and give the address."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(reward_app(scorer), host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 @pytest.fixture
 def address(directory):
     """Return the address of the served model with several heads."""
-    port = free_port()
-    app = reward_app(RewardModelScorer.from_pretrained(str(directory / "heads")))
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with served(_scorer(directory / "heads")) as url:
+        yield url
 
 
 def test_a_served_model_has_the_same_figures(directory, address):
@@ -118,6 +136,42 @@ def test_a_served_model_has_the_same_figures(directory, address):
     assert ours.keys() == theirs.keys()
     assert "heads/unanimous" in ours
     assert_close(list(ours.values()), list(theirs.values()), SCORES)
+
+
+def test_a_served_model_keeps_the_size_of_its_requests(directory, address, monkeypatch):
+    """A server of text-embeddings-inference refuses larger ones."""
+    scorers = []
+
+    def load(path, **options):
+        scorers.append(RemoteRewardModel(path, batch_size=4) if path == address else as_scorer(path, **options))
+        return scorers[-1]
+
+    monkeypatch.setattr(evaluated_models, "as_scorer", load)
+    _evaluate(directory, tiny.preferences(), models=[address, "heads"], batch_size=16)
+    assert {scorer.model is None: scorer.batch_size for scorer in scorers} == {True: 4, False: 16}
+
+
+def test_one_reward_model_is_in_memory_at_a_time(directory, monkeypatch):
+    loaded = []
+
+    def load(path, **options):
+        assert not [model for model in loaded if model() is not None]
+        scorer = as_scorer(path, device_map="cpu", **options)
+        loaded.append(weakref.ref(scorer.model))
+        return scorer
+
+    monkeypatch.setattr(evaluated_models, "as_scorer", load)
+    _evaluate(directory, tiny.preferences(), models=["plain", "adapter", "heads"])
+    assert len(loaded) == 3
+
+
+def test_policy_and_judges_get_the_separator_of_a_served_model(directory):
+    scorer = _scorer(directory / "plain")
+    assert scorer.card.response_separator == SEPARATOR
+    scorer.card = replace(scorer.card, response_separator="\n")
+    with served(scorer) as url:
+        assert run_separator(None, [str(directory / "chat"), url, str(directory / "plain")]) == "\n"
+    assert run_separator("\t", [url]) == "\t"  # the server is not needed
 
 
 def test_text_becomes_a_chat_for_a_model_of_chats(directory):

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import threading
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -28,6 +31,9 @@ from rlhf_recipes.evaluation.preferences import (
 )
 from rlhf_recipes.evaluation.sampled_answers import as_judges_see, sampled_answers
 from rlhf_recipes.options.preferences import PreferenceArguments
+from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
+from rlhf_recipes.rewards.calls import RewardCalls
+from rlhf_recipes.rewards.protocol import Scorer
 
 pytestmark = pytest.mark.tiny
 RECIPE = Path(__file__).parents[2] / "recipes" / "sample_preferences.py"
@@ -59,7 +65,7 @@ def sampled(policy, tmp_path_factory):
 
 def asked_of(answers, prompts=("a", "b"), **columns):
     each = [prompt for prompt in prompts for _ in range(len(answers) // len(prompts))]
-    return Asked(each, answers, [[1]] * len(answers), columns, at_once=3)
+    return Asked(each, answers, [[1]] * len(answers), columns, len(answers) // len(prompts), at_once=3)
 
 
 def test_answers_on_disk_are_not_sampled_again(policy, sampled, tmp_path, monkeypatch):
@@ -126,6 +132,18 @@ def test_the_mean_of_judges_in_their_own_units_decides_and_their_disagreement_is
     assert decided(alone, only_agreed=True) == ([0, 1], {"unlabelled": 0, "disagreed": 0, "ties": 1})
 
 
+def test_the_answers_to_a_prompt_are_scored_in_one_call():
+    seen = []
+
+    def judge(prompts, completions, **columns):
+        seen.append([*prompts])
+        return [0.0] * len(prompts)
+
+    for prompts in ("abc", "ab"):
+        scores_of({"judge": judge}, asked_of(list("123456"), prompts=tuple(prompts)))
+    assert seen == [["a"] * 2, ["b"] * 2, ["c"] * 2, ["a"] * 3, ["b"] * 3]  # 3 at a time
+
+
 def test_each_score_head_of_a_reward_model_is_a_judge():
     class TwoHeads:
         """Combine two heads, as a reward model with score heads does."""
@@ -141,6 +159,38 @@ def test_each_score_head_of_a_reward_model_is_a_judge():
     scores = scores_of({"two": judge}, asked)
     np.testing.assert_allclose(scores, np.array([[0, 0], [1, 0], [2, 10], [5, 10]]) / [np.std([0, 1, 2, 5]), 5])
     assert judge.combine is TwoHeads.combine
+
+
+def test_scores_by_head_of_a_late_call_stay_out_of_the_others():
+    """The first call fails by its time limit. It ends while the second one fails, with as many scores."""
+    begun, late = threading.Event(), threading.Event()
+
+    class TwoHeads:
+        """Give each answer its number, and ten times that."""
+
+        __name__ = "two"
+
+        @staticmethod
+        def combine(scores):
+            return scores.mean(dim=1)
+
+        def __call__(self, completions, **kwargs):
+            if completions[0] == "2":  # while its time passes, the first call ends
+                begun.set()
+                late.wait(5.0)
+                raise PermanentRewardError("no")
+            is_late = completions[0] == "0"
+            if is_late:
+                begun.wait(5.0)
+            scores = self.combine(torch.tensor([[float(c), 10 * float(c)] for c in completions])).tolist()
+            if is_late:
+                late.set()
+            return scores
+
+    calls = RewardCalls(timeout=0.5, retries=0, failed="mask")
+    asked = replace(asked_of(list("012345"), prompts=("a", "b", "c")), at_once=2)
+    scores = scores_of({"two": TwoHeads()}, asked, calls)
+    np.testing.assert_allclose(scores, [[np.nan] * 2] * 4 + [[8, 8], [10, 10]])
 
 
 def test_judges_compare_by_their_own_method_and_functions_in_both_orders():
@@ -159,6 +209,50 @@ def test_judges_compare_by_their_own_method_and_functions_in_both_orders():
     nothing = scores_of({}, asked)
     np.testing.assert_array_equal(strengths(pairs, nothing, {"j": Judge()}, asked), [[-1.0], [np.nan]])
     assert strengths(pairs, nothing, {"f": first_place}, asked).tolist() == [[0.0], [0.0]]  # its bias cancels
+
+
+def test_the_figures_of_judges_are_kept_and_a_failed_comparison_can_be_masked(sampled, tmp_path):
+    class Judge(Scorer):
+        """Prefer the longer answer. Tell how many were refused."""
+
+        __name__ = "j"
+
+        def compare(self, prompts, first, second):
+            if broken:
+                raise RuntimeError("no answer")
+            return [(1 + (len(a) > len(b)) - (len(a) < len(b))) / 2 for a, b in zip(first, second, strict=True)]
+
+        def __call__(self, prompts, completions, **columns):
+            return [len(text) for text in completions]
+
+        def take_counts(self):
+            return Counter(asked=10, refused=4)
+
+        def figures(self, counts):
+            return {"refused": counts["refused"] / counts["asked"]}
+
+    asked, broken = as_judges_see(sampled[0][False], tiny.prompts()), False
+    arguments = (asked, sampled[0][False], Labellers({}, {"j": Judge()}))
+    scored = labelled_pairs(options(tmp_path), asked, sampled[0][False], Labellers({"j": Judge()}, {}))
+    compared = labelled_pairs(options(tmp_path), *arguments)
+    assert compared.labels == scored.labels
+    assert any(compared.labels)
+    expected = {"pairs/j/refused": 0.4, "pairs/j/failed_attempts": 0.0, "pairs/j/failed_calls": 0.0}
+    assert scored.figures == compared.figures == expected
+    broken = True
+    masked = labelled_pairs(options(tmp_path, failed_rewards="mask"), *arguments)
+    assert not any(masked.labels)
+    assert masked.figures == expected | {"pairs/j/failed_attempts": 1.0, "pairs/j/failed_calls": 1.0}
+    with pytest.raises(RewardCallError, match="`j` failed at the first attempt: RuntimeError: no answer"):
+        labelled_pairs(options(tmp_path), *arguments)
+
+
+def test_pairs_without_agreement_count_as_lost():
+    figures = {"pairs/new": 40.0, "pairs/disagreed": 60.0, "pairs/longer_chosen": 0.5}
+    assert preferences_verdict(figures)[0].level == "good"
+    left_out = preferences_verdict(figures, only_agreed=True)[0]
+    assert left_out.level == "doubtful"
+    assert "60% of the comparisons gave none" in left_out.text
 
 
 def test_people_label_the_pairs_of_a_file(sampled, tmp_path, capsys):

@@ -127,6 +127,14 @@ def test_scores_are_asked_for_in_parts_and_come_back_by_row():
     assert sizes == [256, 144]
     assert [*scores[150]] == [1151.0, 2152.0]
 
+    for counts, expected in (([3] * 90, [255, 15]), ([300, 1, 255, 1], [300, 256, 1]), ([0, 2], [2])):
+        sizes.clear()
+        answers = [["a"] * count for count in counts]
+        columns = [[0] * count for count in counts]
+        scores = scores_of(judge, [str(number) for number in range(len(counts))], answers, topic=columns)
+        assert sizes == expected  # the answers to a prompt are not divided
+        assert [len(row) for row in scores] == counts
+
 
 def test_a_curve_is_the_mean_over_all_choices():
     rng = np.random.default_rng(0)

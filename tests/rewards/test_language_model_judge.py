@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 from rlhf_recipes.evaluation.held_out import HeldOutComparison
+from rlhf_recipes.evaluation.policies import compare_policies
 from rlhf_recipes.evaluation.statistics import swapped_preferences
 from rlhf_recipes.options.judge import JudgeConfig, read_judge
 from rlhf_recipes.options.recipes import JudgeArguments
@@ -66,6 +68,11 @@ def _compared(judge, *pairs):
     return judge.compare(["the fox"] * len(pairs), first, second)
 
 
+def _one_question(judge):
+    """Ask one question, so that none is left for the next test if it fails."""
+    return judge(["the fox"], ["is red"])
+
+
 def _decided(texts):
     """Answer as the first word of the longer answer says; without such a word, prefer the longer answer."""
     order = max(texts["answer A"], texts["answer B"], key=len).split(" ")[0]
@@ -102,6 +109,33 @@ def test_a_filter_of_the_server_is_a_refusal(server, load):
     server.reply = lambda texts: {"message": {"content": "part [[A]]"}, "finish_reason": "content_filter"}
     assert math.isnan(_compared(judge, ("a", "b"))[0])
     assert _figures(judge)["refused"] == 1.0
+
+
+def test_a_question_that_the_server_filters_is_a_refusal(server, load):
+    message = (
+        "The response was filtered due to the prompt triggering the content management policy. " + "Read on. " * 40
+    )
+    server.refusal = {"error": {"message": message, "type": None, "param": "prompt", "code": "content_filter"}}
+    server.statuses, judge = [(400, {})], load(concurrency=1)
+    assert math.isnan(_compared(judge, ("a", "b"))[0])
+    assert _figures(judge)["refused"] == 0.5
+    server.refusal = {"error": {"message": "no template for 'what is content_filter?'", "code": "bad_request"}}
+    server.statuses = [(400, {})]
+    with pytest.raises(PermanentRewardError, match="answered 400"):
+        _one_question(load(mode="scores"))
+
+
+@pytest.mark.parametrize("broken", [{"message": {"content": "[[A]], but"}, "finish_reason": "abort"}, {"message": ""}])
+def test_an_answer_that_is_broken_off_is_asked_for_again_and_not_kept(server, load, pauses, broken):
+    answers = iter([broken])
+    server.reply, judge = lambda texts: next(answers, "[[C]]"), load(concurrency=1)
+    assert _compared(judge, ("a", "b")) == [0.5]
+    assert pauses == [1.0]
+    server.reply = lambda texts: broken
+    with pytest.raises(RewardCallError, match="broke off its answer|without a message"):
+        _one_question(load(retries=1, mode="scores"))
+    server.reply = lambda texts: "[[7]]"
+    assert _one_question(load(mode="scores")) == [7.0]
 
 
 def test_a_judge_that_never_answers_with_a_verdict_is_named(server, load, caplog):
@@ -215,14 +249,14 @@ def test_a_server_that_is_busy_is_asked_again(server, load, pauses, header, paus
     assert len(server.asked) == 3
     server.statuses = [(503, header)] * 9
     with pytest.raises(RewardCallError, match="/v1 answered 503"):
-        _compared(load(retries=1, concurrency=1), ("cc", "d"))
+        _one_question(load(retries=1, mode="scores"))
     assert pauses[:2] == [pause] * 2
 
 
 def test_a_request_that_is_refused_for_good_is_not_repeated(server, load, pauses):
     server.statuses = [(400, {})]
     with pytest.raises(PermanentRewardError, match="answered 400"):
-        _compared(load(concurrency=1), ("aa", "b"))
+        _one_question(load(mode="scores"))
     assert pauses == []
 
 
@@ -339,6 +373,17 @@ def test_it_stands_where_judges_may(server, tmp_path, load):
     )
     judges, pairwise = load_judges(arguments, tiny.prompts(), response_separator="\n\n")
     assert (list(judges), list(pairwise)) == (["points"], ["pairs"])
+    swapped = JudgeArguments(judge_functions=[str(tmp_path / "pairs.yaml")])
+    refused = (
+        r"The judge `pairs` of `judge_functions` compares the answers of one policy.*Name it in `pairwise_judges`"
+    )
+    with pytest.raises(ValueError, match=refused):
+        load_judges(swapped, tiny.prompts(), response_separator="\n\n")
+    assert load_judges(swapped, tiny.prompts(), response_separator="\n\n", of_two_policies=False)[0]
+    with pytest.raises(ValueError, match=refused):
+        HeldOutComparison(pairwise, {}, seed=0)
+    with pytest.raises(ValueError, match=refused):
+        compare_policies(None, None, None, tiny.prompts(), pairwise)
     pairwise["pairs"].keep_answers(str(tmp_path))
     asked = (["x", "y"], ["aa", "b"], ["a", "bb"])
     assert swapped_preferences(pairwise["pairs"], *asked) == [1.0, 0.0]
@@ -363,7 +408,28 @@ def test_a_question_of_a_call_that_ran_out_of_time_is_not_asked_again(server, lo
     assert len(server.asked) == 12
 
 
+def test_a_call_that_fails_leaves_the_questions_for_which_another_call_waits(server, load):
+    server.delay, server.statuses, judge = 0.3, [(400, {})], load(mode="scores", concurrency=1)
+    server.reply = lambda texts: f"[[{len(texts['answer'])}]]"
+    failures = []
+
+    def fail():
+        with pytest.raises(PermanentRewardError) as error:
+            judge(["x"] * 4, ["a", "bb", "ccc", "dddd"])
+        failures.append(error)
+
+    failing = threading.Thread(target=fail, daemon=True)
+    failing.start()
+    while not server.asked:
+        time.sleep(0.01)
+    assert judge(["x"] * 2, ["ccc", "bb"]) == [3.0, 2.0]
+    failing.join(5.0)
+    assert failures
+    assert len(server.asked) == 3, "nobody waits for the last question"
+
+
 def test_a_model_in_this_process(tmp_path):
+    threads = threading.active_count()
     tiny.save(tiny.policy(tiny.tokenizer(), max_position_embeddings=512), tmp_path / "model")
     options = {"model": str(tmp_path / "model"), "sampling": {"max_tokens": 4, "temperature": 1.0}, "batch_size": 3}
     path = tmp_path / "local.yaml"
@@ -379,4 +445,4 @@ def test_a_model_in_this_process(tmp_path):
     again = load_judge(str(path), str(tmp_path))
     _compared(again, ("is red", "no"), ("a", "bb"))
     assert _figures(again)["requests"] == 0.0
-    assert threading.active_count() < 50
+    assert threading.active_count() < threads + 10

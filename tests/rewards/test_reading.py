@@ -311,7 +311,7 @@ def test_models_with_another_head_are_refused_by_name():
         as_scorer(language_model, tok)
     of_each_token = hf.LlamaForTokenClassification(_model("Llama", tok).config)
     with pytest.raises(ValueError, match="LlamaForTokenClassification has no `score` layer that reads the last token"):
-        as_scorer(of_each_token, tok)
+        RewardModelScorer(of_each_token, tok)
 
 
 class OneScorePerToken(hf.LlamaForSequenceClassification):

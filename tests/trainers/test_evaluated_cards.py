@@ -1,8 +1,10 @@
 """The result of an evaluation is beside the reward model, once per split, and the rest of its card stays."""
 
 import json
+import os
 
 import numpy as np
+import pytest
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
@@ -65,3 +67,30 @@ def test_what_cannot_be_written_is_said(tmp_path, caplog):
     assert f"The result is not written beside {tmp_path}" in caplog.text
     note_evaluation(_evaluation("me/on-the-hub", 9), "pairs", "test")
     assert not (tmp_path / "me").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '"text"', "{"])
+def test_a_file_of_another_kind_stays_as_it_is(tmp_path, caplog, content):
+    (tmp_path / EVALUATIONS_FILE).write_text(content)
+    note_evaluation(_evaluation(tmp_path, 9), "pairs", "test")
+    assert (tmp_path / EVALUATIONS_FILE).read_text() == content
+    assert f"The result is not written beside {tmp_path}: {EVALUATIONS_FILE} " in caplog.text
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch, number):
+    """The file is written first, the card second."""
+    names, calls = (EVALUATIONS_FILE, "README.md"), []
+    (tmp_path / names[0]).write_text("{}")
+    (tmp_path / names[1]).write_text(CARD)
+    before = (tmp_path / names[number]).read_text()
+
+    def break_off(file):
+        calls.append(file)
+        if len(calls) > number:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", break_off)
+    note_evaluation(_evaluation(tmp_path, 9), "pairs", "test")
+    assert len(calls) == number + 1
+    assert (tmp_path / names[number]).read_text() == before
