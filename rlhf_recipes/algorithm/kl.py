@@ -58,3 +58,19 @@ def estimate_kl(per_token_logps: Tensor, ref_per_token_logps: Tensor, kind: KLEs
     if kind == "k3":
         return torch.expm1(-log_ratio) + log_ratio
     raise ValueError(f"`kl_estimator` must be one of 'k1', 'k2', 'k3', got {kind!r}.")
+
+
+def own_token_term(full_kl: Tensor, k1: Tensor) -> Tensor:
+    """Return what the advantage of each token needs beside rewards of `-full_kl`, per unit of the price, `(B, T)`.
+
+    full_kl_t - k1_t
+
+    A KL over the vocabulary is the same for every token that could have been sampled, so as a reward alone it pushes
+    only tokens before it. The term has mean 0 in each state, and its policy gradient is the gradient of `-full_kl_t`.
+    So the gradient of both is that of the KL of sequences.
+
+    Args:
+        full_kl: KL over the vocabulary in the state before each token, nats, `(B, T)`.
+        k1: Log-ratio of the sampled token, nats, `(B, T)`.
+    """
+    return full_kl - k1

@@ -244,7 +244,10 @@ class _Reader:
             raise ValueError(f"`reward_models`, {self.name}, does not suit `{option}`. {error}") from error
         kept = KeptHeads(self.judge)
         self.scorer.combine = kept.combine
-        scores = scores_of(kept, prompts["prompt"], answers, **columns)
+        try:
+            scores = scores_of(kept, prompts["prompt"], answers, **columns)
+        finally:
+            del self.scorer.combine  # it leads back to the scorer, which would stay in memory
         heads = kept.by_answer()
         if heads is None or heads.shape[1] == 1:
             return scores, None

@@ -20,8 +20,8 @@ from rlhf_recipes.algorithm.advantages import (
     shape_rewards,
 )
 from rlhf_recipes.algorithm.dense_rewards import centered_parts, onto_own_tokens
-from rlhf_recipes.algorithm.distributed import global_moments, global_sum
-from rlhf_recipes.algorithm.kl import estimate_kl
+from rlhf_recipes.algorithm.distributed import global_max, global_moments, global_sum
+from rlhf_recipes.algorithm.kl import estimate_kl, own_token_term
 from rlhf_recipes.algorithm.masked import masked_whiten
 from rlhf_recipes.algorithm.normalization import RewardNormalizer
 from rlhf_recipes.data.messages import Text
@@ -211,8 +211,11 @@ class Rollout:
         scores = own_part(self.scores if normalizer is None else normalizer.normalize(self.scores))
         shaped = self.shaped_scores.masked_fill(scores.isnan(), torch.nan) if self.has("shaped_scores") else scores
         self.normalized_scores = shaped
-        parts = self.parts if normalizer is None else normalizer.normalize_parts(self.parts)
-        self.normalized_parts = parts if normalizer is None else centered_parts(parts, self.mask)
+        parts = self.parts
+        dense = torch.tensor(float(self.token_rewards is not None), device=self.mask.device)
+        if normalizer is not None and global_max(dense) > 0:  # the mean is over all ranks
+            parts = centered_parts(normalizer.normalize_parts(parts), self.mask)
+        self.normalized_parts = parts
 
     def estimate_advantages(self, args: PPOConfig, *, kl_coef: float, group_size: int) -> None:
         """Shape the rewards, estimate advantages and returns, and whiten the advantages over all ranks.
@@ -245,9 +248,7 @@ class Rollout:
         nothing = torch.zeros_like(rewards)
         _, self.mc_returns = generalized_advantage_estimation(rewards, nothing, self.mask, gamma=args.gamma, lam=1.0)
         if self.full_kl is not None:
-            # A full KL does not depend on the token that was chosen, so it alone would not push away from a token.
-            # This term has mean 0 in each state, and makes the gradient that of the KL: `docs/dense-rewards.md`.
-            advantages = advantages + kl_coef * (self.kl - self.k1)
+            advantages = advantages + kl_coef * own_token_term(self.kl, self.k1)
         if args.whiten_advantages:
             _, mean, var = global_moments(advantages, self.mask)
             advantages = masked_whiten(advantages, self.mask, mean=mean, var=var)
