@@ -123,7 +123,7 @@ def centered(parts, mask):
 
 
 def dense_rewards(scores, parts, kl, mask, kl_coef):
-    """Return part_t - kl_coef * kl_t, but on the last valid token what is left of the score in place of its part."""
+    """Return part_t - kl_coef * kl_t, but on the last valid token the rest of the score in place of its part."""
     shaped = []
     for score, parts_row, kl_row, mask_row in zip(scores, parts, kl, mask, strict=True):
         own = _valid(parts_row, mask_row)

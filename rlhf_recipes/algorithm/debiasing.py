@@ -12,7 +12,7 @@ def length_margins(length_gaps: Tensor) -> Tensor:
     `b = argmax sum_i log sigmoid(b g_i) - b^2 / 2`.
     With the margin `m_i = -b g_i` the Bradley-Terry loss `-log sigmoid(r+ - r- - m_i)` reads `r+ - r- + b g_i`. The
     second part is not a part of the score. So a constant score has no gradient along the length, and a score learns
-    what is left of the label. The term `b^2 / 2` keeps `b` finite if the chosen answer is always the longer one.
+    the rest of the label. The term `b^2 / 2` keeps `b` finite if the chosen answer is always the longer one.
 
     The margins depend on the data alone, and not on how it is cut into batches or spread over processes.
 

@@ -3,7 +3,6 @@
 TRL has had no trainer for this since it removed `PRMTrainer`. Its trainer of reward models has all the rest.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,21 +23,18 @@ from rlhf_recipes.evaluation.steps import step_metrics
 from rlhf_recipes.models.adapter_base import check_is_merged
 from rlhf_recipes.models.loading import from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.process_reward_model import check_step_head, load_process_reward_model_base, with_one_output
-from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked
-from rlhf_recipes.models.reward_model import ScoreHead, store_in_float32
 from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.process_reward_modeling import ProcessRewardModelConfig
 from rlhf_recipes.rewards.card import chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.rewards.process import ProcessRewardModelCard
-from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
-from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
+from rlhf_recipes.trainers.scoring_models import ScoringModelTrainer
 
 # Without this, `map` gives the labels of tokens the type of the labels of steps: often that of truth values.
 TOKENISED = Features({"input_ids": List(Value("int64")), "labels": List(Value("float32"))})
 
 
-class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
+class ProcessRewardModelTrainer(ScoringModelTrainer, RewardTrainer):
     """Train a model that judges the steps of an answer, and write its card.
 
     The model is a token classifier with one output, the log-odds that a step is right. It is read at the last token of
@@ -123,13 +119,7 @@ class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
         )
         self.compute_loss_func = self._step_loss
 
-        check_adapter_vocabulary(self, tokens)
-        check_prepared(self, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        keep_unpacked(self.model)
-        keep_adapter_precision(self.model)
-        for module in self.model.modules():
-            if isinstance(module, ScoreHead):
-                store_in_float32(module)  # TRL casts the trained weights of a quantised model to bfloat16
+        self.finish_setup(tokens, train_dataset=train_dataset, eval_dataset=eval_dataset)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         names, name = column_names(dataset), f"{dataset_name}_dataset"
@@ -205,17 +195,6 @@ class ProcessRewardModelTrainer(IdentifiedTrainer, RewardTrainer):
             metrics = step_metrics([row.numpy() for row in odds], labels, scores)
             logs.update({f"eval_{name}": value for name, value in metrics.items()})
         super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save:
-            self.card.save(Path(output_dir or self.args.output_dir))
-
-    def save_card(self) -> None:
-        """Write both cards again, beside the saved model, with the result of the latest evaluation."""
-        if self.args.should_save:
-            self.card.save(self.args.output_dir)
-        super().save_card()
 
     def card_facts(self) -> dict[str, str]:
         """Add the text that the model expects, and where it judges a step."""

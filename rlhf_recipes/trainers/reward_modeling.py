@@ -1,6 +1,5 @@
 """Reward modelling: overrides of `trl.RewardTrainer`. The Bradley-Terry loss and its margin are TRL's."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,19 +18,17 @@ from rlhf_recipes.durability.earlier_run import check_output_dir
 from rlhf_recipes.evaluation.statistics import head_metrics, preference_metrics
 from rlhf_recipes.models.adapter_base import check_is_merged
 from rlhf_recipes.models.loading import from_pretrained_kwargs, load_tokenizer
-from rlhf_recipes.models.quantization import keep_adapter_precision, keep_unpacked
-from rlhf_recipes.models.reward_model import ScoreHead, check_score_layer, load_reward_model_base, store_in_float32
+from rlhf_recipes.models.reward_model import check_score_layer, load_reward_model_base
 from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
 from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.trainers.debiasing import with_length_margins
-from rlhf_recipes.trainers.prepared import check_adapter_vocabulary, check_prepared
-from rlhf_recipes.trainers.run_identity import IdentifiedTrainer
 from rlhf_recipes.trainers.score_heads import COLUMN, DealtPairs, HeadsAsPairs
+from rlhf_recipes.trainers.scoring_models import ScoringModelTrainer
 
 
-class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
+class RewardModelTrainer(ScoringModelTrainer, RewardTrainer):
     """Train a reward model on preferences and write its card.
 
     Adds to `trl.RewardTrainer`: an explicit separator for plain text, the usual initialisation of the head, a float32
@@ -124,13 +121,7 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
         self.model.config.num_labels = args.score_heads
         if args.score_heads > 1:
             self.data_collator: Any = DealtPairs(self.data_collator, args.score_heads, args.seed)
-        check_adapter_vocabulary(self, tokens)
-        check_prepared(self, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        keep_unpacked(self.model)
-        keep_adapter_precision(self.model)
-        for module in self.model.modules():
-            if isinstance(module, ScoreHead):
-                store_in_float32(module)  # TRL casts the trained weights of a quantised model to bfloat16
+        self.finish_setup(tokens, train_dataset=train_dataset, eval_dataset=eval_dataset)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         names = set(column_names(dataset))
@@ -200,17 +191,6 @@ class RewardModelTrainer(IdentifiedTrainer, RewardTrainer):
             self._metrics["eval"].pop("accuracy", None)
             logs.update({f"eval_{name}": value for name, value in metrics.items()})
         super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        if self.args.should_save:
-            self.card.save(Path(output_dir or self.args.output_dir))
-
-    def save_card(self) -> None:
-        """Write both cards again, beside the saved model, with the result of the latest evaluation."""
-        if self.args.should_save:
-            self.card.save(self.args.output_dir)
-        super().save_card()
 
     def card_facts(self) -> dict[str, str]:
         """Add the text that the reward model expects."""

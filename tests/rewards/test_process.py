@@ -1,4 +1,4 @@
-"""A process reward model as a scorer: where steps end, what they give, and PPO with it."""
+"""A process reward model as a scorer: the ends of steps, their rewards, and PPO with it."""
 
 import pytest
 import tiny

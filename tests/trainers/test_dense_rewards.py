@@ -24,7 +24,7 @@ def _by_token(completion_ids, **kwargs):
 
 
 def _by_character(completions, **kwargs):
-    """Return a step for every second character, and what is left."""
+    """Return a step for every second character, and one for the rest."""
     ends = [[*range(2, len(text), 2), len(text)] for text in completions]
     return [[(end, float(end % 3)) for end in row] for row in ends]
 
