@@ -98,7 +98,7 @@ def test_the_interval_of_the_gain_is_the_normal_one_for_many_prompts():
 @pytest.mark.parametrize("rate", [0.5, 0.6, 0.8])
 def test_the_interval_covers_the_true_rate(rate):
     """100 prompts of different difficulty with two samples each: of 95 % intervals, 92 to 98 % hold the true rate."""
-    rng, repeats, prompts = np.random.default_rng(int(rate * 10)), 2_000, 100
+    rng, repeats, prompts = np.random.default_rng(int(rate * 10)), 1_000, 100
 
     @functools.cache  # prompts have no order, so the interval depends on these numbers alone
     def covers(won_once, won_twice):

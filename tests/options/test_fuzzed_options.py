@@ -10,7 +10,7 @@ pytestmark = pytest.mark.recipe
 DRIVER = Path(__file__).parents[2] / "benchmarks" / "odd_options.py"
 
 
-@pytest.mark.parametrize(("count", "seed"), [(30, 0), pytest.param(800, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "seed"), [(15, 0), pytest.param(800, 1, marks=pytest.mark.slow)])
 def test_an_option_is_trained_with_or_refused_by_name(tmp_path, count, seed):
     """The driver draws lines of all recipes, for the command line and for YAML, and runs each."""
     ended = processes.run_command(DRIVER, "--count", str(count), "--seed", str(seed), directory=tmp_path)
