@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from league import Cell, Judge, build_base, cpu_seconds, run_recipe
+from league import Cell, Judge, build_base, run_recipe
 from league_methods import WORLDS, Method
 from over_optimization_report import write_report
 from score_heads import train_heads
@@ -136,7 +136,7 @@ def run_cell(cell: Cell) -> None:
         quiet_start()
         build(cell)
         run_recipe(cell)
-        result = {"setting": cell.options, "cpu_seconds": cpu_seconds(), **measure(cell)}
+        result = {"setting": cell.options, **measure(cell)}
     except BaseException:
         traceback.print_exc()
         os._exit(1)

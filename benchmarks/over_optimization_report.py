@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from league_report import gold_at
 from paired_differences import INTERVALS, as_cell, paired_difference
 
 matplotlib.use("Agg")
@@ -17,7 +18,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 Results = dict[str, dict[int, dict[str, Any]]]  # by variant and seed
 RIVAL = "single"
-COMPARED = ("gold, best", "KL at the best", "gold, end", "fall", "KL, end")
+BUDGETS = (2.0, 4.0)  # nats
+COMPARED = ("gold, best", "KL at the best", *(f"gold@{budget:g}" for budget in BUDGETS), "gold, end", "KL, end")
 
 
 def path_of(result: dict[str, Any]) -> list[dict[str, float]]:
@@ -32,11 +34,10 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
     return {
         "gold, best": best["gold"],
         "KL at the best": best["kl"],
+        **{f"gold@{budget:g}": gold_at(result, budget) for budget in BUDGETS},
         "gold, end": end["gold"],
-        "fall": best["gold"] - end["gold"],
         "KL, end": end["kl"],
         "own score, end": end["proxy"],
-        "CPU s": result["cpu_seconds"],
     }
 
 
@@ -55,10 +56,8 @@ def table(rows: dict[str, dict[int, dict[str, float]]]) -> str:
     names = list(next(iter(next(iter(rows.values())).values())))
     lines = [f"| variant | n | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     for variant, by_seed in rows.items():
-        means = [float(np.mean([row[name] for row in by_seed.values()])) for name in names]
-        lines.append(
-            f"| {variant} | {len(by_seed)} | {' | '.join(f'{x:.2f}' for x in means[:-1])} | {means[-1]:.0f} |"
-        )
+        means = (float(np.mean([row[name] for row in by_seed.values()])) for name in names)
+        lines.append(f"| {variant} | {len(by_seed)} | {' | '.join(f'{x:.2f}' for x in means)} |")
     compared = [name for name in rows if name != RIVAL and len(rows[name].keys() & rows.get(RIVAL, {}).keys()) > 1]
     lines += ["", f"Paired differences from `{RIVAL}` of variants with several seeds, {INTERVALS}:", ""]
     lines.append(f"| variant | {' | '.join(COMPARED)} |")
