@@ -68,8 +68,13 @@ def as_scorer(
     Raises:
         ValueError: If a loaded model has several outputs, or has no tokenizer and no path to load one from.
     """
-    if is_address(model):
-        return served_reward_model(model)
+    return served_reward_model(model) if is_address(model) else local_scorer(model, tokenizer, **kwargs)
+
+
+def local_scorer(
+    model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
+) -> RewardModelScorer | ProcessRewardModelScorer:
+    """Return a scorer whose model runs in this process. See `as_scorer`."""
     if (judge_of_steps := as_process_scorer(model, tokenizer, **kwargs)) is not None:
         return judge_of_steps
     if isinstance(model, str):
