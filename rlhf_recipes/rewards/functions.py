@@ -23,10 +23,11 @@ from rlhf_recipes.rewards.card import RewardModelCard, heads_of
 from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.context import check_answered
 from rlhf_recipes.rewards.language_model_judge import load_judge
-from rlhf_recipes.rewards.pooled import PooledRewardModel, served_reward_model
+from rlhf_recipes.rewards.pooled import PooledRewardModel
 from rlhf_recipes.rewards.process import ProcessRewardModelScorer, as_process_scorer
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
+from rlhf_recipes.rewards.served import served_reward_model
 
 
 def weighted_scores(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
