@@ -1,4 +1,4 @@
-"""Serve a reward model over HTTP, to PPO runs and evaluations on other machines or beside vLLM.
+"""Serve a reward model or a process reward model over HTTP, to PPO runs on other machines or beside vLLM.
 
     python recipes/serve_reward_model.py --config recipes/configs/quickstart/serve_reward_model.yaml
     python recipes/serve_reward_model.py --model_name_or_path runs/my_model/reward_modeling --host 0.0.0.0
@@ -17,12 +17,10 @@ from accelerate import PartialState
 from trl import ModelConfig
 
 from rlhf_recipes.durability.termination import terminate_on_hangup
-from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import model_init_kwargs
-from rlhf_recipes.models.process_reward_model import refuse_process_reward_model
 from rlhf_recipes.options.parser import RecipeParser
 from rlhf_recipes.options.recipes import ServeArguments
-from rlhf_recipes.rewards.scorer import RewardModelScorer
+from rlhf_recipes.rewards.functions import local_scorer
 from rlhf_recipes.rewards.server import reward_app
 from rlhf_recipes.rewards.serving import check_address, serve
 from rlhf_recipes.rewards.transport import TOKEN_VARIABLE
@@ -33,15 +31,14 @@ def main(script_args: ServeArguments, model_args: ModelConfig) -> None:
     """Load a reward model, and serve it until the process ends."""
     check_address(script_args.host, script_args.port)
     path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
-    refuse_process_reward_model(path, "the server")
 
     init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
-    scorer = RewardModelScorer.from_pretrained(path, **init_kwargs)
+    scorer = local_scorer(path, **init_kwargs)
     scorer.batch_size = script_args.batch_size
 
     token = os.environ.get(TOKEN_VARIABLE)
     limits = {"max_request_bytes": script_args.max_request_bytes, "max_waiting": script_args.max_waiting}
-    app = reward_app(scorer, weights=fingerprint(path), token=token, max_tokens=script_args.max_tokens, **limits)
+    app = reward_app(scorer, weights=scorer.identity(), token=token, max_tokens=script_args.max_tokens, **limits)
 
     who = "Clients need the token." if token else f"{TOKEN_VARIABLE} is not set: every client gets answers."
     print_lines(f"Serving {path} at http://{script_args.host}:{script_args.port}. {who}")

@@ -6,6 +6,8 @@ from datasets import Dataset
 from transformers import LlamaForTokenClassification
 
 from rlhf_recipes import ProcessRewardModelConfig, ProcessRewardModelTrainer
+from rlhf_recipes.rewards.card import tokenizer_fingerprint
+from rlhf_recipes.rewards.steps import ProcessRewardModelCard
 
 STEPS = [["the fox is red", "the bear eats"], ["berries"], ["is the hare", "in the cave", "at night"]]
 
@@ -21,6 +23,21 @@ def rows(*, chat=False, count=8):
 def step_model(tok, *, num_labels=1, seed=1):
     torch.manual_seed(seed)
     return LlamaForTokenClassification(tiny._config(tok, num_labels=num_labels))
+
+
+def save_step_model(directory, *, labels=1, card=True, **rules):
+    """Write a process reward model, whose card splits at every space by default, and return its directory."""
+    tok = tiny.tokenizer()
+    path = tiny.save(step_model(tok, num_labels=labels), directory)
+    if card:
+        known = {
+            "base_model": "x",
+            "tokenizer_fingerprint": tokenizer_fingerprint(tok),
+            "chat_template_fingerprint": None,
+        }
+        of_text = {"conversational": False, "response_separator": "\n\n", "score_mean": 0.1, "score_std": 0.2}
+        ProcessRewardModelCard(**known, **of_text, **{"step_separator": " "} | rules).save(path)
+    return path
 
 
 def trainer_of(directory, model=None, *, data=None, eval_data=None, peft=None, quantization=None, **options):

@@ -58,6 +58,6 @@ def step_token_ids(
     ids, ends = prompt_ids(tokenizer, [prompt])[0], []
     *written, boundary = tokenizer([*steps, separator], add_special_tokens=False)["input_ids"]
     for step in written:
-        ids = [*ids, *step, *boundary]
+        ids += [*step, *boundary]
         ends.append(len(ids) - 1)
     return ids, ends

@@ -16,7 +16,7 @@ from rlhf_recipes.data.rows import check_reward_columns
 from rlhf_recipes.evaluation.best_of_answers import Candidates, Curve, curve_of
 from rlhf_recipes.evaluation.reward_models import Comparison, Ranking, compare, interval_of, rank, scores_of, winner
 from rlhf_recipes.evaluation.verdicts import Judgement, reward_model_verdict
-from rlhf_recipes.models.process_reward_model import refuse_process_reward_model
+from rlhf_recipes.models.process_reward_model import refuse_process_reward_model, steps_refused
 from rlhf_recipes.options.paths import is_address
 from rlhf_recipes.options.reward_model_evaluation import RewardModelEvaluationArguments
 from rlhf_recipes.rewards.calls import RewardCalls
@@ -140,6 +140,9 @@ def evaluate_reward_models(
     """
     seed, found = script_args.seed, {}
     separator = run_separator(script_args.response_separator, paths)
+    for path in filter(is_address, paths):
+        if as_scorer(path).gives_steps:
+            raise steps_refused(path, "`reward_models`")
     judged = {} if candidates is None else _judged(script_args, separator, candidates, calls, init_kwargs)
     given = zip(names_of(script_args.reward_models), script_args.reward_models, paths, strict=True)
     for name, option, path in given:

@@ -154,13 +154,18 @@ def refuse_process_reward_model(path: str, place: str) -> None:
 
     Args:
         path: Directory or Hub name.
-        place: What cannot use it, for the message.
+        place: Name of the option or server that cannot use it, for the message.
 
     Raises:
         ValueError: If it judges steps.
     """
     if is_process_reward_model(path):
-        raise ValueError(
-            f"{path} is a process reward model, which judges steps, and {place} takes only one that scores whole "
-            "answers. Give PPO its path as `reward_model_path`; docs/process-rewards.md says how it is measured."
-        )
+        raise steps_refused(path, place)
+
+
+def steps_refused(path: str, place: str) -> ValueError:
+    """Return the error for a model that judges steps. See `refuse_process_reward_model`."""
+    return ValueError(
+        f"{path} is a process reward model, which judges steps, and {place} takes only one that scores whole "
+        "answers. Give PPO its path as `reward_model_path`; docs/process-rewards.md says how it is measured."
+    )

@@ -23,10 +23,11 @@ from rlhf_recipes.rewards.card import RewardModelCard, heads_of
 from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.context import check_answered
 from rlhf_recipes.rewards.language_model_judge import load_judge
-from rlhf_recipes.rewards.pooled import PooledRewardModel, served_reward_model
+from rlhf_recipes.rewards.pooled import PooledRewardModel
 from rlhf_recipes.rewards.process import ProcessRewardModelScorer, as_process_scorer
 from rlhf_recipes.rewards.protocol import scorer_of
 from rlhf_recipes.rewards.scorer import RewardModelScorer, load_scorer_tokenizer
+from rlhf_recipes.rewards.served import served_reward_model
 
 
 def weighted_scores(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
@@ -68,8 +69,13 @@ def as_scorer(
     Raises:
         ValueError: If a loaded model has several outputs, or has no tokenizer and no path to load one from.
     """
-    if is_address(model):
-        return served_reward_model(model)
+    return served_reward_model(model) if is_address(model) else local_scorer(model, tokenizer, **kwargs)
+
+
+def local_scorer(
+    model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any
+) -> RewardModelScorer | ProcessRewardModelScorer:
+    """Return a scorer whose model runs in this process. See `as_scorer`."""
     if (judge_of_steps := as_process_scorer(model, tokenizer, **kwargs)) is not None:
         return judge_of_steps
     if isinstance(model, str):

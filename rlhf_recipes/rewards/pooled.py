@@ -9,7 +9,7 @@ Source: vLLM 0.28, `/v1/models` and `/classify`; text-embeddings-inference 1.8, 
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,15 +19,15 @@ from transformers import AutoConfig
 from rlhf_recipes.data.messages import answer_to
 from rlhf_recipes.data.rendering import answered_ids, answered_text, appended_end
 from rlhf_recipes.models.fingerprint import fingerprint
+from rlhf_recipes.models.process_reward_model import refuse_process_reward_model
 from rlhf_recipes.models.safe_loading import safe_loading
 from rlhf_recipes.models.vocabulary import with_end_token
-from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError, retrying
+from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
-from rlhf_recipes.rewards.client import RemoteRewardModel
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
 from rlhf_recipes.rewards.reading import cut_front, read_position, trained_pad_id
 from rlhf_recipes.rewards.scorer import load_scorer_tokenizer
-from rlhf_recipes.rewards.transport import TOKEN_VARIABLE, Server, finished_completions
+from rlhf_recipes.rewards.transport import INFO_BYTES, Server, finished_completions
 
 ROW_BYTES = 2**10  # of one score in an answer: a label stands beside it
 PROBES = ("a", "the fox is red and sleeps all day")
@@ -42,7 +42,9 @@ class PooledRewardModel(Server, Scorer):
 
     Args:
         url: Address of the server.
-        files: Directory or Hub name of the reward model, with its tokenizer, configuration and card.
+        described: What the server says about its model, at the path `about`.
+        files: Directory or Hub name of the reward model, with its tokenizer, configuration and card. Default: the name
+            that the server says.
         batch_size: Completions per request.
         concurrency: Number of requests at the same time.
         timeout: Seconds for a whole request; `None` sets no limit.
@@ -53,13 +55,23 @@ class PooledRewardModel(Server, Scorer):
 
     gives_log_odds = True
     server: str
+    about: str
     tokenizer: Any
 
     def __init__(
-        self, url: str, files: str, *, batch_size: int = 32, concurrency: int = 4, timeout: float | None = 300.0
+        self,
+        url: str,
+        described: dict[str, Any],
+        files: str = "",
+        *,
+        batch_size: int = 32,
+        concurrency: int = 4,
+        timeout: float | None = 300.0,
     ) -> None:
         super().__init__(url, batch_size, concurrency, timeout)
         self.policy_eos_token_ids: list[int] | None = None
+        self._described = self._names(described)
+        files = files or self.named(described)
         self.files, self.__name__ = files, Path(files).name
         try:
             with safe_loading(files):
@@ -70,11 +82,42 @@ class PooledRewardModel(Server, Scorer):
                 f"{self.server} serves {files} at {self.url}, and this machine needs the tokenizer and `config.json` "
                 f"of it: {error}. Write a directory that has both behind the address: `{self.url}#DIRECTORY`."
             ) from error
-        self.card = RewardModelCard.load(files)
-        if self.card is None:
-            logger.warning(f"{files} has no {CARD_FILE}, so its separator and its chat template cannot be checked.")
-        self.pad_token_id = trained_pad_id(SimpleNamespace(config=config), self.tokenizer, self.card)
         self._appended = len(appended_end(self.tokenizer))
+        self._take_rules(config)
+
+    def _take_rules(self, config: Any) -> None:
+        """Take the rules by which a text is read from the card and the configuration."""
+        refuse_process_reward_model(self.files, self.server)
+        self.card = RewardModelCard.load(self.files)
+        if self.card is None:
+            logger.warning(f"{self.files} has no {CARD_FILE}, so its separator and chat template cannot be checked.")
+        self.pad_token_id = trained_pad_id(SimpleNamespace(config=config), self.tokenizer, self.card)
+
+    @staticmethod
+    def named(described: dict[str, Any]) -> str:
+        """Return the directory or Hub name that the server says."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _names(described: dict[str, Any]) -> list[Any]:
+        """Return what tells the model of the server from another one."""
+        raise NotImplementedError
+
+    def _check_model(self) -> None:
+        """Check that the server still has its first model. It may have been restarted.
+
+        Raises:
+            PermanentRewardError: If it names another one.
+        """
+        found = self._request("GET", self.about, INFO_BYTES, self.timeout)
+        try:
+            same = self._names(found) == self._described
+        except (KeyError, TypeError, IndexError) as error:
+            raise RewardCallError(f"{self.url} does not say which model it serves") from error
+        if not same:
+            raise PermanentRewardError(
+                f"{self.url} serves another model than when this run began. Serve the first one again, and resume."
+            )
 
     def identity(self) -> str:
         """Return the fingerprint of the weights, if they are here; else the name of the model."""
@@ -93,6 +136,7 @@ class PooledRewardModel(Server, Scorer):
             RewardCallError: If a request fails, but a later one may succeed.
             PermanentRewardError: If the server refuses a request for good, or gives several numbers for a completion.
         """
+        self._check_model()
         finished = finished_completions(len(prompts), completion_ids, self.policy_eos_token_ids)
         given = zip(prompts, completions, finished, strict=True)
         return self._sent(lambda batch: self._scores(batch["rows"]), rows=[self._row(*row) for row in given])
@@ -109,9 +153,9 @@ class PooledRewardModel(Server, Scorer):
         """
         rows = [self._row(text, text, finished) for text, finished in zip(PROBES, (True, False), strict=True)]
         try:
-            together = self._scores(rows)
-            alone = [self._scores([row])[0] for row in rows]
-            activated = self._scores(rows, raw=False)
+            together = self._probed(rows)
+            alone = [number for row in rows for number in self._probed([row])]
+            activated = self._probed(rows, raw=False)
         except (RewardCallError, PermanentRewardError) as error:
             raise ValueError(f"{self.server} at {self.url} does not score: {error}") from error
         if together == activated and all(0 <= score <= 1 for score in together):
@@ -136,6 +180,10 @@ class PooledRewardModel(Server, Scorer):
         """Return the scores of one request; `raw=False` asks for the server's activation."""
         raise NotImplementedError
 
+    def _probed(self, rows: Rows, raw: bool = True) -> list[float]:
+        """Return all numbers that are read in one request, in the order of the rows."""
+        return self._scores(rows, raw)
+
     def _single(self, numbers: list[Any]) -> float:
         """Return the only number of a completion."""
         if len(numbers) != 1:
@@ -153,11 +201,21 @@ class VLLMRewardModel(PooledRewardModel):
     """
 
     server = "vLLM"
+    about = "/v1/models"
 
-    def __init__(self, url: str, served: dict[str, Any], files: str, **kwargs: Any) -> None:
-        model = served["data"][0]
+    def __init__(self, url: str, described: dict[str, Any], files: str = "", **kwargs: Any) -> None:
+        model = described["data"][0]
         self.model_id, self.position_limit = model["id"], model.get("max_model_len")
-        super().__init__(url, files or model.get("root") or model["id"], **kwargs)
+        super().__init__(url, described, files, **kwargs)
+
+    @staticmethod
+    def named(described: dict[str, Any]) -> str:
+        """Return the directory or Hub name that the server says."""
+        return described["data"][0].get("root") or described["data"][0]["id"]
+
+    @staticmethod
+    def _names(described: dict[str, Any]) -> list[Any]:
+        return [described["data"][0].get(name) for name in ("id", "root")]
 
     def _row(self, prompt: Any, answer: Any, finished: bool) -> list[int]:
         ids = self._token_ids(prompt, answer, finished)
@@ -180,11 +238,21 @@ class TEIRewardModel(PooledRewardModel):
     """Score completions with text-embeddings-inference, which reads text and adds special tokens itself."""
 
     server = "text-embeddings-inference"
+    about = "/info"
 
-    def __init__(self, url: str, info: dict[str, Any], files: str, **kwargs: Any) -> None:
-        self.position_limit = info.get("max_input_length")
-        super().__init__(url, files or info["model_id"], **kwargs)
-        self.batch_size = min(self.batch_size, info.get("max_client_batch_size") or self.batch_size)
+    def __init__(self, url: str, described: dict[str, Any], files: str = "", **kwargs: Any) -> None:
+        self.position_limit = described.get("max_input_length")
+        super().__init__(url, described, files, **kwargs)
+        self.batch_size = min(self.batch_size, described.get("max_client_batch_size") or self.batch_size)
+
+    @staticmethod
+    def named(described: dict[str, Any]) -> str:
+        """Return the directory or Hub name that the server says."""
+        return described["model_id"]
+
+    @staticmethod
+    def _names(described: dict[str, Any]) -> list[Any]:
+        return [described.get(name) for name in ("model_id", "model_sha")]
 
     def check(self) -> None:
         """Compare its tokens with those of the tokenizer here, and then its scores.
@@ -219,44 +287,3 @@ class TEIRewardModel(PooledRewardModel):
         except (KeyError, TypeError) as error:
             raise RewardCallError(f"{self.url} answered with something else than scores") from error
         return self._numbers(numbers, "scores", len(rows))
-
-
-def served_reward_model(address: str, retries: int = 4) -> RemoteRewardModel | PooledRewardModel:
-    """Return the scorer for an address: that of `rlhf serve`, of vLLM, or of text-embeddings-inference.
-
-    Args:
-        address: Address. `#DIRECTORY` behind it names the reward model's files for a server that has no card.
-        retries: Further attempts to reach a server that is still starting.
-
-    Raises:
-        ValueError: If no reward model answers there.
-    """
-    url, _, files = address.partition("#")
-    asked = Server(url, 1, 1, None)
-    try:
-        kind, described = retrying(retries, asked._note_waiting)(_recognised, asked)
-    except RewardCallError:
-        return RemoteRewardModel(url, retries=0)  # it says that nothing answers there, and what to do
-    except PermanentRewardError as error:
-        raise ValueError(f"The server at {url} lets nobody in ({error}). Set {TOKEN_VARIABLE} to its key.") from error
-    if kind is None:
-        if files:
-            raise ValueError(f"The server at {url} is no vLLM and no text-embeddings-inference: leave out `#{files}`.")
-        return RemoteRewardModel(url, retries=retries)
-    pooled = kind(url, described, files)
-    pooled.check()
-    return pooled
-
-
-def _recognised(server: Server) -> tuple[Callable[..., PooledRewardModel] | None, dict[str, Any]]:
-    """Return the class for a server and what the server says about its model; `None` for one that is neither."""
-    for path, kind, key in (("/info", TEIRewardModel, "model_type"), ("/v1/models", VLLMRewardModel, "data")):
-        try:
-            described = server.describe(path)
-        except PermanentRewardError as error:
-            if any(f"answered {status}" in str(error) for status in (401, 403)):
-                raise
-            continue
-        if key in described:
-            return kind, described
-    return None, {}

@@ -1,19 +1,15 @@
 """Score completions with a process reward model: a reward for each step, at the place where the step ends."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.algorithm.steps import StepReward, log_odds_of, step_rewards
-from rlhf_recipes.data.messages import as_text
-from rlhf_recipes.data.rendering import prompt_ids
-from rlhf_recipes.data.steps import StepBoundary, StepRule, step_token_ids
+from rlhf_recipes.algorithm.steps import log_odds_of
 from rlhf_recipes.models.critic import causal_lm
 from rlhf_recipes.models.fingerprint import fingerprint
 from rlhf_recipes.models.loading import position_limit
@@ -25,52 +21,25 @@ from rlhf_recipes.models.process_reward_model import (
 )
 from rlhf_recipes.models.rope import cut_by_length
 from rlhf_recipes.models.vocabulary import with_end_token
-from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
+from rlhf_recipes.rewards.card import CARD_FILE
 from rlhf_recipes.rewards.protocol import Scorer, ScoringRun
-from rlhf_recipes.rewards.reading import check_tokens, cut_front, padded, unknown_tokens, vocabulary_size
+from rlhf_recipes.rewards.reading import check_tokens, padded, unknown_tokens, vocabulary_size
 from rlhf_recipes.rewards.scorer import Prompt, load_scorer_tokenizer
+from rlhf_recipes.rewards.steps import ProcessRewardModelCard, StepReader, StepRow, Steps
 
 logger = logging.getLogger(__name__)
-Steps = list[tuple[int, float]]  # end of a step in characters of the completion, and its reward
-
-
-@dataclass(frozen=True)
-class ProcessRewardModelCard(RewardModelCard):
-    """Describe the training of a process reward model.
-
-    `score_mean` and `score_std` are those of the summed rewards of an answer, and `eval_accuracy` is the share of
-    steps.
-
-    Args:
-        step_separator: Text between two steps.
-        step_boundary: Where a separator ends a step, see `StepRule`.
-        step_reward: What a step gives, see `step_rewards`.
-        first_error_f1: See `step_metrics`; `None` without an evaluation.
-    """
-
-    ranks_pairs: ClassVar[bool] = False
-
-    step_separator: str = "\n"
-    step_boundary: StepBoundary = "separator"
-    step_reward: StepReward = "signed"
-    first_error_f1: float | None = None
-
-    @property
-    def rule(self) -> StepRule:
-        """Return where a step ends."""
-        return StepRule(self.step_separator, self.step_boundary)
 
 
 class ProcessRewardModelScorer(Scorer):
     """Reward the steps of completions with a token classifier, on text in the form that it was trained on.
 
     The model reads the prompt and then each step with a separator after it, all in one forward, and judges a step at
-    the last token of that separator. Without a card, steps end at a line break, and a step gives `2p - 1`.
+    the last token of that separator.
 
     Args:
         model: Token classifier with one output, or with two ("wrong" and "right").
         tokenizer: Tokenizer of the model.
-        card: Its card, if it has one.
+        card: Its card, if it has one. See `StepReader`.
 
     Raises:
         ValueError: If the model has no `score` layer for each token, or no embedding for EOS.
@@ -78,6 +47,7 @@ class ProcessRewardModelScorer(Scorer):
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    gives_steps = True
     source: Any = None  # the path or the model that became this scorer
     batch_size: int = 8  # completions per forward pass of equal rows; more of the short ones share one
     policy_eos_token_ids: list[int] | None = None  # a step that was cut off is judged as it is
@@ -87,8 +57,7 @@ class ProcessRewardModelScorer(Scorer):
     ) -> None:
         check_step_head(model)
         self.model, self.tokenizer, self.card = model, with_end_token(tokenizer, model), card
-        self.rule = StepRule() if card is None else card.rule
-        self.step_reward: StepReward = "signed" if card is None else card.step_reward
+        self.reader = StepReader(self.tokenizer, card)
         self.__name__ = Path(model.config._name_or_path or "process_reward_model").name
         self.unknown_tokens = unknown_tokens(self.tokenizer, vocabulary_size(model), self.__name__)
         self.position_limit = position_limit(model)
@@ -111,7 +80,7 @@ class ProcessRewardModelScorer(Scorer):
 
     def identity(self) -> str:
         """Return the fingerprint of the path or model that became this scorer, and the reward of a step."""
-        return f"{fingerprint(self.model if self.source is None else self.source)}, {self.rule}, {self.step_reward}"
+        return self.reader.identity(fingerprint(self.model if self.source is None else self.source))
 
     def prepare(self, run: ScoringRun) -> None:
         """Take the limits of a run, and put the model on its devices."""
@@ -119,15 +88,24 @@ class ProcessRewardModelScorer(Scorer):
 
     def __call__(  # type: ignore[override]
         self, prompts: list[Prompt], completions: list[Prompt], completion_ids: Any = None, **kwargs: Any
-    ) -> list[Steps]:
-        """Return for each completion the ends of its steps and their rewards. There may be none."""
-        texts = [as_text(completion) for completion in completions]
-        bounds = [self.rule.bounds(text) for text in texts]
-        steps = [[text[start:end] for start, end in found] for text, found in zip(texts, bounds, strict=True)]
-        judged = self.log_odds(prompts, steps)
-        rewards = [step_rewards(odds, self.step_reward).tolist() for odds in judged]
-        ends = [[end for _, end in found] for found in bounds]
-        return [list(zip(*pair, strict=True)) for pair in zip(ends, rewards, strict=True)]
+    ) -> list[Steps | None]:
+        """Return for each completion the ends of its steps and their rewards. There may be none.
+
+        A completion has `None` if the model gives NaN for a step, or has no position for the end of a step.
+        """
+        return self.judged(self.rows(prompts, completions))
+
+    def rows(self, prompts: list[Prompt], completions: list[Prompt]) -> list[StepRow]:
+        """Return the tokens and steps of each completion with its prompt.
+
+        Raises:
+            ValueError: If the model has no embedding for a token.
+        """
+        return self._checked(self.reader.rows(prompts, completions))
+
+    def judged(self, rows: list[StepRow]) -> list[Steps | None]:
+        """Return the same as a call for the completions that `rows` returned."""
+        return [self.reader.rewards(row, odds) for row, odds in zip(rows, self._log_odds(rows), strict=True)]
 
     def log_odds(self, prompts: list[Prompt], steps: list[list[str]]) -> list[Tensor]:
         """Return the log-odds that each step is right, one tensor per answer.
@@ -135,17 +113,21 @@ class ProcessRewardModelScorer(Scorer):
         Raises:
             ValueError: If the model has no embedding for a token.
         """
-        given = zip(prompts, steps, strict=True)
-        rows = [step_token_ids(self.tokenizer, prompt, said, self.rule.separator) for prompt, said in given]
-        token_ids, ends = [row for row, _ in rows], [places for _, places in rows]
+        return self._log_odds(self._checked([self.reader.row(*given) for given in zip(prompts, steps, strict=True)]))
+
+    def _checked(self, rows: list[StepRow]) -> list[StepRow]:
         if self.unknown_tokens:
-            check_tokens(token_ids, self.unknown_tokens, vocabulary_size(self._classifier()), self.__name__)
-        token_ids, ends = self._within_limit(token_ids, ends)
-        judged = [torch.empty(0)] * len(token_ids)
-        for batch in cut_by_length(self._classifier(), [len(row) for row in token_ids], self.batch_size):
-            of_tokens = self._forward([token_ids[row] for row in batch])
+            size = vocabulary_size(self._classifier())
+            check_tokens([row.token_ids for row in rows], self.unknown_tokens, size, self.__name__)
+        return rows
+
+    def _log_odds(self, rows: list[StepRow]) -> list[Tensor]:
+        rows = [row.within(self.position_limit, self.tokenizer.bos_token_id) for row in rows]
+        judged = [torch.empty(0)] * len(rows)
+        for batch in cut_by_length(self._classifier(), [len(row) for row in rows], self.batch_size):
+            of_tokens = self._forward([rows[row].token_ids for row in batch])
             for row, odds in zip(batch, of_tokens, strict=True):
-                judged[row] = odds[ends[row]]
+                judged[row] = rows[row].at_ends(odds)
         return judged
 
     @torch.no_grad()
@@ -154,18 +136,9 @@ class ProcessRewardModelScorer(Scorer):
         batch = {name: x.to(self.model.device) for name, x in padded(token_ids, 0).items()}
         return log_odds_of(self.model(**batch, use_cache=False).logits).float().cpu()
 
-    def _within_limit(
-        self, token_ids: list[list[int]], ends: list[list[int]]
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Return rows without the beginning that the model has no positions for, and the ends of steps in them."""
-        cuts = [max(len(row) - (self.position_limit or len(row)), 0) for row in token_ids]
-        kept = [cut_front(row, self.position_limit, self.tokenizer.bos_token_id) for row in token_ids]
-        return kept, [[max(end - cut, 0) for end in of_row] for of_row, cut in zip(ends, cuts, strict=True)]
-
     def prompt_lengths(self, prompts: list[Prompt]) -> list[int]:
         """Return the number of tokens that the model reads beside those of an answer in one step, one per prompt."""
-        boundary = len(self.tokenizer(self.rule.separator, add_special_tokens=False)["input_ids"])
-        return [len(prompt_ids(self.tokenizer, [prompt])[0]) + boundary for prompt in prompts]
+        return self.reader.prompt_lengths(prompts)
 
     def _classifier(self) -> Any:
         """Return the model without DeepSpeed's engine and without PEFT around it."""

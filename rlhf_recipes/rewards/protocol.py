@@ -51,6 +51,7 @@ class Scorer(Protocol):
         gives_states: Whether a critic can read the hidden states of its model: it then has `take_states`,
             `hidden_size` and `score_with_states` of `RewardModelScorer`.
         position_limit: Number of tokens that the model can read at most, if its architecture sets a limit.
+        gives_steps: Whether it returns the rewards of steps.
         gives_log_odds: Whether the difference of two scores is the log-odds that the first answer is preferred.
         origin: Module and qualified name of a plain function.
         unknown_tokens: Tokens of its tokenizer, by id, for which it has no embedding. With one of them or with a
@@ -64,6 +65,7 @@ class Scorer(Protocol):
     tokenizer: PreTrainedTokenizerBase | None = None
     card: RewardModelCard | None = None
     gives_states: bool = False
+    gives_steps: bool = False
     gives_log_odds: bool = False
     origin: str = ""
     position_limit: int | None = None

@@ -23,6 +23,7 @@ from rlhf_recipes.rewards.threads import DaemonPool
 TOKEN_VARIABLE = "REWARD_MODEL_TOKEN"
 # The largest description of a model, in bytes after decompression: its card has a chat template.
 INFO_BYTES = 2**22
+NUMBER_BYTES = 64  # of one number in an answer, at most
 logger = logging.getLogger(__name__)
 
 

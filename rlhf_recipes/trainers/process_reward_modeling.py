@@ -27,7 +27,7 @@ from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.process_reward_modeling import ProcessRewardModelConfig
 from rlhf_recipes.rewards.card import chat_template_fingerprint, tokenizer_fingerprint
-from rlhf_recipes.rewards.process import ProcessRewardModelCard
+from rlhf_recipes.rewards.steps import ProcessRewardModelCard
 from rlhf_recipes.trainers.scoring_models import ScoringModelTrainer
 
 # Without this, `map` gives the labels of tokens the type of the labels of steps: often that of truth values.

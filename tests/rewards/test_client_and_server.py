@@ -19,6 +19,7 @@ import tiny
 import yaml
 from datasets import Dataset
 from processes import free_port, run_script, start_script, wait_for_server
+from tiny_steps import save_step_model
 from tolerances import FP32, assert_close
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -27,9 +28,11 @@ from rlhf_recipes.rewards.attempts import PermanentRewardError, RewardCallError
 from rlhf_recipes.rewards.calls import RewardCalls
 from rlhf_recipes.rewards.card import CARD_FILE, RewardModelCard
 from rlhf_recipes.rewards.client import RemoteRewardModel
+from rlhf_recipes.rewards.functions import as_scorer
 from rlhf_recipes.rewards.judges import load_judges
 from rlhf_recipes.rewards.scorer import RewardModelScorer
-from rlhf_recipes.rewards.server import ScoreRequest, ScoringQueue, reward_app
+from rlhf_recipes.rewards.scoring_queue import ScoringQueue
+from rlhf_recipes.rewards.server import reward_app
 from rlhf_recipes.rewards.transport import TOKEN_VARIABLE
 
 pytestmark = pytest.mark.recipe
@@ -98,6 +101,15 @@ def test_the_scores_are_the_local_ones(directory, server):
     unfinished = remote(TEXTS, ANSWERS, [[20]] * 15)
     assert_close(unfinished, _local(directory)(TEXTS, ANSWERS, [[20]] * 15), FP32)
     assert abs(unfinished[0] - scores[0]) > 1e-4, "whether a completion has ended is told"
+
+
+def test_the_recipe_serves_a_process_reward_model(directory):
+    path, port = save_step_model(directory / "prm"), free_port()
+    with _served(directory, port, "--model_name_or_path", "prm"):
+        remote, local = as_scorer(f"http://127.0.0.1:{port}"), as_scorer(path)
+        local.batch_size = 2
+        assert remote(TEXTS, ANSWERS) == local(TEXTS, ANSWERS)
+        assert remote.identity() == local.identity()
 
 
 def test_messages_are_scored_by_the_servers_template(directory, server):
@@ -236,7 +248,7 @@ class _Recorder:
 
 
 def _request(*prompts):
-    return ScoreRequest(prompts=list(prompts), completions=["x"] * len(prompts), finished=[True] * len(prompts))
+    return {"prompts": list(prompts), "completions": ["x"] * len(prompts), "finished": [True] * len(prompts)}
 
 
 def test_requests_that_arrive_together_are_one_batch():

@@ -8,16 +8,13 @@ text-embeddings-inference answers `GET /` with 200 and nothing.
 
 import json
 import shutil
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from types import SimpleNamespace
 
 import pytest
 import tenacity
 import tiny
 import torch
-from processes import free_port
+from pooled_server import served
 from tolerances import FP32, assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -99,42 +96,6 @@ class StandIn:
             scores = [torch.sigmoid(score) for score in scores]
         scores = [score.tolist() * self.faults.get("labels", 1) for score in scores]
         return scores[: len(scores) - self.faults.get("lost", 0)]
-
-
-@contextmanager
-def served(stand_in):
-    """Serve on this machine, and give the address."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            if stand_in.kind == "tei" and self.path == "/":
-                self._send(200, None)
-            elif self.headers.get("Authorization") == "Bearer word":
-                self._send(*stand_in.answer(self.path, None))
-            else:
-                self._send(401, {"error": "Unauthorized"})
-
-        def do_POST(self):
-            length = int(self.headers["Content-Length"])
-            self._send(*stand_in.answer(self.path, json.loads(self.rfile.read(length))))
-
-        def _send(self, status, content):
-            data = b"" if content is None else json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", free_port()), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +203,20 @@ def test_an_overloaded_server_may_be_asked_again_and_a_refusal_is_final(director
             stand_in.faults["status"] = status
             with pytest.raises(error, match=str(status)):
                 scorer(TEXTS, ANSWERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_model_at_the_same_address_ends_the_run(directory, kind):
+    """A server may be restarted with another model. The requests of the run would still fit it."""
+    stand_in = StandIn(directory, kind)
+    with served(stand_in) as url:
+        scorer = as_scorer(url)
+        before = scorer(TEXTS, ANSWERS)
+        stand_in.faults["name"] = "/elsewhere/rm"
+        with pytest.raises(PermanentRewardError, match=f"{url} serves another model than when this run began"):
+            scorer(TEXTS, ANSWERS)
+        del stand_in.faults["name"]
+        assert scorer(TEXTS, ANSWERS) == before
 
 
 def test_an_unknown_server_and_a_wrong_token_name_the_command_and_the_variable(directory, monkeypatch):
