@@ -29,7 +29,9 @@ import shutil
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -174,10 +176,20 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def run_cell(cell: Cell, *, keeps_run: bool = False) -> str:
+def run_cell(
+    cell: Cell,
+    *,
+    keeps_run: bool = False,
+    build: Callable[[Cell], None] | None = None,
+    measure: Callable[[Cell], dict[str, Any]] | None = None,
+) -> str:
     """Train and measure one run, in a process of its own; its output goes into a file.
 
-    The checkpoints are deleted, unless another run needs them.
+    Args:
+        cell: Run.
+        keeps_run: Whether another run needs the checkpoints, which else are deleted.
+        build: Function that builds what the run needs, if that is not there.
+        measure: Function that measures the policy. Default: `measure_path`.
     """
     cell.folder.mkdir(parents=True, exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{(cell.root / 'mlflow.db').resolve()}"
@@ -188,10 +200,12 @@ def run_cell(cell: Cell, *, keeps_run: bool = False) -> str:
         try:
             torch.set_num_threads(1)
             quiet_start()
+            if build is not None:
+                build(cell)
             train = run_trl_1_12 if cell.method.name == TRL_1_12 else run_recipe
             train(cell)
             result = {"setting": cell.options, "cpu_seconds": cpu_seconds()}
-            result |= measure_path(cell)
+            result |= (measure or measure_path)(cell)
         except BaseException:
             traceback.print_exc()
             return f"{cell.folder} failed: see log.txt there"
@@ -243,11 +257,17 @@ def build_base(cell: Cell, model: Path | None, data: Path | None) -> None:
         scratch.rename(cell.base)
 
 
-def run_cells(cells: list[Cell], jobs: int) -> None:
-    """Run what has no result yet, each run in a forked process, `jobs` at a time."""
+def run_cells(cells: list[Cell], jobs: int, **options: Any) -> None:
+    """Run what has no result yet, each run in a forked process, `jobs` at a time.
+
+    Args:
+        cells: Runs.
+        jobs: Number of processes.
+        options: Options of `run_cell`.
+    """
     due = [cell for cell in cells if cell.result() is None]
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
-        for number, line in enumerate(pool.imap_unordered(run_cell, due), start=1):
+        for number, line in enumerate(pool.imap_unordered(partial(run_cell, **options), due), start=1):
             print(f"[{number}/{len(due)}] {line}", flush=True)
 
 

@@ -11,19 +11,13 @@ A run whose `result.json` exists is not repeated. Writes `over_optimization.json
 """
 
 import argparse
-import json
-import os
-import shutil
-import sys
-import traceback
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from league import Cell, Judge, build_base, run_recipe
+from league import Cell, Judge, build_base, run_cells
 from league_methods import WORLDS, Method
 from over_optimization_report import write_report
 from score_heads import train_heads
@@ -74,8 +68,7 @@ VARIANTS = {
 
 
 def build(cell: Cell) -> None:
-    """Build what a run needs: the base of its seed, and a reward model with several heads or reference answers."""
-    build_base(cell, None, None)
+    """Build what a run needs beside the base of its seed: a reward model with several heads, or reference answers."""
     given = cell.method.paths(cell.base)
     if not given["dataset_name"].exists():
         add_references(cell.base)
@@ -124,39 +117,6 @@ def measure(cell: Cell) -> dict[str, Any]:
     return {"sft": {"gold": float(start["gold"].mean()), "proxy": 0.0}, "path": path}
 
 
-def run_cell(cell: Cell) -> None:
-    """Train and measure one run, in a forked process; its output goes into a file."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{(cell.root / 'mlflow.db').resolve()}"
-    with (cell.folder / "log.txt").open("w", encoding="utf-8") as log:
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
-    try:
-        torch.set_num_threads(1)
-        quiet_start()
-        build(cell)
-        run_recipe(cell)
-        result = {"setting": cell.options, **measure(cell)}
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    (cell.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(cell.folder / "run", ignore_errors=True)
-    os._exit(0)
-
-
-def run_all(cells: list[Cell]) -> None:
-    """Run what has no result yet, one run at a time."""
-    for cell in cells:
-        if cell.result() is None:
-            sys.stdout.flush()
-            child = os.fork()
-            if child == 0:
-                run_cell(cell)
-            _, status = os.waitpid(child, 0)
-            print(f"{cell.folder}: {'done' if status == 0 else 'failed: see log.txt there'}", flush=True)
-
-
 def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,7 +127,9 @@ def main() -> None:
     root = args.directory.resolve()
     (root / WORLD.name / "bases").mkdir(parents=True, exist_ok=True)
     cells = [Cell(WORLD, VARIANTS[name], 0, seed, root) for seed in args.seeds for name in args.variants]
-    run_all(cells)
+    for cell in cells:
+        build_base(cell, None, None)
+    run_cells(cells, jobs=1, build=build, measure=measure)
     found: dict[str, dict[int, Any]] = {name: {} for name in args.variants}
     for cell in cells:
         if (result := cell.result()) is not None:

@@ -23,13 +23,7 @@ from rlhf_recipes.data.loading import load_split
 from rlhf_recipes.data.preferences import preference_set
 from rlhf_recipes.durability.earlier_run import keep_earlier_files
 from rlhf_recipes.durability.occupied import occupied
-from rlhf_recipes.evaluation.best_of_answers import load_candidates
-from rlhf_recipes.evaluation.evaluated_models import (
-    evaluate_reward_models,
-    reward_models_verdict,
-    run_separator,
-    score_rows,
-)
+from rlhf_recipes.evaluation.evaluated_models import evaluate_reward_models, reward_models_verdict, score_rows
 from rlhf_recipes.evaluation.stage import begin_stage, end_stage
 from rlhf_recipes.models.loading import model_init_kwargs
 from rlhf_recipes.options.parser import RecipeParser
@@ -61,11 +55,9 @@ def main(
         preferences = preference_set(rows, script_args.category_column)
         log_datasets(dataset, evaluation=rows)
         init_kwargs = {**model_init_kwargs(model_args), "device_map": PartialState().device}
-        separator = run_separator(script_args.response_separator, paths)
-        candidates = load_candidates(script_args, preferences, policy, separator, **init_kwargs)
 
         calls = RewardCalls(script_args.reward_timeout, script_args.reward_retries, script_args.failed_rewards)
-        evaluation = evaluate_reward_models(script_args, paths, preferences, candidates, calls, **init_kwargs)
+        evaluation = evaluate_reward_models(script_args, paths, preferences, policy, calls, **init_kwargs)
         results = evaluation.results | calls.settle()
         verdict = reward_models_verdict(evaluation)
 

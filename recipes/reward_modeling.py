@@ -37,17 +37,15 @@ def main(
 ) -> dict[str, float]:
     """Train, save and evaluate; return the final metrics."""
     set_seed(training_args.seed)
-    source = model_args.model_name_or_path
-    begin_stage("reward_modeling", source, script_args.dataset_name, training_args.output_dir)
+    source, stage = model_args.model_name_or_path, "reward_modeling"
+    begin_stage(stage, source, script_args.dataset_name, training_args.output_dir)
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
     run_name = training_args.run_name or training_args.output_dir
     recorded, trains = preflight_args.recorded(tracking_args), not preflight_args.preflight_only
     with (
         own_directory(training_args, preflight_args, script_args, model_args, tracking_args),
-        track_run(
-            recorded, run_name, "reward_modeling", script_args, training_args, model_args, trains=trains
-        ) as callbacks,
+        track_run(recorded, run_name, stage, script_args, training_args, model_args, trains=trains) as callbacks,
     ):
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code)

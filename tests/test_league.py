@@ -14,8 +14,9 @@ from tolerances import FP64, assert_close
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import instruction_base  # noqa: E402
+import league  # noqa: E402
 from instruction_base import Sizes, differing_pairs, questions  # noqa: E402
-from league import Cell, build_base, main, measure_base, measure_path, run_recipe  # noqa: E402
+from league import Cell, build_base, main, measure_base, measure_path, run_cells, run_recipe  # noqa: E402
 from league_methods import METHODS, WORLDS, instructions, true_labels  # noqa: E402
 from league_report import best_policies, gold_at, known_part  # noqa: E402
 
@@ -111,6 +112,36 @@ def test_the_true_score_can_be_the_reward(base, monkeypatch, tmp_path):
     run_recipe(cell)
     end = measure_path(cell)["path"][-1]
     assert end["proxy"] == end["gold"] > 0
+
+
+def write_base(cell):
+    if cell.seed == 2:
+        raise ValueError("no base")
+    (cell.root / "built").write_text("yes")
+
+
+def train_nothing(cell):
+    (cell.folder / "run").mkdir()
+
+
+def measure_nothing(cell):
+    assert (cell.folder / "run").exists()
+    return {"built": (cell.root / "built").read_text(), "path": [{"gold": 1.0, "kl": 2.0}]}
+
+
+def test_runs_without_a_result_are_built_trained_and_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(league, "run_recipe", train_nothing)
+    cells = [Cell(WORLDS["quickstart"], METHODS["ppo"], 0, seed, tmp_path) for seed in range(3)]
+    cells[0].folder.mkdir(parents=True)
+    (cells[0].folder / "result.json").write_text("{}")
+    run_cells(cells, jobs=1, build=write_base, measure=measure_nothing)
+    assert cells[0].result() == {}
+    assert cells[1].result().keys() == {"setting", "cpu_seconds", "built", "path"}
+    assert not (cells[1].folder / "run").exists()
+    assert cells[2].result() is None
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"[1/2] {cells[1].folder}: gold 1.00, KL 2.00, ")
+    assert lines[1] == f"[2/2] {cells[2].folder} failed: see log.txt there"
 
 
 @pytest.mark.parametrize(

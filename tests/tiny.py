@@ -224,6 +224,15 @@ def logps(trainer, batch):
     return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, batch["completion_ids"].size(1))[0]
 
 
+def log_probs(model, batch, temperature=1.0):
+    """Return the log-probabilities of all tokens at the completions of a rollout, `(B, T, V)`, by plain logits."""
+    ids, mask = (torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"]], 1) for kind in ("ids", "mask"))
+    with torch.no_grad():
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=places).logits
+    return (logits[:, batch["prompt_ids"].size(1) - 1 : -1].double() / temperature).log_softmax(dim=-1)
+
+
 def logged(trainer, name):
     """Return the logged values of a figure by step."""
     return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}

@@ -13,7 +13,7 @@ from rlhf_recipes.data.messages import Text, as_text
 from rlhf_recipes.data.preferences import PreferenceSet, in_form_of
 from rlhf_recipes.data.prompts import add_separator
 from rlhf_recipes.data.rows import check_reward_columns
-from rlhf_recipes.evaluation.best_of_answers import Candidates, Curve, curve_of
+from rlhf_recipes.evaluation.best_of_answers import Candidates, Curve, curve_of, load_candidates
 from rlhf_recipes.evaluation.reward_models import Comparison, Ranking, compare, interval_of, rank, scores_of, winner
 from rlhf_recipes.evaluation.verdicts import Judgement, reward_model_verdict
 from rlhf_recipes.models.process_reward_model import refuse_process_reward_model, steps_refused
@@ -121,7 +121,7 @@ def evaluate_reward_models(
     script_args: RewardModelEvaluationArguments,
     paths: list[str],
     preferences: PreferenceSet,
-    candidates: Candidates | None,
+    policy_path: str | None,
     calls: RewardCalls,
     **init_kwargs: Any,
 ) -> Evaluation:
@@ -131,18 +131,20 @@ def evaluate_reward_models(
         script_args: Options.
         paths: Directories, Hub names or addresses, in the order of `reward_models`.
         preferences: Rows to rank.
-        candidates: Answers to choose from, if there are judges.
+        policy_path: Directory or Hub name of the policy whose answers they choose from. See `load_candidates`.
         calls: Limits of served models and of judges.
         init_kwargs: Options of `from_pretrained`.
 
     Raises:
-        ValueError: If a reward model cannot be loaded or cannot read the rows, or if nothing can be measured.
+        ValueError: If a reward model judges steps, cannot be loaded or cannot read the rows, or if nothing can be
+            measured.
     """
     seed, found = script_args.seed, {}
     separator = run_separator(script_args.response_separator, paths)
     for path in filter(is_address, paths):
         if as_scorer(path).gives_steps:
             raise steps_refused(path, "`reward_models`")
+    candidates = load_candidates(script_args, preferences, policy_path, separator, **init_kwargs)
     judged = {} if candidates is None else _judged(script_args, separator, candidates, calls, init_kwargs)
     given = zip(names_of(script_args.reward_models), script_args.reward_models, paths, strict=True)
     for name, option, path in given:

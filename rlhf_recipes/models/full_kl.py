@@ -11,7 +11,8 @@ from rlhf_recipes.algorithm.kl import full_kl
 from rlhf_recipes.models.forward import CompletionForward
 
 CHUNK_LOGITS = 2**24  # of each model at a time: 64 MB in float32
-# Largest difference, in nats, between a sampled token's log-probability here and in the forward.
+# Largest difference, in nats, between a sampled token's log-probability here and in the forward. The precision is that
+# of the logits: under autocast, states may be in float32 and logits in bfloat16.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2}
 TOLERANCE_OF_OTHERS = 0.25
 
@@ -56,16 +57,14 @@ def chunked_kl(
     known = [side.forward.per_token_logps[mask].split(size) for side in sides]
     found, differences = [], [torch.zeros((), device=mask.device)]
     for number, ids in enumerate(completion_ids[mask].split(size)):
-        both = [
-            (side.head(states[number]).float() / temperature).log_softmax(dim=-1)
-            for side, states in zip(sides, chunks, strict=True)
-        ]
+        logits = [side.head(states[number]) for side, states in zip(sides, chunks, strict=True)]
+        both = [(x.float() / temperature).log_softmax(dim=-1) for x in logits]
         found.append(full_kl(*both))
         for log_probs, logps in zip(both, known, strict=True):
             of_sampled = log_probs.gather(1, ids.unsqueeze(1)).squeeze(1)
             differences.append((of_sampled - logps[number]).abs().max() if len(ids) else differences[0])
     largest = global_max(torch.stack(differences).max())  # so no rank goes on where another one raises
-    _check(largest.item(), policy.forward.last_states.dtype)
+    _check(largest.item(), logits[0].dtype)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(found))
 
 

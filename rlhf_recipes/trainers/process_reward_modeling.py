@@ -10,7 +10,7 @@ from datasets import Dataset, Features, List, Value
 from peft import PeftConfig, TaskType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl import RewardTrainer, is_conversational
+from trl import RewardTrainer
 from trl.trainer.utils import pad
 
 from rlhf_recipes.algorithm.steps import UNLABELLED, agreements, log_odds_of, step_loss, step_rewards
@@ -18,15 +18,10 @@ from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rows import check_rendering
 from rlhf_recipes.data.steps import StepRule, step_token_ids
 from rlhf_recipes.data.stepwise import check_steps, readable_steps
-from rlhf_recipes.durability.earlier_run import check_output_dir
 from rlhf_recipes.evaluation.steps import step_metrics
-from rlhf_recipes.models.adapter_base import check_is_merged
-from rlhf_recipes.models.loading import from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.process_reward_model import check_step_head, load_process_reward_model_base, with_one_output
-from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.process_reward_modeling import ProcessRewardModelConfig
-from rlhf_recipes.rewards.card import chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.rewards.steps import ProcessRewardModelCard
 from rlhf_recipes.trainers.scoring_models import ScoringModelTrainer
 
@@ -59,67 +54,32 @@ class ProcessRewardModelTrainer(ScoringModelTrainer, RewardTrainer):
     Source: Lightman et al. 2023, arXiv:2305.20050; Wang et al. 2024, arXiv:2312.08935, eq. 2.
     """
 
-    stage, model_type, ends_with_evaluation = "process_reward_modeling", "process_reward_model", True
+    stage, model_type = "process_reward_modeling", "process_reward_model"
     loss_is_scaled_for_ga = True  # `step_loss` divides by the steps of all micro-batches
     _tag_names = ["trl", "process-reward-trainer", "rlhf-recipes"]
     _method = "process reward modelling on labelled steps"
+    _card_type = ProcessRewardModelCard
 
     def __init__(
-        self,
-        model: str | PreTrainedModel,
-        args: ProcessRewardModelConfig,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        quantization_config: Any = None,
-        peft_config: PeftConfig | None = None,
-        **kwargs: Any,
+        self, model: str | PreTrainedModel, args: ProcessRewardModelConfig, *given: Any, **kwargs: Any
     ) -> None:
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is not set.")
         self.rule = StepRule(args.step_separator, args.step_boundary)
-        train_dataset = readable_steps(train_dataset, "train_dataset", self.rule)
-        eval_dataset = readable_steps(eval_dataset, "eval_dataset", self.rule)
-        self.given_data = train_dataset, eval_dataset
-        check_output_dir(args.output_dir, adapter=peft_config is not None)
-        check_is_merged(peft_config, "`peft_config`")
-        base_model = model if isinstance(model, str) else model.config._name_or_path
-        self.note_source(model, args)
-        options, start = args, model
-        args = with_changes(args)  # a copy: TRL writes into options
-        if isinstance(model, str):
-            torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
-            model = load_process_reward_model_base(model, **from_pretrained_kwargs(args, quantization_config))
-            args = with_changes(args, model_init_kwargs=None)  # TRL warns about them beside a loaded model
+        super().__init__(model, args, *given, data_collator=StepCollator(args.pad_to_multiple_of), **kwargs)
+        self.compute_loss_func = self._step_loss
+        self._card |= {name: getattr(args, name) for name in ("step_separator", "step_boundary", "step_reward")}
+
+    def _readable(self, dataset: Any, name: str) -> Any:
+        return readable_steps(dataset, name, self.rule)
+
+    def _load_base(self, path: str, args: ProcessRewardModelConfig, **kwargs: Any) -> PreTrainedModel:
+        return load_process_reward_model_base(path, **kwargs)
+
+    def _prepare_head(self, model: Any, args: ProcessRewardModelConfig) -> None:
         check_step_head(model)
         with_one_output(model)
-        if processing_class is None:
-            processing_class = load_tokenizer(base_model)
-        is_plain = not is_conversational({"prompt": next(iter(train_dataset))["prompt"]})
-        processing_class = with_special_tokens(processing_class, model, args, is_plain=is_plain)
-        tokens = len(processing_class)
-        if peft_config is not None:
-            peft_config = for_tokens(peft_config)
-        self.identify(options, model=start, network=model, peft_config=peft_config, train_dataset=train_dataset)
-        self._card: dict[str, Any] = {
-            "base_model": base_model,
-            "conversational": not is_plain,
-            "response_separator": args.response_separator if is_plain else None,
-        }
-        self._eval_batches: list[tuple[Tensor, Tensor]] = []
-        super().__init__(
-            model,
-            args,
-            data_collator=StepCollator(args.pad_to_multiple_of),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
-        self.compute_loss_func = self._step_loss
 
-        self.finish_setup(tokens, train_dataset=train_dataset, eval_dataset=eval_dataset)
+    def _adapter_of_head(self, peft_config: PeftConfig) -> PeftConfig:
+        return for_tokens(peft_config)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         names, name = column_names(dataset), f"{dataset_name}_dataset"
@@ -168,21 +128,8 @@ class ProcessRewardModelTrainer(ScoringModelTrainer, RewardTrainer):
             self._eval_batches.append((odds.cpu(), labels.cpu()))
         return (loss, outputs) if return_outputs else loss
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; the card keeps the result of the trainer's own evaluation set."""
-        self._eval_batches.clear()
-        if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
-            eval_dataset = readable_steps(eval_dataset, "eval_dataset", self.rule)
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if eval_dataset is None:
-            self._card |= {
-                "score_mean": metrics["eval_score_mean"],
-                "score_std": metrics["eval_score_std"],
-                "eval_accuracy": metrics["eval_accuracy"],
-                "calibration_error": metrics["eval_calibration_error"],
-                "first_error_f1": metrics.get("eval_first_error_f1"),
-            }
-        return metrics
+    def _figures_of_card(self, metrics: dict[str, float]) -> dict[str, Any]:
+        return super()._figures_of_card(metrics) | {"first_error_f1": metrics.get("eval_first_error_f1")}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics over all steps of an evaluation. Its loss is over all steps too, and not over batches."""
@@ -205,20 +152,6 @@ class ProcessRewardModelTrainer(ScoringModelTrainer, RewardTrainer):
             "splits an answer": f"{boundary[self.rule.boundary]} {self.rule.separator!r}",
             "judges a step": "at the last token of the separator after it, by the log-odds that it is right",
         }
-
-    @property
-    def card(self) -> ProcessRewardModelCard:
-        """Return the facts of the training and the latest evaluation, for users of the model."""
-        template = chat_template_fingerprint(self.processing_class) if self._card["conversational"] else None
-        return ProcessRewardModelCard(
-            **self._card,
-            pad_token_id=self.model.config.get_text_config().pad_token_id,
-            tokenizer_fingerprint=tokenizer_fingerprint(self.processing_class),
-            chat_template_fingerprint=template,
-            step_separator=self.rule.separator,
-            step_boundary=self.rule.boundary,
-            step_reward=self.args.step_reward,
-        )
 
 
 def for_tokens(peft_config: PeftConfig) -> PeftConfig:

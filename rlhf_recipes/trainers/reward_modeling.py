@@ -14,15 +14,10 @@ from rlhf_recipes.data.preferences import readable_preferences
 from rlhf_recipes.data.prompts import add_separator, column_names
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, join_prefill
-from rlhf_recipes.durability.earlier_run import check_output_dir
 from rlhf_recipes.evaluation.statistics import head_metrics, preference_metrics
-from rlhf_recipes.models.adapter_base import check_is_merged
-from rlhf_recipes.models.loading import from_pretrained_kwargs, load_tokenizer
 from rlhf_recipes.models.reward_model import check_score_layer, load_reward_model_base
-from rlhf_recipes.models.vocabulary import with_special_tokens
 from rlhf_recipes.options.changes import with_changes
 from rlhf_recipes.options.reward_modeling import RewardModelConfig
-from rlhf_recipes.rewards.card import RewardModelCard, chat_template_fingerprint, tokenizer_fingerprint
 from rlhf_recipes.trainers.debiasing import with_length_margins
 from rlhf_recipes.trainers.score_heads import COLUMN, DealtPairs, HeadsAsPairs
 from rlhf_recipes.trainers.scoring_models import ScoringModelTrainer
@@ -50,78 +45,35 @@ class RewardModelTrainer(ScoringModelTrainer, RewardTrainer):
         ValueError: If a column is missing or empty, or the model has several outputs.
     """
 
-    stage, model_type, ends_with_evaluation = "reward_modeling", "reward_model", True
+    stage, model_type = "reward_modeling", "reward_model"
     _tag_names = ["trl", "reward-trainer", "rlhf-recipes"]
     _method = "reward modelling on pairs of answers"
     _too_large = "`learning_rate` or `l2_coefficient`"
     _head_means: list[float] | None = None  # of the latest evaluation, with several heads
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel,
-        args: RewardModelConfig,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        quantization_config: Any = None,
-        peft_config: PeftConfig | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is not set.")
-        train_dataset = check_margins(readable_preferences(train_dataset, "train_dataset"), "train_dataset")
-        eval_dataset = check_margins(readable_preferences(eval_dataset, "eval_dataset"), "eval_dataset")
-        self.given_data = train_dataset, eval_dataset
-        check_output_dir(args.output_dir, adapter=peft_config is not None)
-        check_is_merged(peft_config, "`peft_config`")
-        base_model = model if isinstance(model, str) else model.config._name_or_path
-        self.note_source(model, args)
-        options, start = args, model
-        args = with_changes(args)  # a copy: TRL writes into options
-        if isinstance(model, str):
-            torch.manual_seed(args.seed)  # TRL seeds too late for a head that is initialised here
-            model = load_reward_model_base(
-                model, heads=args.score_heads, **from_pretrained_kwargs(args, quantization_config)
-            )
-            args = with_changes(args, model_init_kwargs=None)  # TRL warns about them beside a loaded model
+    def __init__(self, model: str | PreTrainedModel, args: RewardModelConfig, *given: Any, **kwargs: Any) -> None:
+        super().__init__(model, args, *given, **kwargs)
+        self._card["score_heads"] = self.model.config.num_labels = args.score_heads
+        if args.score_heads > 1:
+            self.data_collator: Any = DealtPairs(self.data_collator, args.score_heads, args.seed)
+
+    def _readable(self, dataset: Any, name: str) -> Any:
+        return check_margins(readable_preferences(dataset, name), name)
+
+    def _load_base(self, path: str, args: RewardModelConfig, **kwargs: Any) -> PreTrainedModel:
+        return load_reward_model_base(path, heads=args.score_heads, **kwargs)
+
+    def _prepare_head(self, model: Any, args: RewardModelConfig) -> None:
         check_score_layer(model)
         if model.config.num_labels != args.score_heads:
             raise ValueError(
                 f"The model has `num_labels` {model.config.num_labels}, and `score_heads` is {args.score_heads}: set "
                 "`score_heads` to that number, or name the model by its path."
             )
-        if processing_class is None:
-            processing_class = load_tokenizer(base_model)
-        example = next(iter(train_dataset))
-        is_plain = not is_conversational(example)
-        processing_class = with_special_tokens(processing_class, model, args, is_plain=is_plain)
-        tokens = len(processing_class)
-        if peft_config is not None:
-            # For this task PEFT trains and saves the whole `score` head. With TRL's default it stays frozen.
-            peft_config = with_changes(peft_config, task_type=TaskType.SEQ_CLS)
-        self.identify(options, model=start, network=model, peft_config=peft_config, train_dataset=train_dataset)
-        self._card: dict[str, Any] = {
-            "base_model": base_model,
-            "conversational": not is_plain,
-            "response_separator": args.response_separator if is_plain else None,
-            "score_heads": args.score_heads,
-        }
-        self._eval_batches: list[torch.Tensor] = []
         model.config.num_labels = 1  # TRL accepts no other number
-        super().__init__(
-            model,
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
 
-        self.model.config.num_labels = args.score_heads
-        if args.score_heads > 1:
-            self.data_collator: Any = DealtPairs(self.data_collator, args.score_heads, args.seed)
-        self.finish_setup(tokens, train_dataset=train_dataset, eval_dataset=eval_dataset)
+    def _adapter_of_head(self, peft_config: PeftConfig) -> PeftConfig:
+        return with_changes(peft_config, task_type=TaskType.SEQ_CLS)  # with TRL's default the head stays frozen
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         names = set(column_names(dataset))
@@ -160,22 +112,9 @@ class RewardModelTrainer(ScoringModelTrainer, RewardTrainer):
         pairs, device = len(inputs["input_ids"]) // 2, inputs["input_ids"].device
         return torch.arange(self.args.score_heads, device=device).expand(pairs, -1)
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; the card keeps the result of the trainer's own evaluation set."""
-        self._eval_batches.clear()
-        if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
-            eval_dataset = readable_preferences(eval_dataset, "eval_dataset")
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if eval_dataset is None:
-            self._card |= {
-                "score_mean": metrics["eval_score_mean"],
-                "score_std": metrics["eval_score_std"],
-                "eval_accuracy": metrics["eval_accuracy"],
-                "calibration_error": metrics["eval_calibration_error"],
-                "disagreement": metrics.get("eval_disagreement"),
-                "head_means": self._head_means,
-            }
-        return metrics
+    def _figures_of_card(self, metrics: dict[str, float]) -> dict[str, Any]:
+        of_heads = {"disagreement": metrics.get("eval_disagreement"), "head_means": self._head_means}
+        return super()._figures_of_card(metrics) | of_heads
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics over all pairs of an evaluation."""
@@ -200,15 +139,3 @@ class RewardModelTrainer(ScoringModelTrainer, RewardTrainer):
             if card["conversational"]
             else f"plain text: the prompt, then {card['response_separator']!r}, then the answer"
         }
-
-    @property
-    def card(self) -> RewardModelCard:
-        """Return the facts of the training and the latest evaluation, for users of the reward model."""
-        return RewardModelCard(
-            **self._card,
-            pad_token_id=self.model.config.get_text_config().pad_token_id,
-            tokenizer_fingerprint=tokenizer_fingerprint(self.processing_class),
-            chat_template_fingerprint=chat_template_fingerprint(self.processing_class)
-            if self._card["conversational"]
-            else None,
-        )

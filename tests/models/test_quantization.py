@@ -1,11 +1,12 @@
 """Real 4-bit bases: bitsandbytes runs NF4 on the CPU."""
 
+import oracles
 import pytest
 import tiny
 import torch
 from peft import PeftModel
 from tiny_steps import trainer_of
-from tolerances import BF16, EXACT, FP32, MERGED, assert_close
+from tolerances import BF16, EXACT, FP32, MERGED, SCORES, assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, pipeline
 
 from rlhf_recipes.models.adapters import adapter_weights
@@ -26,6 +27,7 @@ NF4 = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.float32,  # for machines without bfloat16, which a GPU would use
 )
+SCORERS = {"prm": ProcessRewardModelScorer, "rm": RewardModelScorer}
 IDS = torch.tensor([[60, 61, 62, 63, 64]])
 
 
@@ -247,6 +249,43 @@ def test_a_process_reward_model_judges_as_it_was_trained(tmp_path, base):
     live = ProcessRewardModelScorer(trainer.model, tiny.tokenizer())(**text)
     loaded = ProcessRewardModelScorer.from_pretrained(str(tmp_path / "prm"))(**text)
     assert_close(torch.tensor([r for _, r in loaded[0]]), torch.tensor([r for _, r in live[0]]), FP32)
+
+
+def _by_token(completion_ids, **kwargs):
+    """Return a reward for each token."""
+    return [[float(token % 5) - 1 for token in ids] for ids in completion_ids]
+
+
+def test_dense_rewards_and_the_full_kl_on_one_quantised_backbone(tmp_path, base):
+    """A function and a process reward model reward tokens. All other roles share the policy's backbone."""
+    tiny.save_lora_reward_model(base, tmp_path / "rm", max_steps=2, learning_rate=1e-2, quantization=NF4)
+    judge = trainer_of(tmp_path / "prm", base, peft=tiny.lora(), quantization=NF4, learning_rate=1e-2)
+    judge.train()
+    judge.save_model()
+    rewards = {"rewards": [_by_token, str(tmp_path / "prm")], "reward_adapter": str(tmp_path / "rm")}
+    options = {"kl_estimator": "full", "reward_norm": False, "learning_rate": 1e-2, "max_steps": 8}
+    judge, alone = (kind.from_pretrained(str(tmp_path / name)) for name, kind in SCORERS.items())
+    alone.policy_eos_token_ids = tiny.END_IDS
+    start = keep_unpacked(AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4))
+    for critic in ("reward", "adapter"):
+        trainer = _trainer(base, tmp_path / critic, peft=tiny.lora(), critic=critic, **rewards, **options)
+        trainer.train()
+        first, second = tiny.logged(trainer, "objective/kl_full").values()
+        assert first == 0.0 < second
+        batch, rollout = tiny.rollout(trainer), trainer.rollout
+        assert (rollout.parts != 0).sum(dim=1).max() > 1
+        assert rollout.state_values.std() > 0
+        assert_close((rollout.rewards + 0.05 * rollout.full_kl).sum(dim=1), rollout.scores, FP32)
+        steps = judge(rollout.prompts, rollout.completions)
+        by_token = zip(_by_token(rollout.completion_id_lists), steps, strict=True)
+        dense = torch.tensor([sum(tokens) + sum(reward for _, reward in of_row) for tokens, of_row in by_token])
+        assert_close(rollout.parts.sum(dim=1), dense, FP32)
+        answers = alone(rollout.prompts, rollout.completions, rollout.completion_id_lists)
+        assert_close(rollout.scores, dense + torch.tensor(answers), FP32)
+        ours, theirs = (tiny.log_probs(model.eval(), batch).tolist() for model in (trainer.model, start))
+        for row, width in enumerate(batch["completion_mask"].sum(1).tolist()):
+            expected = [oracles.exact_kl(ours[row][t], theirs[row][t]) for t in range(width)]
+            assert_close(rollout.full_kl[row, :width], expected, SCORES)
 
 
 def test_quantised_weights_are_not_trained(tmp_path, base):

@@ -382,27 +382,37 @@ def _count(completion_ids, **kwargs):
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
-def _run(directory, world_size, resume=None, **kwargs):
+def _count_by_token(completion_ids, **kwargs):
+    """Return the same scores, and now and then in parts."""
+    scores = _count(completion_ids)
+    parts = [[score / len(ids)] * len(ids) for score, ids in zip(scores, completion_ids, strict=True)]
+    return [score if score > 5 else part for score, part in zip(scores, parts, strict=True)]
+
+
+def _run(directory, world_size, shared, resume=None, **kwargs):
     data = tiny.prompts(count=24).map(lambda row, i: {"prompt": f"{row['prompt']} {i}"}, with_indices=True)
     options = {"per_device_train_batch_size": 6 // world_size, "steps_per_generation": 1, "max_steps": 4, **kwargs}
-    trainer = _trainer(directory, rewards=_count, data=data, **options)
+    trainer = _trainer(directory, **{**shared, "rewards": _count_by_token}, data=data, kl_estimator="full", **options)
     trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: ([_completion(p) for p in prompt_ids], None)
     trainer.train(resume_from_checkpoint=resume)
     own = {name: x.detach().clone() for name, x in adapter_weights(trainer.model, "default").items()}
     return {"policy": own, "critic": _state(trainer.critic)}
 
 
-def _train(rank, world_size, directory):
+def _train(rank, world_size, directory, shared):
     """Train, and resume at the second rollout. Three rows of a rank are dealt to four mini-batches."""
     directory = f"{directory}/{world_size}"
-    whole = _run(directory, world_size, save_strategy="steps", save_steps=2)
-    return whole, _run(f"{directory}-resumed", world_size, resume=f"{directory}/checkpoint-2")
+    whole = _run(directory, world_size, shared, save_strategy="steps", save_steps=2)
+    return whole, _run(f"{directory}-resumed", world_size, shared, resume=f"{directory}/checkpoint-2")
 
 
 @pytest.mark.distributed
-def test_two_ranks_train_policy_and_critic_of_one(tmp_path):
-    """A resume is bit-exact on both ranks, although one of them has written the critic."""
-    one, two = _train(0, 1, str(tmp_path)), run_in_processes(_train, 2, str(tmp_path))
+def test_two_ranks_train_policy_and_critic_of_one(tmp_path, shared):
+    """With a reward adapter, rewards of tokens and the full KL: all roles share one backbone.
+
+    A resume is bit-exact on both ranks, although one of them has written the critic.
+    """
+    one, two = _train(0, 1, str(tmp_path), shared), run_in_processes(_train, 2, str(tmp_path), shared)
     assert max(x.abs().max() for name, x in one[0]["critic"].items() if "lora_B" in name) > 100 * SPLIT["atol"]
     for whole, resumed in (one, *two):
         for part, weights in whole.items():

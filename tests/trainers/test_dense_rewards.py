@@ -214,16 +214,10 @@ def test_the_full_kl_is_that_of_plain_logits_and_runs_no_forward(tmp_path, peft,
     assert forwards[0] == forwards[1]
     rollout = trainer.rollout
     assert rollout.full_kl.sum() > 0.1
-    ids, mask = (torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"]], 1) for kind in ("ids", "mask"))
-    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    both = []
-    with torch.no_grad():
-        for switch in (None, trainer.model.disable_adapter) if peft else (trainer.model, trainer.ref_model):
-            model = trainer.model if peft else switch
-            with switch() if peft and switch else contextlib.nullcontext():
-                logits = model(input_ids=ids, attention_mask=mask, position_ids=places).logits
-            logits = logits[:, batch["prompt_ids"].size(1) - 1 : -1].double() / 0.7
-            both.append(logits.log_softmax(-1).tolist())
+    without_adapter = trainer.model.disable_adapter() if peft else contextlib.nullcontext()
+    both = [tiny.log_probs(trainer.model, batch, 0.7).tolist()]
+    with without_adapter:
+        both.append(tiny.log_probs(trainer.model if peft else trainer.ref_model, batch, 0.7).tolist())
     for row, width in enumerate(batch["completion_mask"].sum(1).tolist()):
         expected = [oracles.exact_kl(both[0][row][t], both[1][row][t]) for t in range(width)]
         assert_close(rollout.full_kl[row, :width], expected, SCORES)
@@ -247,6 +241,22 @@ def test_a_head_that_scales_its_logits_is_refused(tmp_path):
     trainer.model.lm_head.register_forward_hook(lambda module, given, output: output * scale[given[0].dim()])
     with pytest.raises(ValueError, match=r"`kl_estimator: full` does not fit this model: .* Set `kl_estimator: k1`"):
         tiny.rollout(trainer)
+
+
+def test_the_rounding_of_logits_in_bfloat16_is_no_scale(tmp_path):
+    """The states are in float32, and another kernel may round the logits of a product otherwise."""
+    trainer = tiny.ppo_trainer(tmp_path, kl_estimator="full", bf16=True)
+    dtypes = set()
+
+    def one_bit_more(module, given, output):
+        if given[0].dim() > 2:  # states of whole rows: an answer is sampled
+            return output
+        dtypes.add((given[0].dtype, output.dtype))
+        return output * (1 + 2**-7)
+
+    trainer.model.lm_head.register_forward_hook(one_bit_more)
+    tiny.rollout(trainer)
+    assert dtypes == {(torch.float32, torch.bfloat16)}
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.1}, {"cast_lm_head_to_fp32": True}])

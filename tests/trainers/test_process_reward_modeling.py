@@ -189,6 +189,13 @@ def test_a_stream_trains(tmp_path):
     trainer_of(tmp_path, data=stream).train()
 
 
+def test_tokenised_rows_train(tmp_path):
+    given = trainer_of(tmp_path / "text")
+    trainer = trainer_of(tmp_path / "tokens", data=given.train_dataset, eval_data=given.eval_dataset)
+    assert trainer.train_dataset[2] == given.train_dataset[2]
+    trainer.train()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -13,7 +13,7 @@ import torch
 from faults import SignalAt
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import BitsAndBytesConfig, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes.durability.checkpoints import checkpoints_by_age, publish
@@ -39,11 +39,22 @@ def _dense_reward(completions, completion_ids, **kwargs):
     return [[score / len(ids)] * len(ids) for score, ids in zip(_reward(completions), completion_ids, strict=True)]
 
 
-_BY_KIND = {"dense": _dense_reward}
+_BY_KIND = {"dense": _dense_reward, "4-bit backbone": _dense_reward}
+
+
+def _on_one_backbone(directory):
+    """Return the arguments of a run with dense rewards whose other roles share one 4-bit base."""
+    pytest.importorskip("bitsandbytes")
+    config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    options = {"quantization": BitsAndBytesConfig(**config)}
+    base = tiny.save(tiny.policy(tiny.tokenizer()), directory / "base")
+    tiny.save_lora_reward_model(base, directory / "rm", max_steps=2, learning_rate=1e-2, **options)
+    shared = {"model": base, "reward_adapter": str(directory / "rm"), "critic": "adapter", "kl_estimator": "full"}
+    return options | shared | {"max_steps": 12}
 
 
 def _trainer(directory, kind="full", **kwargs):
-    peft, tok = kind in ("lora", "adapter critic"), tiny.tokenizer()
+    peft, tok = kind in ("lora", "adapter critic", "4-bit backbone"), tiny.tokenizer()
     if kind == "dense":
         kwargs = {"kl_estimator": "full", **kwargs}
     if kind.endswith("critic"):
@@ -104,15 +115,17 @@ MOMENTS = (1, 4, 6, 8, 11, 19)  # in a rollout, at its end, at an epoch's end, b
         ("reward critic", (4, 11, 19)),
         ("adapter critic", (4, 11)),
         ("dense", (6,)),
+        ("4-bit backbone", (6,)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind, moments):
-    whole = _trainer(tmp_path / "whole", kind, save_steps=1)
+    options = _on_one_backbone(tmp_path) if kind == "4-bit backbone" else {}
+    whole = _trainer(tmp_path / "whole", kind, save_steps=1, **options)
     whole.train()
     expected = _everything(whole)
     for step in moments:
-        resumed = _trainer(tmp_path / "resumed", kind, save_strategy="no")
+        resumed = _trainer(tmp_path / "resumed", kind, save_strategy="no", **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         _assert_same(expected, _everything(resumed), f"step {step}")
 

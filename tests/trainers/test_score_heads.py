@@ -225,7 +225,7 @@ def test_head_metrics_by_hand():
     assert metrics["accuracy_unanimous"] == 0.5
     assert metrics["accuracy_divided"] == 0.0
     assert_close(metrics["margin_disagreement"], 5 * 2**-0.5 / 3, FP32)
-    # Without the mean of each head, 1/2 and 7/6 - .. the heads differ by what is left of (1, -2, 0, 0, 2, 0) - 1/6.
+    # The heads have the means 4/6 and 5/6. Without them, the scores of an answer differ by (1, -2, 0, 0, 2, 0) - 1/6.
     assert_close(metrics["disagreement"], (5 / 6 + 13 / 6 + 1 / 6 + 1 / 6 + 11 / 6 + 1 / 6) / 6 * 2**-0.5, FP32)
 
 
