@@ -18,7 +18,6 @@ from transformers import set_seed
 from trl import ModelConfig, get_peft_config
 
 from rlhf_recipes.data.loading import load_split
-from rlhf_recipes.durability.earlier_run import own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.evaluation.stage import begin_stage, end_stage
 from rlhf_recipes.evaluation.verdicts import policy_verdict
@@ -32,8 +31,8 @@ from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.rewards.functions import import_function
 from rlhf_recipes.rewards.judges import load_judges
 from rlhf_recipes.tracking.registry import require_model
-from rlhf_recipes.tracking.session import log_datasets, track_run
-from rlhf_recipes.tracking.training import train_and_save
+from rlhf_recipes.tracking.session import log_datasets
+from rlhf_recipes.tracking.training import train_and_save, training_run
 from rlhf_recipes.trainers.baselines import TRAINERS
 from rlhf_recipes.trainers.stock import Scoring
 
@@ -51,14 +50,9 @@ def main(
     begin_stage(script_args.method, source, script_args.dataset_name, training_args.output_dir)
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
-    run_name = training_args.run_name or training_args.output_dir
-    recorded, trains = preflight_args.recorded(tracking_args), not preflight_args.preflight_only
-    with (
-        own_directory(training_args, preflight_args, script_args, model_args, tracking_args),
-        track_run(
-            recorded, run_name, script_args.method, script_args, training_args, model_args, trains=trains
-        ) as callbacks,
-    ):
+    with training_run(
+        script_args.method, tracking_args, preflight_args, script_args, training_args, model_args
+    ) as callbacks:
         trainer_class = TRAINERS[script_args.method]
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code, padding_side="left")

@@ -11,9 +11,8 @@ from rlhf_recipes.console import print_lines, quiet_start  # first: imports belo
 # isort: split
 from trl import ModelConfig
 
-from rlhf_recipes.durability.earlier_run import check_output_dir
+from rlhf_recipes.durability.earlier_run import move_earlier_run, own_directory
 from rlhf_recipes.durability.finite import all_finite
-from rlhf_recipes.durability.occupied import check_writable
 from rlhf_recipes.evaluation.policies import eos_token_ids
 from rlhf_recipes.models.generation import mend_generation_config
 from rlhf_recipes.models.loading import load_policy, load_tokenizer, model_init_kwargs
@@ -24,20 +23,21 @@ from rlhf_recipes.tracking.registry import require_model
 
 def main(script_args: ExportArguments, model_args: ModelConfig) -> None:
     """Load, merge and save."""
-    check_writable(script_args.output_dir)
-    path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
-    check_output_dir(script_args.output_dir, adapter=False)
+    with own_directory(script_args, script_args, model_args):
+        path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
+        policy, tokenizer = load_policy(path, **model_init_kwargs(model_args)), load_tokenizer(path)
+        if not all_finite(policy.parameters()):
+            raise ValueError(
+                f"{path} holds weights that are not finite. Nothing is exported: name an earlier checkpoint."
+            )
 
-    policy, tokenizer = load_policy(path, **model_init_kwargs(model_args)), load_tokenizer(path)
-    if not all_finite(policy.parameters()):
-        raise ValueError(f"{path} holds weights that are not finite. Nothing is exported: name an earlier checkpoint.")
+        policy.generation_config.eos_token_id = eos_token_ids(policy, tokenizer)
+        policy.generation_config.pad_token_id = tokenizer.pad_token_id
+        mend_generation_config(policy)
 
-    policy.generation_config.eos_token_id = eos_token_ids(policy, tokenizer)
-    policy.generation_config.pad_token_id = tokenizer.pad_token_id
-    mend_generation_config(policy)
-
-    policy.save_pretrained(script_args.output_dir)
-    tokenizer.save_pretrained(script_args.output_dir)
+        move_earlier_run(script_args.output_dir)
+        policy.save_pretrained(script_args.output_dir)
+        tokenizer.save_pretrained(script_args.output_dir)
     print_lines(
         f"Written to {script_args.output_dir}. Try:",
         f"  vllm serve {script_args.output_dir}",

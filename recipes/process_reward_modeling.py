@@ -12,7 +12,6 @@ from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from rlhf_recipes import ProcessRewardModelConfig, ProcessRewardModelTrainer
 from rlhf_recipes.data.loading import load_split
-from rlhf_recipes.durability.earlier_run import own_directory
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.evaluation.figures import table_of
 from rlhf_recipes.evaluation.stage import begin_stage, end_stage
@@ -24,8 +23,8 @@ from rlhf_recipes.options.recipes import PreflightArguments, TrackingArguments
 from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.tracking.registry import require_model
-from rlhf_recipes.tracking.session import log_datasets, track_run
-from rlhf_recipes.tracking.training import train_and_save
+from rlhf_recipes.tracking.session import log_datasets
+from rlhf_recipes.tracking.training import train_and_save, training_run
 
 
 def main(
@@ -41,12 +40,7 @@ def main(
     begin_stage(stage, source, script_args.dataset_name, training_args.output_dir)
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
-    run_name = training_args.run_name or training_args.output_dir
-    recorded, trains = preflight_args.recorded(tracking_args), not preflight_args.preflight_only
-    with (
-        own_directory(training_args, preflight_args, script_args, model_args, tracking_args),
-        track_run(recorded, run_name, stage, script_args, training_args, model_args, trains=trains) as callbacks,
-    ):
+    with training_run(stage, tracking_args, preflight_args, script_args, training_args, model_args) as callbacks:
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code)
         train = load_split(script_args, script_args.dataset_train_split)

@@ -11,7 +11,7 @@ from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from rlhf_recipes.data.loading import load_demonstrations
-from rlhf_recipes.durability.earlier_run import check_output_dir, own_directory
+from rlhf_recipes.durability.earlier_run import check_output_dir
 from rlhf_recipes.durability.preemption import PreemptionCallback
 from rlhf_recipes.evaluation.stage import begin_stage, end_stage
 from rlhf_recipes.evaluation.verdicts import sft_verdict
@@ -23,8 +23,8 @@ from rlhf_recipes.options.secrets import use_hub_token
 from rlhf_recipes.options.sft import SFTConfig
 from rlhf_recipes.preflight.preflight import preflight
 from rlhf_recipes.tracking.registry import require_model
-from rlhf_recipes.tracking.session import log_datasets, track_run
-from rlhf_recipes.tracking.training import train_and_save
+from rlhf_recipes.tracking.session import log_datasets
+from rlhf_recipes.tracking.training import train_and_save, training_run
 from rlhf_recipes.trainers.sft import SFTTrainer
 
 
@@ -41,14 +41,9 @@ def main(
     begin_stage("sft", model_args.model_name_or_path, script_args.dataset_name, training_args.output_dir)
     use_hub_token(training_args.hub_token)
     trainer_args = options_of_trainer(training_args, model_init_kwargs(model_args))
-    run_name = training_args.run_name or training_args.output_dir
-    recorded, trains = preflight_args.recorded(tracking_args), not preflight_args.preflight_only
-    with (
-        own_directory(training_args, preflight_args, script_args, model_args, tracking_args),
-        track_run(
-            recorded, run_name, "sft", script_args, training_args, model_args, boundary_args, trains=trains
-        ) as callbacks,
-    ):
+    with training_run(
+        "sft", tracking_args, preflight_args, script_args, training_args, model_args, boundary_args
+    ) as callbacks:
         path = require_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision)
         tokenizer = load_tokenizer(path, trust_remote_code=training_args.trust_remote_code)
         separator = boundary_args.response_separator

@@ -48,11 +48,11 @@ OURS = {
     JudgeConfig: (None, {"config", "_config", "self"}),
     RewardModelEvaluationArguments: (trl.ScriptArguments, {"script_args", "judge_args", "limits"}),
     arguments.BoundaryArguments: (None, {"boundary_args"}),
-    arguments.ExportArguments: (None, {"script_args"}),
+    arguments.ExportArguments: (None, {"script_args", "start"}),
     arguments.ServeArguments: (None, {"script_args"}),
     arguments.ComparisonArguments: (None, {"script_args"}),
     arguments.TrackingArguments: (None, {"tracking"}),
-    arguments.PreflightArguments: (None, {"preflight_args"}),
+    arguments.PreflightArguments: (None, {"preflight_args", "start"}),
 }
 
 

@@ -31,6 +31,8 @@ class ArgumentParser(argparse.ArgumentParser):
             UsageError: If one is unknown or wrong.
         """
         asked, unknown = self.parse_known_args(arguments, namespace)
+        if unknown and unknown[0].partition("=")[0] in self.known:  # argparse reads no argument there
+            raise UsageError(f"`{unknown[0]}` comes after `--`, where only names are read: leave out `--`.")
         if unknown:
             remedy = did_you_mean(unknown[0], self.known, f"`{self.prog} --help` lists the arguments.")
             raise UsageError(f"`{unknown[0]}` is no argument of `{self.prog}`.{remedy}")

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rlhf_recipes.command.arguments import ArgumentParser
 from rlhf_recipes.command.mistakes import UsageError
 from rlhf_recipes.command.plan import HARDWARE, Plan, plan
+from rlhf_recipes.options.spelling import directory_meant
 
 TEMPLATES = Path(__file__).with_name("templates")
 # Question, better answer, worse answer.
@@ -44,11 +45,11 @@ def main(arguments: Sequence[str]) -> None:
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise UsageError(f"{directory} exists already. `rlhf init` overwrites nothing: choose another name.")
     name = directory.resolve().name
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise UsageError(f"{name!r} is no name for a project: use letters, digits, `.`, `_` and `-`.")
-    model = asked.model or HARDWARE[asked.hardware]
-    if os.path.isdir(model):
-        model = os.path.abspath(model)  # the stages run inside the project
+    if not re.fullmatch(r"[\w.][\w.-]*", name):  # a command would take one that begins with `-` for an option
+        raise UsageError(
+            f"{name!r} is no name for a project: use letters, digits, `.`, `_` and `-`, and no `-` at its beginning."
+        )
+    model = _model(asked.model) if asked.model else HARDWARE[asked.hardware]
     project = plan(name, model, asked.hardware)
     try:
         write(project, directory)
@@ -60,6 +61,24 @@ def main(arguments: Sequence[str]) -> None:
         f"  cd {directory} && rlhf sft {project.launch}--config sft.yaml\n"
         "README.md there has all steps.\n"
     )
+
+
+def _model(given: str) -> str:
+    """Return the full path of a directory with a model, because the stages run inside the project, or a Hub name."""
+    path = Path(given).expanduser()
+    if not path.exists():
+        if given.startswith((".", "/", "~")):
+            raise UsageError(f"`--model` {given} does not exist.{directory_meant(given)}")
+        return given
+    if (path / "config.json").is_file():
+        return os.path.abspath(path)
+    if (path / "adapter_config.json").is_file():
+        raise UsageError(
+            f"`--model` {given} is an adapter, and a project starts from a whole model: `rlhf export` makes one of it."
+        )
+    inner = [str(file.parent) for file in sorted(path.glob("*/config.json"))]
+    hint = f" Did you mean `{inner[0]}`?" if inner else " Name a directory that `save_pretrained` has written."
+    raise UsageError(f"`--model` {given} holds no model: there is no `config.json` in it.{hint}")
 
 
 def write(project: Plan, directory: Path) -> None:

@@ -20,7 +20,8 @@ class Verdict:
     """The answer.
 
     Args:
-        headline: One sentence: the winner, or the group that is ahead and the reason why it is no winner.
+        headline: One sentence: the winner, or the group that is ahead and the reason why it is no winner, or the
+            groups that are level.
         findings: Sentences about the frontier.
         missing: What would allow to name a winner. Empty if there is one.
         caveats: Sentences about runs that do not count, or not like the others.
@@ -84,16 +85,18 @@ def _answer(
         return "No winner: no evaluation has compared answers to held-out prompts.", _missing(
             groups, None, held_out, None
         )
-    first = _winner(groups, matrix) or _ahead(groups, matrix)
-    missing = _missing(groups, matrix, held_out, first)
-    if first is None:
+    winner = _winner(groups, matrix)
+    ahead = [winner] if winner else _ahead(groups, matrix)
+    missing = _missing(groups, matrix, held_out, next(iter(ahead), None))
+    if not ahead:
         return "No winner: no two groups have answered the same held-out prompts for the same judge.", missing
+    are = "is ahead" if len(ahead) == 1 else "are level"
+    shown = f"No winner: {' and '.join(map(_title, ahead))} {are}"
     if matrix not in held_out:
-        return (
-            f"No winner: {_title(first)} is ahead, but the only judge, {matrix.judge}, trained the policies.",
-            missing,
-        )
-    return _by_held_out_judges(groups, first, matrix, held_out, missing)
+        return f"{shown}, but the only judge, {matrix.judge}, trained the policies.", missing
+    if len(ahead) > 1:
+        return f"{shown} on held-out prompts, judged by {matrix.judge}.", missing
+    return _by_held_out_judges(groups, ahead[0], matrix, held_out, missing)
 
 
 def _by_held_out_judges(
@@ -151,18 +154,15 @@ def _winner(groups: list[Group], matrix: WinMatrix) -> Group | None:
     return next((g for g in groups if all(_beats(matrix, g, rival) for rival in groups if rival is not g)), None)
 
 
-def _ahead(groups: list[Group], matrix: WinMatrix) -> Group | None:
-    """Return the group with the highest mean share against the others; None if nothing compares two groups."""
+def _ahead(groups: list[Group], matrix: WinMatrix) -> list[Group]:
+    """Return the group with the highest mean share against the others, or all that have it; none without a share."""
     merits = {
         group.name: float(np.mean(shares))
         for group in groups
         if (shares := [share.share for rival in groups if (share := _share(matrix, group, rival))])
     }
-    return min(
-        (group for group in groups if group.name in merits),
-        key=lambda group: (-merits[group.name], group.label),
-        default=None,
-    )
+    highest = max(merits.values(), default=0.0)
+    return [group for group in groups if group.name in merits and math.isclose(merits[group.name], highest)]
 
 
 def _share(matrix: WinMatrix, group: Group, rival: Group) -> Share | None:

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from rlhf_recipes.durability.checkpoints import checkpoints_by_age, wished_checkpoint
 from rlhf_recipes.durability.occupied import LOCK_FILE, occupied
-from rlhf_recipes.options.recipes import PreflightArguments
+from rlhf_recipes.options.recipes import ExportArguments, PreflightArguments
 from rlhf_recipes.options.relevance import class_of
 
 ADAPTER, WHOLE = "adapter_model*", "model*.safetensors"
@@ -26,14 +26,15 @@ _to_move: dict[Path, list[Path]] = {}  # files of earlier runs, by directory, un
 
 
 @contextmanager
-def own_directory(args: Any, preflight_args: PreflightArguments, *inputs: Any) -> Iterator[None]:
-    """Hold the output directory of a training, as `occupied` does, and refuse an earlier run in it. Every rank calls.
+def own_directory(args: Any, start: PreflightArguments | ExportArguments, *inputs: Any) -> Iterator[None]:
+    """Hold the directory in which a recipe saves a model, and refuse an earlier run in it. Every rank calls.
 
-    A run that resumes finds its own files. With `overwrite`, `move_earlier_run` moves those of an earlier run.
+    It is held as by `occupied`. A run that resumes finds its own files. With `overwrite`, `move_earlier_run` moves
+    those of an earlier run.
 
     Args:
-        args: Options of the trainer.
-        preflight_args: Options of the start.
+        args: Options with `output_dir`: those of a trainer, or of a recipe that has nothing to resume.
+        start: Options with `overwrite`.
         inputs: Other options of the run. A directory with an input of the run is not moved.
 
     Raises:
@@ -41,7 +42,7 @@ def own_directory(args: Any, preflight_args: PreflightArguments, *inputs: Any) -
     """
     folder = Path(args.output_dir).resolve()
     with occupied(args.output_dir):
-        if files := _earlier_files(folder, args, preflight_args, inputs):
+        if files := _earlier_files(folder, args, start, inputs):
             _to_move[folder] = files
         try:
             yield
@@ -98,15 +99,18 @@ def check_output_dir(directory: str, *, adapter: bool) -> None:
         )
 
 
-def _earlier_files(folder: Path, args: Any, preflight_args: PreflightArguments, inputs: tuple[Any, ...]) -> list[Path]:
+def _earlier_files(
+    folder: Path, args: Any, start: PreflightArguments | ExportArguments, inputs: tuple[Any, ...]
+) -> list[Path]:
     """Return what to move before the run trains."""
     answer: list[Any] = ["", []]
     if PartialState().is_main_process and not _is_resumed(folder, args) and (found := _found(folder)):
         held = _held(folder, (args, *inputs))
-        if preflight_args.overwrite:
+        if start.overwrite:
             answer = [_obstacle(folder, held), [path for path in sorted(folder.iterdir()) if not _stays(path)]]
         else:
-            answer = [_refusal(folder, found, may_move=not held), []]
+            may_resume = hasattr(args, "resume_from_checkpoint")
+            answer = [_refusal(folder, found, may_move=not held, may_resume=may_resume), []]
     _same_on_all(answer)
     return list(answer[1])
 
@@ -121,7 +125,7 @@ def _same_on_all(answer: list[Any]) -> None:
 
 def _is_resumed(folder: Path, args: Any) -> bool:
     """Return whether a run goes on with a checkpoint of its own directory."""
-    checkpoint = wished_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = wished_checkpoint(getattr(args, "resume_from_checkpoint", None), args.output_dir)
     return checkpoint is not None and checkpoint.absolute().parent.resolve() == folder
 
 
@@ -137,13 +141,13 @@ def _stays(path: Path) -> bool:
     return path.name == LOCK_FILE or (path.is_file() and any(map(path.match, NOTES)))
 
 
-def _refusal(folder: Path, found: str, *, may_move: bool) -> str:
-    go_on = "To continue that run, set `--resume_from_checkpoint true`."
-    if not checkpoints_by_age(folder):
-        go_on = "There is no checkpoint to continue that run."
+def _refusal(folder: Path, found: str, *, may_move: bool, may_resume: bool) -> str:
+    go_on = " To continue that run, set `--resume_from_checkpoint true`." if may_resume else ""
+    if may_resume and not checkpoints_by_age(folder):
+        go_on = " There is no checkpoint to continue that run."
     move = f", or set `--overwrite true`, which moves its files to {_aside(folder).name}" if may_move else ""
     return (
-        f"`output_dir` {folder} holds {found}, and a new run would mix with it. {go_on} To start anew, name another "
+        f"`output_dir` {folder} holds {found}, and a new run would mix with it.{go_on} To start anew, name another "
         f"`output_dir`{move}."
     )
 

@@ -80,7 +80,7 @@ def title(name: str) -> str:
     return f"{label}{f' ({unit})' if unit else ''}{', held out' if name != own else ''}"
 
 
-def log_line(logs: Mapping[str, Any], step: int, steps: int, width: int) -> str:
+def log_line(logs: Mapping[str, Any], step: int, steps: int, width: int, first_step: int = 0) -> str:
     """Return one line about a log of a trainer: as many of its figures as fit.
 
     Args:
@@ -88,9 +88,10 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int, width: int) -> str:
         step: Optimiser steps so far.
         steps: Optimiser steps of the run.
         width: Characters of a line.
+        first_step: Optimiser steps before this training, which may be a resume.
     """
     if "train_runtime" in logs:
-        return _end_line(logs, step)
+        return _end_line(logs, step, first_step)
     is_evaluation = any(name.startswith("eval_") for name in logs)
     found = {name.removeprefix("eval_"): value for name, value in logs.items() if isinstance(value, int | float)}
     figures = [*_judged(found), *_figures(found)]
@@ -116,10 +117,15 @@ def _judged(found: Mapping[str, float]) -> list[str]:
     return [f"win rate by {judge} {interval(*(found[f'{judge}/win_rate{end}'] for end in ENDS))}" for judge in judges]
 
 
-def _end_line(logs: Mapping[str, Any], step: int) -> str:
+def _end_line(logs: Mapping[str, Any], step: int, first_step: int) -> str:
+    """Return a sentence about the whole run: the figures of its end count all of its sessions."""
     seconds = logs["train_runtime"]
     loss = f", mean loss {rounded(logs['train_loss'])}" if "train_loss" in logs else ""
-    return f"Trained {step:,} steps in {duration(seconds)} ({seconds / max(step, 1):.2g} s per step){loss}."
+    took = f"{duration(seconds)} ({seconds / max(step, 1):.2g} s per step){loss}"
+    if step == first_step > 0:
+        return f"Trained no step, because the run was over at step {step:,}. It had taken {took}."
+    since = f", {step - first_step:,} of them since step {first_step:,}," if first_step else ""
+    return f"Trained {step:,} steps{since} in {took}."
 
 
 def evaluation_of(log_history: Iterable[Mapping[str, Any]], step: int | None) -> dict[str, Any]:

@@ -198,6 +198,8 @@ def sft_verdict(log_history: Iterable[Mapping[str, Any]]) -> list[Judgement]:
     if loss.iloc[-1] > (1 + RISE) * loss.min():
         step = loss.idxmin()
         return [Judgement("bad", f"{shown}: the loss rises from its best at step {step}. Train for fewer epochs.")]
+    if loss.iloc[-1] >= loss.iloc[0]:
+        return [Judgement("doubtful", f"{shown}: the loss does not fall. Change `learning_rate`.")]
     return [Judgement("good", f"{shown}: it has learned what generalises")]
 
 

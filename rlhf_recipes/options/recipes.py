@@ -170,6 +170,13 @@ class ExportArguments:
     """Output of `recipes/export.py`."""
 
     output_dir: str = field(metadata={"help": "Directory for the exported model."})
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "Export to an `output_dir` that holds a model. Its files are moved to a directory beside it, "
+            "`NAME.replaced-1`, before the export is written."
+        },
+    )
 
 
 @dataclass

@@ -42,7 +42,6 @@ def train(
     """
     args, wanted, checks = trainer.args, tracking or TrackingArguments(), checks or PreflightArguments()
     wanted = replace(wanted, tracking=wanted.tracking and "mlflow" in args.report_to)
-    recorded, trains = checks.recorded(wanted), not checks.preflight_only
     rows, evaluation = trainer.given_data or (trainer.train_dataset, trainer.eval_dataset)
     if not isinstance(rows, Dataset):
         raise ValueError(
@@ -50,15 +49,37 @@ def train(
             "it needs a `datasets.Dataset`. Give the trainer one, or call `trainer.train()`."
         )
     evaluation = evaluation if isinstance(evaluation, Dataset) else None
-    name = args.run_name or args.output_dir
     with (
-        own_directory(args, checks, recorded, trainer.given),
-        track_run(recorded, name, trainer.stage, trainer.given, args, trains=trains) as callbacks,
+        training_run(trainer.stage, wanted, checks, trainer.given, args) as callbacks,
         _attached(trainer, callbacks),
     ):
         log_datasets(rows.info.dataset_name or "a dataset in memory", training=rows, evaluation=evaluation)
         preflight(trainer, rows, evaluation, checks, wanted)
         return train_and_save(trainer, wanted)
+
+
+@contextmanager
+def training_run(
+    stage: str, tracking: TrackingArguments, checks: PreflightArguments, *configs: Any
+) -> Iterator[list[TrainerCallback]]:
+    """Hold the output directory of a training, and record the body, as `own_directory` and `track_run` do.
+
+    Args:
+        stage: Stage of the run, for MLflow.
+        tracking: Whether and where to record. A preflight alone is not recorded.
+        checks: Options of the start.
+        configs: Options of the run. Those of the trainer have `output_dir` and `run_name`.
+
+    Yields:
+        Callbacks for the trainer.
+    """
+    args = next(config for config in configs if hasattr(config, "output_dir"))
+    recorded, trains = checks.recorded(tracking), not checks.preflight_only
+    with (
+        own_directory(args, checks, tracking, *configs),
+        track_run(recorded, args.run_name or args.output_dir, stage, *configs, trains=trains) as callbacks,
+    ):
+        yield callbacks
 
 
 def train_and_save(trainer: Any, tracking: TrackingArguments) -> dict[str, float]:

@@ -51,8 +51,9 @@ class FigureCallback(ProgressCallback):
         """Print the line of a log."""
         if not (state.is_world_process_zero and logs):
             return
-        left = self._left(state)
-        line = log_line(logs, state.global_step, state.max_steps, Console().width - len(left)) + left
+        left, console = self._left(state), Console()
+        width = console.width - (len(left) if console.is_terminal else 0)  # a file has room beside its 80 characters
+        line = log_line(logs, state.global_step, state.max_steps, width, self._first_step) + left
         if self.training_bar is None:
             print_lines(line)
         else:

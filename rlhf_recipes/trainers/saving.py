@@ -118,6 +118,13 @@ class SavingTrainer(ProgressTrainer):
         evaluation = evaluation_of(self.state.log_history, self.best_step)
         model_card(described, evaluation, self._origin).save(path)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of the weights that a checkpoint lacks. A weight that is tied to one of the checkpoint is there."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(parameter) for name, parameter in own.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(own.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.best_step = self.state.best_global_step

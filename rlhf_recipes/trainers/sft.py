@@ -9,6 +9,7 @@ from rlhf_recipes.data.messages import ends_in_prefill
 from rlhf_recipes.data.prompts import check_columns, column_names, rows_of
 from rlhf_recipes.data.rendering import for_training
 from rlhf_recipes.data.rows import check_rendering, readable_rows
+from rlhf_recipes.evaluation.figures import evaluation_of
 from rlhf_recipes.models.loading import from_pretrained_kwargs, load_causal_lm
 from rlhf_recipes.models.quantization import keep_unpacked
 from rlhf_recipes.models.safe_loading import safe_loading
@@ -52,6 +53,14 @@ class SFTTrainer(IdentifiedTrainer, TRLSFTTrainer):
             check_adapter_vocabulary(self, tokens)
         check_prepared(self, **{name: given.get(name) for name in ("train_dataset", "eval_dataset")})
         keep_unpacked(self.model)
+
+    def conclude(self) -> dict[str, float]:
+        """Save the trained model, and return its evaluation: that of the training, if it has made one of it."""
+        latest = evaluation_of(self.state.log_history, self.best_step or self.state.global_step)
+        if not latest:
+            return super().conclude()
+        self.save_model(self.args.output_dir)
+        return {name: value for name, value in latest.items() if name.startswith("eval_")}
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str

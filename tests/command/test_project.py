@@ -133,6 +133,34 @@ def test_each_stage_ends_with_the_next_command_of_the_readme(hardware, tmp_path,
     assert following.startswith("rlhf compare ")
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "holds no model: there is no `config.json` in it. Name a directory that `save_pretrained` has written."),
+        (["adapter_config.json"], "is an adapter, and a project starts from a whole model: `rlhf export` makes"),
+        (["checkpoint-8/config.json"], "in it. Did you mean `runs/sft/checkpoint-8`?"),
+    ],
+)
+def test_a_directory_without_a_model_is_refused(files, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes.txt", *files):
+        path = Path("runs", "sft", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for given in ("runs/sft", str(path) if not files else "./runs/sft/"):
+        with pytest.raises(UsageError, match=r"`--model` .*runs/sft") as error:
+            run(["init", "mine", "--model", given])
+        assert message in str(error.value)
+    assert not Path("mine").exists()
+
+
+def test_a_model_in_the_home_directory_is_found_from_the_project(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "base")
+    project = _init(tmp_path, monkeypatch, model="~/base")
+    assert yaml.safe_load((project / "sft.yaml").read_text())["model_name_or_path"] == str(tmp_path / "base")
+
+
 def test_three_rows_of_each_kind_and_split(tmp_path, monkeypatch):
     _init(tmp_path, monkeypatch)
     columns = {"demonstrations": ["prompt", "completion"], "preferences": ["prompt", "chosen", "rejected"]}

@@ -313,6 +313,23 @@ def test_a_group_that_is_not_beaten_is_in_question():
     assert verdict.headline.endswith("In question: A, B, C.")
 
 
+@pytest.mark.parametrize(
+    ("judge", "end"),
+    [
+        ("gold_score", "on held-out prompts, judged by gold_score."),
+        ("reward_model", "but the only judge, reward_model, trained the policies."),
+    ],
+)
+def test_groups_with_equal_shares_are_level(judge, end):
+    """First, each of three wins and loses as often as the others. Then two answer alike, and C loses to both."""
+    level = decide(group_runs(_ordered((3, 2, 1), (1, 3, 2), (2, 1, 3), judge=judge))[0])
+    assert level.headline.startswith("No winner: A (lam 0) and B (lam 1) and C (lam 2) are level")
+    assert level.headline.endswith(end)
+    two = decide(group_runs(_ordered((2, 2, 1), judge=judge))[0])
+    assert two.headline.startswith("No winner: A (lam 0) and B (lam 1) are level")
+    assert two.headline.endswith(end)
+
+
 def test_groups_of_one_label_stay_apart():
     """Runs without a recorded configuration are groups of their own, and may have one name."""
     runs = [_run([_row(p, lam, 0) for p in "pqr"], {"lam": lam}, 0, _line(2, 1)) for lam in (0, 1, 2)]

@@ -4,6 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
+from processes import run_command
 
 from rlhf_recipes.durability.earlier_run import (
     check_output_dir,
@@ -15,6 +17,7 @@ from rlhf_recipes.durability.earlier_run import (
 from rlhf_recipes.durability.occupied import LOCK_FILE
 from rlhf_recipes.options.recipes import PreflightArguments
 
+EXPORT = Path(__file__).parents[2] / "recipes" / "export.py"
 NOTES = {"_mlflow_open.json": "{}", "mlflow_unsent.jsonl": ""}
 CHECKPOINT = {"checkpoint-8/weights": "8", "checkpoint-16/weights": "16"}
 MODEL = {"model.safetensors": "weights", "config.json": "{}"}
@@ -172,6 +175,33 @@ def test_a_move_that_fails_halfway_is_undone_or_said(tmp_path, monkeypatch, back
 
 def _other_disk(self, target):
     raise OSError(18, "Invalid cross-device link")
+
+
+@pytest.mark.recipe
+def test_an_export_never_replaces_another_one_or_its_own_source(tmp_path):
+    tiny.save(tiny.policy(tiny.tokenizer()), tmp_path / "model")
+    source = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+
+    def export(output_dir, *options):
+        options = ("--model_name_or_path", "model", "--output_dir", output_dir, *options)
+        return run_command(EXPORT, *options, directory=tmp_path)
+
+    assert export("out").returncode == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    refused = export("out")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == (
+        f"Error: `output_dir` {tmp_path}/out holds the model of an earlier run, and a new run would mix with it. "
+        "To start anew, name another `output_dir`, or set `--overwrite true`, which moves its files to out.replaced-1."
+    )
+    assert export("out", "--overwrite", "true").returncode == 0
+    assert (tmp_path / "out.replaced-1" / "notes.txt").read_text() == "mine"
+    assert _files(tmp_path / "out") | {"notes.txt"} == _files(tmp_path / "out.replaced-1")
+    for options in ((), ("--overwrite", "true")):
+        refused = export("model", *options)
+        assert refused.returncode == 1
+        assert refused.stderr.splitlines()[-1].endswith("ame another `output_dir`.")
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == source
 
 
 def test_a_readme_of_the_user_and_an_earlier_result_keep_a_name(tmp_path, caplog):

@@ -91,6 +91,10 @@ def _interval():
 def test_the_end_of_a_training_is_a_sentence():
     logs = {"train_runtime": 125.3, "train_loss": 1.0412345, "total_flos": 1.2345e15, "train_steps_per_second": 2.0}
     assert log_line(logs, 250, 250, 80) == "Trained 250 steps in 2 min 5 s (0.5 s per step), mean loss 1.04."
+    of_all = "in 2 min 5 s (0.5 s per step), mean loss 1.04."
+    assert log_line(logs, 250, 250, 80, 100) == f"Trained 250 steps, 150 of them since step 100, {of_all}"
+    over = f"Trained no step, because the run was over at step 250. It had taken {of_all.removeprefix('in ')}"
+    assert log_line(logs, 250, 250, 80, 250) == over
 
 
 def test_a_table_is_sorted_and_rounded_and_keeps_the_names():

@@ -114,6 +114,7 @@ def test_alarms_are_counted():
         ([2.0, 1.0, 1.001], "good", "held-out loss 2.00 to 1.00"),
         ([2.0, 1.0, 1.1], "bad", "its best at step 2"),
         ([1.0], "doubtful", "eval_on_start"),
+        ([1.0, 1.0], "doubtful", "does not fall"),
     ],
 )
 def test_sft_with_evaluations(losses, level, text):

@@ -1,17 +1,21 @@
-"""Other trackers record beside MLflow, by their real packages, offline."""
+"""Other trackers record beside MLflow, by their real packages, offline; trackio by a stand-in."""
 
 import functools
 import importlib.util
+import inspect
 import json
 import struct
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pandas as pd
 import pytest
 import tiny
 from transformers import TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
+from trl.extras import profiling
 
 from rlhf_recipes import PPOTrainer, train
 from rlhf_recipes.evaluation.samples import write_evaluation, write_table
@@ -28,6 +32,9 @@ from rlhf_recipes.trainers.shown_options import hide_secrets_from_trackers
 needs = {
     name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}") for name in options.EXTRAS
 }
+AT_END = ("train_runtime", "train_loss", "total_flos", "train_samples_per_second", "train_steps_per_second")
+OF_SUMMARY = {f"train/{name}" for name in AT_END}
+"""Figures that transformers sends to a summary alone, or not at all."""
 TRAINING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
 
 
@@ -111,9 +118,7 @@ def test_wandb_has_the_figures_and_tables_of_mlflow_also_after_a_resume(client, 
         for name, value in row.items():
             if name in values:
                 found.setdefault(name, {})[row["train/global_step"]] = value
-    at_end = ("train_runtime", "train_loss", "total_flos", "train_samples_per_second", "train_steps_per_second")
-    of_summary = {f"train/{name}" for name in at_end}  # transformers writes them there alone
-    for name in values.keys() - of_summary:
+    for name in values.keys() - OF_SUMMARY:
         assert found[name] == pytest.approx(values[name], nan_ok=True), name
     tables = [(row["train/global_step"], name) for row in rows for name in row if name.startswith("samples/")]
     evaluations = [(step, "samples/evaluation") for step in (0, 2, 4)]
@@ -123,6 +128,76 @@ def test_wandb_has_the_figures_and_tables_of_mlflow_also_after_a_resume(client, 
     table = json.loads(files[0].read_text())
     assert {"prompt", "completion", "score", "kl", "length", "stop"} <= {*table["columns"]}
     assert len(table["data"]) == len(tiny.PROMPTS)
+
+
+class Trackio(ModuleType):
+    """Stand in for trackio 0.43, which needs an older pillow than other packages: its calls, and what they refuse."""
+
+    __version__ = "0.43.0"
+
+    def __init__(self):
+        super().__init__("trackio")
+        self.__spec__ = ModuleSpec("trackio", None)  # transformers and TRL look for it
+        nothing = SimpleNamespace(get=lambda: None)
+        self.context_vars = SimpleNamespace(current_space_id=nothing, current_run=nothing)
+        self.config = Options()
+        self.runs, self.logged, self.is_open = [], [], False
+
+    def init(self, project, name=None, space_id=None, bucket_id=None, resume="never", private=None):
+        self.runs.append((project, name, resume))
+        self.is_open = True
+
+    def log(self, metrics, step=None):
+        assert self.is_open, "Call trackio.init() before trackio.log()."
+        if "train/global_step" in metrics:  # else durations of TRL's methods
+            self.logged.append(dict(metrics))
+
+    def finish(self):
+        assert self.is_open, "Call trackio.init() before trackio.finish()."
+        self.is_open = False
+
+    class Table:
+        def __init__(self, columns=None, data=None, dataframe=None):
+            self.data = dataframe.to_dict(orient="records")
+
+
+class Options(dict):
+    def update(self, values, allow_val_change=False):
+        super().update(values)
+
+
+@needs["trackio"]
+@pytest.mark.parametrize("name", ["init", "log", "finish", "Table"])
+def test_trackio_takes_what_its_stand_in_takes(name):
+    trackio = importlib.import_module("trackio")
+    own, others = (inspect.signature(getattr(each, name)).parameters for each in (Trackio(), trackio))
+    assert own.keys() <= others.keys()
+
+
+@pytest.mark.tiny
+def test_trackio_has_the_figures_and_tables_of_mlflow_also_after_a_resume(client, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", trackio := Trackio())
+    monkeypatch.setattr(profiling, "trackio", trackio, raising=False)  # TRL has imported it, if it was there
+    check_trackers(["mlflow", "trackio"])
+    _run(tmp_path / "out", ["trackio"], max_steps=2)
+    _run(tmp_path / "out", ["trackio"], resume_from_checkpoint=True)
+    assert trackio.runs == [("huggingface", "mine", "allow")] * 2, "the second one continues the first"
+    assert not trackio.is_open
+    _, values = _values(client)
+    found, tables = {}, []
+    for row in trackio.logged:
+        step = row.pop("train/global_step")
+        for name, value in row.items():
+            if isinstance(value, Trackio.Table):
+                tables.append((step, name, len(value.data)))
+            else:
+                found.setdefault(name, {})[step] = value
+    assert found.keys() == values.keys() - OF_SUMMARY
+    for name in found:
+        assert found[name] == pytest.approx(values[name], nan_ok=True), name
+    evaluations = [(step, "samples/evaluation", len(tiny.PROMPTS)) for step in (0, 2, 4)]
+    assert [table for table in sorted(tables) if table[1] == "samples/evaluation"] == evaluations
+    assert {step for step, name, _ in tables if name == "samples/training"} == {1, 2, 3, 4}
 
 
 @needs["tensorboard"]

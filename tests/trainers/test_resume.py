@@ -12,7 +12,7 @@ import tiny
 import torch
 from faults import SignalAt
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -143,6 +143,25 @@ def test_a_resume_never_reads_the_pickle_of_the_options(tmp_path):
     resumed = _trainer(tmp_path / "resumed", save_strategy="no")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.state.global_step == SEVERAL_EPOCHS["max_steps"]
+
+
+def test_a_resume_warns_of_weights_that_are_missing_but_not_of_tied_ones(tmp_path, monkeypatch):
+    """The output layer is tied to the embedding, so a checkpoint holds the embedding alone."""
+    said = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", said.append)
+    first, resumed = (
+        _trainer(tmp_path, model=tiny.policy(tiny.tokenizer(), tie_word_embeddings=True), max_steps=2, save_steps=2)
+        for _ in range(2)
+    )
+    first.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert not [line for line in said if "missing keys" in line]
+    weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    for lost, named in (("model.norm.weight", 1), ("model.embed_tokens.weight", 3)):
+        del weights[lost]
+        save_file(weights, tmp_path / "checkpoint-2" / "model.safetensors")
+        resumed._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+        assert (said[-1].count(".weight'"), lost in said[-1]) == (named, True), "without the embedding, both are lost"
 
 
 SHORT = {"max_steps": 4, "save_steps": 4, "logging_steps": 1}

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.tiny
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def _run(recipe, tmp_path):
+def _run(recipe, tmp_path, eval_steps=9):
     kinds = {"reward_modeling": tiny.preferences(), "process_reward_modeling": tiny_steps.rows()}
     data = kinds.get(recipe, Dataset.from_dict({"text": tiny.TEXTS}))
     tiny.write_splits(data, tmp_path / "data")
@@ -30,7 +30,7 @@ def _run(recipe, tmp_path):
         training = ProcessRewardModelConfig(str(tmp_path / "out"), **{**tiny.QUIET, "max_steps": 2})
         options = [training, ModelConfig(model_name_or_path=base)]
     else:
-        evaluated = {"eval_strategy": "steps", "eval_steps": 9}
+        evaluated = {"eval_strategy": "steps", "eval_steps": eval_steps}
         training = SFTConfig(str(tmp_path / "out"), **{**tiny.QUIET, "max_steps": 2, **evaluated})
         options = [training, ModelConfig(model_name_or_path=base), BoundaryArguments()]
     script = ScriptArguments(dataset_name=str(tmp_path / "data"))
@@ -50,6 +50,20 @@ def test_a_final_evaluation_that_fails_costs_no_model(tmp_path, monkeypatch, rec
     assert (tmp_path / "out/tokenizer.json").is_file()
     if recipe == "reward_modeling":
         assert RewardModelCard.load(tmp_path / "out").score_mean is None
+
+
+@pytest.mark.parametrize(("eval_steps", "evaluations"), [(9, 1), (2, 1), (1, 2)])
+def test_sft_evaluates_the_weights_that_it_saves_once(tmp_path, monkeypatch, eval_steps, evaluations):
+    steps, evaluate = [], Trainer.evaluation_loop
+
+    def evaluation_loop(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "evaluation_loop", evaluation_loop)
+    metrics = _run("sft", tmp_path, eval_steps)
+    assert (steps[-1], len(steps)) == (2, evaluations)
+    assert {"eval_loss", "eval_mean_token_accuracy", "train_loss"} <= metrics.keys()
 
 
 def test_the_card_gets_the_result_of_the_evaluation_that_follows(tmp_path):

@@ -93,6 +93,7 @@ SIGNATURES = {
     (Trainer, "_evaluate"): ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
     (Trainer, "_determine_best_metric"): ["self", "metrics", "trial"],
     (Trainer, "_finalize_training"): ["self", "trial", "num_train_samples", "start_time"],
+    (Trainer, "_issue_warnings_after_load"): ["self", "load_result"],
     (Trainer, "_load_best_model"): ["self"],
     (Trainer, "_init_training_state"): [
         "self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
