@@ -31,7 +31,6 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-import kept_metadata  # noqa: E402, F401
 import mlflow  # noqa: E402  (the hub reads its offline flag on import)
 import numpy as np  # noqa: E402
 import processes  # noqa: E402

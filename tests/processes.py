@@ -37,6 +37,7 @@ from threading import Thread
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import kept_metadata  # noqa: F401
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ _server.set_forkserver_preload(
         *("rlhf_recipes.trainers.ppo", "rlhf_recipes.trainers.reward_modeling", "rlhf_recipes.trainers.baselines"),
         *("rlhf_recipes.trainers.sft", "rlhf_recipes.tracking.session", "rlhf_recipes.preflight.preflight"),
         *("rlhf_recipes.evaluation.held_out", "rlhf_recipes.comparison.report", "rlhf_recipes.options.parser"),
-        *(LAUNCHER, "torch.distributed.run", "pytest", "kept_metadata"),
+        *(LAUNCHER, "torch.distributed.run", "pytest"),
         # What libraries import in the middle of a run. Without it here, each recipe would spend more than a second.
         *("deepspeed", "mlflow.store.tracking.sqlalchemy_store", "alembic.command", "git", "scipy.io", "einops"),
         *("opentelemetry.sdk.metrics.export", "pygments.formatters.html", "transformers.models.llama.modeling_llama"),
