@@ -177,6 +177,7 @@ def _save_on_a_rank(rank, world_size, folder):
         sharded.save(state, storage_writer=writer, planner=planner)
 
 
+@pytest.mark.slow(reason="two processes write the same kind of files that one writes below")
 @pytest.mark.distributed
 def test_what_two_ranks_of_fsdp2_write_is_not_refused(tmp_path):
     run_in_processes(_save_on_a_rank, 2, str(tmp_path))

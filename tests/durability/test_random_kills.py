@@ -17,7 +17,7 @@ from kill_cases import build_world, draw_case
 from killed_run import PHASES, Kill
 
 pytestmark = pytest.mark.recipe
-KILLS = 3
+KILLS = 2
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,7 @@ def test_the_optimiser_may_hold_8_bit_states(base):
     assert not torch.equal(trainer.model.lm_head.weight, start.lm_head.weight)
 
 
+@pytest.mark.slow(reason="compiles for a quarter of a minute, and little here is code of the package")
 def test_a_compiled_policy_trains_the_same_weights(tmp_path, monkeypatch):
     for name in ("BACKEND", "MODE"):  # transformers passes its choice to accelerate in these
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
