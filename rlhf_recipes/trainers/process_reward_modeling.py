@@ -61,9 +61,18 @@ class ProcessRewardModelTrainer(ScoringModelTrainer, RewardTrainer):
     _card_type = ProcessRewardModelCard
 
     def __init__(
-        self, model: str | PreTrainedModel, args: ProcessRewardModelConfig, *given: Any, **kwargs: Any
+        self,
+        model: str | PreTrainedModel,
+        args: ProcessRewardModelConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
     ) -> None:
         self.rule = StepRule(args.step_separator, args.step_boundary)
+        given = (train_dataset, eval_dataset, processing_class, quantization_config, peft_config)
         super().__init__(model, args, *given, data_collator=StepCollator(args.pad_to_multiple_of), **kwargs)
         self.compute_loss_func = self._step_loss
         self._card |= {name: getattr(args, name) for name in ("step_separator", "step_boundary", "step_reward")}

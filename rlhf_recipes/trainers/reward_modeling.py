@@ -51,7 +51,18 @@ class RewardModelTrainer(ScoringModelTrainer, RewardTrainer):
     _too_large = "`learning_rate` or `l2_coefficient`"
     _head_means: list[float] | None = None  # of the latest evaluation, with several heads
 
-    def __init__(self, model: str | PreTrainedModel, args: RewardModelConfig, *given: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: RewardModelConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = (train_dataset, eval_dataset, processing_class, quantization_config, peft_config)
         super().__init__(model, args, *given, **kwargs)
         self._card["score_heads"] = self.model.config.num_labels = args.score_heads
         if args.score_heads > 1:
