@@ -18,6 +18,7 @@ import atexit
 import ctypes
 import functools
 import gc
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -37,7 +38,6 @@ from threading import Thread
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import kept_metadata  # noqa: F401
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -51,6 +51,9 @@ EXPORTED_BY_MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
 """What `mlflow.set_tracking_uri` and `set_experiment` leave in the environment of the test's own process."""
 
 LAUNCHER = "accelerate.commands.launch"
+
+# At every step, accelerate reads the metadata of several packages from the disk: a third of a short training.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(

@@ -147,8 +147,5 @@ class RemoteRewardModel(Server, Scorer):
             PermanentRewardError: If the server has other weights than at first. An older version does not say it.
         """
         answer = self._post(path, batch, limit)
-        if answer.get("weights", self.weights) != self.weights:
-            raise PermanentRewardError(
-                f"{self.url} serves another model than when this run began. Serve the first one again, and resume."
-            )
+        self._require_same(answer.get("weights", self.weights) == self.weights)
         return answer

@@ -104,7 +104,7 @@ class PooledRewardModel(Server, Scorer):
         raise NotImplementedError
 
     def _check_model(self) -> None:
-        """Check that the server still has its first model. It may have been restarted.
+        """Ask the server for its model, and check that it is the first one.
 
         Raises:
             PermanentRewardError: If it names another one.
@@ -114,10 +114,7 @@ class PooledRewardModel(Server, Scorer):
             same = self._names(found) == self._described
         except (KeyError, TypeError, IndexError) as error:
             raise RewardCallError(f"{self.url} does not say which model it serves") from error
-        if not same:
-            raise PermanentRewardError(
-                f"{self.url} serves another model than when this run began. Serve the first one again, and resume."
-            )
+        self._require_same(same)
 
     def identity(self) -> str:
         """Return the fingerprint of the weights, if they are here; else the name of the model."""

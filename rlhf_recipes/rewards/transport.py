@@ -58,6 +58,17 @@ class Server:
         """
         return self._request("GET", path, INFO_BYTES, CONNECT_SECONDS)
 
+    def _require_same(self, same: bool) -> None:
+        """Check that the server still has its first model. It may have been restarted.
+
+        Raises:
+            PermanentRewardError: If it has another one.
+        """
+        if not same:
+            raise PermanentRewardError(
+                f"{self.url} serves another model than when this run began. Serve the first one again, and resume."
+            )
+
     def _sent(self, send: Callable[[dict[str, list[Any]]], list[Any]], **columns: list[Any]) -> list[Any]:
         """Send the rows in batches, several at the same time, and return the answers in their order."""
         starts = range(0, len(next(iter(columns.values()))), self.batch_size)
