@@ -3,8 +3,8 @@
     accelerate launch recipes/baseline.py --method rloo --config recipes/configs/quickstart/baseline_rloo.yaml
     accelerate launch recipes/baseline.py --method dpo --config recipes/configs/quickstart/baseline_dpo.yaml
 
-The method chooses the options: those of `RLOOConfig`, `GRPOConfig` or `DPOConfig`. Losses and defaults are TRL's.
-`recipes/compare.py` ranks these runs and PPO's on one page.
+The method chooses the options: those of `RLOOConfig`, `GRPOConfig` or `DPOConfig`. Losses and defaults are TRL's,
+except that RLOO and GRPO have no dropout. `recipes/compare.py` ranks these runs and PPO's on one page.
 """
 
 from rlhf_recipes.console import quiet_start  # first: imports below print notes

@@ -27,6 +27,7 @@ from trl.trainer.utils import create_model_from_path
 
 from rlhf_recipes.models.adapter_base import at_saved_revision, find_base
 from rlhf_recipes.models.fingerprint import is_adapter
+from rlhf_recipes.models.frozen_head import keep_head_weights_uncopied
 from rlhf_recipes.models.quantization import keep_unpacked, load_adapter, saved_quantization
 from rlhf_recipes.models.safe_loading import safe_kwargs, safe_loading
 from rlhf_recipes.models.vocabulary import fit_to_adapter
@@ -157,11 +158,14 @@ def load_policy(
     check_causal_lm(model, loaded[1]["missing_keys"], base_path)
     if is_adapter(path):
         fit_to_adapter(model, path)
-    if stays_quantized:
-        return load_adapter(model, path) if is_adapter(path) else model
-    if rounding is not None:
+    if rounding is not None and not stays_quantized:
         model = model.dequantize()
-    return PeftModel.from_pretrained(model, path).merge_and_unload() if is_adapter(path) else model
+    if is_adapter(path) and stays_quantized:
+        model = load_adapter(model, path)
+    elif is_adapter(path):
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    keep_head_weights_uncopied(model)
+    return model
 
 
 @contextmanager

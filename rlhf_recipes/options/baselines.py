@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import trl
 
+from rlhf_recipes.options.dropout import DropoutConfig
 from rlhf_recipes.options.followed_rewards import FollowedRewardConfig
 from rlhf_recipes.options.recipes import RewardArguments
 from rlhf_recipes.options.resume import ResumeConfig
@@ -23,12 +24,12 @@ class BaselineArguments(FollowedRewardConfig, RewardArguments):
 
 
 @dataclass
-class RLOOConfig(ResumeConfig, trl.RLOOConfig):
+class RLOOConfig(DropoutConfig, ResumeConfig, trl.RLOOConfig):
     """Options of TRL's RLOO."""
 
 
 @dataclass
-class GRPOConfig(ResumeConfig, trl.GRPOConfig):
+class GRPOConfig(DropoutConfig, ResumeConfig, trl.GRPOConfig):
     """Options of TRL's GRPO."""
 
 
@@ -42,7 +43,7 @@ class DPOConfig(ResumeConfig, trl.DPOConfig):
 
 
 # The class of options of each method.
-CONFIGS = {"rloo": RLOOConfig, "grpo": GRPOConfig, "dpo": DPOConfig}
+CONFIGS: dict[str, type[Any]] = {"rloo": RLOOConfig, "grpo": GRPOConfig, "dpo": DPOConfig}
 
 
 def samples_rollouts(args: Any) -> bool:

@@ -10,6 +10,7 @@ from trl import GRPOConfig
 
 from rlhf_recipes.options.checks import check_options
 from rlhf_recipes.options.critic import CriticConfig
+from rlhf_recipes.options.dropout import DropoutConfig
 from rlhf_recipes.options.followed_rewards import ShapedRewardConfig
 from rlhf_recipes.options.guard import GuardConfig
 from rlhf_recipes.options.resume import ResumeConfig
@@ -25,7 +26,7 @@ class _SingleGeneration(int):
 
 
 @dataclass
-class PPOConfig(CriticConfig, GuardConfig, ShapedRewardConfig, ResumeConfig, GRPOConfig):
+class PPOConfig(CriticConfig, GuardConfig, ShapedRewardConfig, DropoutConfig, ResumeConfig, GRPOConfig):
     """Options of `PPOTrainer`: those of `trl.GRPOConfig`, some with another default, and new ones.
 
     A rollout has `per_device_train_batch_size * processes * steps_per_generation` completions. PPO trains on it for
@@ -53,9 +54,6 @@ class PPOConfig(CriticConfig, GuardConfig, ShapedRewardConfig, ResumeConfig, GRP
     )
     scale_rewards: str = field(
         default="none", metadata={"help": "`none`: PPO scales scores by their moving statistics; see `reward_norm`."}
-    )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Train without dropout: with it, the ratio of an unchanged policy is not 1."}
     )
     adam_epsilon: float = field(
         default=1e-5,

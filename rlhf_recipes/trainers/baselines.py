@@ -1,6 +1,7 @@
 """TRL's RLOO, GRPO and DPO with the rewards, the evaluation and the checkpoints of PPO, to compare PPO with them.
 
-Losses and defaults are TRL's. The figures of an evaluation have the names of PPO's.
+Losses and defaults are TRL's, except that RLOO and GRPO have no dropout. The figures of an
+evaluation have the names of PPO's.
 """
 
 from collections.abc import Iterator

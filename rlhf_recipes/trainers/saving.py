@@ -12,6 +12,7 @@ from rlhf_recipes.durability.progress import ProgressTrainer
 from rlhf_recipes.evaluation.figures import evaluation_of
 from rlhf_recipes.models.adapter_base import base_of_adapter, save_base
 from rlhf_recipes.models.dropout import disable_dropout
+from rlhf_recipes.models.frozen_head import keep_head_weights_uncopied
 from rlhf_recipes.models.generation import mend_generation_config
 from rlhf_recipes.models.quantization import save_quantization
 from rlhf_recipes.options.changes import with_changes
@@ -47,6 +48,7 @@ class SavingTrainer(ProgressTrainer):
         super().__init__(*args, **kwargs)
         if getattr(self.args, "disable_dropout", False):
             disable_dropout(self.model)
+        keep_head_weights_uncopied(self.model)
         hide_secrets_from_trackers(self)
         print_short_lines(self)
         self._base = base_of_adapter(self.model, self._revision)  # before another run can replace it

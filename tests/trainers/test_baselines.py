@@ -324,5 +324,5 @@ def test_a_baseline_trains_without_any_dropout(tmp_path, method):
     model = tiny.policy(tiny.tokenizer())
     model.config.attention_dropout = 0.3
     directory = tiny.save(model, tmp_path / "base")
-    assert not dropouts(_trainer(method, directory, tmp_path / "a", disable_dropout=True).model)
+    assert not dropouts(_trainer(method, directory, tmp_path / "a").model)
     assert dropouts(_trainer(method, directory, tmp_path / "b", disable_dropout=False).model)
