@@ -30,11 +30,11 @@ demo: install ## Train a small model with PPO on the CPU and show what changed
 
 # One thread each: more does not help models this small. Many tests wait for other processes, servers or deadlines, so
 # there are more workers than cores. Files are in memory if it has 4 GB for them: each checkpoint and each statement to a
-# store waits for the disk.
+# store waits for the disk. Byte code is kept: without it, each of many processes would compile the same files again.
 IN_MEMORY = $$(test "$$(df --output=avail /dev/shm 2>/dev/null | tail -1)" -gt 4000000 2>/dev/null \
 	&& echo PYTEST_DEBUG_TEMPROOT=/dev/shm)
 test: install ## Run the whole default test suite
-	env $(IN_MEMORY) HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 \
+	env $(IN_MEMORY) HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= \
 		$(BIN)/python -m pytest --numprocesses $$(( $$(nproc) > 2 ? 4 : 3 )) --dist loadfile --no-loadscope-reorder \
 		-o tmp_path_retention_policy=failed $(PYTEST_ARGS)
 

@@ -11,8 +11,8 @@ def keep_head_weights_uncopied(model: nn.Module) -> None:
     """Let the LM head of a causal LM take contiguous states, in place.
 
     The states of the last tokens of each row are a slice of all. For a slice and a weight without gradient, torch
-    multiplies by row on a CPU, and copies the weights for each row before that. With LoRA this was a quarter of the
-    time of a training step.
+    multiplies by row on a CPU, and copies the weights for each row before that. With LoRA, the first forward of each
+    call of `generate` is such a one.
     """
     head: Any = causal_lm(model).get_output_embeddings()
     if head is not None:
