@@ -1,9 +1,7 @@
-"""What a run in the world of instructions starts from: questions, pairs of a chat model's answers, a reward model."""
+"""What a run in the world of instructions starts from: questions, and pairs of a chat model's answers."""
 
 import json
 import random
-import runpy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -21,7 +19,7 @@ from rlhf_recipes.quickstart.build import sample_preferences
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 ANSWERS = 4  # of each prompt, for the pairs
-LORA = {"use_peft": True, "lora_target_modules": "all-linear", "dtype": "bfloat16", "bf16": True}
+LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0, "dtype": "bfloat16", "bf16": True}
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ class Sizes:
         longest: Characters of a question, at most.
         max_completion_length: Tokens of an answer.
         temperature: Temperature of sampling.
-        label_noise: Temperature of the labels, in gold score.
     """
 
     answered: int = 400
@@ -42,11 +39,10 @@ class Sizes:
     longest: int = 60
     max_completion_length: int = 40
     temperature: float = 0.7  # at 1, nearly all text of a model this small is noise
-    label_noise: float = 0.15
 
 
-def build_base(folder: Path, seed: int, model: Path, data: Path, sizes: Sizes, options: dict[str, Any]) -> None:
-    """Write `sft` (a link to the model), `prompts`, `preferences` and `reward_modeling`. Keep the parts that exist.
+def build_base(folder: Path, seed: int, model: Path, data: Path, sizes: Sizes) -> None:
+    """Write `sft` (a link to the model), `prompts` and `preferences`. Keep the parts that exist.
 
     Args:
         folder: Folder of the base.
@@ -54,7 +50,6 @@ def build_base(folder: Path, seed: int, model: Path, data: Path, sizes: Sizes, o
         model: Instruct model with a chat template.
         data: Directory with `train.jsonl` and `eval.jsonl`, whose rows have chats in the column `prompt`.
         sizes: Sizes.
-        options: Options of `recipes/reward_modeling.py` that differ from its configuration of SmolLM2.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "sft").exists():
@@ -63,7 +58,6 @@ def build_base(folder: Path, seed: int, model: Path, data: Path, sizes: Sizes, o
         write_prompts(folder / "prompts", seed, data, sizes)
     if not (folder / "preferences").exists():
         write_preferences(folder, seed, sizes)
-    train_reward_model(folder, seed, model, options)
 
 
 def questions(file: Path, longest: int) -> list[str]:
@@ -86,7 +80,7 @@ def write_prompts(folder: Path, seed: int, data: Path, sizes: Sizes) -> None:
 
 
 def write_preferences(folder: Path, seed: int, sizes: Sizes) -> None:
-    """Sample answers to the first prompts, and label pairs of them with noise."""
+    """Sample answers to the first prompts, and label pairs of them by their scores."""
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(str(folder / "sft"), padding_side="left")
     policy = load_policy(str(folder / "sft"), dtype=LORA["dtype"]).eval()
@@ -98,8 +92,7 @@ def write_preferences(folder: Path, seed: int, sizes: Sizes) -> None:
         _, texts, _ = sample_answers(policy, tokenizer, asked, batch_size=64, **options)
         chosen = differing_pairs(instruction_score(asked, texts), texts)
         columns = [[values[pair[side]] for pair in chosen] for values, side in ((asked, 0), (texts, 0), (texts, 1))]
-        noise = sizes.label_noise if split == "train" else 1e-6  # the test is the score itself
-        rows = sample_preferences(*columns, instruction_score, noise, seed)
+        rows = sample_preferences(*columns, instruction_score, 1e-6, seed)
         pairs[split] = Dataset.from_list([{name: as_chat(row, name) for name in row} for row in rows])
     (folder / "preferences").mkdir()
     for split, dataset in pairs.items():
@@ -129,12 +122,3 @@ def as_chat(row: dict[str, Any], column: str) -> Any:
 def as_arguments(options: dict[str, Any]) -> list[str]:
     """Return options as a command line."""
     return [text for key, value in options.items() for text in (f"--{key}", str(value))]
-
-
-def train_reward_model(folder: Path, seed: int, model: Path, options: dict[str, Any]) -> None:
-    """Train by the recipe. Its evaluation is the share of test pairs that the reward model ranks as the score does."""
-    config = RECIPES / "configs" / "smollm2_135m" / "reward_modeling_lora.yaml"
-    given = {"model_name_or_path": model, "dataset_name": folder / "preferences", "seed": seed, "tracking": False}
-    given |= {"output_dir": folder / "reward_modeling", **LORA, **options}
-    sys.argv = ["reward_modeling.py", "--config", str(config), *as_arguments(given)]
-    runpy.run_path(str(RECIPES / "reward_modeling.py"), run_name="__main__")

@@ -2,12 +2,12 @@
 
     python benchmarks/league.py --world quickstart --directory runs/league
     python benchmarks/league.py --world quickstart --methods ppo rloo --seeds 0 1 2 --jobs 2
-    python benchmarks/league.py --world instructions --methods ppo rloo grpo dpo --seeds 0 1 2 --tuning_seeds 10 \
+    python benchmarks/league.py --world instructions --methods ppo rloo --seeds 0 1 2 --tuning_seeds \
         --model runs/smollm2_135m/base --data DIRECTORY
     pip install --no-deps --target build/trl-1.12 trl==1.12.0
 
 In the world of the quickstart each seed has its own SFT policy, preferences and reward model, built by its recipe. In
-the other worlds all seeds share one base. Reports have no reward model: the true score is the reward. Instructions are
+the other worlds all seeds share one base, and there is no reward model: the true score is the reward. Instructions are
 for the chat model that `--model` names. Every method has the same number of completions and of optimiser steps, and is
 tuned over the same number of settings, on seeds that are not tested on. The held-out prompts are the same for all.
 After each quarter of a run the policy is measured on held-out prompts, by the same code for all methods: gold score,

@@ -134,6 +134,12 @@ def true_labels(pairs: dict[str, list[str]]) -> dict[str, list[str]]:
     return {name: [row[i] for row in better] for i, name in enumerate(("prompt", *names))}
 
 
+def rewarded_by(score: str) -> dict[str, Any]:
+    """Return the options of a world where a function, `MODULE:NAME`, is the reward, in place of a reward model."""
+    no_model = {"reward_model_path": None, "critic": None, "critic_dataset_name": None}
+    return {**no_model, "reward_functions": [score], "judge_functions": [score]}
+
+
 def report(steps: int, **changes: Any) -> World:
     """Return the world of reports. Its true score is the reward, as a program's verdict can be.
 
@@ -141,14 +147,12 @@ def report(steps: int, **changes: Any) -> World:
     and PPO pays `kl_coef` in standard deviations of the scores. A standard deviation is about three units here. DPO
     has pairs that the true score has labelled. TRL 1.12's PPO takes no reward but a model, so it cannot run here.
     """
-    score = ["rlhf_recipes.quickstart.report_world:report_score"]
-    no_model = {"reward_model_path": None, "critic": None, "critic_dataset_name": None}
     given: dict[str, Any] = {
         "methods": ("ppo", "rloo", "grpo", "dpo", "ppo-as-it-was"),
         "has_reward_model": False,
         "own_bases": False,
         "samples": (3, 8),
-        "options": {**no_model, "reward_functions": score, "judge_functions": score},
+        "options": rewarded_by("rlhf_recipes.quickstart.report_world:report_score"),
         "settings": {
             "ppo": [{"kl_coef": kl_coef, "lam": lam} for kl_coef, lam in ((0.03, 0.95), (0.05, 0.98))],
             "rloo": [{"beta": x} for x in (0.3, 0.15)],
@@ -161,41 +165,47 @@ def report(steps: int, **changes: Any) -> World:
 def instructions(sizes: Sizes, steps: int, **changes: Any) -> World:
     """Return the world of a chat model and instructions that a program checks. It needs a model and questions.
 
-    The runs use LoRA in bfloat16, and each rollout once.
+    The score is the reward, because a reward model of this size learns too little of it. The runs use LoRA in
+    bfloat16, and each rollout once.
     """
     # DPO keeps the logits of prompts and answers, so its mini-batch comes in parts.
     quarters = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
     # The first policy does not end a third of its answers. The score does not punish this, and TRL's trainers do not.
-    for_ppo = {"critic_pairs": 200, "missing_eos_penalty": 0.0}
+    for_ppo = {"missing_eos_penalty": 0.0}
     given: dict[str, Any] = {
         "methods": ("ppo", "rloo", "grpo", "dpo"),
+        "has_reward_model": False,
         "own_bases": False,
         "held_out": 96,
         "samples": (1, 3),
         "best_of": 8,
         "temperature": sizes.temperature,
         "dtype": LORA["dtype"],
-        "options": {**LORA, "learning_rate": 3e-4, "per_device_train_batch_size": 16},
+        "options": {
+            **rewarded_by("instructions:instruction_score"),
+            **LORA,
+            "learning_rate": 2e-4,
+            "per_device_train_batch_size": 16,
+        },
         # 64 completions per rollout, one epoch of 4 mini-batches
         "sampling": {"steps_per_generation": 4, "num_iterations": 1, "temperature": sizes.temperature},
         "settings": {
             "ppo": [{"kl_coef": x, **for_ppo} for x in (0.05, 0.1)],
-            "rloo": [{"beta": x} for x in (0.05, 0.1)],
-            "grpo": [{"beta": x} for x in (0.1, 0.2)],
+            "rloo": [{"beta": x} for x in (0.02, 0.05)],
+            "grpo": [{"beta": x} for x in (0.05, 0.1)],
             "dpo": [{"learning_rate": x, "beta": 0.1, **quarters} for x in (3e-4, 1e-4)],
         },
     }
     length = sizes.max_completion_length
     build = partial(build_chat, sizes)
-    return World("instructions", steps, (1.0, 2.0), instruction_score, length, build, **(given | changes))
+    return World("instructions", steps, (0.5, 1.0), instruction_score, length, build, **(given | changes))
 
 
 def build_chat(sizes: Sizes, folder: Path, seed: int, model: Path | None, data: Path | None) -> None:
     """Build the base of the world of instructions from a chat model and a data set with questions."""
     if model is None or data is None:
         raise SystemExit("This world needs `--model` and `--data`.")
-    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 8}
-    build_instructions(folder, seed, model.resolve(), data.resolve(), sizes, batch)
+    build_instructions(folder, seed, model.resolve(), data.resolve(), sizes)
 
 
 HERE = Path(__file__).resolve().parent
@@ -223,6 +233,6 @@ WORLDS = {
     for each in (
         quickstart("quickstart", 60, (2.0, 3.0), partial(build_quickstart, "quickstart", "reward_modeling")),
         report(steps=60),
-        instructions(Sizes(), steps=48),
+        instructions(Sizes(), steps=80),
     )
 }

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import instruction_base  # noqa: E402
 import league  # noqa: E402
 from instruction_base import Sizes, differing_pairs, questions  # noqa: E402
 from league import Cell, build_base, main, measure_base, measure_path, run_cells, run_recipe  # noqa: E402
-from league_methods import METHODS, WORLDS, instructions, true_labels  # noqa: E402
+from league_methods import METHODS, WORLDS, instructions, rewarded_by, true_labels  # noqa: E402
 from league_report import best_policies, gold_at, known_part  # noqa: E402
 
 from rlhf_recipes.quickstart.report_world import REPORT_WORLD  # noqa: E402
@@ -62,7 +63,8 @@ def base(tmp_path_factory):
     train = [f"is the fox red in cave {number}?" for number in range(16)]
     data = write_questions(folder / "data", train, [train[0], *(f"where is the bear {n}?" for n in range(4))])
     world = instructions(SIZES, steps=4, best_of=4)
-    options = {**world.options, "per_device_train_batch_size": 8, "tracking": False}
+    options = {**world.options, **rewarded_by("tiny:length_reward"), "judge_functions": []}
+    options |= {"per_device_train_batch_size": 8, "tracking": False}
     sampling = {**world.sampling, "steps_per_generation": 2}
     world = replace(world, gold=words_of, options=options, sampling=sampling)
     with pytest.MonkeyPatch.context() as patch:
@@ -83,7 +85,6 @@ def test_a_base_has_no_held_out_question_in_training(base):
     asked = {split: {text.split("\n\n")[0] for text in texts} for split, texts in prompts.items()}
     assert (len(prompts["train"]), len(prompts["test"])) == (16, 4)
     assert not asked["train"] & asked["test"]
-    assert (base.base / "reward_modeling" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("method", ["ppo", "rloo", "grpo", "dpo"])
@@ -93,25 +94,23 @@ def test_each_method_is_trained_and_measured(base, method, monkeypatch):
     run_recipe(cell)
     result = measure_path(cell)
     assert [point["step"] for point in result["path"]] == [1, 2, 3, 4]
+    assert all(point["proxy"] == point["gold"] > 0 for point in result["path"])
     assert -0.5 < result["path"][0]["kl"] < 0.5
     assert result["sft"]["gold"] > 0
     assert set(measure_base(cell)["best_of"]) == {"1", "2", "4"}
 
 
-def test_the_true_score_can_be_the_reward(base, monkeypatch, tmp_path):
+def test_a_reward_model_can_be_between_the_true_score_and_the_training(base, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [])
-    rewards = {"reward_model_path": None, "critic": None, "critic_dataset_name": None}
-    rewards |= {"reward_functions": ["tiny:length_reward"], "judge_functions": []}
-    settings = {"ppo": [{"kl_coef": 0.1}]}
-    world = replace(base.world, name="rewarded", has_reward_model=False, settings=settings)
-    world = replace(world, options=world.options | rewards)
-    (base.root / "rewarded" / "bases").mkdir(parents=True)
-    (base.root / "rewarded" / "bases" / "shared").symlink_to(base.base)
-    (base.base / "sft.json").unlink(missing_ok=True)
-    cell = replace(base, world=world, method=METHODS["ppo"])
+    options = {name: value for name, value in base.world.options.items() if name not in rewarded_by("")}
+    settings = {"ppo": [{"critic_pairs": 4}]}
+    world = replace(base.world, name="learned", has_reward_model=True, options=options, settings=settings)
+    cell = replace(base, world=world, method=METHODS["ppo"], root=tmp_path)
+    shutil.copytree(base.base, cell.base)
+    tiny.save(tiny.reward_model(tiny.tokenizer()), cell.base / "reward_modeling")
     run_recipe(cell)
     end = measure_path(cell)["path"][-1]
-    assert end["proxy"] == end["gold"] > 0
+    assert end["gold"] > 0 != end["proxy"] != end["gold"]
 
 
 def write_base(cell):
