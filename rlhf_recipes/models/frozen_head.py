@@ -20,4 +20,4 @@ def keep_head_weights_uncopied(model: nn.Module) -> None:
 
 
 def _contiguous(head: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (states[0].contiguous(), *states[1:])
+    return tuple(x.contiguous() for x in states)
