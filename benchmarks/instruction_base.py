@@ -19,7 +19,7 @@ from rlhf_recipes.quickstart.build import sample_preferences
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 ANSWERS = 4  # of each prompt, for the pairs
-LORA = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0, "dtype": "bfloat16", "bf16": True}
+LORA = {"use_peft": True, "lora_target_modules": "all-linear", "dtype": "bfloat16", "bf16": True}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def write_preferences(folder: Path, seed: int, sizes: Sizes) -> None:
         _, texts, _ = sample_answers(policy, tokenizer, asked, batch_size=64, **options)
         chosen = differing_pairs(instruction_score(asked, texts), texts)
         columns = [[values[pair[side]] for pair in chosen] for values, side in ((asked, 0), (texts, 0), (texts, 1))]
-        rows = sample_preferences(*columns, instruction_score, 1e-6, seed)
+        rows = sample_preferences(*columns, instruction_score, 1e-6, seed)  # so little noise turns no label
         pairs[split] = Dataset.from_list([{name: as_chat(row, name) for name in row} for row in rows])
     (folder / "preferences").mkdir()
     for split, dataset in pairs.items():
